@@ -1,0 +1,15 @@
+//! The redirect: what the node's kernel must hold so that pods' packets come to the gate.
+//!
+//! The init step puts it in and takes it out; the daemon changes its sets. Knows no policies.
+pub mod command;
+pub mod marks;
+pub mod probe;
+mod queue_target;
+pub mod redirect;
+mod routes;
+pub mod ruleset;
+pub mod sets;
+pub mod settings;
+mod table;
+
+pub use probe::probe_queue_rule;

@@ -1,0 +1,67 @@
+//! The one-shot init step: puts the redirect into the network namespace it is started in, or takes
+//! it out. All that is worth testing is in the library.
+use std::process::ExitCode;
+
+use clap::Parser;
+use iptables_init::probe::ProbeError;
+use iptables_init::probe_queue_rule;
+use iptables_init::redirect::{self, Families, Outcome};
+use iptables_init::ruleset::QueueRule;
+use iptables_init::settings::Settings;
+
+/// Puts Portreeve's redirect into this network namespace, or takes it out.
+#[derive(Parser)]
+#[command(name = "iptables-init", version)]
+struct Arguments {
+    #[command(subcommand)]
+    call: Call,
+}
+
+#[derive(clap::Subcommand)]
+enum Call {
+    /// Put everything in; running it again changes nothing and disturbs no packet.
+    Install(Settings),
+    /// Take out all that `install` put in, and nothing else.
+    Uninstall(Settings),
+    /// Print what `install` would load; needs no privilege, touches nothing.
+    Print(Settings),
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().call) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("iptables-init: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(call: Call) -> anyhow::Result<ExitCode> {
+    match call {
+        Call::Install(settings) => match redirect::install(&settings)? {
+            Outcome::Changed => println!("installed"),
+            Outcome::Unchanged => println!("already installed; nothing changed"),
+        },
+        Call::Uninstall(_) => match redirect::uninstall()? {
+            Outcome::Changed => println!("uninstalled"),
+            Outcome::Unchanged => println!("was not installed; nothing changed"),
+        },
+        Call::Print(settings) => print(&settings)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print(settings: &Settings) -> anyhow::Result<()> {
+    let queue_rule = match probe_queue_rule() {
+        Ok(queue_rule) => queue_rule,
+        // Only a privileged process can ask the kernel.
+        Err(ProbeError::Command(_)) => QueueRule::Native,
+        Err(error) => return Err(error.into()),
+    };
+    print!(
+        "{}",
+        redirect::script(settings, queue_rule, Families::here())
+    );
+    Ok(())
+}

@@ -1,0 +1,131 @@
+//! What this kernel's netfilter can do, found out by asking it: `nft -c` sends the rules and breaks
+//! the transaction off, so nothing changes.
+use std::io;
+
+use crate::command::{self, CommandError, Program};
+use crate::queue_target;
+use crate::ruleset::QueueRule;
+
+/// Something that the redirect needs from the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Feature {
+    /// What it is, as users of nft call it.
+    pub(crate) name: &'static str,
+    /// The kernel options that bring it.
+    pub(crate) options: &'static str,
+    /// The modules that bring it.
+    pub(crate) modules: &'static str,
+    /// The chain that it is tried in, and the rule.
+    chain: &'static str,
+    rule: &'static str,
+}
+
+/// All that is needed but a way to queue.
+pub(crate) const FEATURES: [Feature; 7] = [
+    Feature {
+        name: "nf_tables with the family inet",
+        options: "CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET",
+        modules: "nf_tables",
+        chain: "type filter hook prerouting priority -99;",
+        rule: "accept",
+    },
+    Feature {
+        name: "nft tproxy",
+        options: "CONFIG_NFT_TPROXY",
+        modules: "nft_tproxy",
+        chain: "type filter hook prerouting priority -99;",
+        rule: "meta l4proto tcp tproxy to :15001",
+    },
+    Feature {
+        name: "nft socket",
+        options: "CONFIG_NFT_SOCKET",
+        modules: "nft_socket",
+        chain: "type filter hook prerouting priority -99;",
+        rule: "socket transparent 1",
+    },
+    Feature {
+        name: "nft fib",
+        options: "CONFIG_NFT_FIB_INET, CONFIG_NFT_FIB_IPV4, CONFIG_NFT_FIB_IPV6",
+        modules: "nft_fib_inet",
+        chain: "type filter hook prerouting priority -99;",
+        rule: "fib daddr type local",
+    },
+    Feature {
+        name: "connection tracking with marks and zones in nft",
+        options: "CONFIG_NFT_CT, CONFIG_NF_CONNTRACK_MARK, CONFIG_NF_CONNTRACK_ZONES",
+        modules: "nf_conntrack nft_ct",
+        chain: "type filter hook output priority raw;",
+        rule: "ct original zone set 15001 ct mark set ct mark or 0x400",
+    },
+    Feature {
+        name: "nft nat",
+        options: "CONFIG_NFT_NAT, CONFIG_NF_NAT",
+        modules: "nft_chain_nat",
+        chain: "type nat hook postrouting priority srcnat;",
+        rule: "accept",
+    },
+    Feature {
+        name: "nft reject",
+        options: "CONFIG_NFT_REJECT_INET",
+        modules: "nft_reject_inet",
+        chain: "type filter hook input priority 102;",
+        rule: "reject with icmpx admin-prohibited",
+    },
+];
+
+/// Why no way to hand packets to user space was found.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// Neither way is there.
+    #[error(
+        "this kernel can queue packets to user space neither by nft `queue` (CONFIG_NFT_QUEUE, module nft_queue: {native}) nor by the iptables target NFQUEUE (CONFIG_NFT_COMPAT and CONFIG_NETFILTER_XT_TARGET_NFQUEUE, modules nft_compat xt_NFQUEUE: {target}); load one of them with modprobe, or install the kernel's full set of modules ({MODULE_PACKAGES})"
+    )]
+    NoQueue {
+        /// What `nft -c` said.
+        native: String,
+        /// What the kernel said.
+        target: io::Error,
+    },
+    /// `nft` could not be asked.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+}
+
+/// Where distributions put netfilter modules that their small kernels lack.
+pub(crate) const MODULE_PACKAGES: &str = "Ubuntu: linux-modules-extra-$(uname -r); Debian: linux-image-amd64 instead of the cloud kernel";
+
+/// Finds out which way to hand packets to user space this kernel has: nft's own `queue` if it can.
+///
+/// # Errors
+/// [`ProbeError`] with kernel options, modules and packages if there is none.
+pub fn probe_queue_rule() -> Result<QueueRule, ProbeError> {
+    let native = match ask(
+        "type filter hook input priority 101;",
+        "queue flags fanout,bypass num 100-101",
+    ) {
+        Ok(()) => return Ok(QueueRule::Native),
+        Err(CommandError::Refused { message, .. }) => message,
+        Err(error) => return Err(error.into()),
+    };
+    match queue_target::probe() {
+        Ok(()) => Ok(QueueRule::Target),
+        Err(target) => Err(ProbeError::NoQueue { native, target }),
+    }
+}
+
+impl Feature {
+    /// Whether this kernel has it.
+    ///
+    /// # Errors
+    /// [`CommandError::Refused`] with what nft said if not.
+    pub(crate) fn probe(&self) -> Result<(), CommandError> {
+        ask(self.chain, self.rule)
+    }
+}
+
+fn ask(chain: &str, rule: &str) -> Result<(), CommandError> {
+    let script = format!(
+        "table inet portreeve_probe {{ chain probe {{ {chain} policy accept; {rule}; }} }}\n"
+    );
+    command::run(Program::Nft, &["-c", "-f", "-"], &script).map(drop)
+}

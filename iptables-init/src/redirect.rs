@@ -1,0 +1,195 @@
+//! Puts the redirect into this network namespace, takes it out, prints it.
+//!
+//! Order matters: routing first, then the table, then the rule that queues. At no time does a
+//! packet pass that should be held: without its queue the table drops what it would hold.
+use std::fmt::Write;
+use std::io;
+
+use crate::command::{self, CommandError, Program};
+use crate::probe::{ProbeError, probe_queue_rule};
+use crate::queue_target::{self, QueueTarget};
+use crate::routes::{self, Family};
+use crate::ruleset::{QUEUE_CHAIN, QueueRule, Ruleset, TABLE};
+use crate::settings::Settings;
+use crate::table::{self, Loaded, Stamp};
+
+/// Why the redirect could not be put in or taken out.
+#[derive(Debug, thiserror::Error)]
+pub enum RedirectError {
+    /// `--bridge` was given.
+    #[error(
+        "--bridge {0} is not supported yet: pods on a Linux bridge would not be policed; leave the flag away for routed pods (a veth a pod, as kindnet, Calico, AWS)"
+    )]
+    Bridge(String),
+    /// The last queue number would not fit into 16 bits.
+    #[error("--queue {first} with {count} queues goes beyond 65535; take a lower --queue")]
+    QueueRange {
+        /// The first queue.
+        first: u16,
+        /// How many.
+        count: u16,
+    },
+    /// The kernel cannot queue packets, or could not be asked.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+    /// `nft` or `ip` refused.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// The kernel refused the rule that queues.
+    #[error(
+        "the kernel refused the NFQUEUE rule in chain {QUEUE_CHAIN} of nft table inet {TABLE}; what it would hold is dropped: see `iptables-init check`, or take all out with `iptables-init uninstall`"
+    )]
+    QueueTarget(#[source] io::Error),
+}
+
+/// What a call did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Something was changed.
+    Changed,
+    /// All was as it should be.
+    Unchanged,
+}
+
+/// Puts everything in; changes nothing and touches no packet where it is in already.
+///
+/// Other settings than before take the place of the old in one transaction, and the elements of
+/// the sets stay.
+///
+/// # Errors
+/// [`RedirectError`]; what was put in until then stays and is closed, never open.
+pub fn install(settings: &Settings) -> Result<Outcome, RedirectError> {
+    let ruleset = Ruleset::new(settings, checked_queue_rule(settings)?);
+    let mut changed = false;
+    for family in routes::enabled_families() {
+        changed |= routes::install(family, settings.mark_mask)?;
+    }
+    changed |= load_table(&ruleset)?;
+    changed |= load_queue_target(&ruleset)?;
+    Ok(if changed {
+        Outcome::Changed
+    } else {
+        Outcome::Unchanged
+    })
+}
+
+/// Takes out all that [`install`] put in, with whatever settings, and nothing else.
+///
+/// # Errors
+/// [`RedirectError`]; running it again goes on where it stopped.
+pub fn uninstall() -> Result<Outcome, RedirectError> {
+    let mut changed = false;
+    // The table goes first: without it nothing is marked any more.
+    if Loaded::read()?.is_some() {
+        command::run(Program::Nft, &["delete", "table", "inet", TABLE], "")?;
+        changed = true;
+    }
+    for family in Family::ALL {
+        changed |= routes::uninstall(family)?;
+    }
+    Ok(if changed {
+        Outcome::Changed
+    } else {
+        Outcome::Unchanged
+    })
+}
+
+/// What [`install`] loads where nothing is, as a shell script.
+#[must_use]
+pub fn script(settings: &Settings, queue_rule: QueueRule, families: Families) -> String {
+    let ruleset = Ruleset::new(settings, queue_rule);
+    let mut script = String::from("#!/bin/sh -e\n");
+    let families = match families {
+        Families::Both => &Family::ALL[..],
+        Families::OnlyV4 => &Family::ALL[..1],
+    };
+    // Writing to a String cannot fail.
+    for family in families {
+        for arguments in [
+            routes::add_rule(*family, settings.mark_mask),
+            routes::add_route(*family),
+        ] {
+            let _ = writeln!(script, "ip {}", arguments.join(" "));
+        }
+    }
+    let _ = writeln!(
+        script,
+        "nft -f - <<'END'\n{}END",
+        table::create_script(&ruleset)
+    );
+    if let Some(target) = queue_target(&ruleset) {
+        let _ = writeln!(
+            script,
+            "# Then, by netlink since nft cannot write it, into chain {QUEUE_CHAIN}:\n# {target}"
+        );
+    }
+    script
+}
+
+/// Which IP families the redirect is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Families {
+    /// IPv4 and IPv6.
+    Both,
+    /// IPv6 is switched off in this network namespace.
+    OnlyV4,
+}
+
+impl Families {
+    /// Those that this network namespace speaks.
+    #[must_use]
+    pub fn here() -> Self {
+        if Family::V6.enabled() {
+            Self::Both
+        } else {
+            Self::OnlyV4
+        }
+    }
+}
+
+/// The netlink rule that belongs to `ruleset`; `None` where nft writes all.
+pub(crate) fn queue_target(ruleset: &Ruleset) -> Option<QueueTarget> {
+    let (first, count, bypass) = ruleset.queue();
+    (ruleset.queue_rule() == QueueRule::Target).then_some(QueueTarget {
+        first,
+        count,
+        bypass,
+    })
+}
+
+fn checked_queue_rule(settings: &Settings) -> Result<QueueRule, RedirectError> {
+    if let Some(bridge) = settings.bridge.first() {
+        return Err(RedirectError::Bridge(bridge.clone()));
+    }
+    let (first, count) = (settings.queue, settings.queue_count());
+    if first.checked_add(count - 1).is_none() {
+        return Err(RedirectError::QueueRange { first, count });
+    }
+    Ok(probe_queue_rule()?)
+}
+
+fn load_table(ruleset: &Ruleset) -> Result<bool, RedirectError> {
+    let script = match Loaded::read()? {
+        None => table::create_script(ruleset),
+        Some(loaded)
+            if loaded.stamp == Some(Stamp::of(ruleset))
+                && loaded.tampered_chain(ruleset).is_none() =>
+        {
+            return Ok(false);
+        }
+        Some(loaded) => table::replace_script(&loaded, ruleset),
+    };
+    command::run(Program::Nft, &["-f", "-"], &script)?;
+    Ok(true)
+}
+
+fn load_queue_target(ruleset: &Ruleset) -> Result<bool, RedirectError> {
+    let Some(target) = queue_target(ruleset) else {
+        return Ok(false);
+    };
+    if queue_target::is_loaded(target).map_err(RedirectError::QueueTarget)? {
+        return Ok(false);
+    }
+    queue_target::load(target).map_err(RedirectError::QueueTarget)?;
+    Ok(true)
+}

@@ -1,0 +1,250 @@
+//! The table's sets: which addresses are this node's pods, and which of them go unjudged.
+//!
+//! Scripts are pure text; [`load`] is the one way in which the daemon changes the kernel. Knows
+//! neither pods nor policies, only addresses.
+use std::collections::BTreeSet;
+use std::fmt::{Display, Write};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use crate::command::{self, CommandError, Program};
+use crate::ruleset::TABLE;
+
+/// Elements in one `add element`, so that no line of a script grows without bound.
+const CHUNK: usize = 512;
+
+/// What the sets of the table shall hold, of both families.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sets {
+    /// Which addresses are this node's pods; bits beyond the prefix do not count.
+    pub pods: BTreeSet<IpNet>,
+    /// Pods that are known and not isolated for egress.
+    pub egress_released: BTreeSet<IpAddr>,
+    /// Pods that are known and not isolated for ingress.
+    pub ingress_released: BTreeSet<IpAddr>,
+    /// Pods that may talk to themselves: all that are known.
+    pub selves: BTreeSet<IpAddr>,
+}
+
+/// Why the sets could not be changed; they are as before.
+#[derive(Debug, thiserror::Error)]
+pub enum SetsError {
+    /// There is no redirect in this network namespace, or another one.
+    #[error(
+        "the sets of nft table inet {TABLE} are not there; run `iptables-init install` first ({message})"
+    )]
+    NotInstalled {
+        /// What nft said.
+        message: String,
+    },
+    /// nft did not take the script.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+}
+
+impl Sets {
+    /// One nft transaction after which the sets hold exactly this, whatever they held.
+    #[must_use]
+    pub fn replace_script(&self) -> String {
+        let mut script = String::new();
+        for (name, elements) in self.by_name() {
+            replace(&mut script, &name, &elements);
+        }
+        script
+    }
+
+    /// One nft transaction that makes the sets of `from` these; `None` if they are equal.
+    #[must_use]
+    pub fn change_script(&self, from: &Self) -> Option<String> {
+        let mut script = String::new();
+        for ((name, new), (_, old)) in self.by_name().into_iter().zip(from.by_name()) {
+            if new == old {
+                continue;
+            }
+            if name.starts_with(PODS) {
+                // The kernel holds these merged: taking out one CIDR would tear a hole into
+                // another that covers it.
+                replace(&mut script, &name, &new);
+            } else {
+                elements(&mut script, "delete", &name, old.difference(&new));
+                elements(&mut script, "add", &name, new.difference(&old));
+            }
+        }
+        (!script.is_empty()).then_some(script)
+    }
+
+    /// Every set of the table by its name, with its elements as nft writes them.
+    fn by_name(&self) -> Vec<(String, BTreeSet<String>)> {
+        let mut sets = Vec::new();
+        for (family, is_ours) in FAMILIES {
+            let of = |set: &BTreeSet<IpAddr>| -> BTreeSet<String> {
+                set.iter()
+                    .filter(|a| is_ours(a))
+                    .map(ToString::to_string)
+                    .collect()
+            };
+            let pods = self.pods.iter().filter(|n| is_ours(&n.addr()));
+            sets.push((
+                format!("{PODS}{family}"),
+                pods.map(|n| n.trunc().to_string()).collect(),
+            ));
+            sets.push((
+                format!("{EGRESS_RELEASED}{family}"),
+                of(&self.egress_released),
+            ));
+            sets.push((
+                format!("{INGRESS_RELEASED}{family}"),
+                of(&self.ingress_released),
+            ));
+            let selves = self.selves.iter().filter(|a| is_ours(a));
+            sets.push((
+                format!("{SELF}{family}"),
+                selves.map(|a| format!("{a} . {a}")).collect(),
+            ));
+        }
+        sets
+    }
+}
+
+/// Runs `script` by `nft -f -`: all of it takes effect at once, or nothing. Blocks for some
+/// milliseconds.
+///
+/// # Errors
+/// [`SetsError`] with what nft said.
+pub fn load(script: &str) -> Result<(), SetsError> {
+    match command::run(Program::Nft, &["-f", "-"], script) {
+        Ok(_) => Ok(()),
+        Err(CommandError::Refused { message, .. })
+            if message.contains("No such file or directory") =>
+        {
+            Err(SetsError::NotInstalled { message })
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+const PODS: &str = "pods";
+const EGRESS_RELEASED: &str = "egress_released";
+const INGRESS_RELEASED: &str = "ingress_released";
+const SELF: &str = "self";
+
+type IsFamily = fn(&IpAddr) -> bool;
+const FAMILIES: [(&str, IsFamily); 2] = [("4", IpAddr::is_ipv4), ("6", IpAddr::is_ipv6)];
+
+fn replace(script: &mut String, name: &str, all: &BTreeSet<String>) {
+    // Writing to a String cannot fail, here and below.
+    let _ = writeln!(script, "flush set inet {TABLE} {name}");
+    elements(script, "add", name, all.iter());
+}
+
+/// Writes `verb element` for all of `items`; nothing if there are none.
+pub(crate) fn elements<T: Display>(
+    script: &mut String,
+    verb: &str,
+    set: &str,
+    items: impl Iterator<Item = T>,
+) {
+    let items: Vec<_> = items.map(|item| item.to_string()).collect();
+    for chunk in items.chunks(CHUNK) {
+        let _ = writeln!(
+            script,
+            "{verb} element inet {TABLE} {set} {{ {} }}",
+            chunk.join(", ")
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sets(pods: &[&str], egress: &[&str], ingress: &[&str], selves: &[&str]) -> Sets {
+        let addresses = |list: &[&str]| list.iter().map(|a| a.parse().unwrap()).collect();
+        Sets {
+            pods: pods.iter().map(|n| n.parse().unwrap()).collect(),
+            egress_released: addresses(egress),
+            ingress_released: addresses(ingress),
+            selves: addresses(selves),
+        }
+    }
+
+    #[test]
+    fn replacing_flushes_every_set_and_fills_those_that_have_elements() {
+        let wanted = sets(
+            &["10.1.2.3/24", "fd00:1::/64"],
+            &["10.1.2.4"],
+            &["10.1.2.4", "fd00:1::4"],
+            &["10.1.2.4", "fd00:1::4"],
+        );
+        insta::assert_snapshot!(wanted.replace_script(), @r"
+        flush set inet portreeve pods4
+        add element inet portreeve pods4 { 10.1.2.0/24 }
+        flush set inet portreeve egress_released4
+        add element inet portreeve egress_released4 { 10.1.2.4 }
+        flush set inet portreeve ingress_released4
+        add element inet portreeve ingress_released4 { 10.1.2.4 }
+        flush set inet portreeve self4
+        add element inet portreeve self4 { 10.1.2.4 . 10.1.2.4 }
+        flush set inet portreeve pods6
+        add element inet portreeve pods6 { fd00:1::/64 }
+        flush set inet portreeve egress_released6
+        flush set inet portreeve ingress_released6
+        add element inet portreeve ingress_released6 { fd00:1::4 }
+        flush set inet portreeve self6
+        add element inet portreeve self6 { fd00:1::4 . fd00:1::4 }
+        ");
+    }
+
+    #[test]
+    fn a_change_names_only_what_differs() {
+        let from = sets(
+            &["10.1.2.0/24"],
+            &["10.1.2.4", "10.1.2.5"],
+            &["10.1.2.4"],
+            &["10.1.2.4"],
+        );
+        let to = sets(
+            &["10.1.2.0/24"],
+            &["10.1.2.5", "10.1.2.6"],
+            &["10.1.2.4"],
+            &["10.1.2.4"],
+        );
+        insta::assert_snapshot!(to.change_script(&from).unwrap(), @r"
+        delete element inet portreeve egress_released4 { 10.1.2.4 }
+        add element inet portreeve egress_released4 { 10.1.2.6 }
+        ");
+    }
+
+    #[test]
+    fn equal_sets_need_no_change() {
+        let same = sets(&["10.1.2.0/24"], &["10.1.2.4"], &[], &[]);
+        let host_bits = sets(&["10.1.2.9/24"], &["10.1.2.4"], &[], &[]);
+        assert_eq!(same.change_script(&same), None);
+        assert_eq!(
+            same.change_script(&host_bits),
+            None,
+            "bits beyond the prefix do not count"
+        );
+    }
+
+    #[test]
+    fn a_change_of_pod_cidrs_rewrites_their_set_since_the_kernel_merges_them() {
+        let from = sets(&["10.1.0.0/16", "10.1.2.0/24"], &[], &[], &[]);
+        let to = sets(&["10.1.0.0/16"], &[], &[], &[]);
+        insta::assert_snapshot!(to.change_script(&from).unwrap(), @r"
+        flush set inet portreeve pods4
+        add element inet portreeve pods4 { 10.1.0.0/16 }
+        ");
+    }
+
+    #[test]
+    fn many_elements_are_spread_over_lines_of_bounded_length() {
+        let mut many = Sets::default();
+        many.selves
+            .extend((0..1200u32).map(|n| IpAddr::from((0x0a00_0000 + n).to_be_bytes())));
+        let script = many.replace_script();
+        assert_eq!(script.matches("add element").count(), 3);
+        assert_eq!(script.matches(" . ").count(), 1200);
+    }
+}

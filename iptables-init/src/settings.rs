@@ -1,0 +1,95 @@
+//! The settings that the init step and the daemon share, with their flags.
+use crate::marks::Marks;
+
+/// What happens to pods' new connections while no daemon runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Fail {
+    /// They go through unjudged.
+    Open,
+    /// They are dropped, but for those of released pods.
+    #[default]
+    Closed,
+}
+
+/// Flags that `iptables-init` and `portreeve run` must be given alike.
+#[derive(Clone, Debug, PartialEq, Eq, clap::Args)]
+pub struct Settings {
+    /// Port of the transparent listener.
+    #[arg(long, value_name = "PORT", default_value_t = 15001, env = "PORTREEVE_PROXY_PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub proxy_port: u16,
+    /// Number of the first NFQUEUE that holds packets.
+    #[arg(
+        long,
+        value_name = "NUMBER",
+        default_value_t = 100,
+        env = "PORTREEVE_QUEUE"
+    )]
+    pub queue: u16,
+    /// How many NFQUEUEs [default: one a core].
+    #[arg(long, value_name = "COUNT", env = "PORTREEVE_QUEUES", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub queues: Option<u16>,
+    /// Which packet-mark bits are ours; at least 4, and no one else's.
+    #[arg(long, value_name = "MASK", default_value_t = Marks::default(), env = "PORTREEVE_MARK_MASK")]
+    pub mark_mask: Marks,
+    /// A bridge that pods hang on (repeatable).
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "PORTREEVE_BRIDGE",
+        value_delimiter = ','
+    )]
+    pub bridge: Vec<String>,
+    /// What happens to pods' new connections while no daemon runs.
+    #[arg(long, value_enum, default_value_t = Fail::Closed, env = "PORTREEVE_FAIL")]
+    pub fail: Fail,
+}
+
+impl Settings {
+    /// How many queues there are: as told, else one a core that is online.
+    ///
+    /// Read from sysfs and not from this process's own limits: the init step and the daemon, in
+    /// containers with limits of their own, must come to the same number.
+    #[must_use]
+    pub fn queue_count(&self) -> u16 {
+        self.queues.unwrap_or_else(|| {
+            let online = std::fs::read_to_string("/sys/devices/system/cpu/online").ok();
+            let cores = online
+                .and_then(|list| count_of_list(&list))
+                .unwrap_or_else(|| {
+                    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+                });
+            u16::try_from(cores)
+                .unwrap_or(MOST_QUEUES)
+                .clamp(1, MOST_QUEUES)
+        })
+    }
+}
+
+const MOST_QUEUES: u16 = 256;
+
+/// How many numbers a kernel list like `0-3,6` names.
+fn count_of_list(list: &str) -> Option<usize> {
+    list.trim().split(',').try_fold(0, |sum: usize, range| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
+        Some(sum + last.checked_sub(first)? + 1)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_list_of_cores_is_counted() {
+        for (list, expected) in [
+            ("0\n", Some(1)),
+            ("0-1\n", Some(2)),
+            ("0-3,6,8-9\n", Some(7)),
+            ("3-0", None),
+            ("", None),
+        ] {
+            assert_eq!(count_of_list(list), expected, "{list:?}");
+        }
+    }
+}

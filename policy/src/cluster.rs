@@ -1,0 +1,323 @@
+//! The cluster as policy sees it: objects in, one by one and in any order, endpoints out.
+//!
+//! Incremental and synchronous. A pod event recomputes that pod; a namespace relabel its pods; a
+//! policy event the pods that it selects and those that match its new peer selectors. Each returns
+//! the addresses whose endpoint changed, and none where nothing that matters did. Knows neither
+//! where events come from nor who is told.
+mod intern;
+mod ownership;
+mod pod_state;
+mod selection;
+mod selectors;
+mod upkeep;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use self::intern::Interner;
+use self::ownership::Ownership;
+use self::pod_state::PodState;
+use self::selection::{CompiledPolicy, Selections};
+use self::selectors::Selectors;
+use crate::compile::{Rules, SelectorId};
+use crate::endpoint::Endpoint;
+use crate::model::{Labels, Namespace, Node, Pod, PodKey, PolicyKey};
+use crate::network_policy::NetworkPolicy;
+use crate::verdict::Party;
+
+/// The addresses whose endpoint changed, came or went.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[must_use = "what was touched has to be published"]
+pub struct Touched {
+    /// Ask [`Cluster::endpoint`] what is there now.
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+/// All objects, and the endpoint of every pod address.
+///
+/// Which pods match which peer selector is kept as sets of ids on the pods, and which policies
+/// select a pod as a list on it; pods with equal ones share them.
+#[derive(Debug, Default)]
+pub struct Cluster {
+    pods: BTreeMap<PodKey, PodState>,
+    namespaces: BTreeMap<Arc<str>, NamespaceState>,
+    nodes: BTreeMap<Arc<str>, Arc<Node>>,
+    policies: BTreeMap<PolicyKey, PolicyState>,
+    selectors: Selectors,
+    rules: Interner<Rules>,
+    match_sets: Interner<[SelectorId]>,
+    selections: Selections,
+    ownership: Ownership,
+}
+
+/// A namespace that was declared, or that only a pod names.
+#[derive(Debug)]
+struct NamespaceState {
+    namespace: Namespace,
+    declared: bool,
+    /// The peer selectors that look at this namespace's pods; sorted.
+    candidates: Vec<SelectorId>,
+}
+
+#[derive(Debug)]
+struct PolicyState {
+    policy: NetworkPolicy,
+    compiled: Arc<CompiledPolicy>,
+    /// Each held once in [`Selectors`].
+    selectors: Vec<SelectorId>,
+}
+
+impl Touched {
+    /// Adds what another event touched.
+    pub fn merge(&mut self, other: Self) {
+        self.addresses.extend(other.addresses);
+    }
+
+    /// Whether nothing changed.
+    pub fn is_empty(&self) -> bool {
+        self.addresses.is_empty()
+    }
+}
+
+impl Cluster {
+    /// Adds a pod, or replaces the one of that key.
+    pub fn upsert_pod(&mut self, pod: Pod) -> Touched {
+        let mut touched = Touched::default();
+        let key = pod.key.clone();
+        let previous = self.pods.get(&key);
+        if previous.is_some_and(|state| state.pod == pod) {
+            return touched;
+        }
+        let mut addresses: BTreeSet<IpAddr> = pod.owned_addresses().iter().copied().collect();
+        if let Some(previous) = previous {
+            addresses.extend(previous.pod.owned_addresses());
+        }
+        self.ensure_namespace(&key.namespace);
+        let matches = self.match_sets.intern(self.matching(&pod));
+        let policies = policies_of(&self.policies, &key.namespace);
+        let selecting = policies.filter(|state| state.policy.pods.matches(&pod.labels));
+        let selecting = selecting.map(|state| state.compiled.clone()).collect();
+        let selection = self.selections.intern(selecting);
+        let node = self.nodes.get(&pod.node).cloned();
+        self.pods
+            .insert(key.clone(), PodState::new(pod, node, matches, selection));
+        self.ownership
+            .settle(&key, &addresses, &self.pods, &mut touched);
+        touched
+    }
+
+    /// Removes a pod, if it is there.
+    pub fn remove_pod(&mut self, key: &PodKey) -> Touched {
+        let mut touched = Touched::default();
+        let Some(state) = self.pods.remove(key) else {
+            return touched;
+        };
+        let addresses = state.pod.owned_addresses().iter().copied().collect();
+        self.ownership
+            .settle(key, &addresses, &self.pods, &mut touched);
+        self.forget_implied_namespace(&key.namespace);
+        touched
+    }
+
+    /// Adds a namespace, or relabels it.
+    pub fn upsert_namespace(&mut self, namespace: Namespace) -> Touched {
+        let name = namespace.name().clone();
+        let known = self.namespaces.get_mut(&name);
+        let relabelled = match known {
+            None => {
+                let state = NamespaceState {
+                    namespace,
+                    declared: true,
+                    candidates: Vec::new(),
+                };
+                self.namespaces.insert(name.clone(), state);
+                true
+            }
+            Some(state) => {
+                state.declared = true;
+                let changed = state.namespace != namespace;
+                state.namespace = namespace;
+                changed
+            }
+        };
+        if relabelled {
+            self.rescope(&name)
+        } else {
+            Touched::default()
+        }
+    }
+
+    /// Removes a namespace. While pods name it, it goes on with the one label
+    /// `kubernetes.io/metadata.name`.
+    pub fn remove_namespace(&mut self, name: &str) -> Touched {
+        let Some(state) = self.namespaces.get_mut(name) else {
+            return Touched::default();
+        };
+        let name = state.namespace.name().clone();
+        state.declared = false;
+        state.namespace = Namespace::new(name.clone(), Labels::new());
+        let touched = self.rescope(&name);
+        self.forget_implied_namespace(&name);
+        touched
+    }
+
+    /// Adds a node, or replaces the one of that name.
+    pub fn upsert_node(&mut self, node: Node) -> Touched {
+        if self
+            .nodes
+            .get(&node.name)
+            .is_some_and(|known| **known == node)
+        {
+            return Touched::default();
+        }
+        let (name, node) = (node.name.clone(), Arc::new(node));
+        self.nodes.insert(name.clone(), node.clone());
+        self.move_pods(&name, Some(&node))
+    }
+
+    /// Removes a node, if it is there; its pods stay until they are removed.
+    pub fn remove_node(&mut self, name: &str) -> Touched {
+        match self.nodes.remove(name) {
+            Some(_) => self.move_pods(name, None),
+            None => Touched::default(),
+        }
+    }
+
+    /// Adds a policy, or replaces the one of that key.
+    pub fn upsert_policy(&mut self, policy: NetworkPolicy) -> Touched {
+        let mut touched = Touched::default();
+        let key = policy.key().clone();
+        if self
+            .policies
+            .get(&key)
+            .is_some_and(|state| state.policy == policy)
+        {
+            return touched;
+        }
+        // The pods' new matches come before the rules that use them.
+        let selectors = self.hold_selectors(&policy, &mut touched);
+        let compiled = Arc::new(self.compile(&policy));
+        let state = PolicyState {
+            policy,
+            compiled: compiled.clone(),
+            selectors,
+        };
+        let replaced = self.policies.insert(key, state);
+        self.reselect(replaced.as_ref(), Some(&compiled), &mut touched);
+        if let Some(replaced) = replaced {
+            self.release_selectors(&replaced.selectors, &mut touched);
+        }
+        touched
+    }
+
+    /// Removes a policy, if it is there.
+    pub fn remove_policy(&mut self, key: &PolicyKey) -> Touched {
+        let mut touched = Touched::default();
+        let Some(removed) = self.policies.remove(key) else {
+            return touched;
+        };
+        self.reselect(Some(&removed), None, &mut touched);
+        self.release_selectors(&removed.selectors, &mut touched);
+        touched
+    }
+
+    /// Who owns this address now: a pod that is neither finished nor hostNetwork.
+    pub fn endpoint(&self, address: IpAddr) -> Option<Arc<Endpoint>> {
+        self.ownership.endpoint(address).cloned()
+    }
+
+    /// Every address that a pod owns; sorted.
+    pub fn endpoints(&self) -> impl Iterator<Item = (IpAddr, &Arc<Endpoint>)> {
+        self.ownership.endpoints()
+    }
+
+    /// An end of a connection, as [`crate::judge`] takes it.
+    pub fn party(&self, address: IpAddr) -> Party<'_> {
+        Party {
+            address,
+            endpoint: self.ownership.endpoint(address).map(|endpoint| &**endpoint),
+        }
+    }
+
+    /// The pod of that key, whether it owns an address or not.
+    pub fn pod(&self, key: &PodKey) -> Option<&Pod> {
+        self.pods.get(key).map(|state| &state.pod)
+    }
+
+    /// All pods, finished and hostNetwork ones too; sorted by key.
+    pub fn pods(&self) -> impl Iterator<Item = &Pod> {
+        self.pods.values().map(|state| &state.pod)
+    }
+
+    /// All namespaces, those that only a pod names too; sorted by name.
+    pub fn namespaces(&self) -> impl Iterator<Item = &Namespace> {
+        self.namespaces.values().map(|state| &state.namespace)
+    }
+
+    /// All nodes; sorted by name.
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.values().map(|node| &**node)
+    }
+
+    /// All policies; sorted by key.
+    pub fn policies(&self) -> impl Iterator<Item = &NetworkPolicy> {
+        self.policies.values().map(|state| &state.policy)
+    }
+
+    /// `spec.podCIDRs` of all nodes.
+    pub fn pod_cidrs(&self) -> Vec<IpNet> {
+        self.nodes
+            .values()
+            .flat_map(|node| node.pod_cidrs.iter().copied())
+            .collect()
+    }
+
+    /// The pods that a policy applies to, sorted: hostNetwork and finished pods are none of them.
+    /// Empty if there is no such policy.
+    pub fn selected_by(&self, key: &PolicyKey) -> Vec<PodKey> {
+        let Some(state) = self.policies.get(key) else {
+            return Vec::new();
+        };
+        pods_of(&self.pods, &key.namespace)
+            .filter(|(_, pod)| pod.pod.is_policed() && pod.selection.contains(&state.compiled))
+            .map(|(key, _)| key.clone())
+            .collect()
+    }
+
+    /// The addresses that more than one running pod claims, with the claimants; sorted.
+    pub fn contested(&self) -> Vec<(IpAddr, Vec<PodKey>)> {
+        self.ownership.contested()
+    }
+}
+
+fn pods_of<'a>(
+    pods: &'a BTreeMap<PodKey, PodState>,
+    namespace: &Arc<str>,
+) -> impl Iterator<Item = (&'a PodKey, &'a PodState)> {
+    let first = PodKey {
+        namespace: namespace.clone(),
+        name: "".into(),
+    };
+    pods.range(first..)
+        .take_while(move |(key, _)| key.namespace == *namespace)
+}
+
+fn policies_of<'a>(
+    policies: &'a BTreeMap<PolicyKey, PolicyState>,
+    namespace: &Arc<str>,
+) -> impl Iterator<Item = &'a PolicyState> {
+    let first = PolicyKey {
+        namespace: namespace.clone(),
+        name: "".into(),
+    };
+    policies
+        .range(first..)
+        .take_while(move |(key, _)| key.namespace == *namespace)
+        .map(|(_, state)| state)
+}
+
+#[cfg(test)]
+mod tests;

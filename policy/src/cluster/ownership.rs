@@ -1,0 +1,139 @@
+//! Who owns which address, and what stands for an address that several pods claim.
+//!
+//! A contested address gets only what all claimants have in common, and is closed in every
+//! direction in which any of them is isolated: whoever answers there gains nothing by the other's
+//! grants.
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::Touched;
+use super::pod_state::PodState;
+use crate::endpoint::{Direction, Endpoint, Isolation};
+use crate::model::{PodKey, PolicyKey};
+
+#[derive(Debug, Default)]
+pub(super) struct Ownership {
+    slots: BTreeMap<IpAddr, Slot>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    /// Sorted; never empty.
+    claimants: Vec<PodKey>,
+    endpoint: Arc<Endpoint>,
+}
+
+impl Ownership {
+    pub(super) fn endpoint(&self, address: IpAddr) -> Option<&Arc<Endpoint>> {
+        self.slots.get(&address).map(|slot| &slot.endpoint)
+    }
+
+    pub(super) fn endpoints(&self) -> impl Iterator<Item = (IpAddr, &Arc<Endpoint>)> {
+        self.slots
+            .iter()
+            .map(|(&address, slot)| (address, &slot.endpoint))
+    }
+
+    pub(super) fn contested(&self) -> Vec<(IpAddr, Vec<PodKey>)> {
+        let contested = self
+            .slots
+            .iter()
+            .filter(|(_, slot)| slot.claimants.len() > 1);
+        contested
+            .map(|(&address, slot)| (address, slot.claimants.clone()))
+            .collect()
+    }
+
+    /// Brings `addresses`, which `key` owns or owned, in line with `pods`.
+    pub(super) fn settle(
+        &mut self,
+        key: &PodKey,
+        addresses: &BTreeSet<IpAddr>,
+        pods: &BTreeMap<PodKey, PodState>,
+        touched: &mut Touched,
+    ) {
+        let owned = pods
+            .get(key)
+            .map_or(&[][..], |state| state.pod.owned_addresses());
+        for &address in addresses {
+            if self.settle_one(key, address, owned.contains(&address), pods) {
+                touched.addresses.insert(address);
+            }
+        }
+    }
+
+    /// Whether the endpoint at `address` changed.
+    fn settle_one(
+        &mut self,
+        key: &PodKey,
+        address: IpAddr,
+        claims: bool,
+        pods: &BTreeMap<PodKey, PodState>,
+    ) -> bool {
+        let slot = self.slots.get(&address);
+        let mut claimants = slot.map_or_else(Vec::new, |slot| slot.claimants.clone());
+        match (claimants.binary_search(key), claims) {
+            (Err(index), true) => claimants.insert(index, key.clone()),
+            (Ok(index), false) => drop(claimants.remove(index)),
+            _ => {}
+        }
+        let states: Vec<&PodState> = claimants.iter().filter_map(|key| pods.get(key)).collect();
+        let endpoint = match states[..] {
+            [] => return self.slots.remove(&address).is_some(),
+            [owner] => owner.endpoint.clone(),
+            [first, ..] => Arc::new(common(first, &states)),
+        };
+        let changed = slot.is_none_or(|slot| slot.endpoint != endpoint);
+        self.slots.insert(
+            address,
+            Slot {
+                claimants,
+                endpoint,
+            },
+        );
+        changed
+    }
+}
+
+/// What stands for an address that all of `claimants` claim; `first` is one of them.
+fn common(first: &PodState, claimants: &[&PodState]) -> Endpoint {
+    let endpoints = || claimants.iter().map(|state| &*state.endpoint);
+    let start = |state: &PodState| (state.pod.started.clone(), state.pod.key.clone());
+    let latest = claimants
+        .iter()
+        .copied()
+        .max_by_key(|state| start(state))
+        .unwrap_or(first);
+    let matches = first.endpoint.matches.iter().copied();
+    let matches = matches.filter(|id| endpoints().all(|it| it.matches.binary_search(id).is_ok()));
+    let named = first.endpoint.named_ports.iter();
+    let named = named.filter(|port| endpoints().all(|it| it.named_ports.contains(port)));
+    let own_node = first.endpoint.own_node.clone();
+    Endpoint {
+        identity: latest.endpoint.identity.clone(),
+        matches: matches.collect(),
+        named_ports: named.cloned().collect(),
+        own_node: own_node.filter(|node| endpoints().all(|it| it.own_node.as_ref() == Some(node))),
+        egress: closed(endpoints(), Direction::Egress),
+        ingress: closed(endpoints(), Direction::Ingress),
+        contested: true,
+    }
+}
+
+/// Isolation by all policies of all claimants, which nothing opens.
+fn closed<'a>(
+    claimants: impl Iterator<Item = &'a Endpoint>,
+    direction: Direction,
+) -> Option<Arc<Isolation>> {
+    let policies: BTreeSet<&PolicyKey> = claimants
+        .flat_map(|endpoint| endpoint.isolating(direction))
+        .collect();
+    let policies: Box<[PolicyKey]> = policies.into_iter().cloned().collect();
+    let isolation = Isolation {
+        policies,
+        rules: [].into(),
+        distinct: [].into(),
+    };
+    (!isolation.policies.is_empty()).then(|| Arc::new(isolation))
+}

@@ -1,0 +1,100 @@
+//! One pod with all that follows from the other objects, and the endpoint made of it.
+use std::sync::Arc;
+
+use super::selection::Selection;
+use crate::compile::SelectorId;
+use crate::endpoint::{Endpoint, Identity, NamedPort};
+use crate::model::{Node, Pod};
+
+#[derive(Debug)]
+pub(super) struct PodState {
+    pub(super) pod: Pod,
+    identity: Arc<Identity>,
+    named_ports: Arc<[NamedPort]>,
+    /// Sorted.
+    pub(super) matches: Arc<[SelectorId]>,
+    pub(super) selection: Arc<Selection>,
+    /// As of the last [`Self::rebuild`].
+    pub(super) endpoint: Arc<Endpoint>,
+}
+
+impl PodState {
+    pub(super) fn new(
+        pod: Pod,
+        node: Option<Arc<Node>>,
+        matches: Arc<[SelectorId]>,
+        selection: Arc<Selection>,
+    ) -> Self {
+        let identity = Arc::new(Identity {
+            key: pod.key.clone(),
+            uid: pod.uid.clone(),
+            node_name: pod.node.clone(),
+            node,
+            labels: pod.labels.clone(),
+            addresses: pod.addresses.clone(),
+        });
+        let named_ports: Arc<[NamedPort]> = named_ports(&pod).into();
+        let endpoint = Arc::new(endpoint(&identity, &named_ports, &matches, &selection));
+        Self {
+            pod,
+            identity,
+            named_ports,
+            matches,
+            selection,
+            endpoint,
+        }
+    }
+
+    /// Takes effect at the next [`Self::rebuild`].
+    pub(super) fn set_node(&mut self, node: Option<Arc<Node>>) {
+        self.identity = Arc::new(Identity {
+            node,
+            ..(*self.identity).clone()
+        });
+    }
+
+    /// Makes the endpoint anew, after a change of the other fields.
+    pub(super) fn rebuild(&mut self) {
+        let endpoint = endpoint(
+            &self.identity,
+            &self.named_ports,
+            &self.matches,
+            &self.selection,
+        );
+        if *self.endpoint != endpoint {
+            self.endpoint = Arc::new(endpoint);
+        }
+    }
+}
+
+fn endpoint(
+    identity: &Arc<Identity>,
+    named_ports: &Arc<[NamedPort]>,
+    matches: &Arc<[SelectorId]>,
+    selection: &Selection,
+) -> Endpoint {
+    Endpoint {
+        identity: identity.clone(),
+        matches: matches.clone(),
+        named_ports: named_ports.clone(),
+        own_node: identity.node.clone(),
+        egress: selection.egress.clone(),
+        ingress: selection.ingress.clone(),
+        contested: false,
+    }
+}
+
+fn named_ports(pod: &Pod) -> Vec<NamedPort> {
+    let named = pod.ports.iter().filter_map(|port| {
+        let name = port.name.clone()?;
+        Some(NamedPort {
+            protocol: port.protocol,
+            number: port.number,
+            name,
+        })
+    });
+    let mut named: Vec<NamedPort> = named.collect();
+    named.sort();
+    named.dedup();
+    named
+}

@@ -1,0 +1,128 @@
+//! Which policies select a pod, and what that makes of its isolation; shared by all pods that the
+//! same policies select.
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::compile::Rules;
+use crate::endpoint::{Direction, Isolation};
+use crate::model::PolicyKey;
+
+/// One state of one policy; the next state has another id.
+pub(super) type PolicyId = u64;
+
+#[derive(Debug)]
+pub(super) struct CompiledPolicy {
+    id: PolicyId,
+    pub(super) key: PolicyKey,
+    egress: Option<Arc<Rules>>,
+    ingress: Option<Arc<Rules>>,
+}
+
+/// The policies that select a pod.
+#[derive(Debug)]
+pub(super) struct Selection {
+    /// Sorted by key.
+    policies: Box<[Arc<CompiledPolicy>]>,
+    pub(super) egress: Option<Arc<Isolation>>,
+    pub(super) ingress: Option<Arc<Isolation>>,
+}
+
+/// All selections in use.
+#[derive(Debug, Default)]
+pub(super) struct Selections {
+    known: HashMap<Box<[PolicyId]>, Arc<Selection>>,
+    collect_at: usize,
+    next: PolicyId,
+}
+
+impl CompiledPolicy {
+    fn rules(&self, direction: Direction) -> Option<&Arc<Rules>> {
+        match direction {
+            Direction::Egress => self.egress.as_ref(),
+            Direction::Ingress => self.ingress.as_ref(),
+        }
+    }
+}
+
+impl Selection {
+    pub(super) fn contains(&self, policy: &CompiledPolicy) -> bool {
+        self.policies
+            .binary_search_by(|known| known.key.cmp(&policy.key))
+            .is_ok_and(|index| self.policies[index].id == policy.id)
+    }
+
+    /// The policies with the one of `key` replaced by `policy`, or without it.
+    pub(super) fn with(
+        &self,
+        key: &PolicyKey,
+        policy: Option<&Arc<CompiledPolicy>>,
+    ) -> Vec<Arc<CompiledPolicy>> {
+        let before = self.policies.partition_point(|known| known.key < *key);
+        let after = self.policies.partition_point(|known| known.key <= *key);
+        let (before, after) = (&self.policies[..before], &self.policies[after..]);
+        before.iter().chain(policy).chain(after).cloned().collect()
+    }
+
+    fn new(policies: Vec<Arc<CompiledPolicy>>) -> Self {
+        Self {
+            egress: isolation(&policies, Direction::Egress),
+            ingress: isolation(&policies, Direction::Ingress),
+            policies: policies.into(),
+        }
+    }
+}
+
+impl Selections {
+    pub(super) fn policy(
+        &mut self,
+        key: PolicyKey,
+        egress: Option<Arc<Rules>>,
+        ingress: Option<Arc<Rules>>,
+    ) -> CompiledPolicy {
+        self.next += 1;
+        CompiledPolicy {
+            id: self.next,
+            key,
+            egress,
+            ingress,
+        }
+    }
+
+    /// `policies` are sorted by key.
+    pub(super) fn intern(&mut self, policies: Vec<Arc<CompiledPolicy>>) -> Arc<Selection> {
+        let ids: Box<[PolicyId]> = policies.iter().map(|policy| policy.id).collect();
+        if let Some(known) = self.known.get(&ids) {
+            return known.clone();
+        }
+        if self.known.len() >= self.collect_at {
+            self.known
+                .retain(|_, selection| Arc::strong_count(selection) > 1);
+            self.collect_at = 64.max(self.known.len() * 2);
+        }
+        let selection = Arc::new(Selection::new(policies));
+        self.known.insert(ids, selection.clone());
+        selection
+    }
+}
+
+fn isolation(policies: &[Arc<CompiledPolicy>], direction: Direction) -> Option<Arc<Isolation>> {
+    let isolating = policies
+        .iter()
+        .filter_map(|policy| Some((policy, policy.rules(direction)?)));
+    let (policies, rules): (Vec<PolicyKey>, Vec<Arc<Rules>>) = isolating
+        .map(|(policy, rules)| (policy.key.clone(), rules.clone()))
+        .unzip();
+    if policies.is_empty() {
+        return None;
+    }
+    // Equal rules are one allocation, so that their address tells them apart.
+    let mut distinct = rules.clone();
+    distinct.sort_by_key(Arc::as_ptr);
+    distinct.dedup_by_key(|rules| Arc::as_ptr(rules));
+    distinct.retain(|rules| !rules.list.is_empty());
+    Some(Arc::new(Isolation {
+        policies: policies.into(),
+        rules: rules.into(),
+        distinct: distinct.into(),
+    }))
+}

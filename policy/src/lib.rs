@@ -1,0 +1,37 @@
+//! What a Kubernetes NetworkPolicy means: objects in, verdicts out.
+//!
+//! Pure: no clock, socket, file, log or async. [`NetworkPolicy::new`] validates, [`Cluster`] takes
+//! the objects one by one and gives out an [`Endpoint`] per pod address, [`judge`] takes the two
+//! ends of a connection and says whether it may be, and why.
+//!
+//! ```text
+//! v1::NetworkPolicySpec --validate--> NetworkPolicy --compile--> Rules (peer selectors as ids)
+//!                                                                  |
+//! Pod, Namespace, Node, NetworkPolicy --> Cluster --> Endpoint { ids it matches, isolation }
+//!                                                                  |
+//!                                     judge(from, to, port, protocol) --> Verdict
+//! ```
+//!
+//! Two invariants hold everywhere. What is not understood never widens access: it is refused by
+//! name. And the cost of a verdict is that of the rules on the pods at its two ends, whatever the
+//! size of the cluster: who matches which selector is settled before, when an object changes.
+mod cluster;
+mod compile;
+mod endpoint;
+mod fault;
+mod model;
+mod network_policy;
+mod ranges;
+mod selector;
+mod syntax;
+pub mod v1;
+mod verdict;
+
+pub use cluster::{Cluster, Touched};
+pub use endpoint::{Direction, Endpoint, Identity};
+pub use fault::InvalidPolicy;
+pub use model::{
+    Labels, Namespace, Node, Pod, PodKey, PodPort, PolicyKey, Protocol, UnknownProtocol,
+};
+pub use network_policy::NetworkPolicy;
+pub use verdict::{Exempt, OwnNode, Party, RuleRef, Side, Verdict, allows, judge};

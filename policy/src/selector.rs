@@ -1,0 +1,277 @@
+//! Label selectors: validated, normalised, and asked of labels.
+//!
+//! Two selectors that say the same in another order or spelling are equal, so that they share one
+//! id in the cluster. Knows no pods: labels only.
+use std::sync::Arc;
+
+use crate::fault::Faults;
+use crate::model::Labels;
+use crate::{syntax, v1};
+
+/// A `meta/v1` LabelSelector; all requirements must hold, so that without any everything matches.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct LabelSelector {
+    /// Sorted and without duplicates.
+    requirements: Box<[Requirement]>,
+}
+
+/// The pods that one peer of a rule stands for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct PeerSelector {
+    pub(crate) namespaces: NamespaceScope,
+    pub(crate) pods: LabelSelector,
+}
+
+/// The namespaces whose pods a peer looks at.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum NamespaceScope {
+    /// The policy's own: the peer has no `namespaceSelector`.
+    Named(Arc<str>),
+    /// Those that match `namespaceSelector`.
+    Matching(LabelSelector),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+struct Requirement {
+    key: Arc<str>,
+    test: Test,
+}
+
+/// Values are sorted and without duplicates.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Test {
+    In(Box<[Arc<str>]>),
+    NotIn(Box<[Arc<str>]>),
+    Exists,
+    DoesNotExist,
+}
+
+impl LabelSelector {
+    /// Checks `raw` as the API server does; every fault goes to `faults` under `path`.
+    pub(crate) fn new(raw: v1::LabelSelector, path: &str, faults: &mut Faults) -> Self {
+        let mut requirements = Vec::new();
+        for (key, value) in raw.match_labels {
+            let field = format!("{path}.matchLabels");
+            check_key(&key, &field, faults);
+            check_value(&value, &field, faults);
+            requirements.push(Requirement {
+                key: key.into(),
+                test: Test::In([value.into()].into()),
+            });
+        }
+        for (index, requirement) in raw.match_expressions.into_iter().enumerate() {
+            let field = format!("{path}.matchExpressions[{index}]");
+            requirements.extend(Requirement::new(requirement, &field, faults));
+        }
+        requirements.sort();
+        requirements.dedup();
+        Self {
+            requirements: requirements.into(),
+        }
+    }
+
+    pub(crate) fn matches(&self, labels: &Labels) -> bool {
+        self.requirements
+            .iter()
+            .all(|requirement| requirement.holds(labels))
+    }
+}
+
+impl NamespaceScope {
+    pub(crate) fn covers(&self, name: &str, labels: &Labels) -> bool {
+        match self {
+            Self::Named(own) => **own == *name,
+            Self::Matching(selector) => selector.matches(labels),
+        }
+    }
+}
+
+impl Requirement {
+    fn new(raw: v1::LabelSelectorRequirement, path: &str, faults: &mut Faults) -> Option<Self> {
+        check_key(&raw.key, &format!("{path}.key"), faults);
+        for (index, value) in raw.values.iter().enumerate() {
+            check_value(value, &format!("{path}.values[{index}]"), faults);
+        }
+        let takes_values = matches!(raw.operator.as_str(), "In" | "NotIn");
+        if takes_values && raw.values.is_empty() {
+            faults.push(
+                format!("{path}.values"),
+                format!("{} has no values", raw.operator),
+                "give at least one value, or use Exists or DoesNotExist",
+            );
+        }
+        let mut values: Vec<Arc<str>> = raw.values.into_iter().map(Into::into).collect();
+        values.sort();
+        values.dedup();
+        let test = match raw.operator.as_str() {
+            "In" => Test::In(values.into()),
+            "NotIn" => Test::NotIn(values.into()),
+            "Exists" | "DoesNotExist" if !values.is_empty() => {
+                faults.push(
+                    format!("{path}.values"),
+                    format!("{} takes no values", raw.operator),
+                    "remove the values, or use In or NotIn",
+                );
+                return None;
+            }
+            "Exists" => Test::Exists,
+            "DoesNotExist" => Test::DoesNotExist,
+            unknown => {
+                faults.push(
+                    format!("{path}.operator"),
+                    format!("unknown operator {unknown:?}"),
+                    "use In, NotIn, Exists or DoesNotExist",
+                );
+                return None;
+            }
+        };
+        Some(Self {
+            key: raw.key.into(),
+            test,
+        })
+    }
+
+    /// A label that is not there is in no set: `NotIn` and `DoesNotExist` hold for it.
+    fn holds(&self, labels: &Labels) -> bool {
+        let value = labels.get(&self.key);
+        match &self.test {
+            Test::In(values) => value.is_some_and(|value| values.binary_search(value).is_ok()),
+            Test::NotIn(values) => value.is_none_or(|value| values.binary_search(value).is_err()),
+            Test::Exists => value.is_some(),
+            Test::DoesNotExist => value.is_none(),
+        }
+    }
+}
+
+fn check_key(key: &str, field: &str, faults: &mut Faults) {
+    if let Some(problem) = syntax::label_key_fault(key) {
+        faults.push(
+            field,
+            problem,
+            "write a label key such as app or example.com/app",
+        );
+    }
+}
+
+fn check_value(value: &str, field: &str, faults: &mut Faults) {
+    if let Some(problem) = syntax::label_value_fault(value) {
+        faults.push(
+            field,
+            problem,
+            "write up to 63 of A-Z, a-z, 0-9, -, _ and .",
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn selector(yaml: &str) -> LabelSelector {
+        let mut faults = Faults::default();
+        let raw = serde_saphyr::from_str(yaml).unwrap();
+        let selector = LabelSelector::new(raw, "s", &mut faults);
+        faults.or(selector).unwrap()
+    }
+
+    fn labels(pairs: &[(&str, &str)]) -> Labels {
+        pairs.iter().map(|&(k, v)| (k.into(), v.into())).collect()
+    }
+
+    #[test]
+    fn every_operator_treats_an_absent_label_as_the_api_does() {
+        for (yaml, absent, other, same, empty, why) in [
+            ("{}", true, true, true, true, "no requirement"),
+            (
+                "matchLabels: {a: x}",
+                false,
+                false,
+                true,
+                false,
+                "value must be equal",
+            ),
+            (
+                "matchLabels: {a: ''}",
+                false,
+                false,
+                false,
+                true,
+                "empty is not absent",
+            ),
+            (
+                "matchExpressions: [{key: a, operator: In, values: [w, x]}]",
+                false,
+                false,
+                true,
+                false,
+                "one of the values",
+            ),
+            (
+                "matchExpressions: [{key: a, operator: NotIn, values: [w, x]}]",
+                true,
+                true,
+                false,
+                true,
+                "absent is not in the set",
+            ),
+            (
+                "matchExpressions: [{key: a, operator: Exists}]",
+                false,
+                true,
+                true,
+                true,
+                "there",
+            ),
+            (
+                "matchExpressions: [{key: a, operator: DoesNotExist}]",
+                true,
+                false,
+                false,
+                false,
+                "not there",
+            ),
+            (
+                "{matchLabels: {a: x}, matchExpressions: [{key: b, operator: DoesNotExist}]}",
+                false,
+                false,
+                true,
+                false,
+                "labels and expressions",
+            ),
+            (
+                "matchExpressions: [{key: a, operator: Exists}, {key: a, operator: NotIn, values: [x]}]",
+                false,
+                true,
+                false,
+                true,
+                "all must hold",
+            ),
+        ] {
+            let selector = selector(yaml);
+            for (pairs, expected) in [
+                (&[][..], absent),
+                (&[("a", "y")], other),
+                (&[("a", "x")], same),
+                (&[("a", "")], empty),
+            ] {
+                assert_eq!(
+                    selector.matches(&labels(pairs)),
+                    expected,
+                    "{yaml} {pairs:?}: {why}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn spelling_does_not_make_another_selector() {
+        let one = selector("matchLabels: {b: z, a: x}");
+        for same in [
+            "matchExpressions: [{key: b, operator: In, values: [z]}, {key: a, operator: In, values: [x, x]}]",
+            "{matchLabels: {a: x}, matchExpressions: [{key: b, operator: In, values: [z]}, {key: a, operator: In, values: [x]}]}",
+        ] {
+            assert_eq!(selector(same), one, "{same}");
+        }
+        assert_ne!(selector("matchLabels: {a: x}"), one);
+    }
+}

@@ -1,0 +1,319 @@
+//! The question "may X talk to Y?" and its answer with its reason.
+//!
+//! Reads endpoints, changes nothing, and asks only the rules on the two ends.
+use std::fmt::{self, Display};
+use std::net::IpAddr;
+
+use serde::Serialize;
+
+use crate::compile::Question;
+use crate::endpoint::{Direction, Endpoint};
+use crate::model::{Node, PolicyKey, Protocol};
+
+/// What policy has to say about traffic between a pod and the node that it runs on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OwnNode {
+    /// Nothing: it is always allowed, as Kubernetes documents it.
+    #[default]
+    Allow,
+    /// A pod's traffic to its node is judged by the pod's egress policies; the node's traffic to its
+    /// pods stays exempt, since kubelet probes them.
+    Judge,
+}
+
+/// Why traffic is allowed whatever policies say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Exempt {
+    /// A pod to itself.
+    #[serde(rename = "self")]
+    SelfTraffic,
+    /// A pod and the node that it runs on, either way.
+    #[serde(rename = "node")]
+    Node,
+}
+
+/// One end of a connection: its address after DNAT, and the pod there, if it is one.
+#[derive(Clone, Copy, Debug)]
+pub struct Party<'a> {
+    /// The address on the wire; IPv4-mapped ones are to be unmapped before.
+    pub address: IpAddr,
+    /// The pod that owns the address.
+    pub endpoint: Option<&'a Endpoint>,
+}
+
+/// A rule of a policy.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct RuleRef {
+    /// The policy.
+    pub policy: PolicyKey,
+    /// Index into `spec.ingress` or `spec.egress`.
+    pub index: usize,
+}
+
+/// What one end says: the source about its egress, the destination about its ingress.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Side {
+    /// Whether any policy isolates this end in this direction.
+    pub isolated: bool,
+    /// Whether this end lets the connection be; always so if it is not isolated.
+    pub allowed: bool,
+    /// Those that allow if it is allowed, those that isolate if it is not; sorted, unique, and
+    /// empty if the end is not isolated.
+    pub policies: Vec<PolicyKey>,
+    /// The rules that allow; sorted.
+    pub rules: Vec<RuleRef>,
+    /// Whether the end's address is claimed by more than one running pod, so that no rule may open
+    /// it.
+    #[serde(skip)]
+    pub contested: bool,
+}
+
+/// The answer: both ends must allow, unless the connection is exempt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Verdict {
+    /// What the source's egress policies say.
+    pub egress: Side,
+    /// What the destination's ingress policies say.
+    pub ingress: Side,
+    /// Allowed whatever the two sides say.
+    pub exempt: Option<Exempt>,
+}
+
+/// Decides a connection and says why. `port` is the destination's after DNAT; `None` stands for a
+/// protocol without ports, which only rules without ports allow.
+///
+/// Both sides are filled in even where the connection is exempt.
+pub fn judge(
+    from: Party<'_>,
+    to: Party<'_>,
+    port: Option<u16>,
+    protocol: Protocol,
+    own_node: OwnNode,
+) -> Verdict {
+    let ends = Ends {
+        from,
+        to,
+        port,
+        protocol,
+    };
+    Verdict {
+        egress: ends.side(Direction::Egress),
+        ingress: ends.side(Direction::Ingress),
+        exempt: ends.exempt(own_node),
+    }
+}
+
+/// [`judge`]'s `allowed()` without its reason; allocates nothing.
+pub fn allows(
+    from: Party<'_>,
+    to: Party<'_>,
+    port: Option<u16>,
+    protocol: Protocol,
+    own_node: OwnNode,
+) -> bool {
+    let ends = Ends {
+        from,
+        to,
+        port,
+        protocol,
+    };
+    (ends.allowed(Direction::Egress) && ends.allowed(Direction::Ingress))
+        || ends.exempt(own_node).is_some()
+}
+
+impl Verdict {
+    /// Whether the connection may be.
+    pub fn allowed(&self) -> bool {
+        self.exempt.is_some() || (self.egress.allowed && self.ingress.allowed)
+    }
+
+    /// The verdict and its reason as one English sentence.
+    pub fn reason(&self) -> String {
+        match self.exempt {
+            Some(Exempt::SelfTraffic) => "Allowed: a pod always reaches itself.".to_owned(),
+            Some(Exempt::Node) => {
+                "Allowed: a pod and the node it runs on always reach each other.".to_owned()
+            }
+            None if self.allowed() => self.grounds(),
+            None => {
+                let sides = [
+                    (Direction::Egress, &self.egress),
+                    (Direction::Ingress, &self.ingress),
+                ];
+                let denials = sides.iter().filter(|(_, side)| !side.allowed);
+                let denials: Vec<_> = denials
+                    .map(|&(direction, side)| side.denial(direction))
+                    .collect();
+                format!("Denied: {}.", denials.join("; and "))
+            }
+        }
+    }
+
+    fn grounds(&self) -> String {
+        if !self.egress.isolated && !self.ingress.isolated {
+            return "Allowed: no policy isolates the source for egress or the destination for \
+                    ingress."
+                .to_owned();
+        }
+        format!(
+            "Allowed: {}, and {}.",
+            self.egress.grant(Direction::Egress),
+            self.ingress.grant(Direction::Ingress)
+        )
+    }
+}
+
+impl Side {
+    fn grant(&self, direction: Direction) -> String {
+        let (end, field) = spoken(direction);
+        if !self.isolated {
+            return format!("the {end} is not isolated for {field}");
+        }
+        let rules = self.rules.iter();
+        let rules = rules.map(|rule| format!("{} (spec.{field}[{}])", rule.policy, rule.index));
+        format!("the {end}'s {field} is allowed by {}", listed(rules))
+    }
+
+    fn denial(&self, direction: Direction) -> String {
+        let (end, field) = spoken(direction);
+        let policies = listed(self.policies.iter());
+        if self.contested {
+            return format!(
+                "more than one running pod claims the {end}'s address, which {policies} isolates \
+                 for {field}"
+            );
+        }
+        format!("the {end} is isolated for {field} by {policies}, and no rule allows this")
+    }
+}
+
+fn spoken(direction: Direction) -> (&'static str, &'static str) {
+    match direction {
+        Direction::Egress => ("source", "egress"),
+        Direction::Ingress => ("destination", "ingress"),
+    }
+}
+
+fn listed(items: impl Iterator<Item = impl Display>) -> String {
+    let mut items: Vec<String> = items.map(|item| item.to_string()).collect();
+    match items.pop() {
+        Some(last) if !items.is_empty() => format!("{} and {last}", items.join(", ")),
+        last => last.unwrap_or_default(),
+    }
+}
+
+/// The connection in question.
+#[derive(Clone, Copy)]
+struct Ends<'a> {
+    from: Party<'a>,
+    to: Party<'a>,
+    port: Option<u16>,
+    protocol: Protocol,
+}
+
+impl<'a> Ends<'a> {
+    /// The end whose policies count in `direction`, and the question to its rules.
+    fn question(&self, direction: Direction) -> (Option<&'a Endpoint>, Question<'a>) {
+        let (own, peer) = match direction {
+            Direction::Egress => (self.from, self.to),
+            Direction::Ingress => (self.to, self.from),
+        };
+        let question = Question {
+            peer: peer.address,
+            peer_endpoint: peer.endpoint,
+            destination: self.to.endpoint,
+            port: self.port,
+            protocol: self.protocol,
+        };
+        (own.endpoint, question)
+    }
+
+    fn allowed(&self, direction: Direction) -> bool {
+        let (own, question) = self.question(direction);
+        own.and_then(|own| own.isolation(direction))
+            .is_none_or(|isolation| isolation.distinct.iter().any(|rules| rules.allow(question)))
+    }
+
+    fn side(&self, direction: Direction) -> Side {
+        let (own, question) = self.question(direction);
+        let contested = own.is_some_and(Endpoint::contested);
+        let Some(isolation) = own.and_then(|own| own.isolation(direction)) else {
+            return Side {
+                allowed: true,
+                contested,
+                ..Side::default()
+            };
+        };
+        let mut side = Side {
+            isolated: true,
+            contested,
+            ..Side::default()
+        };
+        for (policy, rules) in isolation.policies.iter().zip(&isolation.rules) {
+            let allowing = rules
+                .list
+                .iter()
+                .enumerate()
+                .filter(|(_, rule)| rule.allows(question));
+            let known = side.rules.len();
+            side.rules.extend(allowing.map(|(index, _)| RuleRef {
+                policy: policy.clone(),
+                index,
+            }));
+            if side.rules.len() > known {
+                side.policies.push(policy.clone());
+            }
+        }
+        side.allowed = !side.rules.is_empty();
+        if !side.allowed {
+            side.policies = isolation.policies.to_vec();
+        }
+        side
+    }
+
+    fn exempt(&self, own_node: OwnNode) -> Option<Exempt> {
+        if self.is_self() {
+            return Some(Exempt::SelfTraffic);
+        }
+        let to_own_node = own_node == OwnNode::Allow && runs_on(self.from, self.to);
+        (to_own_node || runs_on(self.to, self.from)).then_some(Exempt::Node)
+    }
+
+    /// One address is one pod, whoever claims it. Two addresses of one pod are that pod only if
+    /// nobody else claims either.
+    fn is_self(&self) -> bool {
+        let (Some(from), Some(to)) = (self.from.endpoint, self.to.endpoint) else {
+            return false;
+        };
+        let same_pod = || {
+            !from.contested
+                && !to.contested
+                && from.identity.key == to.identity.key
+                && from.identity.uid == to.identity.uid
+        };
+        self.from.address == self.to.address || same_pod()
+    }
+}
+
+/// Whether `pod` is a pod and `node` the node that it runs on; an address that a pod owns is no
+/// node's.
+fn runs_on(pod: Party<'_>, node: Party<'_>) -> bool {
+    let holds = |own: &Node| own.addresses.contains(&node.address);
+    node.endpoint.is_none()
+        && pod
+            .endpoint
+            .and_then(|pod| pod.own_node.as_deref())
+            .is_some_and(holds)
+}
+
+impl Display for Exempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::SelfTraffic => "self",
+            Self::Node => "node",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

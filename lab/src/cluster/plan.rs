@@ -1,0 +1,264 @@
+//! Where everything is: the address plan of a cluster, and the `ip` scripts that build it.
+//!
+//! Pure: values in, text out. Every cluster lives in namespaces of its own, so all use the same
+//! plan.
+
+use std::fmt::Write;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+
+use ipnet::{Ipv4Net, Ipv6Net};
+
+use super::spec::Gateway;
+
+/// All pods of all nodes, IPv4.
+pub(super) const CLUSTER_V4: &str = "10.244.0.0/16";
+/// All pods of all nodes, IPv6; node N has fd00:10:244:N::/64.
+pub(super) const CLUSTER_V6: &str = "fd00:10:244::/48";
+/// The fabric's addresses: the nodes' gateway and the outside host's.
+const FABRIC: (&str, &str) = ("172.18.0.1", "fd00:172:18::1");
+const FABRIC_OUTSIDE: (&str, &str) = ("203.0.113.1", "2001:db8:113::1");
+/// The outside host's own addresses (TEST-NET-3, RFC 5737, and RFC 3849).
+pub(super) const OUTSIDE_V4: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
+pub(super) const OUTSIDE_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x113, 0, 0, 0, 0, 0x10);
+/// The fabric answers "unreachable" for these (TEST-NET-2, RFC 5737) ...
+const UNREACHABLE: (&str, &str) = ("198.51.100.0/25", "2001:db8:51:a::/64");
+/// ... and is silent for these.
+const BLACKHOLE: (&str, &str) = ("198.51.100.128/25", "2001:db8:51:b::/64");
+/// An address of each of these nets.
+pub(super) const UNREACHABLE_HOSTS: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(198, 51, 100, 7)),
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0x51, 0xa, 0, 0, 0, 7)),
+];
+pub(super) const BLACKHOLE_HOSTS: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(198, 51, 100, 135)),
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0x51, 0xb, 0, 0, 0, 7)),
+];
+/// Of every host side of a pod's link, as Calico has it: the links are no common segment.
+const GATEWAY_MAC: &str = "ee:ee:ee:ee:ee:ee";
+const GATEWAY_LINK_LOCAL: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+const GATEWAY_V6: &str = "fe80::1";
+
+/// How many nodes the plan has room for.
+pub(super) const MAX_NODES: usize = 200;
+
+/// A node's addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct NodePlan {
+    pub(super) index: u8,
+    pub(super) v4: Ipv4Addr,
+    pub(super) v6: Ipv6Addr,
+    pub(super) pods_v4: Ipv4Net,
+    pub(super) pods_v6: Ipv6Net,
+}
+
+impl NodePlan {
+    pub(super) fn new(index: u8) -> Self {
+        let segment = u16::from(index);
+        let host = segment + 10;
+        Self {
+            index,
+            // At most 200 nodes: 10 + 199 is a host number.
+            v4: Ipv4Addr::new(172, 18, 0, index.saturating_add(10)),
+            v6: Ipv6Addr::new(0xfd00, 0x172, 0x18, 0, 0, 0, 0, host),
+            pods_v4: Ipv4Net::new_assert(Ipv4Addr::new(10, 244, index, 0), 24),
+            pods_v6: Ipv6Net::new_assert(
+                Ipv6Addr::new(0xfd00, 0x10, 0x244, segment, 0, 0, 0, 0),
+                64,
+            ),
+        }
+    }
+
+    /// The pod addresses with host number `host`, 2 to 254.
+    pub(super) fn pod(&self, host: u8) -> (Ipv4Addr, Ipv6Addr) {
+        let v6 = u128::from(self.pods_v6.network()) | u128::from(host);
+        (Ipv4Addr::new(10, 244, self.index, host), Ipv6Addr::from(v6))
+    }
+
+    /// What pods of this node have as their IPv4 gateway.
+    fn gateway(&self, gateway: Gateway) -> Ipv4Addr {
+        match gateway {
+            Gateway::LinkLocal => GATEWAY_LINK_LOCAL,
+            Gateway::NodeAddress => Ipv4Addr::new(10, 244, self.index, 1),
+        }
+    }
+}
+
+/// Links of the fabric: a bridge for the nodes, a routed link to the outside, and no way to
+/// some addresses.
+pub(super) fn fabric(nodes: &[(NodePlan, &Path)], outside: &Path) -> String {
+    let mut out = String::new();
+    let mut line = |text: String| out.push_str(&(text + "\n"));
+    line("link set lo up".into());
+    line("link add underlay type bridge mcast_snooping 0".into());
+    line("link set underlay addrgenmode none".into());
+    line("link set underlay up".into());
+    line(format!("addr add {}/24 dev underlay", FABRIC.0));
+    line(format!("addr add {}/64 dev underlay nodad", FABRIC.1));
+    // A router solicits its neighbours from a link-local address.
+    line(format!("addr add {GATEWAY_V6}/64 dev underlay nodad"));
+    for (node, netns) in nodes {
+        let port = format!("node{}", node.index);
+        line(format!(
+            "link add {port} type veth peer name eth0 netns {}",
+            netns.display()
+        ));
+        line(format!(
+            "link set {port} addrgenmode none master underlay up"
+        ));
+        line(format!("route add {} via {}", node.pods_v4, node.v4));
+        line(format!("route add {} via {}", node.pods_v6, node.v6));
+    }
+    line(format!(
+        "link add outside type veth peer name eth0 netns {}",
+        outside.display()
+    ));
+    line("link set outside addrgenmode none up".into());
+    line(format!("addr add {}/24 dev outside", FABRIC_OUTSIDE.0));
+    line(format!(
+        "addr add {}/64 dev outside nodad",
+        FABRIC_OUTSIDE.1
+    ));
+    for net in [UNREACHABLE.0, UNREACHABLE.1] {
+        line(format!("route add unreachable {net}"));
+    }
+    for net in [BLACKHOLE.0, BLACKHOLE.1] {
+        line(format!("route add blackhole {net}"));
+    }
+    out
+}
+
+/// The outside host's side of its link.
+pub(super) fn outside() -> String {
+    format!(
+        "link set lo up\nlink set eth0 up\naddr add {OUTSIDE_V4}/24 dev eth0\n\
+         addr add {OUTSIDE_V6}/64 dev eth0 nodad\n\
+         route add default via {}\nroute add default via {}\n",
+        FABRIC_OUTSIDE.0, FABRIC_OUTSIDE.1
+    )
+}
+
+/// A node's side of the underlay, with routes to the other nodes' pods.
+pub(super) fn node(own: &NodePlan, others: &[NodePlan]) -> String {
+    let mut out = String::from("link set lo up\nlink set eth0 up\n");
+    let mut line = |text: String| out.push_str(&(text + "\n"));
+    line(format!("addr add {}/24 dev eth0", own.v4));
+    line(format!("addr add {}/64 dev eth0 nodad", own.v6));
+    line(format!("route add default via {}", FABRIC.0));
+    line(format!("route add default via {}", FABRIC.1));
+    for other in others.iter().filter(|other| *other != own) {
+        line(format!("route add {} via {}", other.pods_v4, other.v4));
+        line(format!("route add {} via {}", other.pods_v6, other.v6));
+    }
+    // An address of the node that no pod has must not travel back to the fabric, as Calico has it.
+    line(format!("route add blackhole {}", own.pods_v4));
+    line(format!("route add blackhole {}", own.pods_v6));
+    out
+}
+
+/// The node's side of a pod's link.
+pub(super) fn pod_on_node(
+    node: &NodePlan,
+    gateway: Gateway,
+    link: &str,
+    netns: &Path,
+    pod: (Ipv4Addr, Ipv6Addr),
+) -> String {
+    let mut out = String::new();
+    let netns = netns.display();
+    let _ = writeln!(
+        out,
+        "link add {link} address {GATEWAY_MAC} type veth peer name eth0 netns {netns}"
+    );
+    let _ = writeln!(out, "link set {link} addrgenmode none up");
+    let _ = writeln!(out, "addr add {GATEWAY_V6}/64 dev {link} nodad");
+    let source = match gateway {
+        Gateway::LinkLocal => node.v4,
+        Gateway::NodeAddress => {
+            let _ = writeln!(out, "addr add {}/32 dev {link}", node.gateway(gateway));
+            node.gateway(gateway)
+        }
+    };
+    let _ = writeln!(
+        out,
+        "route add {}/32 dev {link} scope link src {source}",
+        pod.0
+    );
+    let _ = writeln!(out, "route add {}/128 dev {link}", pod.1);
+    out
+}
+
+/// The pod's side of its link.
+pub(super) fn pod(node: &NodePlan, gateway: Gateway, pod: (Ipv4Addr, Ipv6Addr)) -> String {
+    let via = node.gateway(gateway);
+    // The neighbour is fixed: proxy ARP answers after a random delay of up to 0.8 s, and the
+    // parameter for it is not there in user namespaces.
+    format!(
+        "link set lo up\nlink set eth0 up\naddr add {}/32 dev eth0\naddr add {}/128 dev eth0 nodad\n\
+         neigh replace {via} lladdr {GATEWAY_MAC} dev eth0 nud permanent\n\
+         route add {via}/32 dev eth0 scope link\nroute add default via {via} dev eth0\n\
+         route add default via {GATEWAY_V6} dev eth0\n",
+        pod.0, pod.1
+    )
+}
+
+/// What leaves the pods' network takes the node's address, as CNI plugins have it.
+pub(super) fn masquerade() -> String {
+    let mut out = String::new();
+    for (family, cluster) in [("ip", CLUSTER_V4), ("ip6", CLUSTER_V6)] {
+        let _ = writeln!(
+            out,
+            "table {family} lab-cni {{\n\tchain postrouting {{\n\
+             \t\ttype nat hook postrouting priority srcnat; policy accept;\n\
+             \t\t{family} saddr {cluster} {family} daddr != {cluster} masquerade\n\t}}\n}}"
+        );
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_node_and_the_last_pod_have_addresses_of_their_own() {
+        let last = NodePlan::new(199);
+        assert_eq!(last.v4.to_string(), "172.18.0.209");
+        assert_eq!(last.pods_v6.to_string(), "fd00:10:244:c7::/64");
+        let (v4, v6) = last.pod(254);
+        assert_eq!(
+            (v4.to_string(), v6.to_string()),
+            ("10.244.199.254".into(), "fd00:10:244:c7::fe".into())
+        );
+    }
+
+    #[test]
+    fn a_node_routes_to_the_other_nodes_pods_and_not_to_its_own() {
+        let nodes = [NodePlan::new(0), NodePlan::new(1)];
+        let script = node(&nodes[0], &nodes);
+        assert!(
+            script.contains("route add 10.244.1.0/24 via 172.18.0.11\n"),
+            "{script}"
+        );
+        assert!(
+            script.contains("route add fd00:10:244:1::/64 via fd00:172:18::b\n"),
+            "{script}"
+        );
+        assert!(!script.contains("route add 10.244.0.0/24"), "{script}");
+    }
+
+    #[test]
+    fn with_the_nodes_address_as_gateway_the_node_owns_it() {
+        let node = NodePlan::new(1);
+        let addresses = node.pod(2);
+        let host = pod_on_node(
+            &node,
+            Gateway::NodeAddress,
+            "pod1",
+            Path::new("/n"),
+            addresses,
+        );
+        assert!(host.contains("addr add 10.244.1.1/32 dev pod1\n"), "{host}");
+        assert!(pod(&node, Gateway::NodeAddress, addresses).contains("default via 10.244.1.1 "));
+    }
+}

@@ -1,0 +1,15 @@
+//! What hosts send each other, and what they see of it.
+//!
+//! Sockets are made inside a host's namespace and used from anywhere. The outcome of a dial keeps
+//! what the kernel said, so that dropped, refused and unreachable stay apart.
+
+pub mod bulk;
+pub mod capture;
+mod dial;
+pub(crate) mod server;
+pub(crate) mod udp;
+
+pub use capture::{Capture, Flags, Packet, Way};
+pub use dial::{Dial, Greeting, Kind, Outcome, connect_all, greeting};
+pub use server::Serve;
+pub use udp::UdpOutcome;

@@ -1,0 +1,560 @@
+//! What holds for every cluster and every policy.
+//!
+//! Seeds are fixed, so that a run is a run; what a failure found is written into a case file or a
+//! table, not into a file of seeds.
+mod support {
+    pub(crate) mod arbitrary;
+    pub(crate) mod cluster;
+    pub(crate) mod oracle;
+    #[expect(dead_code, reason = "the nine pods of upstream are for the tables")]
+    pub(crate) mod world;
+}
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use policy::Cluster;
+use proptest::prelude::*;
+use proptest::sample::Index;
+use proptest::test_runner::RngSeed;
+use serde_json::{Value, json};
+
+use support::arbitrary::{all_addresses, changes, policies, worlds};
+use support::cluster::{
+    as_answer, change, check_against_oracle, cluster, judge, key_of, pairs, touched_by,
+};
+use support::oracle::{Answer, Question, Side, answer};
+use support::world::{Change, World, policy_key};
+
+const PROBES: [(Option<u16>, &str); 6] = [
+    (Some(80), "TCP"),
+    (Some(81), "TCP"),
+    (Some(53), "UDP"),
+    (Some(80), "UDP"),
+    (Some(81), "SCTP"),
+    (None, "1"),
+];
+
+fn config(cases: u32) -> ProptestConfig {
+    ProptestConfig {
+        cases,
+        failure_persistence: None,
+        rng_seed: RngSeed::Fixed(20),
+        max_shrink_iters: 2000,
+        max_shrink_time: 10_000,
+        ..ProptestConfig::default()
+    }
+}
+
+/// Every question among `addresses`.
+fn questions(addresses: &BTreeSet<IpAddr>) -> Vec<Question<'static>> {
+    let mut all = Vec::new();
+    for (from, to) in pairs(addresses) {
+        for (port, protocol) in PROBES {
+            all.push(Question {
+                from,
+                to,
+                port,
+                protocol,
+                own_node_is_judged: false,
+            });
+        }
+    }
+    all
+}
+
+/// Who asks what, without the port's details: enough to find an answer again.
+type Asked = (IpAddr, IpAddr, Option<u16>, &'static str);
+
+/// The whole truth of a cluster.
+fn truth(cluster: &Cluster) -> BTreeMap<Asked, Answer> {
+    let asked = |question: &Question<'static>| {
+        (question.from, question.to, question.port, question.protocol)
+    };
+    questions(&all_addresses())
+        .iter()
+        .map(|question| (asked(question), as_answer(&judge(cluster, question))))
+        .collect()
+}
+
+/// Only whether each connection may be.
+fn allowed(cluster: &Cluster) -> BTreeMap<Asked, bool> {
+    truth(cluster)
+        .into_iter()
+        .map(|(asked, answer)| (asked, answer.allowed()))
+        .collect()
+}
+
+/// Who owns which address, in what state.
+fn owners(cluster: &Cluster) -> BTreeMap<IpAddr, (String, bool)> {
+    let owner =
+        |endpoint: &policy::Endpoint| (endpoint.identity.key.to_string(), endpoint.contested());
+    cluster
+        .endpoints()
+        .map(|(address, endpoint)| (address, owner(endpoint)))
+        .collect()
+}
+
+fn endpoints(cluster: &Cluster) -> BTreeMap<IpAddr, Arc<policy::Endpoint>> {
+    cluster
+        .endpoints()
+        .map(|(address, endpoint)| (address, Arc::clone(endpoint)))
+        .collect()
+}
+
+/// The first difference between two truths, if any.
+fn difference<T: PartialEq + std::fmt::Debug>(
+    one: &BTreeMap<Asked, T>,
+    other: &BTreeMap<Asked, T>,
+) -> Option<String> {
+    let differs = one
+        .iter()
+        .find(|(asked, answer)| other.get(asked) != Some(answer));
+    differs.map(|(asked, answer)| format!("{asked:?}:\n  {answer:?}\n  {:?}", other.get(asked)))
+}
+
+/// A permutation of `items` from random keys.
+fn shuffled<T>(items: Vec<T>, keys: &[Index]) -> Vec<T> {
+    let mut keyed: Vec<_> = items.into_iter().enumerate().collect();
+    keyed.sort_by_key(|(at, _)| (keys[at % keys.len()].index(usize::MAX), *at));
+    keyed.into_iter().map(|(_, item)| item).collect()
+}
+
+fn keys() -> impl Strategy<Value = Vec<Index>> {
+    proptest::collection::vec(any::<Index>(), 32)
+}
+
+/// `world` with each policy replaced by what `rewrite` makes of it.
+fn rewritten(world: &World, mut rewrite: impl FnMut(Value) -> Vec<Value>) -> World {
+    let mut new = World {
+        policies: BTreeMap::new(),
+        ..world.clone()
+    };
+    for policy in world.policies.values() {
+        rewrite(policy.clone())
+            .into_iter()
+            .for_each(|policy| new.apply(&Change::Policy(policy)));
+    }
+    new
+}
+
+proptest! {
+    #![proptest_config(config(48))]
+
+    #[test]
+    fn verdicts_and_their_reasons_are_those_of_the_documentation(world in worlds()) {
+        let cluster = cluster(&world);
+        for mut question in questions(&all_addresses()) {
+            check_against_oracle("", &world, &cluster, &question);
+            question.own_node_is_judged = true;
+            check_against_oracle("own node judged", &world, &cluster, &question);
+        }
+    }
+
+    #[test]
+    fn the_order_in_which_objects_arrive_never_matters(world in worlds(), keys in keys()) {
+        let mut other = Cluster::default();
+        for one in shuffled(world.changes(), &keys) {
+            change(&mut other, &one);
+        }
+        let one = cluster(&world);
+        prop_assert_eq!(owners(&one), owners(&other));
+        prop_assert_eq!(difference(&truth(&one), &truth(&other)), None);
+    }
+
+    #[test]
+    fn a_pod_always_reaches_itself(world in worlds()) {
+        let cluster = cluster(&world);
+        for (address, _) in cluster.endpoints() {
+            for question in questions(&BTreeSet::from([address])) {
+                prop_assert!(judge(&cluster, &question).allowed(), "{question:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_added_policy_gives_its_own_grants_and_takes_only_from_pods_that_it_newly_isolates(
+        world in worlds(),
+        policy in policies(),
+    ) {
+        let key = policy_key(&policy);
+        let mut without = world;
+        without.apply(&Change::NoPolicy(key.clone()));
+        let mut with = without.clone();
+        with.apply(&Change::Policy(policy));
+        let (before, after) = (truth(&cluster(&without)), truth(&cluster(&with)));
+        let with = cluster(&with);
+        let chosen = with.selected_by(&key_of(&key));
+        let owner = |address| with.endpoint(address).map(|endpoint| endpoint.identity.key.clone());
+        let chosen_at = |address| owner(address).is_some_and(|pod| chosen.contains(&pod));
+        let name = format!("{}/{}", key.0, key.1);
+        for (asked, was) in &before {
+            let is = &after[asked];
+            let egress = adds_only_its_own(&name, chosen_at(asked.0), &was.egress, &is.egress);
+            let ingress = adds_only_its_own(&name, chosen_at(asked.1), &was.ingress, &is.ingress);
+            prop_assert_eq!(egress.and(ingress), Ok(()), "{:?}", asked);
+        }
+    }
+
+    #[test]
+    fn what_is_added_and_removed_again_leaves_no_trace(world in worlds(), added in changes(false)) {
+        let mut cluster = cluster(&world);
+        let (before, owned) = (truth(&cluster), owners(&cluster));
+        change(&mut cluster, &added);
+        for one in undo(&world, &added) {
+            change(&mut cluster, &one);
+        }
+        prop_assert_eq!(owned, owners(&cluster));
+        prop_assert_eq!(difference(&before, &truth(&cluster)), None);
+    }
+
+    #[test]
+    fn a_cluster_that_grew_is_one_that_was_built_afresh(
+        world in worlds(),
+        steps in proptest::collection::vec(changes(true), 1..12),
+    ) {
+        let (mut world, mut grown) = (world.clone(), cluster(&world));
+        for step in &steps {
+            world.apply(step);
+            change(&mut grown, step);
+        }
+        let afresh = cluster(&world);
+        prop_assert_eq!(owners(&grown), owners(&afresh));
+        prop_assert_eq!(grown.contested(), afresh.contested());
+        prop_assert_eq!(difference(&truth(&grown), &truth(&afresh)), None);
+        for key in world.policies.keys().map(key_of) {
+            prop_assert_eq!(grown.selected_by(&key), afresh.selected_by(&key));
+        }
+    }
+
+    #[test]
+    fn touched_is_every_address_whose_endpoint_changed_and_explains_every_verdict_that_did(
+        world in worlds(),
+        steps in proptest::collection::vec(changes(true), 1..6),
+    ) {
+        let mut cluster = cluster(&world);
+        for step in &steps {
+            let before = truth(&cluster);
+            let held = endpoints(&cluster);
+            let touched = touched_by(&mut cluster, step).addresses;
+            let (holds, mut changed) = (endpoints(&cluster), all_addresses());
+            changed.retain(|address| held.get(address) != holds.get(address));
+            prop_assert_eq!(&changed, &touched, "{:?}", step);
+            for (asked, was) in &before {
+                let (from, to, port, protocol) = *asked;
+                let question = Question { from, to, port, protocol, own_node_is_judged: false };
+                let is = as_answer(&judge(&cluster, &question));
+                let named = touched.contains(&from) || touched.contains(&to);
+                prop_assert!(named || *was == is, "{step:?}\n  {asked:?}: {was:?}\n  {is:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_has_been_said_already_touches_nothing(world in worlds(), pick in any::<Index>()) {
+        let mut cluster = cluster(&world);
+        let said = world.changes();
+        let touched = touched_by(&mut cluster, pick.get(&said));
+        prop_assert_eq!(touched.addresses, BTreeSet::new());
+    }
+
+    #[test]
+    fn the_order_of_rules_peers_ports_and_expressions_never_matters(
+        world in worlds(),
+        keys in keys(),
+    ) {
+        let turned = rewritten(&world, |mut policy| {
+            turn(&mut policy["spec"], &keys);
+            vec![policy]
+        });
+        prop_assert_eq!(difference(&allowed(&cluster(&world)), &allowed(&cluster(&turned))), None);
+    }
+
+    #[test]
+    fn a_policy_may_be_split_by_its_rules(world in worlds()) {
+        let split = rewritten(&world, split);
+        prop_assert_eq!(difference(&allowed(&cluster(&world)), &allowed(&cluster(&split))), None);
+    }
+
+    #[test]
+    fn other_spellings_of_a_policy_mean_the_same(world in worlds()) {
+        let spelled = rewritten(&world, |mut policy| {
+            respell(&mut policy["spec"]);
+            vec![policy]
+        });
+        prop_assert_eq!(difference(&truth(&cluster(&world)), &truth(&cluster(&spelled))), None);
+    }
+
+    #[test]
+    fn a_pod_that_has_ended_or_uses_its_nodes_network_owns_nothing(world in worlds()) {
+        let mut gone = world.clone();
+        gone.pods.retain(|_, pod| pod.owns_addresses());
+        let (world, gone) = (cluster(&world), cluster(&gone));
+        prop_assert_eq!(owners(&world), owners(&gone));
+        prop_assert_eq!(difference(&truth(&world), &truth(&gone)), None);
+    }
+
+    #[test]
+    fn an_exception_only_takes_away(world in worlds()) {
+        let whole = rewritten(&world, |mut policy| {
+            without(&mut policy, "except");
+            vec![policy]
+        });
+        let whole = allowed(&cluster(&whole));
+        for (asked, allowed) in allowed(&cluster(&world)) {
+            prop_assert!(!allowed || whole[&asked], "{asked:?} is allowed by an exception");
+        }
+    }
+
+    #[test]
+    fn both_families_get_the_same_verdict_where_no_address_is_named(world in worlds()) {
+        let named = |policy: &Value| policy.to_string().contains("ipBlock");
+        let mut no_blocks = world;
+        no_blocks.policies.retain(|_, policy| !named(policy));
+        let cluster = cluster(&no_blocks);
+        let pods: Vec<_> = no_blocks.pods.values().map(|pod| &pod.addresses).collect();
+        for (from, to) in pods.iter().flat_map(|from| pods.iter().map(move |to| (from, to))) {
+            for (port, protocol) in PROBES {
+                let ask = |family: usize| {
+                    let (from, to) = (from[family], to[family]);
+                    let question = Question { from, to, port, protocol, own_node_is_judged: true };
+                    as_answer(&judge(&cluster, &question))
+                };
+                prop_assert_eq!(ask(0), ask(1));
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(config(32))]
+
+    #[test]
+    fn an_address_that_two_pods_claim_gets_what_both_would_get(
+        world in worlds(),
+        steps in proptest::collection::vec(changes(true), 4..10),
+    ) {
+        let mut world = world;
+        steps.iter().for_each(|step| world.apply(step));
+        let cluster = cluster(&world);
+        for question in questions(&all_addresses()) {
+            check_against_oracle("", &world, &cluster, &question);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(config(1))]
+
+    /// Long enough for all that a cluster keeps in store to be thrown away several times.
+    #[test]
+    fn a_cluster_that_lived_long_is_one_that_was_built_afresh(
+        steps in proptest::collection::vec(changes(true), 6000),
+    ) {
+        let (mut world, mut grown) = (World::default(), Cluster::default());
+        for (number, step) in steps.iter().enumerate() {
+            world.apply(step);
+            change(&mut grown, step);
+            if number % 250 == 0 {
+                let afresh = cluster(&world);
+                prop_assert_eq!(owners(&grown), owners(&afresh));
+                prop_assert_eq!(difference(&truth(&grown), &truth(&afresh)), None);
+            }
+        }
+    }
+}
+
+/// One side of one connection before and after a policy came.
+fn adds_only_its_own(policy: &str, chosen: bool, was: &Side, is: &Side) -> Result<(), String> {
+    let problem = if !chosen && was != is {
+        "a pod that the policy does not select is judged differently"
+    } else if was.isolated && was.allowed && !is.allowed {
+        "a pod that was isolated already lost a grant"
+    } else if was.isolated && !was.allowed && is.allowed && !is.policies.iter().eq([policy]) {
+        "a pod that was isolated is allowed by another policy than the new one"
+    } else if was.isolated && !is.isolated {
+        "isolation ended"
+    } else {
+        return Ok(());
+    };
+    Err(format!("{problem}\n  before: {was:?}\n  after:  {is:?}"))
+}
+
+/// What brings `world` back after `added`.
+fn undo(world: &World, added: &Change) -> Vec<Change> {
+    let before = |key: &dyn Fn(&Change) -> bool| world.changes().into_iter().find(|one| key(one));
+    let back = match added.clone() {
+        Change::Namespace(name, _) => vec![
+            Some(Change::NoNamespace(name.clone())),
+            before(&|one| matches!(one, Change::Namespace(n, _) if *n == name)),
+        ],
+        Change::Node(node) => vec![
+            Some(Change::NoNode(node.name.clone())),
+            before(&|one| matches!(one, Change::Node(n) if n.name == node.name)),
+        ],
+        Change::Pod(pod) => vec![
+            Some(Change::NoPod(pod.key())),
+            before(&|one| matches!(one, Change::Pod(p) if p.key() == pod.key())),
+        ],
+        Change::Policy(policy) => {
+            let key = policy_key(&policy);
+            vec![
+                Some(Change::NoPolicy(key.clone())),
+                before(&|one| matches!(one, Change::Policy(p) if policy_key(p) == key)),
+            ]
+        }
+        Change::NoNamespace(name) => vec![before(
+            &|one| matches!(one, Change::Namespace(n, _) if *n == name),
+        )],
+        Change::NoNode(name) => vec![before(
+            &|one| matches!(one, Change::Node(n) if n.name == name),
+        )],
+        Change::NoPod(key) => vec![before(
+            &|one| matches!(one, Change::Pod(p) if p.key() == key),
+        )],
+        Change::NoPolicy(key) => vec![before(
+            &|one| matches!(one, Change::Policy(p) if policy_key(p) == key),
+        )],
+    };
+    back.into_iter().flatten().collect()
+}
+
+/// Puts the items of every list below `value` in another order.
+fn turn(value: &mut Value, keys: &[Index]) {
+    match value {
+        Value::Array(items) => {
+            *items = shuffled(std::mem::take(items), keys);
+            items.iter_mut().for_each(|item| turn(item, keys));
+        }
+        Value::Object(fields) => fields.values_mut().for_each(|field| turn(field, keys)),
+        _ => {}
+    }
+}
+
+/// Takes `field` out of every object below `value`.
+fn without(value: &mut Value, field: &str) {
+    match value {
+        Value::Array(items) => items.iter_mut().for_each(|item| without(item, field)),
+        Value::Object(fields) => {
+            fields.remove(field);
+            fields.values_mut().for_each(|value| without(value, field));
+        }
+        _ => {}
+    }
+}
+
+/// One policy per rule, all with the selector and the types of the first.
+fn split(policy: Value) -> Vec<Value> {
+    let rules = |list: &str| policy["spec"][list].as_array().cloned().unwrap_or_default();
+    let (ingress, egress) = (rules("ingress"), rules("egress"));
+    let parts = ingress.len().max(egress.len()).max(1);
+    let part = |number: usize| {
+        let mut part = policy.clone();
+        let name = format!(
+            "{}-{number}",
+            policy["metadata"]["name"].as_str().expect("a name")
+        );
+        part["metadata"]["name"] = name.into();
+        part["spec"]["policyTypes"] = types(&policy["spec"]);
+        part["spec"]["ingress"] = ingress.get(number).cloned().into_iter().collect();
+        part["spec"]["egress"] = egress.get(number).cloned().into_iter().collect();
+        part
+    };
+    (0..parts).map(part).collect()
+}
+
+/// `policyTypes`, written out.
+fn types(spec: &Value) -> Value {
+    let written = spec["policyTypes"].clone();
+    let egress = spec["egress"]
+        .as_array()
+        .is_some_and(|rules| !rules.is_empty());
+    match (written, egress) {
+        (Value::Null, true) => json!(["Ingress", "Egress"]),
+        (Value::Null, false) => json!(["Ingress"]),
+        (written, _) => written,
+    }
+}
+
+/// Defaults written out, matchLabels as expressions, short ranges as single ports.
+fn respell(spec: &mut Value) {
+    spec["policyTypes"] = types(spec);
+    respell_selectors(spec);
+    for (list, peers) in [("ingress", "from"), ("egress", "to")] {
+        for rule in spec
+            .get_mut(list)
+            .and_then(Value::as_array_mut)
+            .into_iter()
+            .flatten()
+        {
+            if rule
+                .get(peers)
+                .is_some_and(|peers| peers.as_array().is_some_and(Vec::is_empty))
+            {
+                rule[peers] = Value::Null;
+            }
+            if let Some(ports) = rule.get_mut("ports").and_then(Value::as_array_mut) {
+                *ports = ports.drain(..).flat_map(respell_port).collect();
+            }
+        }
+    }
+}
+
+fn respell_port(mut port: Value) -> Vec<Value> {
+    if port.get("protocol").is_none() {
+        port["protocol"] = "TCP".into();
+    }
+    let Some(last) = port.get("endPort").and_then(Value::as_u64) else {
+        return vec![port];
+    };
+    let first = port["port"].as_u64().expect("a range starts at a number");
+    (first..=last)
+        .map(|number| json!({"protocol": port["protocol"], "port": number}))
+        .collect()
+}
+
+fn respell_selectors(value: &mut Value) {
+    match value {
+        Value::Array(items) => items.iter_mut().for_each(respell_selectors),
+        Value::Object(fields) => {
+            if let Some(Value::Object(labels)) = fields.remove("matchLabels") {
+                let spelled = labels
+                    .into_iter()
+                    .map(|(key, value)| json!({"key": key, "operator": "In", "values": [value]}));
+                let all = fields
+                    .entry("matchExpressions")
+                    .or_insert_with(|| json!([]));
+                all.as_array_mut().expect("a list").extend(spelled);
+            }
+            fields.values_mut().for_each(respell_selectors);
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn the_random_worlds_are_worth_asking() {
+    // A generator that made everything allowed, or nothing, would test little.
+    let mut runner = proptest::test_runner::TestRunner::new(config(64));
+    let (allow, deny) = (std::cell::Cell::new(0_u32), std::cell::Cell::new(0_u32));
+    let count = |world: World| {
+        for question in questions(&all_addresses()) {
+            let counter = if answer(&world, &question).allowed() {
+                &allow
+            } else {
+                &deny
+            };
+            counter.set(counter.get() + 1);
+        }
+        Ok(())
+    };
+    runner
+        .run(&worlds(), count)
+        .expect("counting does not fail");
+    let share = f64::from(deny.get()) / f64::from(allow.get() + deny.get());
+    assert!(
+        (0.1..0.9).contains(&share),
+        "{share} of the questions are denied"
+    );
+}

@@ -1,0 +1,148 @@
+//! The one owner of the cluster's state: takes batches in, publishes what they changed.
+//!
+//! Synchronous and without clock or I/O. A batch comes into force as a whole: nobody who reads the
+//! table sees half of it.
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use policy::{Cluster, PodKey, PolicyKey, Touched};
+
+use crate::table::Table;
+use crate::{Batch, Event, Object, ObjectKey, Problem};
+
+/// Applies batches to a cluster and publishes them in a [`Table`].
+///
+/// There is one index to a table. It also finds what no single object shows: addresses that two
+/// pods claim, policies on pods that no policy can reach.
+#[derive(Debug)]
+pub struct Index {
+    table: Arc<Table>,
+    findings: Vec<Problem>,
+}
+
+impl Index {
+    /// An index over an empty cluster. Nothing is published before the first batch.
+    #[must_use]
+    pub fn new(table: Arc<Table>) -> Self {
+        Self {
+            table,
+            findings: Vec::new(),
+        }
+    }
+
+    /// Applies all of `batch`, then publishes it as one generation, and returns the addresses
+    /// whose endpoint changed.
+    ///
+    /// A batch that changes nothing for policy publishes no generation, except the first; its
+    /// problems stand all the same.
+    pub fn apply(&mut self, batch: Batch) -> BTreeSet<IpAddr> {
+        let mut cluster = self.table.cluster();
+        let mut touched = Touched::default();
+        let (mut nodes, mut others) = (false, false);
+        let relevant = !batch.events.is_empty();
+        for event in batch.events {
+            match &event {
+                Event::Upsert(Object::Node(_)) | Event::Delete(ObjectKey::Node(_)) => nodes = true,
+                Event::Upsert(Object::NetworkPolicy(_))
+                | Event::Delete(ObjectKey::NetworkPolicy(_)) => others = true,
+                Event::Upsert(_) | Event::Delete(_) => {}
+            }
+            touched.merge(apply_to(&mut cluster, event));
+        }
+        if relevant {
+            self.findings = findings(&cluster);
+        }
+        let mut problems = batch.problems.to_vec();
+        problems.extend(self.findings.iter().cloned());
+        self.table.set_problems(problems);
+        if nodes || others || !touched.is_empty() || self.table.generation() == 0 {
+            self.table.publish(&cluster, &touched, nodes);
+        }
+        touched.addresses
+    }
+}
+
+/// Makes one change to a cluster.
+pub(crate) fn apply_to(cluster: &mut Cluster, event: Event) -> Touched {
+    match event {
+        Event::Upsert(Object::Namespace(namespace)) => cluster.upsert_namespace(namespace),
+        Event::Upsert(Object::Pod(pod)) => cluster.upsert_pod(pod),
+        Event::Upsert(Object::Node(node)) => cluster.upsert_node(node),
+        Event::Upsert(Object::NetworkPolicy(policy)) => cluster.upsert_policy(policy),
+        Event::Delete(ObjectKey::Namespace(name)) => cluster.remove_namespace(&name),
+        Event::Delete(ObjectKey::Pod(key)) => cluster.remove_pod(&key),
+        Event::Delete(ObjectKey::Node(name)) => cluster.remove_node(&name),
+        Event::Delete(ObjectKey::NetworkPolicy(key)) => cluster.remove_policy(&key),
+    }
+}
+
+/// What is questionable about a cluster as a whole.
+pub(crate) fn findings(cluster: &Cluster) -> Vec<Problem> {
+    let contested =
+        cluster.contested().into_iter().map(|(address, pods)| {
+            let pods: Vec<String> = pods.iter().map(ToString::to_string).collect();
+            Problem::warning(
+            format!(
+                "{address} is claimed by {} running pods ({}): what isolates any of them denies, \
+                 and what allows only one of them does not count",
+                pods.len(),
+                pods.join(", ")
+            ),
+            "find out which pod holds it, and delete the other or wait for its end",
+        )
+        .of(format_args!("Pod {}", pods.first().map_or("", String::as_str)))
+        .at("status.podIPs")
+        });
+    contested.chain(out_of_reach(cluster)).collect()
+}
+
+/// The API leaves open what policy means for a hostNetwork pod; here, as nearly everywhere, none.
+///
+/// A cluster does not count such pods among the selected, so one is made in which they are plain.
+fn out_of_reach(cluster: &Cluster) -> Vec<Problem> {
+    let mut plain = Cluster::default();
+    for pod in cluster
+        .pods()
+        .filter(|pod| pod.host_network && !pod.finished)
+    {
+        let addresses = Vec::new();
+        let pod = policy::Pod {
+            host_network: false,
+            addresses,
+            ..pod.clone()
+        };
+        let _nobody_to_tell = plain.upsert_pod(pod);
+    }
+    let concerned: BTreeSet<&str> = plain.pods().map(|pod| &*pod.key.namespace).collect();
+    let concerned: Vec<_> = cluster
+        .policies()
+        .filter(|policy| concerned.contains(&*policy.key().namespace))
+        .collect();
+    for policy in &concerned {
+        let _nobody_to_tell = plain.upsert_policy((*policy).clone());
+    }
+    let selecting = concerned.iter().map(|policy| policy.key());
+    selecting
+        .filter_map(|policy| not_isolated(policy, &plain.selected_by(policy)))
+        .collect()
+}
+
+fn not_isolated(policy: &PolicyKey, pods: &[PodKey]) -> Option<Problem> {
+    let (first, others) = pods.split_first()?;
+    let problem = match others.len() {
+        0 => format!("selects {first}, which runs on its node's network (hostNetwork)"),
+        more => format!("selects {first} and {more} more on their nodes' network (hostNetwork)"),
+    };
+    Some(
+        Problem::warning(
+            format!("{problem}: no policy isolates what has no address of its own"),
+            "take the pods off the host network, or do not count on this policy for them",
+        )
+        .of(format_args!("NetworkPolicy {policy}"))
+        .at("spec.podSelector"),
+    )
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,286 @@
+//! Batches in, generations and findings out.
+use std::net::IpAddr;
+
+use policy::{Labels, PodKey, PolicyKey, Protocol};
+
+use super::*;
+use crate::{Judgement, LocalPod, TableSettings};
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn pod(name: &str, address: &str) -> policy::Pod {
+    policy::Pod {
+        key: PodKey {
+            namespace: "x".into(),
+            name: name.into(),
+        },
+        uid: "".into(),
+        labels: Labels::from([("pod".into(), name.into())]),
+        node: "n1".into(),
+        host_network: false,
+        ports: Vec::new(),
+        addresses: vec![ip(address)],
+        finished: false,
+        started: "".into(),
+    }
+}
+
+fn node() -> Object {
+    Object::Node(policy::Node {
+        name: "n1".into(),
+        addresses: vec![ip("192.168.0.1"), ip("10.0.0.1")],
+        pod_cidrs: vec![
+            "10.0.0.0/24".parse().unwrap(),
+            "10.0.1.0/24".parse().unwrap(),
+        ],
+    })
+}
+
+fn deny_all() -> Object {
+    let key = PolicyKey {
+        namespace: "x".into(),
+        name: "deny".into(),
+    };
+    let spec = policy::v1::NetworkPolicySpec::default();
+    Object::NetworkPolicy(policy::NetworkPolicy::new(key, spec).unwrap())
+}
+
+fn batch(objects: impl IntoIterator<Item = Object>) -> Batch {
+    Batch {
+        events: objects.into_iter().map(Event::Upsert).collect(),
+        ..Batch::default()
+    }
+}
+
+fn setup() -> (Arc<Table>, Index) {
+    let table = Table::new(TableSettings::default());
+    let index = Index::new(Arc::clone(&table));
+    (table, index)
+}
+
+fn settled(table: &Table, from: &str, to: &str) -> Option<bool> {
+    match table.judge(ip(from), ip(to), Some(80), Protocol::Tcp) {
+        Judgement::Settled { verdict, .. } => Some(verdict.allowed()),
+        Judgement::Unknown(_) => None,
+    }
+}
+
+#[test]
+fn a_batch_comes_into_force_as_one_generation_and_tells_who_listens() {
+    let (table, mut index) = setup();
+    let mut changed = table.changed();
+    assert_eq!(table.generation(), 0);
+    assert!(!changed.has_changed().unwrap());
+
+    let touched = index.apply(batch([
+        node(),
+        Object::Pod(pod("a", "10.0.0.2")),
+        Object::Pod(pod("b", "10.0.0.3")),
+    ]));
+    assert_eq!(touched, [ip("10.0.0.2"), ip("10.0.0.3")].into());
+    assert_eq!(*changed.borrow_and_update(), 1);
+    assert_eq!(settled(&table, "10.0.0.2", "10.0.0.3"), Some(true));
+
+    index.apply(batch([deny_all()]));
+    assert_eq!(*changed.borrow_and_update(), 2);
+    assert_eq!(settled(&table, "10.0.0.2", "10.0.0.3"), Some(false));
+
+    let problems = Arc::new(vec![Problem::error("p", "r")]);
+    index.apply(Batch {
+        events: Vec::new(),
+        problems: Arc::clone(&problems),
+    });
+    assert_eq!(table.problems(), problems);
+    assert!(
+        !changed.has_changed().unwrap(),
+        "a problem alone changes no verdict"
+    );
+
+    let touched = index.apply(Batch {
+        events: vec![Event::Delete(ObjectKey::NetworkPolicy(PolicyKey {
+            namespace: "x".into(),
+            name: "deny".into(),
+        }))],
+        ..Batch::default()
+    });
+    assert_eq!(touched.len(), 2);
+    assert_eq!(settled(&table, "10.0.0.2", "10.0.0.3"), Some(true));
+}
+
+#[test]
+fn an_empty_first_batch_is_a_generation_too() {
+    let (table, mut index) = setup();
+    index.apply(Batch::default());
+    assert_eq!(table.generation(), 1);
+    index.apply(Batch::default());
+    assert_eq!(table.generation(), 1);
+}
+
+#[test]
+fn an_address_in_the_cluster_that_nobody_owns_is_unknown() {
+    let cases = |table: &Table| {
+        [
+            ("10.0.0.2", "10.0.0.9"),
+            ("10.0.1.255", "10.0.0.2"),
+            ("10.0.0.8", "10.0.0.9"),
+            ("10.0.0.2", "10.0.0.1"),
+            ("10.0.0.2", "10.0.2.0"),
+            ("9.255.255.255", "10.0.0.2"),
+            ("192.168.0.1", "10.0.0.2"),
+            ("10.0.0.2", "fd00::1"),
+        ]
+        .map(
+            |(from, to)| match table.judge(ip(from), ip(to), None, Protocol::Tcp) {
+                Judgement::Unknown(address) => Some(address.to_string()),
+                Judgement::Settled { .. } => None,
+            },
+        )
+    };
+    let known = |text: &str| Some(text.to_owned());
+    let (table, mut index) = setup();
+    index.apply(batch([node(), Object::Pod(pod("a", "10.0.0.2"))]));
+    assert_eq!(
+        cases(&table),
+        [
+            known("10.0.0.9"),
+            known("10.0.1.255"),
+            known("10.0.0.8"),
+            None,
+            None,
+            None,
+            None,
+            None
+        ]
+    );
+
+    let settings = TableSettings {
+        cluster_cidrs: vec!["10.0.2.0/24".parse().unwrap(), "fd00::/16".parse().unwrap()],
+        ..TableSettings::default()
+    };
+    let table = Table::new(settings);
+    Index::new(Arc::clone(&table)).apply(batch([node(), Object::Pod(pod("a", "10.0.0.2"))]));
+    assert_eq!(
+        cases(&table),
+        [
+            None,
+            None,
+            None,
+            None,
+            known("10.0.2.0"),
+            None,
+            None,
+            known("fd00::1")
+        ]
+    );
+}
+
+#[test]
+fn the_pods_of_a_node_are_told_with_what_isolates_them() {
+    let (table, mut index) = setup();
+    let elsewhere = policy::Pod {
+        node: "n2".into(),
+        ..pod("c", "10.0.0.4")
+    };
+    let on_host = policy::Pod {
+        host_network: true,
+        ..pod("d", "192.168.0.1")
+    };
+    let ended = policy::Pod {
+        finished: true,
+        ..pod("e", "10.0.0.5")
+    };
+    let pods = [
+        pod("b", "10.0.0.3"),
+        pod("a", "10.0.0.2"),
+        elsewhere,
+        on_host,
+        ended,
+    ];
+    index.apply(batch(pods.map(Object::Pod).into_iter().chain([deny_all()])));
+    let local = |name: &str, address: &str| LocalPod {
+        address: ip(address),
+        ingress_isolated: true,
+        egress_isolated: false,
+        key: PodKey {
+            namespace: "x".into(),
+            name: name.into(),
+        },
+    };
+    assert_eq!(
+        table.local("n1"),
+        [local("a", "10.0.0.2"), local("b", "10.0.0.3")]
+    );
+    assert_eq!(table.local("n3"), []);
+    assert_eq!(table.node_pod_cidrs("n1"), []);
+
+    index.apply(batch([node()]));
+    assert_eq!(table.node_pod_cidrs("n1").len(), 2);
+    assert_eq!(table.node_addresses("n1").len(), 2);
+}
+
+#[test]
+fn policies_are_told_with_the_pods_that_they_select() {
+    let (table, mut index) = setup();
+    index.apply(batch([
+        Object::Pod(pod("b", "10.0.0.3")),
+        Object::Pod(pod("a", "10.0.0.2")),
+        deny_all(),
+    ]));
+    let told = serde_json::to_value(table.policies()).unwrap();
+    let expected = serde_json::json!([
+        {"policy": "x/deny", "ingress": true, "egress": false, "pods": ["x/a", "x/b"]}
+    ]);
+    assert_eq!(told, expected);
+}
+
+#[test]
+fn an_address_that_two_pods_claim_is_said_until_it_is_resolved() {
+    let (table, mut index) = setup();
+    index.apply(batch([
+        Object::Pod(pod("a", "10.0.0.2")),
+        Object::Pod(pod("b", "10.0.0.2")),
+    ]));
+    let [problem] = &table.problems()[..] else {
+        panic!("{:?}", table.problems())
+    };
+    assert!(
+        problem
+            .problem
+            .starts_with("10.0.0.2 is claimed by 2 running pods (x/a, x/b)"),
+        "{problem}"
+    );
+    assert!(table.endpoint(ip("10.0.0.2")).unwrap().contested());
+
+    let ended = policy::Pod {
+        finished: true,
+        ..pod("a", "10.0.0.2")
+    };
+    index.apply(batch([Object::Pod(ended)]));
+    assert_eq!(*table.problems(), []);
+    assert_eq!(
+        &*table.endpoint(ip("10.0.0.2")).unwrap().identity.key.name,
+        "b"
+    );
+}
+
+#[test]
+fn a_policy_on_a_host_network_pod_is_a_warning() {
+    let (table, mut index) = setup();
+    let on_host = |name| {
+        Object::Pod(policy::Pod {
+            host_network: true,
+            ..pod(name, "192.168.0.1")
+        })
+    };
+    index.apply(batch([on_host("a"), on_host("b"), deny_all()]));
+    let [problem] = &table.problems()[..] else {
+        panic!("{:?}", table.problems())
+    };
+    assert_eq!(problem.object.as_deref(), Some("NetworkPolicy x/deny"));
+    assert!(
+        problem.problem.starts_with("selects x/a and 1 more"),
+        "{problem}"
+    );
+}

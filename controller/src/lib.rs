@@ -1,0 +1,20 @@
+//! The cluster's state: from a source, through one stream of events and one index with one owner,
+//! to the table that the packet path reads.
+//!
+//! ```text
+//! manifest::ManifestSource --Batch--> Index --publish--> Table <--judge-- gate workers
+//! ```
+//!
+//! A source turns what it watches into [`Batch`]es and reports what it cannot use as [`Problem`]s;
+//! it never widens access because of them. Knows nothing of the kernel, sockets or packets.
+mod event;
+mod index;
+pub mod manifest;
+mod objects;
+mod problem;
+mod table;
+
+pub use event::{Batch, Event, Object, ObjectKey};
+pub use index::Index;
+pub use problem::{Problem, Severity};
+pub use table::{Judgement, LocalPod, PolicyInfo, Table, TableSettings};

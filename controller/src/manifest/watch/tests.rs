@@ -1,0 +1,335 @@
+//! What happens on disk, and what becomes of it. Each waits for a batch, none for a time to pass.
+use std::fs::{File, OpenOptions, create_dir, remove_dir_all, remove_file, rename, write};
+use std::io::Write;
+use std::os::unix::fs::symlink;
+
+use tempfile::{TempDir, tempdir};
+use tokio::time::timeout;
+
+use super::*;
+use crate::{Event, Object};
+
+const PATIENT: Duration = Duration::from_secs(20);
+
+fn pod(name: &str, label: &str) -> String {
+    format!(
+        "---\n{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, labels: {{v: {label}}}}}}}\n"
+    )
+}
+
+fn shown(batch: &Batch) -> Vec<String> {
+    let events = batch.events.iter().map(|event| match event {
+        Event::Upsert(Object::Pod(pod)) => format!("+{} {}", pod.key.name, pod.labels["v"]),
+        Event::Upsert(other) => format!("+{}", other.key()),
+        Event::Delete(key) => format!("-{key}"),
+    });
+    events.collect()
+}
+
+/// A source over a directory whose `a.yaml` has pods p and q.
+fn watched() -> (TempDir, ManifestSource) {
+    let dir = tempdir().unwrap();
+    write(
+        dir.path().join("a.yaml"),
+        pod("p", "one") + &pod("q", "one"),
+    )
+    .unwrap();
+    let (source, batch) = ManifestSource::open(dir.path()).unwrap();
+    assert_eq!(shown(&batch), ["+p one", "+q one"]);
+    (dir, source)
+}
+
+async fn next(source: &mut ManifestSource) -> Batch {
+    timeout(PATIENT, source.next())
+        .await
+        .expect("no batch within 20 s")
+}
+
+/// Waits for the next batch with events; problems may come before it.
+async fn next_events(source: &mut ManifestSource) -> Vec<String> {
+    loop {
+        let batch = next(source).await;
+        if !batch.events.is_empty() {
+            return shown(&batch);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_change_is_in_force_within_a_second_however_it_is_made() {
+    let (dir, mut source) = watched();
+    let at = |name: &str| dir.path().join(name);
+    let (p, q) = (|v: &str| pod("p", v), pod("q", "one"));
+
+    type Change<'a> = (&'a str, Box<dyn Fn() + 'a>, &'a [&'a str]);
+    let changes: [Change<'_>; 8] = [
+        (
+            "written in place",
+            Box::new(|| write(at("a.yaml"), p("two") + &q).unwrap()),
+            &["+p two"],
+        ),
+        (
+            "renamed over",
+            Box::new(|| {
+                write(at(".a.yaml.tmp"), p("three") + &q).unwrap();
+                rename(at(".a.yaml.tmp"), at("a.yaml")).unwrap();
+            }),
+            &["+p three"],
+        ),
+        (
+            "renamed away and written anew, as vim does",
+            Box::new(|| {
+                rename(at("a.yaml"), at("a.yaml~")).unwrap();
+                write(at("a.yaml"), p("four") + &q).unwrap();
+                remove_file(at("a.yaml~")).unwrap();
+            }),
+            &["+p four"],
+        ),
+        (
+            "a new file",
+            Box::new(|| write(at("b.yaml"), pod("r", "one")).unwrap()),
+            &["+r one"],
+        ),
+        (
+            "a new link to a file elsewhere",
+            Box::new(|| {
+                create_dir(at(".else")).unwrap();
+                write(at(".else/c"), pod("s", "one")).unwrap();
+                symlink(".else/c", at("c.yaml")).unwrap();
+            }),
+            &["+s one"],
+        ),
+        (
+            "written behind a link",
+            Box::new(|| write(at(".else/c"), pod("s", "two")).unwrap()),
+            &["+s two"],
+        ),
+        (
+            "a file deleted",
+            Box::new(|| remove_file(at("b.yaml")).unwrap()),
+            &["-Pod default/r"],
+        ),
+        (
+            "a file renamed to no manifest",
+            Box::new(|| rename(at("a.yaml"), at("a.old")).unwrap()),
+            &["-Pod default/p", "-Pod default/q"],
+        ),
+    ];
+    for (how, change, expected) in changes {
+        let start = Instant::now();
+        change();
+        assert_eq!(shown(&next(&mut source).await), expected, "{how}");
+        let took = start.elapsed();
+        assert!(took < Duration::from_secs(1), "{how} took {took:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_config_map_volume_is_followed_through_its_swap() {
+    let dir = tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    create_dir(at("..1")).unwrap();
+    write(at("..1/a.yaml"), pod("p", "one")).unwrap();
+    symlink("..1", at("..data")).unwrap();
+    symlink("..data/a.yaml", at("a.yaml")).unwrap();
+    for root in [dir.path().to_owned(), at("a.yaml")] {
+        let (mut source, first) = ManifestSource::open(&root).unwrap();
+        let [event] = &shown(&first)[..] else {
+            panic!("{first:?}")
+        };
+        let (old, new) = if event == "+p one" {
+            ("..1", "..2")
+        } else {
+            ("..2", "..3")
+        };
+
+        create_dir(at(new)).unwrap();
+        write(at(new).join("a.yaml"), pod("p", &format!("in{new}"))).unwrap();
+        symlink(new, at("..data_tmp")).unwrap();
+        rename(at("..data_tmp"), at("..data")).unwrap();
+        remove_dir_all(at(old)).unwrap();
+        assert_eq!(
+            next_events(&mut source).await,
+            [format!("+p in{new}")],
+            "{}",
+            root.display()
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_is_still_written_to_keeps_its_last_state_until_it_is_closed() {
+    for replace in [false, true] {
+        let (dir, mut source) = watched();
+        let path = dir.path().join("a.yaml");
+        if replace {
+            remove_file(&path).unwrap();
+        }
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .unwrap();
+        // It is reported, and nothing else happens, though it is empty and then complete YAML.
+        let batch = next(&mut source).await;
+        assert_eq!(
+            (shown(&batch).len(), batch.problems.len()),
+            (0, 1),
+            "{:?}",
+            batch.problems
+        );
+        assert!(
+            batch.problems[0].problem.contains("still open for writing"),
+            "{:?}",
+            batch.problems
+        );
+        file.write_all(pod("p", "two").as_bytes()).unwrap();
+        file.flush().unwrap();
+        // Another file shows that the source has looked meanwhile.
+        write(dir.path().join("b.yaml"), pod("r", "one")).unwrap();
+        assert_eq!(next_events(&mut source).await, ["+r one"]);
+
+        file.write_all(pod("q", "two").as_bytes()).unwrap();
+        drop(file);
+        let batch = next(&mut source).await;
+        assert_eq!(shown(&batch), ["+p two", "+q two"]);
+        assert_eq!(*batch.problems, []);
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_keeps_its_last_good_state_and_is_reported() {
+    let (dir, mut source) = watched();
+    let path = dir.path().join("a.yaml");
+    type Break<'a> = (&'a str, Box<dyn Fn() + 'a>, &'a str);
+    let breaks: [Break<'_>; 4] = [
+        (
+            "half a file",
+            Box::new(|| write(&path, "apiVersion: v1\nkind: [").unwrap()),
+            "not YAML",
+        ),
+        (
+            "not text",
+            Box::new(|| write(&path, [0xff, 0xfe]).unwrap()),
+            "not text",
+        ),
+        (
+            "too large",
+            Box::new(|| File::create(&path).unwrap().set_len(1 << 40).unwrap()),
+            "MiB is more than",
+        ),
+        (
+            "a link to nowhere",
+            Box::new(|| {
+                symlink("nowhere", dir.path().join(".link")).unwrap();
+                rename(dir.path().join(".link"), &path).unwrap();
+            }),
+            "cannot be read",
+        ),
+    ];
+    for (how, make, expected) in breaks {
+        make();
+        let batch = next(&mut source).await;
+        assert_eq!(shown(&batch).len(), 0, "{how}");
+        assert!(
+            batch.problems[0].problem.contains(expected),
+            "{how}: {:?}",
+            batch.problems
+        );
+    }
+    write(dir.path().join(".new"), pod("p", "one") + &pod("q", "two")).unwrap();
+    rename(dir.path().join(".new"), &path).unwrap();
+    let batch = next(&mut source).await;
+    assert_eq!(
+        (shown(&batch), batch.problems.len()),
+        (vec!["+q two".to_owned()], 0)
+    );
+}
+
+#[tokio::test]
+async fn a_directory_that_vanishes_deletes_nothing_and_is_followed_when_it_is_back() {
+    let dir = tempdir().unwrap();
+    let root = dir.path().join("state");
+    create_dir(&root).unwrap();
+    write(root.join("a.yaml"), pod("p", "one")).unwrap();
+    let (mut source, _) = ManifestSource::open(&root).unwrap();
+
+    rename(&root, dir.path().join("away")).unwrap();
+    let batch = next(&mut source).await;
+    assert_eq!(shown(&batch).len(), 0);
+    assert!(
+        batch.problems[0].remedy.contains("last good state"),
+        "{:?}",
+        batch.problems
+    );
+
+    create_dir(dir.path().join("next")).unwrap();
+    write(dir.path().join("next/a.yaml"), pod("p", "two")).unwrap();
+    rename(dir.path().join("next"), &root).unwrap();
+    assert_eq!(next_events(&mut source).await, ["+p two"]);
+    write(root.join("a.yaml"), pod("p", "three")).unwrap();
+    assert_eq!(next_events(&mut source).await, ["+p three"]);
+}
+
+#[tokio::test]
+async fn changes_get_through_while_another_file_never_rests() {
+    let (dir, mut source) = watched();
+    let busy = dir.path().join("busy.yaml");
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let writer = thread::spawn({
+        let stop = Arc::clone(&stop);
+        move || {
+            for round in 0_u64.. {
+                write(&busy, pod("busy", &format!("v{round}"))).unwrap();
+                if stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    return round;
+                }
+            }
+            0
+        }
+    });
+    let start = Instant::now();
+    write(dir.path().join("b.yaml"), pod("r", "one")).unwrap();
+    while !next_events(&mut source)
+        .await
+        .contains(&"+r one".to_owned())
+    {}
+    let took = start.elapsed();
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    let last = format!("+busy v{}", writer.join().unwrap());
+    assert!(took < Duration::from_secs(1), "took {took:?}");
+    while !next_events(&mut source).await.contains(&last) {}
+}
+
+#[tokio::test]
+async fn a_burst_becomes_few_batches() {
+    let (dir, mut source) = watched();
+    for index in 0..200 {
+        write(
+            dir.path().join(format!("f{index}.yaml")),
+            pod(&format!("f{index}"), "one"),
+        )
+        .unwrap();
+    }
+    let (mut batches, mut events) = (0, 0);
+    while events < 200 {
+        events += next_events(&mut source).await.len();
+        batches += 1;
+    }
+    assert!(batches <= 20, "{batches} batches");
+}
+
+#[test]
+fn what_is_wrong_at_the_start_is_refused_and_an_empty_directory_is_not() {
+    let dir = tempdir().unwrap();
+    let (_, batch) = ManifestSource::open(dir.path()).unwrap();
+    assert_eq!((batch.events.len(), batch.problems.len()), (0, 1));
+    assert!(ManifestSource::open(&dir.path().join("missing")).is_err());
+    write(dir.path().join("a.yaml"), "kind: [").unwrap();
+    let error = ManifestSource::open(dir.path()).unwrap_err().to_string();
+    assert!(
+        error.contains("a.yaml, document 1: not YAML at line 1"),
+        "{error}"
+    );
+}

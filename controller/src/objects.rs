@@ -1,0 +1,504 @@
+//! The shapes of Kubernetes objects, reduced to the fields that policy looks at.
+//!
+//! One JSON value in, one object of the `policy` crate out, or every fault by its field path.
+//! Knows nothing of files, documents or lists. What the API allows to be `null` may be `null`.
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use policy::{InvalidPolicy, Labels, PodKey, PodPort, PolicyKey, Protocol};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::{Object, ObjectKey};
+
+/// The kinds that are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Namespace,
+    Pod,
+    Node,
+    NetworkPolicy,
+}
+
+impl Kind {
+    pub(crate) const ALL: [Self; 4] = [Self::Namespace, Self::Pod, Self::Node, Self::NetworkPolicy];
+
+    /// `kind` as the API writes it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Namespace => "Namespace",
+            Self::Pod => "Pod",
+            Self::Node => "Node",
+            Self::NetworkPolicy => "NetworkPolicy",
+        }
+    }
+
+    /// The only `apiVersion` that is understood.
+    pub(crate) fn api_version(self) -> &'static str {
+        match self {
+            Self::NetworkPolicy => "networking.k8s.io/v1",
+            Self::Namespace | Self::Pod | Self::Node => "v1",
+        }
+    }
+
+    fn namespaced(self) -> bool {
+        matches!(self, Self::Pod | Self::NetworkPolicy)
+    }
+}
+
+/// What is wrong with one field of an object.
+#[derive(Debug)]
+pub(crate) struct Fault {
+    pub(crate) field: String,
+    pub(crate) problem: String,
+    pub(crate) remedy: String,
+}
+
+impl Fault {
+    fn new(
+        field: impl Into<String>,
+        problem: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self {
+            field: field.into(),
+            problem: problem.into(),
+            remedy: remedy.into(),
+        }
+    }
+}
+
+impl From<InvalidPolicy> for Fault {
+    fn from(
+        InvalidPolicy {
+            field,
+            problem,
+            remedy,
+        }: InvalidPolicy,
+    ) -> Self {
+        Self {
+            field,
+            problem,
+            remedy,
+        }
+    }
+}
+
+/// Which object `value` is, even if the rest of it is wrong.
+///
+/// A missing namespace is `default`, as with `kubectl apply`.
+pub(crate) fn key_of(kind: Kind, value: &Value) -> Result<ObjectKey, Fault> {
+    let metadata = &value["metadata"];
+    let name = match &metadata["name"] {
+        Value::String(name) => checked_name("metadata.name", name)?,
+        Value::Null => {
+            let problem = if metadata["generateName"].is_string() {
+                "only generateName is given: the object has no name yet"
+            } else {
+                "missing"
+            };
+            return Err(Fault::new(
+                "metadata.name",
+                problem,
+                "give the object a name",
+            ));
+        }
+        other => return Err(not_a_string("metadata.name", other)),
+    };
+    let namespace = match &metadata["namespace"] {
+        Value::Null => Arc::from("default"),
+        Value::String(namespace) if namespace.is_empty() => Arc::from("default"),
+        Value::String(namespace) if kind.namespaced() => {
+            checked_name("metadata.namespace", namespace)?
+        }
+        Value::String(_) => Arc::from(""),
+        other => return Err(not_a_string("metadata.namespace", other)),
+    };
+    Ok(match kind {
+        Kind::Namespace => ObjectKey::Namespace(name),
+        Kind::Node => ObjectKey::Node(name),
+        Kind::Pod => ObjectKey::Pod(PodKey { namespace, name }),
+        Kind::NetworkPolicy => ObjectKey::NetworkPolicy(PolicyKey { namespace, name }),
+    })
+}
+
+/// Reads `value` as the object that `key` names.
+///
+/// # Errors
+/// Every fault that can be told apart.
+pub(crate) fn read(key: &ObjectKey, value: Value) -> Result<Object, Vec<Fault>> {
+    match key {
+        ObjectKey::Namespace(name) => namespace(name, value).map_err(|fault| vec![fault]),
+        ObjectKey::Node(name) => node(name, value),
+        ObjectKey::Pod(key) => pod(key, value),
+        ObjectKey::NetworkPolicy(key) => network_policy(key, value),
+    }
+}
+
+/// A name is printed and looked up as `namespace/name`, so it must hold nothing that breaks that.
+fn checked_name(field: &str, name: &str) -> Result<Arc<str>, Fault> {
+    let valid = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | ':' | '_');
+    if name.is_empty() || name.len() > 253 || !name.chars().all(valid) {
+        return Err(Fault::new(
+            field,
+            format!("{name:?} is not a Kubernetes name"),
+            "use up to 253 lower case letters, digits, '-' and '.'",
+        ));
+    }
+    Ok(name.into())
+}
+
+fn not_a_string(field: &str, value: &Value) -> Fault {
+    Fault::new(
+        field,
+        format!("{value} is not a string"),
+        "put the value in quotes",
+    )
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase")]
+struct Metadata {
+    uid: Option<String>,
+    labels: Option<BTreeMap<String, String>>,
+    creation_timestamp: Option<String>,
+}
+
+impl Metadata {
+    fn labels(self) -> Labels {
+        let labels = self.labels.unwrap_or_default();
+        labels
+            .into_iter()
+            .map(|(key, value)| (key.into(), value.into()))
+            .collect()
+    }
+}
+
+#[derive(Deserialize)]
+struct NamespaceLite {
+    #[serde(default)]
+    metadata: Metadata,
+}
+
+fn namespace(name: &str, value: Value) -> Result<Object, Fault> {
+    let raw: NamespaceLite = typed("namespace", "", value)?;
+    Ok(Object::Namespace(policy::Namespace::new(
+        name,
+        raw.metadata.labels(),
+    )))
+}
+
+#[derive(Deserialize)]
+struct NodeLite {
+    spec: Option<NodeSpec>,
+    status: Option<NodeStatus>,
+}
+
+#[derive(Deserialize, Default)]
+struct NodeSpec {
+    #[serde(rename = "podCIDR")]
+    pod_cidr: Option<String>,
+    #[serde(rename = "podCIDRs")]
+    pod_cidrs: Option<Vec<String>>,
+}
+
+#[derive(Deserialize, Default)]
+struct NodeStatus {
+    addresses: Option<Vec<NodeAddress>>,
+}
+
+#[derive(Deserialize)]
+struct NodeAddress {
+    #[serde(rename = "type")]
+    kind: String,
+    address: String,
+}
+
+fn node(name: &Arc<str>, value: Value) -> Result<Object, Vec<Fault>> {
+    let raw: NodeLite = typed("node", "", value).map_err(|fault| vec![fault])?;
+    let (spec, status) = (raw.spec.unwrap_or_default(), raw.status.unwrap_or_default());
+    let mut faults = Vec::new();
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    for (index, entry) in status.addresses.unwrap_or_default().iter().enumerate() {
+        // Hostname, InternalDNS and ExternalDNS may hold an address too, but need not.
+        if matches!(entry.kind.as_str(), "InternalIP" | "ExternalIP") {
+            let field = format!("status.addresses[{index}].address");
+            push_address(&mut addresses, &mut faults, field, &entry.address);
+        }
+    }
+    let listed = spec.pod_cidrs.filter(|cidrs| !cidrs.is_empty());
+    let fields: Vec<(String, String)> = match (listed, spec.pod_cidr) {
+        (Some(cidrs), _) => (0..)
+            .zip(cidrs)
+            .map(|(i, cidr): (usize, _)| (format!("spec.podCIDRs[{i}]"), cidr))
+            .collect(),
+        (None, Some(cidr)) if !cidr.is_empty() => vec![("spec.podCIDR".to_owned(), cidr)],
+        (None, _) => Vec::new(),
+    };
+    let mut pod_cidrs = Vec::new();
+    for (field, cidr) in fields {
+        match cidr.parse::<IpNet>() {
+            Ok(cidr) => pod_cidrs.push(cidr.trunc()),
+            Err(_) => faults.push(Fault::new(
+                field,
+                format!("{cidr:?} is not a CIDR"),
+                "write an address and a prefix length, as 10.244.1.0/24",
+            )),
+        }
+    }
+    if !faults.is_empty() {
+        return Err(faults);
+    }
+    Ok(Object::Node(policy::Node {
+        name: Arc::clone(name),
+        addresses,
+        pod_cidrs,
+    }))
+}
+
+#[derive(Deserialize)]
+struct PodLite {
+    #[serde(default)]
+    metadata: Metadata,
+    spec: Option<PodSpec>,
+    status: Option<PodStatus>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase")]
+struct PodSpec {
+    node_name: Option<String>,
+    host_network: Option<bool>,
+    containers: Option<Vec<Container>>,
+    init_containers: Option<Vec<Container>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Container {
+    restart_policy: Option<String>,
+    ports: Option<Vec<ContainerPort>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ContainerPort {
+    name: Option<String>,
+    container_port: i64,
+    protocol: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase")]
+struct PodStatus {
+    phase: Option<String>,
+    #[serde(rename = "podIP")]
+    pod_ip: Option<String>,
+    #[serde(rename = "podIPs")]
+    pod_ips: Option<Vec<PodIp>>,
+    start_time: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct PodIp {
+    ip: Option<String>,
+}
+
+fn pod(key: &PodKey, value: Value) -> Result<Object, Vec<Fault>> {
+    let mut raw: PodLite = typed("pod", "", value).map_err(|fault| vec![fault])?;
+    let (spec, status) = (raw.spec.unwrap_or_default(), raw.status.unwrap_or_default());
+    let mut faults = Vec::new();
+    let addresses = pod_addresses(&status, &mut faults);
+    let ports = pod_ports(&spec, &mut faults);
+    if !faults.is_empty() {
+        return Err(faults);
+    }
+    let created = raw.metadata.creation_timestamp.take();
+    Ok(Object::Pod(policy::Pod {
+        key: key.clone(),
+        uid: raw.metadata.uid.take().unwrap_or_default().into(),
+        node: spec.node_name.unwrap_or_default().into(),
+        host_network: spec.host_network.unwrap_or(false),
+        ports,
+        addresses,
+        finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
+        started: status.start_time.or(created).unwrap_or_default().into(),
+        labels: raw.metadata.labels(),
+    }))
+}
+
+/// `status.podIPs`, else `status.podIP`; both are empty until the pod has an address.
+fn pod_addresses(status: &PodStatus, faults: &mut Vec<Fault>) -> Vec<IpAddr> {
+    let mut addresses = Vec::new();
+    for (index, entry) in status.pod_ips.iter().flatten().enumerate() {
+        if let Some(ip) = entry.ip.as_deref().filter(|ip| !ip.is_empty()) {
+            push_address(
+                &mut addresses,
+                faults,
+                format!("status.podIPs[{index}].ip"),
+                ip,
+            );
+        }
+    }
+    if let Some(ip) = status
+        .pod_ip
+        .as_deref()
+        .filter(|ip| addresses.is_empty() && !ip.is_empty())
+    {
+        push_address(&mut addresses, faults, "status.podIP".to_owned(), ip);
+    }
+    addresses
+}
+
+/// The ports of the containers, and of those init containers that keep running beside them
+/// (sidecars: `restartPolicy: Always`); another init container is gone before the pod serves.
+fn pod_ports(spec: &PodSpec, faults: &mut Vec<Fault>) -> Vec<PodPort> {
+    let main = spec
+        .containers
+        .iter()
+        .flatten()
+        .enumerate()
+        .map(|at| ("containers", at));
+    let sidecars = spec
+        .init_containers
+        .iter()
+        .flatten()
+        .enumerate()
+        .filter(|(_, container)| container.restart_policy.as_deref() == Some("Always"))
+        .map(|at| ("initContainers", at));
+    let mut ports = Vec::new();
+    for (list, (at, container)) in main.chain(sidecars) {
+        for (index, port) in container.ports.iter().flatten().enumerate() {
+            let field = format!("spec.{list}[{at}].ports[{index}]");
+            match pod_port(&field, port) {
+                Ok(port) => ports.push(port),
+                Err(fault) => faults.push(fault),
+            }
+        }
+    }
+    ports
+}
+
+fn pod_port(field: &str, port: &ContainerPort) -> Result<PodPort, Fault> {
+    let number = u16::try_from(port.container_port)
+        .ok()
+        .filter(|number| *number != 0);
+    let number = number.ok_or_else(|| {
+        let problem = format!("{} is not a port", port.container_port);
+        Fault::new(
+            format!("{field}.containerPort"),
+            problem,
+            "use a number from 1 to 65535",
+        )
+    })?;
+    let protocol = match port.protocol.as_deref() {
+        None | Some("") => Protocol::Tcp,
+        Some(text) => text.parse().map_err(|_| {
+            let problem = format!("{text:?} is not a protocol");
+            Fault::new(format!("{field}.protocol"), problem, "use TCP, UDP or SCTP")
+        })?,
+    };
+    let name = port
+        .name
+        .as_deref()
+        .filter(|name| !name.is_empty())
+        .map(Arc::from);
+    Ok(PodPort {
+        name,
+        number,
+        protocol,
+    })
+}
+
+fn push_address(into: &mut Vec<IpAddr>, faults: &mut Vec<Fault>, field: String, text: &str) {
+    match text.parse::<IpAddr>() {
+        Ok(address) => {
+            let address = address.to_canonical();
+            if !into.contains(&address) {
+                into.push(address);
+            }
+        }
+        Err(_) => faults.push(Fault::new(
+            field,
+            format!("{text:?} is not an IP address"),
+            "write an IPv4 or IPv6 address without a prefix length",
+        )),
+    }
+}
+
+fn network_policy(key: &PolicyKey, mut value: Value) -> Result<Object, Vec<Fault>> {
+    const FIELDS: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
+    let mut faults: Vec<Fault> = value
+        .as_object()
+        .into_iter()
+        .flat_map(serde_json::Map::keys)
+        .filter(|field| !FIELDS.contains(&field.as_str()))
+        .map(|field| {
+            let remedy = "remove it, or indent it under spec if it belongs there";
+            Fault::new(
+                field,
+                "unknown field: it could change what is allowed",
+                remedy,
+            )
+        })
+        .collect();
+    let spec = value.get_mut("spec").map(Value::take).unwrap_or_default();
+    if spec.is_null() {
+        let remedy = "add it; `spec: {podSelector: {}}` denies all ingress in the namespace";
+        faults.push(Fault::new("spec", "missing", remedy));
+        return Err(faults);
+    }
+    // The labels of a policy mean nothing to enforcement, so they are not looked at.
+    match typed::<policy::v1::NetworkPolicySpec>("networkpolicy", "spec", spec) {
+        Ok(spec) => match policy::NetworkPolicy::new(key.clone(), spec) {
+            Ok(policy) if faults.is_empty() => return Ok(Object::NetworkPolicy(policy)),
+            Ok(_) => {}
+            Err(invalid) => faults.extend(invalid.into_iter().map(Fault::from)),
+        },
+        Err(fault) => faults.push(fault),
+    }
+    Err(faults)
+}
+
+/// Deserializes, and on failure says at which field below `prefix`, and what to do.
+fn typed<T: DeserializeOwned>(resource: &str, prefix: &str, value: Value) -> Result<T, Fault> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let path = error.path().to_string();
+        let field = match (prefix, path.as_str()) {
+            (_, ".") => prefix.to_owned(),
+            ("", path) => path.to_owned(),
+            (prefix, path) => format!("{prefix}.{path}"),
+        };
+        let problem = error.into_inner().to_string();
+        let remedy = remedy(resource, &field, &problem);
+        Fault {
+            field,
+            problem,
+            remedy,
+        }
+    })
+}
+
+fn remedy(resource: &str, field: &str, problem: &str) -> String {
+    if problem.contains("expected a string") {
+        return "put the value in quotes".to_owned();
+    }
+    let path: String = field.split('.').fold(resource.to_owned(), |path, part| {
+        format!("{path}.{}", part.split('[').next().unwrap_or(part))
+    });
+    let path = path.trim_end_matches('.');
+    let see = format!("see `kubectl explain {path}`");
+    if problem.starts_with("unknown field") {
+        format!("correct or remove it, an unknown field could change what is allowed; {see}")
+    } else if problem.starts_with("missing field") {
+        format!("add it; {see}")
+    } else {
+        see
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,161 @@
+//! What is taken over of each object.
+use serde_json::json;
+
+use super::*;
+
+fn pod_of(value: Value) -> policy::Pod {
+    let key = key_of(Kind::Pod, &value).expect("a name");
+    match read(&key, value) {
+        Ok(Object::Pod(pod)) => pod,
+        other => panic!("not a pod: {other:?}"),
+    }
+}
+
+#[test]
+fn a_pod_is_taken_over_with_all_that_policy_looks_at() {
+    let pod = pod_of(json!({
+        "metadata": {
+            "name": "a", "namespace": "x", "uid": "u1", "labels": {"app": "web"},
+            "creationTimestamp": "2024-01-01T00:00:00Z"
+        },
+        "spec": {
+            "nodeName": "n1",
+            "containers": [
+                {"name": "c", "ports": [
+                    {"name": "http", "containerPort": 80},
+                    {"containerPort": 53, "protocol": "UDP"}
+                ]},
+                {"name": "portless", "ports": null}
+            ],
+            "initContainers": [
+                {"name": "proxy", "restartPolicy": "Always", "ports": [{"name": "mesh", "containerPort": 15001}]},
+                {"name": "setup", "ports": [{"name": "never", "containerPort": 1}]}
+            ]
+        },
+        "status": {
+            "phase": "Running", "podIP": "10.0.0.1",
+            "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}],
+            "startTime": "2024-01-02T00:00:00Z"
+        }
+    }));
+    let port = |name: Option<&str>, number, protocol| PodPort {
+        name: name.map(Arc::from),
+        number,
+        protocol,
+    };
+    assert_eq!(
+        pod,
+        policy::Pod {
+            key: PodKey {
+                namespace: "x".into(),
+                name: "a".into()
+            },
+            uid: "u1".into(),
+            labels: Labels::from([("app".into(), "web".into())]),
+            node: "n1".into(),
+            host_network: false,
+            ports: vec![
+                port(Some("http"), 80, Protocol::Tcp),
+                port(None, 53, Protocol::Udp),
+                port(Some("mesh"), 15001, Protocol::Tcp),
+            ],
+            addresses: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+            finished: false,
+            started: "2024-01-02T00:00:00Z".into(),
+        }
+    );
+}
+
+#[test]
+fn what_a_pod_may_leave_out_or_set_to_null_has_its_default() {
+    for value in [
+        json!({"metadata": {"name": "a"}}),
+        json!({"metadata": {"name": "a", "labels": null, "creationTimestamp": null}, "spec": null, "status": null}),
+        json!({"metadata": {"name": "a", "namespace": ""}, "spec": {"containers": null}, "status": {"podIP": "", "podIPs": []}}),
+    ] {
+        let pod = pod_of(value.clone());
+        assert_eq!(pod.key.to_string(), "default/a", "{value}");
+        assert_eq!(
+            (pod.addresses.len(), pod.ports.len(), &*pod.started),
+            (0, 0, ""),
+            "{value}"
+        );
+    }
+}
+
+#[test]
+fn the_phases_succeeded_and_failed_end_a_pod() {
+    for (phase, finished) in [
+        ("Pending", false),
+        ("Running", false),
+        ("Unknown", false),
+        ("Succeeded", true),
+        ("Failed", true),
+    ] {
+        let pod = pod_of(json!({"metadata": {"name": "a"}, "status": {"phase": phase}}));
+        assert_eq!(pod.finished, finished, "{phase}");
+    }
+}
+
+#[test]
+fn a_node_has_its_ip_addresses_and_pod_cidrs() {
+    for (value, addresses, cidrs) in [
+        (
+            json!({
+                "metadata": {"name": "n"},
+                "spec": {"podCIDR": "10.1.0.0/24", "podCIDRs": ["10.1.0.0/24", "fd00:1::/64"]},
+                "status": {"addresses": [
+                    {"type": "InternalIP", "address": "192.168.0.1"},
+                    {"type": "Hostname", "address": "n"},
+                    {"type": "ExternalIP", "address": "2001:db8::1"}
+                ]}
+            }),
+            vec!["192.168.0.1", "2001:db8::1"],
+            vec!["10.1.0.0/24", "fd00:1::/64"],
+        ),
+        (
+            json!({"metadata": {"name": "n"}, "spec": {"podCIDR": "10.1.0.7/24"}}),
+            vec![],
+            vec!["10.1.0.0/24"],
+        ),
+        (
+            json!({"metadata": {"name": "n"}, "spec": {}, "status": {}}),
+            vec![],
+            vec![],
+        ),
+    ] {
+        let key = key_of(Kind::Node, &value).expect("a name");
+        let Ok(Object::Node(node)) = read(&key, value.clone()) else {
+            panic!("{value}")
+        };
+        let texts = |list: Vec<String>| list;
+        assert_eq!(
+            texts(node.addresses.iter().map(ToString::to_string).collect()),
+            addresses
+        );
+        assert_eq!(
+            texts(node.pod_cidrs.iter().map(ToString::to_string).collect()),
+            cidrs
+        );
+    }
+}
+
+#[test]
+fn all_faults_of_an_object_are_told_at_once() {
+    let value = json!({
+        "metadata": {"name": "a"},
+        "spec": {"containers": [{"ports": [{"containerPort": 70000}, {"containerPort": -1}]}]},
+        "status": {"podIP": "10.0.0.256"}
+    });
+    let key = key_of(Kind::Pod, &value).expect("a name");
+    let faults = read(&key, value).expect_err("three faults");
+    let fields: Vec<_> = faults.iter().map(|fault| fault.field.as_str()).collect();
+    assert_eq!(
+        fields,
+        [
+            "status.podIP",
+            "spec.containers[0].ports[0].containerPort",
+            "spec.containers[0].ports[1].containerPort"
+        ]
+    );
+}

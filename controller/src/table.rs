@@ -1,0 +1,347 @@
+//! The published table: who is behind an address, and may two of them talk. Read on the packet path.
+//!
+//! A verdict reads several entries, which must belong together; a map alone cannot promise that. So
+//! a sequence number stands beside the map, odd while entries are being swapped: who read under an
+//! odd or a changed number reads again. Writing is map operations only, everything is built before.
+//! No guard of the map leaves this module. Knows nothing of sources, files or Kubernetes objects.
+use std::collections::{BTreeMap, HashSet};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread;
+
+use dashmap::DashMap;
+use ipnet::IpNet;
+use policy::{
+    Cluster, Direction, Endpoint, OwnNode, Party, PodKey, PolicyKey, Protocol, Touched, Verdict,
+};
+use serde::Serialize;
+use tokio::sync::watch;
+
+use crate::Problem;
+
+/// What an operator decides about the table.
+#[derive(Clone, Debug, Default)]
+pub struct TableSettings {
+    /// Which addresses are pods at all (`--cluster-cidr`); empty: the pod CIDRs of all nodes.
+    pub cluster_cidrs: Vec<IpNet>,
+    /// Whether a pod's traffic to its own node is judged (`--own-node`).
+    pub own_node: OwnNode,
+}
+
+/// The answer of [`Table::judge`].
+#[derive(Clone, Debug)]
+pub enum Judgement {
+    /// Decided, with both ends as they were when it was.
+    Settled {
+        /// May they, and why.
+        verdict: Verdict,
+        /// The pod behind the source address, if it is one.
+        from: Option<Arc<Endpoint>>,
+        /// The pod behind the destination address, if it is one.
+        to: Option<Arc<Endpoint>>,
+    },
+    /// This address lies in the cluster, but nobody has said yet whose it is: ask again when the
+    /// table has [`changed`](Table::changed).
+    Unknown(IpAddr),
+}
+
+/// An address of a pod on some node, for the kernel's sets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalPod {
+    /// The address.
+    pub address: IpAddr,
+    /// Whether connections to it are judged.
+    pub ingress_isolated: bool,
+    /// Whether connections from it are judged.
+    pub egress_isolated: bool,
+    /// The pod.
+    pub key: PodKey,
+}
+
+/// A policy in force, for people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PolicyInfo {
+    /// `namespace/name`.
+    pub policy: PolicyKey,
+    /// Whether it isolates the pods that it selects for ingress.
+    pub ingress: bool,
+    /// Whether it isolates the pods that it selects for egress.
+    pub egress: bool,
+    /// The pods that it selects; sorted.
+    pub pods: Vec<PodKey>,
+}
+
+/// The cluster as the packet path sees it. Written by one [`Index`](crate::Index), read by anyone.
+#[derive(Debug)]
+pub struct Table {
+    settings: TableSettings,
+    map: DashMap<IpAddr, Arc<Endpoint>, ahash::RandomState>,
+    surroundings: RwLock<Arc<Surroundings>>,
+    /// Twice the generation; one more while the next one is being swapped in.
+    sequence: AtomicU64,
+    generation: watch::Sender<u64>,
+    problems: RwLock<Arc<Vec<Problem>>>,
+    /// Held for the whole of a batch, publishing included: who holds it sees what is published.
+    cluster: Mutex<Cluster>,
+}
+
+/// What is known of addresses that are no pod's.
+#[derive(Debug, Default)]
+struct Surroundings {
+    /// First and last addresses of the cluster's CIDRs, disjoint and sorted.
+    cluster: Vec<(IpAddr, IpAddr)>,
+    nodes: HashSet<IpAddr, ahash::RandomState>,
+}
+
+impl Surroundings {
+    fn new(settings: &TableSettings, cluster: &Cluster) -> Self {
+        let cidrs = match settings.cluster_cidrs.as_slice() {
+            [] => cluster.pod_cidrs(),
+            given => given.to_vec(),
+        };
+        let mut ranges: Vec<_> = IpNet::aggregate(&cidrs)
+            .into_iter()
+            .map(|cidr| (cidr.network(), cidr.broadcast()))
+            .collect();
+        ranges.sort_unstable();
+        let nodes = cluster
+            .nodes()
+            .flat_map(|node| node.addresses.iter().copied())
+            .collect();
+        Self {
+            cluster: ranges,
+            nodes,
+        }
+    }
+
+    fn is_unexplained(&self, address: IpAddr) -> bool {
+        let after = self.cluster.partition_point(|(first, _)| *first <= address);
+        let within = after.checked_sub(1).and_then(|at| self.cluster.get(at));
+        within.is_some_and(|(_, last)| address <= *last) && !self.nodes.contains(&address)
+    }
+}
+
+impl Table {
+    /// An empty table, of generation 0.
+    #[must_use]
+    pub fn new(settings: TableSettings) -> Arc<Self> {
+        let surroundings = Surroundings::new(&settings, &Cluster::default());
+        Arc::new(Self {
+            settings,
+            map: DashMap::default(),
+            surroundings: RwLock::new(Arc::new(surroundings)),
+            sequence: AtomicU64::new(0),
+            generation: watch::Sender::new(0),
+            problems: RwLock::default(),
+            cluster: Mutex::default(),
+        })
+    }
+
+    /// May `from` open a connection to `port` of `to`? Both ends are read of one generation.
+    ///
+    /// The addresses are those of the packet after DNAT, IPv4-mapped ones unmapped; `port` is
+    /// `None` for protocols without ports. If both ends are unknown, the source is named.
+    #[must_use]
+    pub fn judge(
+        &self,
+        from: IpAddr,
+        to: IpAddr,
+        port: Option<u16>,
+        protocol: Protocol,
+    ) -> Judgement {
+        let read = self.consistent(|| {
+            let ends = (self.get(from), self.get(to));
+            let unexplained = match ends {
+                (Some(_), Some(_)) => None,
+                _ => {
+                    let surroundings = read_lock(&self.surroundings);
+                    let bare = [(from, &ends.0), (to, &ends.1)].into_iter();
+                    bare.filter(|(_, end)| end.is_none())
+                        .map(|(address, _)| address)
+                        .find(|address| surroundings.is_unexplained(*address))
+                }
+            };
+            unexplained.map_or(Ok(ends), Err)
+        });
+        match read {
+            Err(address) => Judgement::Unknown(address),
+            Ok((source, destination)) => Judgement::Settled {
+                verdict: policy::judge(
+                    Party {
+                        address: from,
+                        endpoint: source.as_deref(),
+                    },
+                    Party {
+                        address: to,
+                        endpoint: destination.as_deref(),
+                    },
+                    port,
+                    protocol,
+                    self.settings.own_node,
+                ),
+                from: source,
+                to: destination,
+            },
+        }
+    }
+
+    /// The pod that owns `address` now; none for hostNetwork and finished pods.
+    #[must_use]
+    pub fn endpoint(&self, address: IpAddr) -> Option<Arc<Endpoint>> {
+        self.consistent(|| self.get(address))
+    }
+
+    /// How many batches have come into force; 0 before the first.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.sequence.load(Ordering::Acquire) / 2
+    }
+
+    /// Follows the generation: a new value arrives after its entries can be read.
+    #[must_use]
+    pub fn changed(&self) -> watch::Receiver<u64> {
+        self.generation.subscribe()
+    }
+
+    /// The pod addresses of `node`, sorted; each once, also if contested.
+    #[must_use]
+    pub fn local(&self, node: &str) -> Vec<LocalPod> {
+        let cluster = self.cluster();
+        let mut local = BTreeMap::new();
+        for pod in cluster.pods().filter(|pod| &*pod.node == node) {
+            for &address in pod.owned_addresses() {
+                let Some(endpoint) = cluster.endpoint(address) else {
+                    continue;
+                };
+                local.entry(address).or_insert_with(|| LocalPod {
+                    address,
+                    ingress_isolated: endpoint.isolated(Direction::Ingress),
+                    egress_isolated: endpoint.isolated(Direction::Egress),
+                    key: pod.key.clone(),
+                });
+            }
+        }
+        local.into_values().collect()
+    }
+
+    /// The pod CIDRs of `node`'s Node object; none if there is no such node.
+    #[must_use]
+    pub fn node_pod_cidrs(&self, node: &str) -> Vec<IpNet> {
+        let cluster = self.cluster();
+        let found = cluster.nodes().find(|candidate| &*candidate.name == node);
+        found.map(|node| node.pod_cidrs.clone()).unwrap_or_default()
+    }
+
+    /// The pod of this key, whatever its state.
+    #[must_use]
+    pub fn pod(&self, key: &PodKey) -> Option<policy::Pod> {
+        self.cluster().pod(key).cloned()
+    }
+
+    /// The node's addresses (`status.addresses`); none if there is no such node.
+    #[must_use]
+    pub fn node_addresses(&self, node: &str) -> Vec<IpAddr> {
+        let cluster = self.cluster();
+        let found = cluster.nodes().find(|candidate| &*candidate.name == node);
+        found.map(|node| node.addresses.clone()).unwrap_or_default()
+    }
+
+    /// Every problem that stands now.
+    #[must_use]
+    pub fn problems(&self) -> Arc<Vec<Problem>> {
+        Arc::clone(&read_lock(&self.problems))
+    }
+
+    /// Every policy in force with the pods that it selects; costs a look at each pod.
+    #[must_use]
+    pub fn policies(&self) -> Vec<PolicyInfo> {
+        let cluster = self.cluster();
+        cluster
+            .policies()
+            .map(|policy| PolicyInfo {
+                policy: policy.key().clone(),
+                ingress: policy.isolates(Direction::Ingress),
+                egress: policy.isolates(Direction::Egress),
+                pods: cluster.selected_by(policy.key()),
+            })
+            .collect()
+    }
+
+    /// The cluster that is published; the index alone writes to it.
+    pub(crate) fn cluster(&self) -> MutexGuard<'_, Cluster> {
+        self.cluster.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_problems(&self, problems: Vec<Problem>) {
+        *self
+            .problems
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = Arc::new(problems);
+    }
+
+    /// Swaps in what `cluster` has at the touched addresses, and its nodes if they changed, as one
+    /// generation. Only the holder of the cluster's lock may call this.
+    pub(crate) fn publish(&self, cluster: &Cluster, touched: &Touched, nodes: bool) {
+        let changes: Vec<(IpAddr, Option<Arc<Endpoint>>)> = touched
+            .addresses
+            .iter()
+            .map(|&address| (address, cluster.endpoint(address)))
+            .collect();
+        let surroundings = nodes.then(|| Arc::new(Surroundings::new(&self.settings, cluster)));
+
+        // What is replaced is freed after the swap: readers wait while the sequence is odd.
+        let mut replaced = Vec::with_capacity(changes.len());
+
+        let before = self.sequence.fetch_add(1, Ordering::AcqRel);
+        fence(Ordering::Release);
+        for (address, endpoint) in changes {
+            replaced.push(match endpoint {
+                Some(endpoint) => self.map.insert(address, endpoint),
+                None => self.map.remove(&address).map(|(_, endpoint)| endpoint),
+            });
+        }
+        if let Some(surroundings) = surroundings {
+            *self
+                .surroundings
+                .write()
+                .unwrap_or_else(PoisonError::into_inner) = surroundings;
+        }
+        self.sequence.store(before + 2, Ordering::Release);
+        self.generation.send_replace((before + 2) / 2);
+    }
+
+    /// Runs `read` until no generation was swapped in meanwhile.
+    fn consistent<T>(&self, read: impl Fn() -> T) -> T {
+        const SPINS: u32 = 64;
+        let mut tries = 0_u32;
+        loop {
+            let before = self.sequence.load(Ordering::Acquire);
+            if before.is_multiple_of(2) {
+                let value = read();
+                fence(Ordering::Acquire);
+                if self.sequence.load(Ordering::Relaxed) == before {
+                    return value;
+                }
+            }
+            tries = tries.saturating_add(1);
+            if tries < SPINS {
+                std::hint::spin_loop();
+            } else {
+                thread::yield_now();
+            }
+        }
+    }
+
+    /// The one place that touches the map's guards on the read side.
+    fn get(&self, address: IpAddr) -> Option<Arc<Endpoint>> {
+        self.map.get(&address).map(|entry| Arc::clone(&entry))
+    }
+}
+
+fn read_lock<T>(lock: &RwLock<Arc<T>>) -> std::sync::RwLockReadGuard<'_, Arc<T>> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,125 @@
+//! That one verdict reads one generation, shown with readers that would see a mix.
+use std::sync::atomic::AtomicBool;
+
+use policy::{Labels, NetworkPolicy, Pod};
+
+use super::*;
+use crate::{Batch, Event, Index, Object, ObjectKey};
+
+const A: &str = "10.0.0.1";
+const B: &str = "10.0.0.2";
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn pod(name: &str, address: &str) -> Object {
+    Object::Pod(Pod {
+        key: PodKey {
+            namespace: "x".into(),
+            name: name.into(),
+        },
+        uid: "".into(),
+        labels: Labels::new(),
+        node: "".into(),
+        host_network: false,
+        ports: Vec::new(),
+        addresses: vec![ip(address)],
+        finished: false,
+        started: "".into(),
+    })
+}
+
+fn policy_key() -> PolicyKey {
+    PolicyKey {
+        namespace: "x".into(),
+        name: "deny".into(),
+    }
+}
+
+/// Isolates every pod of the namespace both ways.
+fn deny() -> Event {
+    let spec = serde_json::json!({"policyTypes": ["Ingress", "Egress"]});
+    let spec = serde_json::from_value(spec).unwrap();
+    Event::Upsert(Object::NetworkPolicy(
+        NetworkPolicy::new(policy_key(), spec).unwrap(),
+    ))
+}
+
+fn batch(events: Vec<Event>) -> Batch {
+    Batch {
+        events,
+        ..Batch::default()
+    }
+}
+
+/// The policy isolates both pods or neither, so a verdict in which one side is isolated and the
+/// other is not was read from two generations.
+#[test]
+fn no_reader_sees_two_generations_in_one_verdict() {
+    const FLIPS: usize = 5_000;
+    let table = Table::new(TableSettings::default());
+    let mut index = Index::new(Arc::clone(&table));
+    index.apply(batch(vec![
+        Event::Upsert(pod("a", A)),
+        Event::Upsert(pod("b", B)),
+    ]));
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let readers: Vec<_> = (0..3)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut seen = [0_usize; 2];
+                    while !done.load(Ordering::Relaxed) || seen.contains(&0) {
+                        let answer = table.judge(ip(A), ip(B), Some(80), Protocol::Tcp);
+                        let Judgement::Settled { verdict, .. } = answer else {
+                            panic!("{answer:?}")
+                        };
+                        let (egress, ingress) = (verdict.egress.isolated, verdict.ingress.isolated);
+                        assert_eq!(egress, ingress, "two generations in one verdict");
+                        seen[usize::from(egress)] += 1;
+                    }
+                })
+            })
+            .collect();
+        for flip in 0.. {
+            let remove = Event::Delete(ObjectKey::NetworkPolicy(policy_key()));
+            index.apply(batch(vec![if flip % 2 == 0 { deny() } else { remove }]));
+            done.store(flip >= FLIPS, Ordering::Relaxed);
+            if readers.iter().all(thread::ScopedJoinHandle::is_finished) {
+                break;
+            }
+        }
+    });
+    assert!(table.generation() > FLIPS as u64);
+}
+
+/// A pod moves to another address in every batch: never do both own one, never is it gone.
+#[test]
+fn a_listener_finds_the_new_entries_when_the_generation_arrives() {
+    let table = Table::new(TableSettings::default());
+    let mut index = Index::new(Arc::clone(&table));
+    let changed = table.changed();
+    for (round, (here, gone)) in (1..).zip([(A, B), (B, A)].into_iter().cycle().take(50)) {
+        index.apply(batch(vec![Event::Upsert(pod("a", here))]));
+        assert_eq!(*changed.borrow(), round);
+        assert_eq!(table.generation(), round);
+        assert!(table.endpoint(ip(here)).is_some() && table.endpoint(ip(gone)).is_none());
+    }
+}
+
+#[test]
+fn a_reader_waits_while_a_generation_is_swapped_in() {
+    let table = Table::new(TableSettings::default());
+    Index::new(Arc::clone(&table)).apply(batch(vec![Event::Upsert(pod("a", A))]));
+    table.sequence.fetch_add(1, Ordering::AcqRel);
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| table.endpoint(ip(A)));
+        for _ in 0..1_000 {
+            thread::yield_now();
+            assert!(!reader.is_finished(), "read half a generation");
+        }
+        table.sequence.fetch_add(1, Ordering::AcqRel);
+        assert!(reader.join().unwrap().is_some());
+    });
+}

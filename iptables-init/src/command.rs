@@ -40,7 +40,7 @@ pub enum CommandError {
         program: Program,
         /// Its arguments.
         arguments: String,
-        /// The first line of what it said.
+        /// Its first error.
         message: String,
     },
     /// It could not be run at all.
@@ -138,11 +138,44 @@ pub(crate) fn run<A: AsRef<OsStr>>(
     Err(CommandError::Refused {
         program,
         arguments: shown.join(" "),
-        message: stderr
-            .lines()
-            .next()
-            .unwrap_or("it said nothing")
-            .trim()
-            .to_owned(),
+        message: complaint(&stderr),
     })
+}
+
+/// The first line of `stderr` that tells something, without the place in a script that no one sees.
+fn complaint(stderr: &str) -> String {
+    let error = stderr
+        .lines()
+        .find_map(|line| Some(line.split_once("Error: ")?.1));
+    error
+        .or_else(|| stderr.lines().next())
+        .unwrap_or("it said nothing")
+        .trim()
+        .to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_complaint_is_the_first_error_without_its_place() {
+        for (stderr, expected) in [
+            (
+                "/dev/stdin:4:21-21: Error: Could not process rule: Device or resource busy\ndelete\n  ^",
+                "Could not process rule: Device or resource busy",
+            ),
+            (
+                "# Warning: do not touch!\n/dev/stdin:1:1-2: Error: syntax error\n",
+                "syntax error",
+            ),
+            (
+                "RTNETLINK answers: Network is down\n",
+                "RTNETLINK answers: Network is down",
+            ),
+            ("", "it said nothing"),
+        ] {
+            assert_eq!(complaint(stderr), expected, "{stderr:?}");
+        }
+    }
 }

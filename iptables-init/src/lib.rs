@@ -2,6 +2,7 @@
 //!
 //! The init step puts it in and takes it out; the daemon changes its sets. Knows no policies.
 pub mod command;
+pub mod inspect;
 pub mod marks;
 pub mod probe;
 mod queue_target;
@@ -12,4 +13,5 @@ pub mod sets;
 pub mod settings;
 mod table;
 
+pub use inspect::{Finding, inspect};
 pub use probe::probe_queue_rule;

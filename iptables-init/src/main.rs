@@ -3,8 +3,8 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use iptables_init::probe::ProbeError;
-use iptables_init::probe_queue_rule;
+use iptables_init::inspect;
+use iptables_init::probe::{ProbeError, probe_queue_rule};
 use iptables_init::redirect::{self, Families, Outcome};
 use iptables_init::ruleset::QueueRule;
 use iptables_init::settings::Settings;
@@ -25,6 +25,8 @@ enum Call {
     Uninstall(Settings),
     /// Print what `install` would load; needs no privilege, touches nothing.
     Print(Settings),
+    /// See whether all is in place and the kernel can do the job; a line per thing that is wrong.
+    Check(Settings),
 }
 
 fn main() -> ExitCode {
@@ -48,6 +50,7 @@ fn run(call: Call) -> anyhow::Result<ExitCode> {
             Outcome::Unchanged => println!("was not installed; nothing changed"),
         },
         Call::Print(settings) => print(&settings)?,
+        Call::Check(settings) => return Ok(check(&settings)),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -64,4 +67,16 @@ fn print(settings: &Settings) -> anyhow::Result<()> {
         redirect::script(settings, queue_rule, Families::here())
     );
     Ok(())
+}
+
+fn check(settings: &Settings) -> ExitCode {
+    let findings = inspect(settings);
+    for finding in &findings {
+        println!("{finding}");
+    }
+    if findings.iter().any(|finding| finding.fatal) {
+        return ExitCode::FAILURE;
+    }
+    println!("all is in place");
+    ExitCode::SUCCESS
 }

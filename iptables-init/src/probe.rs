@@ -109,6 +109,12 @@ pub fn probe_queue_rule() -> Result<QueueRule, ProbeError> {
     };
     match queue_target::probe() {
         Ok(()) => Ok(QueueRule::Target),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(CommandError::NotPermitted {
+                program: Program::Nft,
+            }
+            .into())
+        }
         Err(target) => Err(ProbeError::NoQueue { native, target }),
     }
 }
@@ -125,7 +131,7 @@ impl Feature {
 
 fn ask(chain: &str, rule: &str) -> Result<(), CommandError> {
     let script = format!(
-        "table inet portreeve_probe {{ chain probe {{ {chain} policy accept; {rule}; }} }}\n"
+        "table inet portreeve_probe {{\n\tchain probe {{\n\t\t{chain} policy accept;\n\t\t{rule}\n\t}}\n}}\n"
     );
     command::run(Program::Nft, &["-c", "-f", "-"], &script).map(drop)
 }

@@ -59,7 +59,8 @@ pub enum Outcome {
 /// # Errors
 /// [`RedirectError`]; what was put in until then stays and is closed, never open.
 pub fn install(settings: &Settings) -> Result<Outcome, RedirectError> {
-    let ruleset = Ruleset::new(settings, checked_queue_rule(settings)?);
+    validate(settings)?;
+    let ruleset = Ruleset::new(settings, probe_queue_rule()?);
     let mut changed = false;
     for family in routes::enabled_families() {
         changed |= routes::install(family, settings.mark_mask)?;
@@ -157,7 +158,8 @@ pub(crate) fn queue_target(ruleset: &Ruleset) -> Option<QueueTarget> {
     })
 }
 
-fn checked_queue_rule(settings: &Settings) -> Result<QueueRule, RedirectError> {
+/// Whether `settings` ask for something that can be.
+pub(crate) fn validate(settings: &Settings) -> Result<(), RedirectError> {
     if let Some(bridge) = settings.bridge.first() {
         return Err(RedirectError::Bridge(bridge.clone()));
     }
@@ -165,7 +167,7 @@ fn checked_queue_rule(settings: &Settings) -> Result<QueueRule, RedirectError> {
     if first.checked_add(count - 1).is_none() {
         return Err(RedirectError::QueueRange { first, count });
     }
-    Ok(probe_queue_rule()?)
+    Ok(())
 }
 
 fn load_table(ruleset: &Ruleset) -> Result<bool, RedirectError> {

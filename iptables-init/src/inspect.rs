@@ -1,0 +1,310 @@
+//! Finds out whether the redirect is in place and whether this network namespace can carry it.
+//!
+//! Only looks: it changes nothing, sysctls least of all.
+use std::fmt;
+use std::path::Path;
+
+use crate::command::{CommandError, Program};
+use crate::probe::{FEATURES, Feature, MODULE_PACKAGES, ProbeError, probe_queue_rule};
+use crate::queue_target;
+use crate::redirect;
+use crate::routes::{Family, State};
+use crate::ruleset::{QUEUE_CHAIN, Ruleset, TABLE};
+use crate::settings::Settings;
+use crate::table::{Loaded, Stamp};
+
+/// Something that is wrong, or worth knowing, and what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// What is the matter.
+    pub problem: String,
+    /// What to do about it.
+    pub remedy: String,
+    /// Whether the redirect does not work with it; else it is a hint.
+    pub fatal: bool,
+}
+
+impl fmt::Display for Finding {
+    /// One line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = if self.fatal { "error" } else { "note" };
+        write!(f, "{kind}: {}; {}", self.problem, self.remedy)
+    }
+}
+
+/// Looks at programs, kernel, table, routing and sysctls of this network namespace.
+///
+/// Empty, or without a fatal finding: packets of pods come to the gate. Runs `nft` and `ip` about a
+/// dozen times; blocks for some tens of milliseconds.
+#[must_use]
+pub fn inspect(settings: &Settings) -> Vec<Finding> {
+    let mut findings = Findings::default();
+    if let Err(error) = redirect::validate(settings) {
+        findings.error(error);
+    }
+    if findings.nft_works() && findings.kernel_can() {
+        findings.table(settings);
+    }
+    findings.routing(settings);
+    findings.sysctls(Path::new("/proc/sys/net"));
+    findings.0
+}
+
+#[derive(Default)]
+struct Findings(Vec<Finding>);
+
+impl Findings {
+    fn fatal(&mut self, problem: impl Into<String>, remedy: impl Into<String>) {
+        self.0.push(Finding {
+            problem: problem.into(),
+            remedy: remedy.into(),
+            fatal: true,
+        });
+    }
+
+    fn note(&mut self, problem: impl Into<String>, remedy: impl Into<String>) {
+        self.0.push(Finding {
+            problem: problem.into(),
+            remedy: remedy.into(),
+            fatal: false,
+        });
+    }
+
+    /// An error of this crate reads "problem; remedy".
+    fn error(&mut self, error: impl fmt::Display) {
+        let text = error.to_string();
+        let (problem, remedy) = text
+            .split_once("; ")
+            .unwrap_or((&text, "see `iptables-init print`"));
+        self.fatal(problem, remedy);
+    }
+
+    /// Whether `nft` is there and may be used; else all questions to it would fail alike.
+    fn nft_works(&mut self) -> bool {
+        match Loaded::read() {
+            Ok(_) => true,
+            // A listing that fails for another reason is told by the probes that follow.
+            Err(CommandError::Refused { .. }) => true,
+            Err(error) => {
+                self.error(error);
+                false
+            }
+        }
+    }
+
+    fn kernel_can(&mut self) -> bool {
+        let mut all = true;
+        for feature in &FEATURES {
+            match feature.probe() {
+                Ok(()) => {}
+                Err(CommandError::Refused { message, .. }) => {
+                    all = false;
+                    self.lacks(feature, &message);
+                }
+                Err(error) => {
+                    all = false;
+                    self.error(error);
+                    break;
+                }
+            }
+        }
+        all
+    }
+
+    fn lacks(&mut self, feature: &Feature, message: &str) {
+        // What nft itself does not understand, it does not ask the kernel.
+        if !message.contains("Could not process rule") {
+            return self.fatal(
+                format!("`nft` does not know {}: {message}", feature.name),
+                "install nftables 1.0.2 or later (apt-get install nftables)",
+            );
+        }
+        self.fatal(
+            format!("the kernel lacks {} ({}): {message}", feature.name, feature.options),
+            format!(
+                "load it with `modprobe -a {}`, or install the kernel's full set of modules ({MODULE_PACKAGES})",
+                feature.modules
+            ),
+        );
+    }
+
+    fn table(&mut self, settings: &Settings) {
+        let queue_rule = match probe_queue_rule() {
+            Ok(queue_rule) => queue_rule,
+            Err(error @ (ProbeError::NoQueue { .. } | ProbeError::Command(_))) => {
+                return self.error(error);
+            }
+        };
+        let ruleset = Ruleset::new(settings, queue_rule);
+        match Loaded::read() {
+            Err(error) => return self.error(error),
+            Ok(None) => {
+                let problem = format!("nft table inet {TABLE} is not there");
+                return self.fatal(problem, INSTALL);
+            }
+            Ok(Some(loaded)) if loaded.stamp != Some(Stamp::of(&ruleset)) => self.fatal(
+                format!(
+                    "nft table inet {TABLE} was installed with other flags or by another version"
+                ),
+                format!("{INSTALL} with the flags that are given here, or give its flags here"),
+            ),
+            Ok(Some(loaded)) => {
+                if let Some(chain) = loaded.tampered_chain(&ruleset) {
+                    self.fatal(
+                        format!("chain {chain} of nft table inet {TABLE} was changed since"),
+                        format!("find out who changes foreign tables, and {INSTALL}"),
+                    );
+                }
+            }
+        }
+        if let Some(target) = redirect::queue_target(&ruleset) {
+            match queue_target::is_loaded(target) {
+                Ok(true) => {}
+                Ok(false) => self.fatal(
+                    format!("the rule `{target}` in chain {QUEUE_CHAIN} of nft table inet {TABLE} is not there"),
+                    INSTALL,
+                ),
+                Err(error) => self.fatal(
+                    format!("chain {QUEUE_CHAIN} of nft table inet {TABLE} cannot be read: {error}"),
+                    "run as root or with CAP_NET_ADMIN",
+                ),
+            }
+        }
+    }
+
+    fn routing(&mut self, settings: &Settings) {
+        if let Err(error) = Program::Ip.find() {
+            return self.error(error);
+        }
+        for family in Family::ALL {
+            if !family.enabled() {
+                self.note(
+                    format!("{} is disabled in this network namespace", family.name()),
+                    "nothing to do: its packets go nowhere, so none is policed",
+                );
+                continue;
+            }
+            match State::read(family) {
+                Err(error) => self.error(error),
+                Ok(state) => {
+                    if !state.has_rule(settings.mark_mask) {
+                        self.fatal(
+                            format!(
+                                "the {} `ip rule` for diverted packets is not there",
+                                family.name()
+                            ),
+                            INSTALL,
+                        );
+                    }
+                    if !state.route {
+                        self.fatal(
+                            format!("the {} route for diverted packets is not there (it goes when `lo` goes down)", family.name()),
+                            INSTALL,
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    /// Found out in network namespaces: which values break what. `rp_filter`, strict or loose, is
+    /// none of them.
+    fn sysctls(&mut self, net: &Path) {
+        let is_on = |name: &str| {
+            std::fs::read_to_string(net.join(name)).is_ok_and(|value| value.trim() != "0")
+        };
+        for interface in interfaces(&net.join("ipv4/conf")) {
+            if interface != "lo" && is_on(&format!("ipv4/conf/{interface}/src_valid_mark")) {
+                self.fatal(
+                    format!("sysctl net.ipv4.conf.{interface}.src_valid_mark is 1: the kernel drops diverted IPv4 packets as spoofed, whatever rp_filter is"),
+                    format!("`sysctl -w net/ipv4/conf/{interface}/src_valid_mark=0` (wg-quick sets it for a default route through WireGuard: give that its route by hand)"),
+                );
+            }
+        }
+        if is_on("ipv4/tcp_fwmark_accept") {
+            self.fatal(
+                "sysctl net.ipv4.tcp_fwmark_accept is 1: answers of accepted connections inherit the divert mark and never leave the node",
+                "`sysctl -w net.ipv4.tcp_fwmark_accept=0`",
+            );
+        }
+        for name in ["ipv4", "ipv6"] {
+            if is_on(&format!("{name}/fwmark_reflect")) {
+                self.note(
+                    format!("sysctl net.{name}.fwmark_reflect is 1: resets and ICMP errors for diverted packets are lost, so clients time out instead"),
+                    format!("`sysctl -w net.{name}.fwmark_reflect=0`"),
+                );
+            }
+        }
+        if !is_on("ipv4/ip_forward") {
+            self.note(
+                "sysctl net.ipv4.ip_forward is 0: what the proxy does not carry, released pods' packets too, goes nowhere",
+                "`sysctl -w net.ipv4.ip_forward=1`, as every CNI plugin with routed pods does",
+            );
+        }
+    }
+}
+
+const INSTALL: &str = "run `iptables-init install`";
+
+/// `all`, `default` and every interface, sorted.
+fn interfaces(directory: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(directory) else {
+        return Vec::new();
+    };
+    let names = entries
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let mut names: Vec<_> = names.collect();
+    names.sort();
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_finding_is_one_line_with_its_remedy() {
+        let finding = Finding {
+            problem: "x is off".into(),
+            remedy: "switch it on".into(),
+            fatal: true,
+        };
+        assert_eq!(finding.to_string(), "error: x is off; switch it on");
+        assert_eq!(
+            Finding {
+                fatal: false,
+                ..finding
+            }
+            .to_string(),
+            "note: x is off; switch it on"
+        );
+    }
+
+    #[test]
+    fn every_error_text_splits_into_problem_and_remedy() {
+        let mut findings = Findings::default();
+        findings.error(CommandError::Missing {
+            program: Program::Nft,
+        });
+        findings.error(CommandError::NotPermitted {
+            program: Program::Ip,
+        });
+        findings.error(redirect::RedirectError::Bridge("cni0".into()));
+        findings.error(redirect::RedirectError::QueueRange {
+            first: 65535,
+            count: 2,
+        });
+        let remedies: Vec<_> = findings
+            .0
+            .iter()
+            .map(|finding| finding.remedy.as_str())
+            .collect();
+        insta::assert_snapshot!(remedies.join("\n"), @r"
+        install the package `nftables` (apt-get install nftables)
+        run as root or with CAP_NET_ADMIN
+        leave the flag away for routed pods (a veth a pod, as kindnet, Calico, AWS)
+        take a lower --queue
+        ");
+    }
+}

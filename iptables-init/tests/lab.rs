@@ -1,0 +1,715 @@
+//! The redirect in real network namespaces: what `iptables-init` puts in, takes out and finds.
+//!
+//! Every test has namespaces of its own. Nothing is skipped: what is missing is a failure.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test panics at what it cannot do; clippy knows no tests without libtest"
+)]
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use iptables_init::sets::Sets;
+use lab::traffic::UdpOutcome;
+use lab::{Cluster, Host, Netns, Outcome, PodSpec, wait_until};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, sendto, socket,
+};
+use socket2::{Domain, Socket, Type};
+
+const INIT: &str = env!("CARGO_BIN_EXE_iptables-init");
+/// Longer than a round trip in the lab by far, shorter than a SYN's first retransmit.
+const SOON: Duration = Duration::from_millis(500);
+const DEADLINE: Duration = Duration::from_secs(5);
+
+fn main() -> ExitCode {
+    lab::runner::main(&lab::tests![
+        uninstall_restores_the_namespace_to_the_byte,
+        installing_again_changes_nothing,
+        every_partial_state_is_mended_and_can_be_taken_out,
+        other_flags_take_the_place_of_the_table_and_the_sets_keep_their_elements,
+        another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements,
+        sets_in_the_kernel_are_what_the_scripts_say,
+        sets_without_an_installed_table_are_refused_with_the_remedy,
+        check_names_each_thing_that_is_wrong,
+        check_takes_what_works,
+        without_the_programs_check_names_their_packages,
+        without_privilege_the_remedy_is_named_and_print_still_works,
+        wrong_flags_are_usage_errors,
+        without_ipv6_all_but_its_routing_is_installed,
+        closed_drops_what_is_not_released_while_no_daemon_runs,
+        open_lets_everything_through_while_no_daemon_runs,
+        released_pods_go_on_while_no_daemon_runs,
+        a_packet_to_be_held_waits_in_a_queue_of_the_right_number,
+        only_the_sysctls_that_check_names_break_the_redirect,
+    ])
+}
+
+fn uninstall_restores_the_namespace_to_the_byte() {
+    // The first use on a machine loads modules, which adds sysctls for good.
+    let first = namespace();
+    init(&first, "install").ok();
+
+    let netns = namespace();
+    // What others have there, as near to ours as can be.
+    sh(
+        &netns,
+        "nft add table inet other
+        nft add chain inet other prerouting '{ type filter hook prerouting priority -99; }'
+        nft add rule inet other prerouting meta mark 0x400 counter
+        ip -4 rule add pref 10 fwmark 0x400/0x400 lookup 15001
+        ip -4 rule add pref 11 lookup main protocol 177
+        ip -4 route add unreachable 203.0.113.0/24 table 15001
+        ip -6 route add unreachable 2001:db8::/32 table 15001",
+    );
+    let before = dump(&netns);
+    for flags in [
+        "",
+        "--fail open",
+        "--mark-mask 0xf0000 --proxy-port 7000 --queue 7 --queues 3",
+    ] {
+        init(&netns, &format!("install {flags}")).ok();
+        assert_ne!(dump(&netns), before, "{flags}: install did nothing");
+        // It takes out what is there, whatever flags it is given itself.
+        assert_eq!(init(&netns, "uninstall").ok(), "uninstalled\n");
+        assert_eq!(dump(&netns), before, "{flags}");
+        assert_eq!(
+            init(&netns, "uninstall").ok(),
+            "was not installed; nothing changed\n"
+        );
+    }
+}
+
+fn installing_again_changes_nothing() {
+    let netns = namespace();
+    assert_eq!(init(&netns, "install").ok(), "installed\n");
+    let (handles, before) = (sh(&netns, "nft -a list ruleset"), dump(&netns));
+    assert_eq!(
+        init(&netns, "install").ok(),
+        "already installed; nothing changed\n"
+    );
+    assert_eq!(
+        sh(&netns, "nft -a list ruleset"),
+        handles,
+        "a rule was made anew"
+    );
+    assert_eq!(dump(&netns), before);
+}
+
+fn every_partial_state_is_mended_and_can_be_taken_out() {
+    let reference = namespace();
+    let bare = dump(&reference);
+    init(&reference, "install").ok();
+    let whole = dump(&reference);
+    for damage in [
+        "nft delete table inet portreeve",
+        "nft flush chain inet portreeve to_gate",
+        "nft flush chain inet portreeve intercept",
+        "nft flush chain inet portreeve installed_by",
+        "nft add rule inet portreeve answer accept",
+        "nft flush table inet portreeve",
+        "nft 'flush ruleset; table inet portreeve { chain intercept { type nat hook output priority 7; }; }'",
+        "ip -4 rule del pref 10",
+        "ip -6 rule del pref 10",
+        "ip -4 rule add pref 10 fwmark 0x8/0x8 lookup 15001 protocol 177",
+        "ip -4 route flush table 15001",
+        "ip -6 route flush table 15001",
+        "ip -4 rule del pref 10; ip -4 route flush table 15001; nft flush ruleset",
+    ] {
+        let netns = namespace();
+        init(&netns, "install").ok();
+        sh(&netns, damage);
+        assert!(
+            !init(&netns, "check").success,
+            "check did not see `{damage}`"
+        );
+        init(&netns, "install").ok();
+        assert_eq!(sorted(&dump(&netns)), sorted(&whole), "after `{damage}`");
+        init(&netns, "check").ok();
+        sh(&netns, damage);
+        init(&netns, "uninstall").ok();
+        assert_eq!(dump(&netns), bare, "after `{damage}`");
+    }
+}
+
+fn other_flags_take_the_place_of_the_table_and_the_sets_keep_their_elements() {
+    let netns = namespace();
+    init(&netns, "install").ok();
+    fill_sets(&netns);
+    let sets = sh(&netns, "nft -a list sets inet");
+    let chains = "nft -a list chains inet | grep chain";
+    let before = sh(&netns, chains);
+    for flags in [
+        "--fail open --queues 5 --queue 9",
+        "--mark-mask 0xf0000",
+        "--proxy-port 7000",
+    ] {
+        init(&netns, &format!("install {flags}")).ok();
+        init(&netns, &format!("check {flags}")).ok();
+        assert!(
+            init(&netns, "check").stdout.contains("other flags"),
+            "{flags}"
+        );
+        assert_eq!(
+            sh(&netns, "nft -a list sets inet"),
+            sets,
+            "{flags}: elements or handles"
+        );
+        // A hooked chain that is made anew would flush every packet that waits in a queue.
+        assert_eq!(sh(&netns, chains), before, "{flags}: a chain was made anew");
+    }
+    let rules = sh(&netns, "ip -4 rule; ip -6 rule");
+    assert_eq!(
+        rules.matches("15001").count(),
+        2,
+        "one rule a family is left:\n{rules}"
+    );
+}
+
+fn another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements() {
+    let netns = namespace();
+    init(&netns, "install").ok();
+    fill_sets(&netns);
+    let sets = sh(&netns, "nft list sets inet");
+    // As a version with other chains would have left it.
+    sh(
+        &netns,
+        "nft flush chain inet portreeve installed_by
+        nft add rule inet portreeve installed_by return comment '\"portreeve layout 0 content 0\"'
+        nft add chain inet portreeve gone '{ type filter hook output priority 5; }'
+        nft add set inet portreeve gone '{ type ipv4_addr; elements = { 10.9.9.9 }; }'",
+    );
+    init(&netns, "install").ok();
+    init(&netns, "check").ok();
+    assert!(!sh(&netns, "nft list table inet portreeve").contains("gone"));
+    assert_eq!(sorted(&sh(&netns, "nft list sets inet")), sorted(&sets));
+}
+
+fn sets_in_the_kernel_are_what_the_scripts_say() {
+    let netns = namespace();
+    init(&netns, "install").ok();
+    let first = some_sets();
+    load(&netns, &first.replace_script());
+    let mut second = first.clone();
+    second.pods.remove(&"10.1.2.0/24".parse().unwrap());
+    second.egress_released.remove(&address("10.1.2.3"));
+    second.ingress_released.insert(address("fd00:1::9"));
+    second.selves.clear();
+    load(&netns, &second.change_script(&first).unwrap());
+    let changed = sh(&netns, "nft list sets inet");
+    load(&netns, &Sets::default().replace_script());
+    assert!(
+        !sh(&netns, "nft list sets inet").contains("elements"),
+        "replacing by nothing empties"
+    );
+    load(&netns, &second.replace_script());
+    assert_eq!(changed, sh(&netns, "nft list sets inet"));
+    assert!(
+        changed.contains("10.1.0.0/16"),
+        "the CIDR that covered the one taken out:\n{changed}"
+    );
+}
+
+fn sets_without_an_installed_table_are_refused_with_the_remedy() {
+    let netns = namespace();
+    let refused = netns
+        .run(|| iptables_init::sets::load(&some_sets().replace_script()))
+        .unwrap();
+    let text = refused.unwrap_err().to_string();
+    assert!(text.contains("run `iptables-init install` first"), "{text}");
+}
+
+fn check_names_each_thing_that_is_wrong() {
+    for (wrong, flags, expected) in [
+        (
+            "nft delete table inet portreeve",
+            "",
+            "table inet portreeve is not there; run",
+        ),
+        ("true", "--fail open", "installed with other flags"),
+        ("true", "--queue 7", "-j NFQUEUE --queue-balance 7:"),
+        (
+            "nft flush chain inet portreeve to_gate",
+            "",
+            "in chain to_gate",
+        ),
+        (
+            "nft add rule inet portreeve take return",
+            "",
+            "chain take of nft table inet portreeve was changed",
+        ),
+        ("ip -4 rule del pref 10", "", "the IPv4 `ip rule`"),
+        ("ip -6 rule del pref 10", "", "the IPv6 `ip rule`"),
+        ("true", "--mark-mask 0xf0", "the IPv4 `ip rule`"),
+        ("ip -4 route flush table 15001", "", "the IPv4 route"),
+        ("ip link set lo down", "", "the IPv6 route"),
+        (
+            "true",
+            "--bridge cni0",
+            "--bridge cni0 is not supported yet",
+        ),
+        ("true", "--queue 65535 --queues 2", "take a lower --queue"),
+        (
+            "sysctl -qw net.ipv4.conf.all.src_valid_mark=1",
+            "",
+            "net.ipv4.conf.all.src_valid_mark is 1",
+        ),
+        (
+            "sysctl -qw net.ipv4.conf.default.src_valid_mark=1",
+            "",
+            "net.ipv4.conf.default.src_valid_mark is 1",
+        ),
+        (
+            "ip link add eth7.1 type veth peer name eth8; sysctl -qw net/ipv4/conf/eth7.1/src_valid_mark=1",
+            "",
+            "`sysctl -w net/ipv4/conf/eth7.1/src_valid_mark=0`",
+        ),
+        (
+            "sysctl -qw net.ipv4.tcp_fwmark_accept=1",
+            "",
+            "net.ipv4.tcp_fwmark_accept is 1",
+        ),
+    ] {
+        let netns = namespace();
+        init(&netns, "install").ok();
+        sh(&netns, wrong);
+        let check = init(&netns, &format!("check {flags}"));
+        assert!(!check.success, "`{wrong}` {flags}: check was content");
+        let line = check.stdout.lines().find(|line| line.contains(expected));
+        let line = line.unwrap_or_else(|| panic!("`{wrong}` {flags}: {}", check.stdout));
+        assert!(
+            line.starts_with("error: ") && line.contains("; "),
+            "no remedy: {line}"
+        );
+    }
+}
+
+fn check_takes_what_works() {
+    for (odd, expected) in [
+        ("true", "all is in place\n"),
+        (
+            "sysctl -qw net.ipv4.conf.all.rp_filter=1",
+            "all is in place\n",
+        ),
+        (
+            "sysctl -qw net.ipv4.conf.lo.src_valid_mark=1",
+            "all is in place\n",
+        ),
+        (
+            "sysctl -qw net.ipv4.ip_forward=0",
+            "note: sysctl net.ipv4.ip_forward is 0",
+        ),
+        (
+            "sysctl -qw net.ipv6.fwmark_reflect=1",
+            "note: sysctl net.ipv6.fwmark_reflect is 1",
+        ),
+    ] {
+        let netns = namespace();
+        init(&netns, "install").ok();
+        sh(&netns, odd);
+        let said = init(&netns, "check").ok();
+        assert!(said.starts_with(expected), "`{odd}`: {said}");
+    }
+}
+
+fn without_the_programs_check_names_their_packages() {
+    for (program, package) in [("nft", "nftables"), ("ip", "iproute2")] {
+        let netns = namespace();
+        init(&netns, "install").ok();
+        let hidden = format!(
+            "for d in /usr/sbin /sbin /usr/bin /bin; do
+                if [ -e $d/{program} ]; then mount --bind /dev/null $d/{program}; fi
+            done"
+        );
+        for call in ["check", "install", "uninstall"] {
+            let mut command = netns.command("unshare");
+            command.args([
+                "--mount",
+                "sh",
+                "-ec",
+                &format!("{hidden}; exec {INIT} {call}"),
+            ]);
+            let ran = Ran::from(command);
+            assert!(!ran.success, "{call} without {program}");
+            let text = ran.stdout + &ran.stderr;
+            assert!(
+                text.contains(&format!("apt-get install {package}")),
+                "{call}: {text}"
+            );
+        }
+    }
+}
+
+fn without_privilege_the_remedy_is_named_and_print_still_works() {
+    let netns = namespace();
+    let unprivileged = |call: &str| {
+        let mut command = netns.command("setpriv");
+        command.args([
+            "--bounding-set",
+            "-net_admin",
+            "--inh-caps=-all",
+            "--",
+            INIT,
+            call,
+        ]);
+        Ran::from(command)
+    };
+    for call in ["check", "install", "uninstall"] {
+        let ran = unprivileged(call);
+        assert!(!ran.success, "{call}");
+        let text = ran.stdout + &ran.stderr;
+        assert!(
+            text.contains("run as root or with CAP_NET_ADMIN"),
+            "{call}: {text}"
+        );
+    }
+    let printed = unprivileged("print").ok();
+    assert!(printed.contains("table inet portreeve {"), "{printed}");
+}
+
+fn wrong_flags_are_usage_errors() {
+    for flags in [
+        "",
+        "install --frobnicate",
+        "install --mark-mask 0x7",
+        "install --mark-mask red",
+        "install --proxy-port 0",
+        "install --queues 0",
+        "install --fail ajar",
+        "start",
+    ] {
+        let ran = init(&namespace(), flags);
+        assert_eq!(ran.code, Some(2), "{flags}: {}", ran.stderr);
+    }
+}
+
+fn without_ipv6_all_but_its_routing_is_installed() {
+    let netns = namespace();
+    sh(&netns, "sysctl -qw net.ipv6.conf.all.disable_ipv6=1");
+    init(&netns, "install").ok();
+    let said = init(&netns, "check").ok();
+    assert!(said.contains("note: IPv6 is disabled"), "{said}");
+    assert!(!sh(&netns, "ip -6 rule").contains("15001"));
+    init(&netns, "uninstall").ok();
+}
+
+fn closed_drops_what_is_not_released_while_no_daemon_runs() {
+    let lab = Lab::new("install --fail closed", Released::Nobody);
+    for (tcp, udp) in lab.a_to_b() {
+        assert!(matches!(tcp, Outcome::TimedOut), "{tcp:?}");
+        assert!(matches!(udp, UdpOutcome::TimedOut), "{udp:?}");
+    }
+    let counter = sh(
+        lab.node.netns(),
+        "nft list counter inet portreeve no_daemon",
+    );
+    assert!(!counter.contains("packets 0"), "{counter}");
+}
+
+fn open_lets_everything_through_while_no_daemon_runs() {
+    let lab = Lab::new("install --fail open", Released::Nobody);
+    for (tcp, udp) in lab.a_to_b() {
+        assert!(matches!(tcp, Outcome::Connected { .. }), "{tcp:?}");
+        assert!(matches!(udp, UdpOutcome::Answered { .. }), "{udp:?}");
+    }
+}
+
+fn released_pods_go_on_while_no_daemon_runs() {
+    let lab = Lab::new("install --fail closed", Released::Both);
+    for (tcp, udp) in lab.a_to_b() {
+        assert!(matches!(tcp, Outcome::Connected { .. }), "{tcp:?}");
+        assert!(matches!(udp, UdpOutcome::Answered { .. }), "{udp:?}");
+    }
+}
+
+fn a_packet_to_be_held_waits_in_a_queue_of_the_right_number() {
+    let lab = Lab::new("install --queue 31 --queues 2", Released::Nobody);
+    let node = lab.node.netns();
+    let _queues: Vec<OwnedFd> = [31, 32]
+        .map(|number| node.run(|| queue(number)).unwrap())
+        .into();
+    for address in lab.b.addresses() {
+        let waiting = lab.waiting();
+        let outcome = lab
+            .a
+            .ask_udp(SocketAddr::new(address, 90), b"?", SOON)
+            .unwrap();
+        assert!(matches!(outcome, UdpOutcome::TimedOut), "{outcome:?}");
+        wait_until(DEADLINE, "a packet to wait in queue 31 or 32", || {
+            lab.waiting() > waiting
+        })
+        .unwrap();
+    }
+}
+
+fn only_the_sysctls_that_check_names_break_the_redirect() {
+    // Queued packets pass, so that a listener alone is all the daemon that is needed.
+    let lab = Lab::new("install --fail open", Released::Nobody);
+    let node = lab.node.netns();
+    let _listener = node.run(transparent_listener).unwrap();
+    for (sysctl, works) in [
+        ("ipv4/conf/all/rp_filter=0", true),
+        ("ipv4/conf/all/rp_filter=1", true),
+        ("ipv4/conf/all/rp_filter=2", true),
+        ("ipv4/conf/all/src_valid_mark=1", false),
+        ("ipv4/tcp_fwmark_accept=1", false),
+        ("ipv4/conf/all/src_valid_mark=0", true),
+    ] {
+        let (name, value) = sysctl.split_once('=').unwrap();
+        let before = node.run(|| fs::read_to_string(Path::new("/proc/sys/net").join(name)));
+        node.set_sysctls(&[(name, value)]).unwrap();
+        // Nobody serves there: who answers is the listener.
+        let outcome = lab.a.connect(lab.b.addr_v4(81), SOON).unwrap();
+        let connected = matches!(outcome, Outcome::Connected { .. });
+        assert_eq!(connected, works, "{sysctl}: {outcome:?}");
+        assert_eq!(
+            init(node, "check --fail open").success,
+            works,
+            "{sysctl}: check"
+        );
+        node.set_sysctls(&[(name, before.unwrap().unwrap().trim())])
+            .unwrap();
+    }
+}
+
+/// A node with two pods that nobody policed yet, and the redirect on it.
+struct Lab {
+    _cluster: Cluster,
+    node: Host,
+    a: Host,
+    b: Host,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Released {
+    Nobody,
+    Both,
+}
+
+impl Lab {
+    fn new(install: &str, released: Released) -> Self {
+        let cluster = Cluster::builder()
+            .nodes(1)
+            .pod(PodSpec::new("x", "a").node(0))
+            .pod(PodSpec::new("x", "b").node(0))
+            .build()
+            .unwrap();
+        let (node, a, b) = (cluster.node(0), cluster.pod("x/a"), cluster.pod("x/b"));
+        b.serve(&[80]).unwrap();
+        b.serve_udp(&[90]).unwrap();
+        init(node.netns(), install).ok();
+        let pods: Vec<IpAddr> = a.addresses().into_iter().chain(b.addresses()).collect();
+        let mut sets = Sets::default();
+        sets.pods
+            .extend(pods.iter().map(|pod| ipnet::IpNet::from(*pod)));
+        sets.selves.extend(&pods);
+        if released == Released::Both {
+            sets.egress_released.extend(&pods);
+            sets.ingress_released.extend(&pods);
+        }
+        load(node.netns(), &sets.replace_script());
+        Self {
+            _cluster: cluster,
+            node,
+            a,
+            b,
+        }
+    }
+
+    /// What becomes of a connection and of a datagram, in both families.
+    fn a_to_b(&self) -> Vec<(Outcome, UdpOutcome)> {
+        let ask = |address| {
+            let tcp = self.a.connect(SocketAddr::new(address, 80), SOON).unwrap();
+            (
+                tcp,
+                self.a
+                    .ask_udp(SocketAddr::new(address, 90), b"?", SOON)
+                    .unwrap(),
+            )
+        };
+        self.b.addresses().into_iter().map(ask).collect()
+    }
+
+    /// How many packets wait in queues 31 and 32.
+    fn waiting(&self) -> u32 {
+        let read = || fs::read_to_string("/proc/thread-self/net/netfilter/nfnetlink_queue");
+        let queues = self.node.netns().run(read).unwrap().unwrap();
+        let rows = queues
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>());
+        rows.filter(|row| ["31", "32"].contains(&row[0]))
+            .map(|row| row[2].parse::<u32>().unwrap())
+            .sum()
+    }
+}
+
+/// Takes packets of an NFQUEUE and never answers (linux/netfilter/nfnetlink_queue.h).
+fn queue(number: u16) -> OwnedFd {
+    let protocol = SockProtocol::NetlinkNetFilter;
+    let fd = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        protocol,
+    )
+    .unwrap();
+    let bind = [&[8, 0, 1, 0], &[1, 0, 0, 0][..]].concat();
+    let whole_packets = [&[9, 0, 2, 0], &[0, 0, 0xff, 0xff, 2, 0, 0, 0][..]].concat();
+    for attribute in [bind, whole_packets] {
+        let length = u32::try_from(20 + attribute.len()).unwrap();
+        let message = [
+            &length.to_ne_bytes()[..],
+            &(3 << 8 | 2_u16).to_ne_bytes(),
+            &1_u16.to_ne_bytes(),
+            &[0; 8],
+            &[0, 0],
+            &number.to_be_bytes(),
+            &attribute,
+        ];
+        sendto(
+            fd.as_raw_fd(),
+            &message.concat(),
+            &NetlinkAddr::new(0, 0),
+            MsgFlags::empty(),
+        )
+        .unwrap();
+    }
+    fd
+}
+
+fn transparent_listener() -> Socket {
+    let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    listener.set_ip_transparent_v4(true).unwrap();
+    listener
+        .bind(&SocketAddr::from(([0, 0, 0, 0], 15001)).into())
+        .unwrap();
+    listener.listen(16).unwrap();
+    listener
+}
+
+/// A namespace that forwards, as a node's does.
+fn namespace() -> Netns {
+    let netns = Netns::new().unwrap();
+    sh(
+        &netns,
+        "ip link set lo up; sysctl -qw net.ipv4.ip_forward=1",
+    );
+    netns
+}
+
+fn some_sets() -> Sets {
+    let addresses = |list: &[&str]| list.iter().map(|text| address(text)).collect();
+    Sets {
+        pods: [
+            "10.1.0.0/16",
+            "10.1.2.0/24",
+            "10.3.0.0/24",
+            "10.3.1.0/24",
+            "10.3.2.0/24",
+            "fd00:1::/64",
+        ]
+        .map(|net| net.parse().unwrap())
+        .into(),
+        egress_released: addresses(&["10.1.2.3", "10.1.2.4", "fd00:1::3"]),
+        ingress_released: addresses(&["10.1.2.3", "fd00:1::4"]),
+        selves: addresses(&["10.1.2.3", "fd00:1::3"]),
+    }
+}
+
+fn fill_sets(netns: &Netns) {
+    load(netns, &some_sets().replace_script());
+}
+
+fn load(netns: &Netns, script: &str) {
+    netns
+        .run(|| iptables_init::sets::load(script))
+        .unwrap()
+        .unwrap();
+}
+
+fn address(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+/// Everything that `install` could have changed: netfilter, routing and every sysctl.
+fn dump(netns: &Netns) -> String {
+    let tables = sh(
+        netns,
+        "nft list ruleset; for f in -4 -6; do ip $f rule; ip $f route show table all; done",
+    );
+    let mut sysctls = BTreeMap::new();
+    netns
+        .run(|| read_tree(Path::new("/proc/sys/net"), &mut sysctls))
+        .unwrap();
+    // How many connections are tracked is no setting.
+    sysctls.retain(|name, _| !name.ends_with("nf_conntrack_count"));
+    let sysctls: String = sysctls
+        .iter()
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect();
+    tables + &sysctls
+}
+
+fn read_tree(directory: &Path, into: &mut BTreeMap<String, String>) {
+    for entry in fs::read_dir(directory).unwrap().flatten() {
+        if entry.file_type().unwrap().is_dir() {
+            read_tree(&entry.path(), into);
+        } else if let Ok(value) = fs::read(entry.path()) {
+            let value = String::from_utf8_lossy(&value).into_owned();
+            into.insert(entry.path().display().to_string(), value);
+        }
+    }
+}
+
+/// The lines in order: chains that were made at another time are listed elsewhere.
+fn sorted(text: &str) -> Vec<&str> {
+    let mut lines: Vec<_> = text.lines().map(str::trim).collect();
+    lines.sort_unstable();
+    lines
+}
+
+fn init(netns: &Netns, arguments: &str) -> Ran {
+    let mut command = netns.command(INIT);
+    command.args(arguments.split_whitespace());
+    Ran::from(command)
+}
+
+fn sh(netns: &Netns, script: &str) -> String {
+    let mut command = netns.command("sh");
+    command.args(["-ec", script]);
+    Ran::from(command).ok()
+}
+
+/// How a program ended and what it said.
+#[derive(Debug)]
+struct Ran {
+    success: bool,
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl From<lab::Command> for Ran {
+    fn from(command: lab::Command) -> Self {
+        let output = command.output().unwrap();
+        Self {
+            success: output.status.success(),
+            code: output.status.code(),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
+impl Ran {
+    /// Its standard output.
+    #[track_caller]
+    fn ok(self) -> String {
+        assert!(self.success, "{}{}", self.stdout, self.stderr);
+        self.stdout
+    }
+}

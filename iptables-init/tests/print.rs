@@ -1,0 +1,95 @@
+//! Golden tests of all that `install` loads: what the kernel gets is reviewed as text.
+//!
+//! After a wanted change: `INSTA_UPDATE=always cargo test -p iptables-init --test print`.
+use clap::Parser;
+use iptables_init::redirect::{Families, script};
+use iptables_init::ruleset::QueueRule;
+use iptables_init::settings::Settings;
+
+#[derive(Parser)]
+struct Line {
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Everything but the number of queues as by default: that one is the machine's.
+fn printed(flags: &str, queue_rule: QueueRule, families: Families) -> String {
+    let queues = if flags.contains("--queues") {
+        ""
+    } else {
+        "--queues 2"
+    };
+    let line = format!("iptables-init {queues} {flags}");
+    let line = Line::try_parse_from(line.split_whitespace()).expect("flags of the test");
+    script(&line.settings, queue_rule, families)
+}
+
+/// The lines that `flags` change, as a diff.
+fn changed_by(flags: &str, queue_rule: QueueRule) -> String {
+    let default = printed("", QueueRule::Target, Families::Both);
+    let other = printed(flags, queue_rule, Families::Both);
+    let (olds, news): (Vec<_>, Vec<_>) = (default.lines().collect(), other.lines().collect());
+    let mut diff = String::new();
+    for at in 0..olds.len().max(news.len()) {
+        let (old, new) = (olds.get(at), news.get(at));
+        // The hash says that something changed, not what.
+        if old != new && !old.is_some_and(|line| line.contains("portreeve layout")) {
+            diff.extend(old.map(|line| format!("-{}\n", line.trim())));
+            diff.extend(new.map(|line| format!("+{}\n", line.trim())));
+        }
+    }
+    diff
+}
+
+#[test]
+fn the_default_is_loaded_as_reviewed() {
+    insta::assert_snapshot!("default", printed("", QueueRule::Target, Families::Both));
+}
+
+#[test]
+fn a_kernel_with_nft_queue_needs_no_netlink_rule() {
+    insta::assert_snapshot!("native_queue", changed_by("", QueueRule::Native));
+}
+
+#[test]
+fn another_mask_changes_marks_and_nothing_else() {
+    insta::assert_snapshot!(
+        "mark_mask",
+        changed_by("--mark-mask 0xf0000", QueueRule::Target)
+    );
+}
+
+#[test]
+fn other_ports_and_queues_stand_where_they_belong() {
+    let flags = "--proxy-port 7000 --queue 200 --queues 8";
+    insta::assert_snapshot!("ports", changed_by(flags, QueueRule::Native));
+}
+
+#[test]
+fn fail_open_lets_through_what_has_no_listener_and_what_has_no_queue() {
+    let both = [QueueRule::Target, QueueRule::Native]
+        .map(|queue_rule| changed_by("--fail open", queue_rule));
+    insta::assert_snapshot!("fail_open", both.join("\nwith nft's own queue:\n"));
+}
+
+#[test]
+fn without_ipv6_only_its_routing_is_left_out() {
+    let both = printed("", QueueRule::Target, Families::Both);
+    let v4 = printed("", QueueRule::Target, Families::OnlyV4);
+    let without: Vec<_> = both
+        .lines()
+        .filter(|line| !line.starts_with("ip -6"))
+        .collect();
+    assert_eq!(v4.lines().collect::<Vec<_>>(), without);
+}
+
+#[test]
+fn nothing_is_left_to_be_filled_in() {
+    for queue_rule in [QueueRule::Target, QueueRule::Native] {
+        let text = printed("", queue_rule, Families::Both);
+        assert!(
+            !text.contains('$') && !text.contains("no value for"),
+            "{text}"
+        );
+    }
+}

@@ -41,10 +41,16 @@ fn main() -> ExitCode {
 
 fn run(call: Call) -> anyhow::Result<ExitCode> {
     match call {
-        Call::Install(settings) => match redirect::install(&settings)? {
-            Outcome::Changed => println!("installed"),
-            Outcome::Unchanged => println!("already installed; nothing changed"),
-        },
+        Call::Install(settings) => {
+            match redirect::install(&settings)? {
+                Outcome::Changed => println!("installed"),
+                Outcome::Unchanged => println!("already installed; nothing changed"),
+            }
+            // What is in place may still not work here, because of a sysctl for example.
+            for finding in inspect(&settings) {
+                eprintln!("{finding}");
+            }
+        }
         Call::Uninstall(_) => match redirect::uninstall()? {
             Outcome::Changed => println!("uninstalled"),
             Outcome::Unchanged => println!("was not installed; nothing changed"),

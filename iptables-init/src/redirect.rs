@@ -11,6 +11,7 @@ use crate::queue_target::{self, QueueTarget};
 use crate::routes::{self, Family};
 use crate::ruleset::{QUEUE_CHAIN, QueueRule, Ruleset, TABLE};
 use crate::settings::Settings;
+pub use crate::table::UnknownElement;
 use crate::table::{self, Loaded, Stamp};
 
 /// Why the redirect could not be put in or taken out.
@@ -32,6 +33,9 @@ pub enum RedirectError {
     /// The kernel cannot queue packets, or could not be asked.
     #[error(transparent)]
     Probe(#[from] ProbeError),
+    /// What is in the sets of the loaded table cannot be carried over.
+    #[error(transparent)]
+    UnknownElement(#[from] UnknownElement),
     /// `nft` or `ip` refused.
     #[error(transparent)]
     Command(#[from] CommandError),
@@ -179,7 +183,7 @@ fn load_table(ruleset: &Ruleset) -> Result<bool, RedirectError> {
         {
             return Ok(false);
         }
-        Some(loaded) => table::replace_script(&loaded, ruleset),
+        Some(loaded) => table::replace_script(&loaded, ruleset)?,
     };
     command::run(Program::Nft, &["-f", "-"], &script)?;
     Ok(true)

@@ -117,10 +117,15 @@ impl Ruleset {
     fn queue_statement(&self) -> String {
         let (first, count, bypass) = self.queue();
         let last = first.saturating_add(count - 1);
-        match self.queue_rule {
-            QueueRule::Native if bypass => format!("queue flags fanout,bypass num {first}-{last}"),
-            QueueRule::Native => format!("queue flags fanout num {first}-{last}"),
-            QueueRule::Target => "# The NFQUEUE target, which nft cannot write.".to_owned(),
+        match (self.queue_rule, count, bypass) {
+            (QueueRule::Target, ..) => "# The NFQUEUE target, which nft cannot write.".to_owned(),
+            // nft takes neither a range of one nor a fan-out over it.
+            (QueueRule::Native, 1, true) => format!("queue flags bypass num {first}"),
+            (QueueRule::Native, 1, false) => format!("queue num {first}"),
+            (QueueRule::Native, _, true) => {
+                format!("queue flags fanout,bypass num {first}-{last}")
+            }
+            (QueueRule::Native, _, false) => format!("queue flags fanout num {first}-{last}"),
         }
     }
 }

@@ -121,14 +121,17 @@ pub(crate) fn create_script(ruleset: &Ruleset) -> String {
 
 /// The nft script that puts `ruleset` in the place of `loaded`, in one transaction. The sets keep
 /// their elements.
-pub(crate) fn replace_script(loaded: &Loaded, ruleset: &Ruleset) -> String {
+///
+/// # Errors
+/// [`UnknownElement`] rather than to leave one out: a pod's address could be among them.
+pub(crate) fn replace_script(loaded: &Loaded, ruleset: &Ruleset) -> Result<String, UnknownElement> {
     let new = create_script(ruleset);
     if loaded
         .stamp
         .as_ref()
         .is_some_and(|stamp| stamp.layout == Stamp::of(ruleset).layout)
     {
-        return swap_rules(loaded, ruleset) + &new;
+        return Ok(swap_rules(loaded, ruleset) + &new);
     }
     // The daemon may change a set between the listing and this; it fills its sets anew when it
     // starts, which an upgrade that changes the layout calls for anyway.
@@ -142,9 +145,31 @@ pub(crate) fn replace_script(loaded: &Loaded, ruleset: &Ruleset) -> String {
             .as_array()
             .map(Vec::as_slice)
             .unwrap_or_default();
-        elements(&mut script, "add", name, listed.iter().filter_map(element));
+        let listed: Result<Vec<_>, _> = listed
+            .iter()
+            .map(|value| {
+                let unknown = || UnknownElement {
+                    set: name.to_owned(),
+                    element: value.to_string(),
+                };
+                element(value).ok_or_else(unknown)
+            })
+            .collect();
+        elements(&mut script, "add", name, listed?.into_iter());
     }
-    script
+    Ok(script)
+}
+
+/// A set holds what this version cannot carry over.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "set {set} of nft table inet {TABLE} holds {element}, which cannot be carried over; run `iptables-init uninstall` and install again"
+)]
+pub struct UnknownElement {
+    /// The set.
+    pub set: String,
+    /// The element as nft lists it.
+    pub element: String,
 }
 
 /// Empties every chain in place, so that neither a queued packet nor a set element is lost.
@@ -215,4 +240,103 @@ fn fnv1a(text: &str) -> String {
         (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
     });
     format!("{hash:016x}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::marks::Marks;
+    use crate::settings::{Fail, Settings};
+
+    fn settings() -> Settings {
+        Settings {
+            proxy_port: 15001,
+            queue: 100,
+            queues: Some(2),
+            mark_mask: Marks::default(),
+            bridge: Vec::new(),
+            fail: Fail::Closed,
+        }
+    }
+
+    #[test]
+    fn every_setting_is_in_the_stamp_and_none_changes_the_layout() {
+        let default = Stamp::of(&Ruleset::new(&settings(), QueueRule::Target));
+        for (other, rule, what) in [
+            (
+                Settings {
+                    proxy_port: 1,
+                    ..settings()
+                },
+                QueueRule::Target,
+                "port",
+            ),
+            (
+                Settings {
+                    queue: 1,
+                    ..settings()
+                },
+                QueueRule::Target,
+                "first queue",
+            ),
+            (
+                Settings {
+                    queues: Some(3),
+                    ..settings()
+                },
+                QueueRule::Target,
+                "queues",
+            ),
+            (
+                Settings {
+                    fail: Fail::Open,
+                    ..settings()
+                },
+                QueueRule::Target,
+                "fail",
+            ),
+            (settings(), QueueRule::Native, "way to queue"),
+        ] {
+            let other = Stamp::of(&Ruleset::new(&other, rule));
+            assert_ne!(other.content, default.content, "{what}");
+            assert_eq!(other.layout, default.layout, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_stamp_is_read_as_it_was_written() {
+        let stamp = Stamp::of(&Ruleset::new(&settings(), QueueRule::Target));
+        assert_eq!(Stamp::parse(&stamp.to_string()), Some(stamp));
+        assert_eq!(Stamp::parse("portreeve"), None);
+    }
+
+    #[test]
+    fn elements_of_every_kind_are_written_as_nft_reads_them() {
+        for (listed, expected) in [
+            (r#""10.0.0.1""#, Some("10.0.0.1")),
+            (
+                r#"{"prefix": {"addr": "10.0.0.0", "len": 24}}"#,
+                Some("10.0.0.0/24"),
+            ),
+            (
+                r#"{"range": ["10.0.0.0", "10.0.2.255"]}"#,
+                Some("10.0.0.0-10.0.2.255"),
+            ),
+            (
+                r#"{"concat": ["10.0.0.1", "10.0.0.1"]}"#,
+                Some("10.0.0.1 . 10.0.0.1"),
+            ),
+            (r#"{"unheard": "of"}"#, None),
+        ] {
+            let value = serde_json::from_str(listed).unwrap();
+            assert_eq!(element(&value).as_deref(), expected, "{listed}");
+        }
+    }
+
+    #[test]
+    fn rules_are_counted_without_comments_and_chain_types() {
+        let text = "table inet x {\n chain a {\n type filter hook input priority 0;\n # why\n drop\n accept\n }\n chain b { type nat hook input priority 0; }\n chain c {\n }\n}";
+        let expected = [("a", 2), ("b", 0), ("c", 0)].map(|(name, n)| (name.to_owned(), n));
+        assert_eq!(rules_by_chain(text), expected);
+    }
 }

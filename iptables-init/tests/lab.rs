@@ -13,7 +13,10 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use clap::Parser;
+use iptables_init::ruleset::{QueueRule, Ruleset};
 use iptables_init::sets::Sets;
+use iptables_init::settings::Settings;
 use lab::traffic::UdpOutcome;
 use lab::{Cluster, Host, Netns, Outcome, PodSpec, wait_until};
 use nix::sys::socket::{
@@ -33,6 +36,7 @@ fn main() -> ExitCode {
         every_partial_state_is_mended_and_can_be_taken_out,
         other_flags_take_the_place_of_the_table_and_the_sets_keep_their_elements,
         another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements,
+        nft_understands_its_own_queue_for_any_number_of_queues,
         sets_in_the_kernel_are_what_the_scripts_say,
         sets_without_an_installed_table_are_refused_with_the_remedy,
         check_names_each_thing_that_is_wrong,
@@ -187,6 +191,27 @@ fn another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements(
     init(&netns, "check").ok();
     assert!(!sh(&netns, "nft list table inet portreeve").contains("gone"));
     assert_eq!(sorted(&sh(&netns, "nft list sets inet")), sorted(&sets));
+}
+
+fn nft_understands_its_own_queue_for_any_number_of_queues() {
+    for queues in [1, 2, 256] {
+        for fail in ["open", "closed"] {
+            let flags = format!("x --queues {queues} --fail {fail}");
+            let line = Line::try_parse_from(flags.split_whitespace()).unwrap();
+            let ruleset = Ruleset::new(&line.settings, QueueRule::Native);
+            let netns = namespace();
+            let mut command = netns.command("sh");
+            command.args(["-ec", &format!("nft -c -f - <<'END'\n{ruleset}\nEND")]);
+            let ran = Ran::from(command);
+            // What nft understands, it asks the kernel, which may well lack CONFIG_NFT_QUEUE.
+            let asked = ran.success || ran.stderr.contains("Could not process rule");
+            assert!(
+                asked && !ran.stderr.contains("syntax"),
+                "{flags}: {}",
+                ran.stderr
+            );
+        }
+    }
 }
 
 fn sets_in_the_kernel_are_what_the_scripts_say() {
@@ -474,6 +499,12 @@ fn only_the_sysctls_that_check_names_break_the_redirect() {
         node.set_sysctls(&[(name, before.unwrap().unwrap().trim())])
             .unwrap();
     }
+}
+
+#[derive(Parser)]
+struct Line {
+    #[command(flatten)]
+    settings: Settings,
 }
 
 /// A node with two pods that nobody policed yet, and the redirect on it.

@@ -52,6 +52,11 @@ fn a_kernel_with_nft_queue_needs_no_netlink_rule() {
 }
 
 #[test]
+fn one_queue_is_no_range() {
+    insta::assert_snapshot!("one_queue", changed_by("--queues 1", QueueRule::Native));
+}
+
+#[test]
 fn another_mask_changes_marks_and_nothing_else() {
     insta::assert_snapshot!(
         "mark_mask",

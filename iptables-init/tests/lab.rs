@@ -248,57 +248,60 @@ fn sets_without_an_installed_table_are_refused_with_the_remedy() {
     assert!(text.contains("run `iptables-init install` first"), "{text}");
 }
 
+/// What is made wrong, the flags of `check`, and what it says then.
+const WRONGS: &[(&str, &str, &str)] = &[
+    (
+        "nft delete table inet portreeve",
+        "",
+        "table inet portreeve is not there; run",
+    ),
+    ("true", "--fail open", "installed with other flags"),
+    ("true", "--queue 7", "-j NFQUEUE --queue-balance 7:"),
+    (
+        "nft flush chain inet portreeve to_gate",
+        "",
+        "in chain to_gate",
+    ),
+    (
+        "nft add rule inet portreeve take return",
+        "",
+        "chain take of nft table inet portreeve was changed",
+    ),
+    ("ip -4 rule del pref 10", "", "the IPv4 `ip rule`"),
+    ("ip -6 rule del pref 10", "", "the IPv6 `ip rule`"),
+    ("true", "--mark-mask 0xf0", "the IPv4 `ip rule`"),
+    ("ip -4 route flush table 15001", "", "the IPv4 route"),
+    ("ip link set lo down", "", "the IPv6 route"),
+    (
+        "true",
+        "--bridge cni0",
+        "--bridge cni0 is not supported yet",
+    ),
+    ("true", "--queue 65535 --queues 2", "take a lower --queue"),
+    (
+        "sysctl -qw net.ipv4.conf.all.src_valid_mark=1",
+        "",
+        "net.ipv4.conf.all.src_valid_mark is 1",
+    ),
+    (
+        "sysctl -qw net.ipv4.conf.default.src_valid_mark=1",
+        "",
+        "net.ipv4.conf.default.src_valid_mark is 1",
+    ),
+    (
+        "ip link add eth7.1 type veth peer name eth8; sysctl -qw net/ipv4/conf/eth7.1/src_valid_mark=1",
+        "",
+        "`sysctl -w net/ipv4/conf/eth7.1/src_valid_mark=0`",
+    ),
+    (
+        "sysctl -qw net.ipv4.tcp_fwmark_accept=1",
+        "",
+        "net.ipv4.tcp_fwmark_accept is 1",
+    ),
+];
+
 fn check_names_each_thing_that_is_wrong() {
-    for (wrong, flags, expected) in [
-        (
-            "nft delete table inet portreeve",
-            "",
-            "table inet portreeve is not there; run",
-        ),
-        ("true", "--fail open", "installed with other flags"),
-        ("true", "--queue 7", "-j NFQUEUE --queue-balance 7:"),
-        (
-            "nft flush chain inet portreeve to_gate",
-            "",
-            "in chain to_gate",
-        ),
-        (
-            "nft add rule inet portreeve take return",
-            "",
-            "chain take of nft table inet portreeve was changed",
-        ),
-        ("ip -4 rule del pref 10", "", "the IPv4 `ip rule`"),
-        ("ip -6 rule del pref 10", "", "the IPv6 `ip rule`"),
-        ("true", "--mark-mask 0xf0", "the IPv4 `ip rule`"),
-        ("ip -4 route flush table 15001", "", "the IPv4 route"),
-        ("ip link set lo down", "", "the IPv6 route"),
-        (
-            "true",
-            "--bridge cni0",
-            "--bridge cni0 is not supported yet",
-        ),
-        ("true", "--queue 65535 --queues 2", "take a lower --queue"),
-        (
-            "sysctl -qw net.ipv4.conf.all.src_valid_mark=1",
-            "",
-            "net.ipv4.conf.all.src_valid_mark is 1",
-        ),
-        (
-            "sysctl -qw net.ipv4.conf.default.src_valid_mark=1",
-            "",
-            "net.ipv4.conf.default.src_valid_mark is 1",
-        ),
-        (
-            "ip link add eth7.1 type veth peer name eth8; sysctl -qw net/ipv4/conf/eth7.1/src_valid_mark=1",
-            "",
-            "`sysctl -w net/ipv4/conf/eth7.1/src_valid_mark=0`",
-        ),
-        (
-            "sysctl -qw net.ipv4.tcp_fwmark_accept=1",
-            "",
-            "net.ipv4.tcp_fwmark_accept is 1",
-        ),
-    ] {
+    for (wrong, flags, expected) in WRONGS {
         let netns = namespace();
         init(&netns, "install").ok();
         sh(&netns, wrong);

@@ -151,12 +151,18 @@ fn checked_name(field: &str, name: &str) -> Result<Arc<str>, Fault> {
     Ok(name.into())
 }
 
+const QUOTE: &str = "put the value in quotes";
+/// A namespace `y` is the classic case; kubectl refuses it too.
+const QUOTE_BOOLEAN: &str =
+    "put the value in quotes: YAML reads y, n, yes, no, on and off as true and false";
+
 fn not_a_string(field: &str, value: &Value) -> Fault {
-    Fault::new(
-        field,
-        format!("{value} is not a string"),
-        "put the value in quotes",
-    )
+    let remedy = if value.is_boolean() {
+        QUOTE_BOOLEAN
+    } else {
+        QUOTE
+    };
+    Fault::new(field, format!("{value} is not a string"), remedy)
 }
 
 #[derive(Deserialize, Default)]
@@ -484,7 +490,8 @@ fn typed<T: DeserializeOwned>(resource: &str, prefix: &str, value: Value) -> Res
 
 fn remedy(resource: &str, field: &str, problem: &str) -> String {
     if problem.contains("expected a string") {
-        return "put the value in quotes".to_owned();
+        let boolean = problem.contains("boolean");
+        return if boolean { QUOTE_BOOLEAN } else { QUOTE }.to_owned();
     }
     let path: String = field.split('.').fold(resource.to_owned(), |path, part| {
         format!("{path}.{}", part.split('[').next().unwrap_or(part))

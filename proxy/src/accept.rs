@@ -1,0 +1,143 @@
+//! Takes connections whose handshake the kernel has completed, pairs each with the upstream that
+//! waits for it, and relays until both sides have ended.
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tracing::warn;
+
+use crate::connect::keepalive;
+use crate::enforcer::Enforcer;
+use crate::flows::{Flow, FlowKey, Upstream};
+use crate::records::Outcome;
+use crate::relay::relay;
+
+/// Completed handshakes that may wait for us; the kernel caps it at `net.core.somaxconn`.
+const BACKLOG: i32 = 16_384;
+
+/// Opens one of several transparent listeners on `port` for both families.
+///
+/// Its options are inherited by what it accepts, which saves calls on every connection.
+///
+/// # Errors
+/// `EADDRINUSE` if another program has the port, `EPERM` without `CAP_NET_ADMIN`.
+pub(crate) fn listen(port: u16) -> io::Result<std::net::TcpListener> {
+    match open(
+        Domain::IPV6,
+        SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port),
+    ) {
+        // A node may have IPv6 switched off.
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)
+            ) =>
+        {
+            open(
+                Domain::IPV4,
+                SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port),
+            )
+        }
+        other => other,
+    }
+}
+
+fn open(domain: Domain, address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    if domain == Domain::IPV6 {
+        socket.set_only_v6(false)?;
+        socket.set_ip_transparent_v6(true)?;
+    }
+    socket.set_ip_transparent_v4(true)?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(&keepalive())?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Accepts for as long as the listener stands. Must run inside a `LocalSet`.
+pub(crate) async fn serve(listener: TcpListener, enforcer: Arc<Enforcer>, worker: usize) {
+    loop {
+        match listener.accept().await {
+            Ok((client, peer)) => accepted(client, peer, &enforcer, worker),
+            Err(error) => {
+                // Out of descriptors: those of ending connections come back; spinning would not help.
+                warn!(%error, "cannot accept");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    }
+}
+
+fn accepted(client: TcpStream, peer: SocketAddr, enforcer: &Arc<Enforcer>, worker: usize) {
+    let pair = client.local_addr().ok().and_then(|server| {
+        enforcer.flows.pair(&FlowKey {
+            client: unmapped(peer),
+            server: unmapped(server),
+        })
+    });
+    match pair {
+        Some((flow, upstream)) => {
+            tokio::task::spawn_local(live(client, upstream, flow, Arc::clone(enforcer), worker));
+        }
+        // Someone who dialled our port itself, or whose upstream has been cut meanwhile.
+        None => reset(&client),
+    }
+}
+
+async fn live(
+    mut client: TcpStream,
+    upstream: Upstream,
+    flow: Arc<Flow>,
+    enforcer: Arc<Enforcer>,
+    worker: usize,
+) {
+    let outcome = match at_home(upstream, worker) {
+        Ok(mut server) => {
+            let ended = tokio::select! {
+                biased;
+                () = flow.cut_off() => Outcome::Stopped,
+                ended = relay(&mut client, &mut server, &flow.moved) => match ended {
+                    Ok(()) => Outcome::Closed,
+                    Err(error) => Outcome::Broken(error.kind()),
+                },
+            };
+            if !matches!(ended, Outcome::Closed) {
+                reset(&client);
+                reset(&server);
+            }
+            ended
+        }
+        Err(error) => {
+            reset(&client);
+            Outcome::Broken(error.kind())
+        }
+    };
+    drop(client);
+    enforcer.ended(&flow, outcome);
+}
+
+/// Moves the upstream under this worker's reactor, if another made it.
+fn at_home(upstream: Upstream, worker: usize) -> io::Result<TcpStream> {
+    if upstream.worker == worker {
+        return Ok(upstream.stream);
+    }
+    TcpStream::from_std(upstream.stream.into_std()?)
+}
+
+/// Has the socket say RST when it is dropped.
+fn reset(stream: &TcpStream) {
+    // It fails only on a socket that is no socket; then there is nothing to reset.
+    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
+/// An IPv4 peer of a socket for both families shows as an IPv4-mapped address.
+fn unmapped(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}

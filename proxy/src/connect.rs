@@ -1,0 +1,194 @@
+//! The leg to the server: a connection from the client's own address.
+//!
+//! Its port comes from ranges that pods' own ports and NodePorts do not touch, one for servers on
+//! this node and one for the rest, since both nodes of a connection may have to relay it. If no
+//! port is to be had the attempt fails: another address would change the far node's decision.
+use std::io;
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
+
+use iptables_init::marks::{Answer, Marks};
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use tokio::net::TcpStream;
+
+/// Source ports of connections to pods of this node.
+const LOCAL_PORTS: RangeInclusive<u16> = 2048..=15999;
+/// Source ports of connections that leave the node.
+const REMOTE_PORTS: RangeInclusive<u16> = 16000..=29999;
+
+/// Ports tried for one connection before it is refused.
+const PORTS_TRIED: usize = 256;
+
+/// Where the server is, seen from this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Leg {
+    Local,
+    Remote,
+}
+
+impl Leg {
+    /// The next port of this leg's range: in turn, so that one comes back as late as can be, and
+    /// from a place that differs each time the daemon starts.
+    fn next_port(self) -> u16 {
+        static LOCAL: LazyLock<AtomicU16> = LazyLock::new(anywhere);
+        static REMOTE: LazyLock<AtomicU16> = LazyLock::new(anywhere);
+        let (turn, range) = match self {
+            Self::Local => (&*LOCAL, LOCAL_PORTS),
+            Self::Remote => (&*REMOTE, REMOTE_PORTS),
+        };
+        range.start() + turn.fetch_add(1, Ordering::Relaxed) % (range.end() - range.start() + 1)
+    }
+}
+
+fn anywhere() -> AtomicU16 {
+    let [low, high, ..] = ahash::RandomState::new().hash_one(0u8).to_ne_bytes();
+    AtomicU16::new(u16::from_ne_bytes([low, high]))
+}
+
+/// Why there is no connection to the server.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConnectError {
+    /// The network or the server said no; the client is to hear the same.
+    #[error("{server} answered")]
+    Answered {
+        server: SocketAddr,
+        answer: Answer,
+        #[source]
+        source: io::Error,
+    },
+    /// Nobody answered for as long as TCP tries.
+    #[error("{server} did not answer")]
+    Silent { server: SocketAddr },
+    /// All source ports towards this server are in use.
+    #[error(
+        "no free source port for {client} towards {server}; they come back a minute after their connections ended"
+    )]
+    NoPort {
+        client: SocketAddr,
+        server: SocketAddr,
+    },
+    /// This host could not even try.
+    #[error("cannot {operation} for {client}")]
+    Refused {
+        operation: &'static str,
+        client: SocketAddr,
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Connects to `server` from `client`'s address and waits for the outcome.
+///
+/// # Errors
+/// One [`ConnectError`] a cause. Dropping the future gives the attempt up.
+pub(crate) async fn connect(
+    client: SocketAddr,
+    server: SocketAddr,
+    leg: Leg,
+    marks: Marks,
+) -> Result<TcpStream, ConnectError> {
+    let refused = |operation| {
+        move |source: io::Error| ConnectError::Refused {
+            operation,
+            client,
+            source,
+        }
+    };
+    let socket = started(client, server, leg, marks)?;
+    let stream = TcpStream::from_std(socket.into()).map_err(refused("watch a socket"))?;
+    stream.writable().await.map_err(refused("watch a socket"))?;
+    match stream.take_error() {
+        Ok(None) => Ok(stream),
+        Ok(Some(error)) | Err(error) => Err(outcome(client, server, error)),
+    }
+}
+
+/// Keep-alive of both legs: a peer that is gone without a word is noticed within two minutes.
+pub(crate) fn keepalive() -> TcpKeepalive {
+    TcpKeepalive::new()
+        .with_time(Duration::from_secs(60))
+        .with_interval(Duration::from_secs(15))
+        .with_retries(4)
+}
+
+/// A socket whose handshake has begun, from the next port of the range that is free towards `server`.
+fn started(
+    client: SocketAddr,
+    server: SocketAddr,
+    leg: Leg,
+    marks: Marks,
+) -> Result<Socket, ConnectError> {
+    for _ in 0..PORTS_TRIED {
+        let socket = prepared(server, marks).map_err(|source| ConnectError::Refused {
+            operation: "make a transparent socket",
+            client,
+            source,
+        })?;
+        let from = SocketAddr::new(client.ip(), leg.next_port());
+        match socket
+            .bind(&from.into())
+            .and_then(|()| in_progress(socket.connect(&server.into())))
+        {
+            Ok(()) => return Ok(socket),
+            // Taken towards this very server, or still in TIME_WAIT: a bound socket cannot be bound
+            // again, so the next port wants a new one.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EADDRNOTAVAIL | libc::EADDRINUSE)
+                ) => {}
+            Err(error) => return Err(outcome(client, server, error)),
+        }
+    }
+    Err(ConnectError::NoPort { client, server })
+}
+
+fn prepared(server: SocketAddr, marks: Marks) -> io::Result<Socket> {
+    let socket = Socket::new(
+        Domain::for_address(server),
+        Type::STREAM.nonblocking(),
+        Some(Protocol::TCP),
+    )?;
+    match server {
+        SocketAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
+        SocketAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
+    }
+    socket.set_mark(marks.upstream())?;
+    // One port may serve towards many servers; the kernel still keeps every pair of ends unique.
+    socket.set_reuse_address(true)?;
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(&keepalive())?;
+    Ok(socket)
+}
+
+fn in_progress(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(()),
+        other => other,
+    }
+}
+
+/// What the client is to see of `error`: the very thing that it would have seen without us.
+fn outcome(client: SocketAddr, server: SocketAddr, error: io::Error) -> ConnectError {
+    let answer = match error.raw_os_error() {
+        Some(libc::ECONNREFUSED | libc::ECONNRESET) => Answer::Reset,
+        Some(libc::EHOSTUNREACH | libc::EHOSTDOWN) => Answer::HostUnreachable,
+        Some(libc::ENETUNREACH) => Answer::NetUnreachable,
+        Some(libc::ETIMEDOUT) => return ConnectError::Silent { server },
+        _ => {
+            return ConnectError::Refused {
+                operation: "connect",
+                client,
+                source: error,
+            };
+        }
+    };
+    ConnectError::Answered {
+        server,
+        answer,
+        source: error,
+    }
+}

@@ -1,0 +1,291 @@
+//! The table of connections: held, admitted, live.
+//!
+//! A connection is in the table before its verdict is acted on, so that a change of policy finds
+//! it. Knows no packets and no policy; what a connection was decided by it carries as a value.
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use dashmap::DashMap;
+use dashmap::mapref::entry::Entry;
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+
+use crate::decision::Decision;
+use crate::limits::Permit;
+use crate::relay::Moved;
+
+/// Client and server of a connection, the server after translation of Service addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct FlowKey {
+    pub(crate) client: SocketAddr,
+    pub(crate) server: SocketAddr,
+}
+
+/// How long the kernel repeats a SYN-ACK that nobody acknowledges (`tcp_synack_retries` of 5), and a bit.
+const ACCEPT_WITHIN: Duration = Duration::from_secs(70);
+/// What a client's clock may be late in repeating its SYN.
+const REPEAT_SLACK: Duration = Duration::from_secs(4);
+
+/// One TCP connection through this node.
+pub(crate) struct Flow {
+    pub(crate) id: u64,
+    pub(crate) key: FlowKey,
+    /// Initial sequence number of the client's SYN.
+    pub(crate) sequence: u32,
+    pub(crate) opened: SystemTime,
+    pub(crate) started: Instant,
+    pub(crate) moved: Moved,
+    decision: Mutex<Option<Arc<Decision>>>,
+    stage: Mutex<Stage>,
+    /// Milliseconds from `started` to the last time the client sent its SYN.
+    last_syn: AtomicU32,
+    cut: Notify,
+    _permit: Permit,
+}
+
+/// A connection to the server, and the worker whose reactor watches it.
+#[derive(Debug)]
+pub(crate) struct Upstream {
+    pub(crate) stream: TcpStream,
+    pub(crate) worker: usize,
+}
+
+/// How far a connection has come.
+#[derive(Debug)]
+enum Stage {
+    /// The SYN waits for its verdict or for the server.
+    Held,
+    /// The server has answered; the client has not yet completed its handshake.
+    Admitted { upstream: Upstream, since: Instant },
+    /// Both legs stand.
+    Live,
+    /// Over; kept only by who still looks at it.
+    Over,
+}
+
+/// The name of a [`Stage`], for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum StageName {
+    Held,
+    Admitted,
+    Live,
+    Over,
+}
+
+/// What a SYN is to the table.
+pub(crate) enum Arrival {
+    /// A new attempt, now in the table as held.
+    New(Arc<Flow>),
+    /// The same SYN again while its first copy is held.
+    Repeated,
+    /// The connection is past its SYN: the socket is to see it.
+    PastSyn,
+}
+
+/// All connections of the node.
+#[derive(Default)]
+pub(crate) struct Flows {
+    by_key: DashMap<FlowKey, Arc<Flow>, ahash::RandomState>,
+    /// Held attempts by what survives translation: behind a Service, the repeated SYN may be sent
+    /// to another pod, because the first one's conntrack entry is not confirmed while it is held.
+    attempts: DashMap<(SocketAddr, u32), FlowKey, ahash::RandomState>,
+    next_id: AtomicU64,
+}
+
+impl Flows {
+    /// Enters a SYN. `permit` is asked for only when the attempt is new.
+    ///
+    /// # Errors
+    /// That of `permit`.
+    pub(crate) fn arrive<E>(
+        &self,
+        key: FlowKey,
+        sequence: u32,
+        permit: impl FnOnce() -> Result<Permit, E>,
+    ) -> Result<Arrival, E> {
+        if let Some(known) = self.get(&key) {
+            match known.repeat(sequence) {
+                Some(arrival) => return Ok(arrival),
+                // The client gave that attempt up and took the same port again.
+                None => {
+                    known.cut();
+                    self.remove(&known);
+                }
+            }
+        }
+        let attempt = (key.client, sequence);
+        if let Some(other) = self.attempts.get(&attempt).map(|entry| *entry)
+            && let Some(first) = self.get(&other)
+        {
+            first.note_syn();
+            return Ok(Arrival::Repeated);
+        }
+        let flow = Arc::new(Flow {
+            id: self.next_id.fetch_add(1, Ordering::Relaxed),
+            key,
+            sequence,
+            opened: SystemTime::now(),
+            started: Instant::now(),
+            moved: Moved::default(),
+            decision: Mutex::new(None),
+            stage: Mutex::new(Stage::Held),
+            last_syn: AtomicU32::new(0),
+            cut: Notify::new(),
+            _permit: permit()?,
+        });
+        match self.by_key.entry(key) {
+            // Another core has just entered the same SYN.
+            Entry::Occupied(_) => return Ok(Arrival::Repeated),
+            Entry::Vacant(place) => {
+                place.insert(Arc::clone(&flow));
+            }
+        }
+        self.attempts.insert(attempt, key);
+        Ok(Arrival::New(flow))
+    }
+
+    /// The upstream that waits for this connection's client, if there is one; it is live from now on.
+    pub(crate) fn pair(&self, key: &FlowKey) -> Option<(Arc<Flow>, Upstream)> {
+        let flow = self.get(key)?;
+        let mut stage = flow.stage();
+        match std::mem::replace(&mut *stage, Stage::Live) {
+            Stage::Admitted { upstream, .. } => {
+                drop(stage);
+                Some((flow, upstream))
+            }
+            other => {
+                *stage = other;
+                None
+            }
+        }
+    }
+
+    /// The connection between these two, whatever its stage.
+    pub(crate) fn get(&self, key: &FlowKey) -> Option<Arc<Flow>> {
+        self.by_key.get(key).map(|entry| Arc::clone(&entry))
+    }
+
+    /// Takes a connection that is over out of the table.
+    pub(crate) fn remove(&self, flow: &Arc<Flow>) {
+        *flow.stage() = Stage::Over;
+        self.no_longer_held(flow);
+        self.by_key
+            .remove_if(&flow.key, |_, held| Arc::ptr_eq(held, flow));
+    }
+
+    /// Forgets the SYN of a connection that is past it.
+    fn no_longer_held(&self, flow: &Flow) {
+        self.attempts
+            .remove_if(&(flow.key.client, flow.sequence), |_, key| *key == flow.key);
+    }
+
+    /// Marks a held connection as admitted; from now on a repeated SYN goes to the socket.
+    pub(crate) fn admit(&self, flow: &Flow, stream: TcpStream, worker: usize) {
+        *flow.stage() = Stage::Admitted {
+            upstream: Upstream { stream, worker },
+            since: Instant::now(),
+        };
+        self.no_longer_held(flow);
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.by_key.len()
+    }
+
+    /// Every connection, in no order.
+    pub(crate) fn all(&self) -> Vec<Arc<Flow>> {
+        self.by_key.iter().map(|entry| Arc::clone(&entry)).collect()
+    }
+
+    /// Ends what nobody waits for any more: attempts whose client stopped repeating its SYN, and
+    /// admitted connections whose client never completed the handshake.
+    pub(crate) fn expire(&self, now: Instant) -> Vec<Arc<Flow>> {
+        let gone: Vec<_> = self
+            .all()
+            .into_iter()
+            .filter(|flow| flow.abandoned(now))
+            .collect();
+        for flow in &gone {
+            flow.cut();
+            if flow.stage_name() == StageName::Admitted {
+                self.remove(flow);
+            }
+        }
+        gone
+    }
+}
+
+impl Flow {
+    /// Who decided, once that is known.
+    pub(crate) fn decision(&self) -> Option<Arc<Decision>> {
+        self.decision
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Sets what the connection rests on.
+    pub(crate) fn decide(&self, decision: Arc<Decision>) {
+        *self.decision.lock().unwrap_or_else(PoisonError::into_inner) = Some(decision);
+    }
+
+    /// Ends the connection wherever it is: the held SYN is dropped, live legs are reset.
+    pub(crate) fn cut(&self) {
+        self.cut.notify_one();
+    }
+
+    /// Waits for [`Self::cut`]; one that came before is not missed.
+    pub(crate) async fn cut_off(&self) {
+        self.cut.notified().await;
+    }
+
+    /// How far it has come.
+    pub(crate) fn stage_name(&self) -> StageName {
+        match *self.stage() {
+            Stage::Held => StageName::Held,
+            Stage::Admitted { .. } => StageName::Admitted,
+            Stage::Live => StageName::Live,
+            Stage::Over => StageName::Over,
+        }
+    }
+
+    fn stage(&self) -> std::sync::MutexGuard<'_, Stage> {
+        self.stage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a SYN with `sequence` is to this connection; `None`: another attempt.
+    fn repeat(&self, sequence: u32) -> Option<Arrival> {
+        let same = sequence == self.sequence;
+        match *self.stage() {
+            Stage::Held if same => {
+                self.note_syn();
+                Some(Arrival::Repeated)
+            }
+            Stage::Admitted { .. } if same => Some(Arrival::PastSyn),
+            // The kernel's own socket answers as TCP wants it (RFC 5961, section 4).
+            Stage::Live => Some(Arrival::PastSyn),
+            Stage::Held | Stage::Admitted { .. } | Stage::Over => None,
+        }
+    }
+
+    fn note_syn(&self) {
+        let elapsed = u32::try_from(self.started.elapsed().as_millis()).unwrap_or(u32::MAX);
+        self.last_syn.store(elapsed, Ordering::Relaxed);
+    }
+
+    /// A client repeats its SYN after 1, 3, 7, ... seconds (RFC 6298): one that is late is gone.
+    fn abandoned(&self, now: Instant) -> bool {
+        match *self.stage() {
+            Stage::Held => {
+                let last = Duration::from_millis(self.last_syn.load(Ordering::Relaxed).into());
+                now.saturating_duration_since(self.started) > last * 2 + REPEAT_SLACK
+            }
+            Stage::Admitted { since, .. } => now.saturating_duration_since(since) > ACCEPT_WITHIN,
+            Stage::Live | Stage::Over => false,
+        }
+    }
+}

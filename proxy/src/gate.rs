@@ -1,0 +1,239 @@
+//! Decides every new connection while its first packet waits in the kernel.
+//!
+//! A denied SYN is dropped or reset and never answered. An allowed one waits until the server has
+//! answered the connection that we make in the client's name, and hears the same: so a client
+//! cannot tell the gate from the network. Knows nothing of what flows afterwards.
+mod nfqueue;
+mod packet;
+
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use controller::Judgement;
+use iptables_init::marks::Answer;
+use policy::Protocol;
+use tracing::warn;
+
+use crate::connect::{self, ConnectError, Leg};
+use crate::decision::Decision;
+use crate::enforcer::{Deny, Enforcer};
+use crate::flows::{Arrival, Flow, FlowKey};
+use crate::limits::Full;
+use crate::metrics::Cause;
+use crate::records::Outcome;
+
+pub(crate) use nfqueue::Queue;
+use nfqueue::{PacketId, Queued, Ruling};
+use packet::{Packet, Syn};
+
+/// Packets decided before their rulings are sent: enough to share a call, few enough to be prompt.
+const BATCH: usize = 64;
+/// Bytes for one message of the queue, with room for attributes that newer kernels add.
+const MESSAGE: usize = 4096;
+
+/// The gate of one core, on its own queue.
+pub(crate) struct Gate {
+    queue: Queue,
+    enforcer: Arc<Enforcer>,
+    /// Number of the core's worker, noted on what it connects.
+    worker: usize,
+}
+
+/// What the table says of a connection.
+enum Judged {
+    Allowed(Leg),
+    Denied,
+    /// One end lies in the cluster and nobody has told us about it yet.
+    Unknown,
+}
+
+impl Gate {
+    /// A gate that decides what waits in `queue`.
+    pub(crate) fn new(queue: Queue, enforcer: Arc<Enforcer>, worker: usize) -> Rc<Self> {
+        Rc::new(Self {
+            queue,
+            enforcer,
+            worker,
+        })
+    }
+
+    /// Decides packets until the queue breaks. Must run inside a `LocalSet`.
+    ///
+    /// # Errors
+    /// What the queue answers.
+    pub(crate) async fn serve(self: Rc<Self>) -> io::Result<()> {
+        let mut buffer = vec![0; MESSAGE];
+        loop {
+            self.queue
+                .receive(&mut buffer, BATCH, |queued| self.arrived(&queued))
+                .await?;
+            self.flush();
+        }
+    }
+
+    fn arrived(self: &Rc<Self>, queued: &Queued<'_>) {
+        match Packet::parse(queued.payload) {
+            Packet::Syn(syn) => self.syn(queued.id, syn),
+            Packet::Other { protocol, .. } => {
+                let cause = if protocol == Protocol::Tcp {
+                    Cause::NotASyn
+                } else {
+                    Cause::UnsupportedProtocol
+                };
+                self.refuse(queued.id, cause);
+            }
+            Packet::Unreadable => self.refuse(queued.id, Cause::Unreadable),
+        }
+    }
+
+    fn syn(self: &Rc<Self>, id: PacketId, syn: Syn) {
+        let key = FlowKey {
+            client: syn.client,
+            server: syn.server,
+        };
+        let enforcer = &self.enforcer;
+        match enforcer.flows.arrive(key, syn.sequence, || {
+            enforcer.limits.permit(syn.client.ip())
+        }) {
+            Err(Full::Source) => self.refuse(id, Cause::SourceLimit),
+            Err(Full::Node) => self.refuse(id, Cause::NodeLimit),
+            Ok(Arrival::Repeated) => self.queue.rule(id, Ruling::Drop),
+            Ok(Arrival::PastSyn) => self.answer(id, Answer::Accept),
+            Ok(Arrival::New(flow)) => match self.judge(&flow) {
+                Judged::Denied => self.deny(id, &flow),
+                Judged::Allowed(leg) => {
+                    tokio::task::spawn_local(Rc::clone(self).admit(id, flow, leg));
+                }
+                Judged::Unknown => {
+                    tokio::task::spawn_local(Rc::clone(self).hold(id, flow));
+                }
+            },
+        }
+    }
+
+    /// Judges a connection by the newest table and notes on it what it rests on.
+    fn judge(&self, flow: &Flow) -> Judged {
+        let FlowKey { client, server } = flow.key;
+        match self.enforcer.table.judge(
+            client.ip(),
+            server.ip(),
+            Some(server.port()),
+            Protocol::Tcp,
+        ) {
+            Judgement::Unknown(_) => Judged::Unknown,
+            Judgement::Settled { verdict, from, to } => {
+                let allowed = verdict.allowed();
+                let leg = if to.as_ref().is_some_and(|to| self.enforcer.is_local(to)) {
+                    Leg::Local
+                } else {
+                    Leg::Remote
+                };
+                flow.decide(Arc::new(Decision { verdict, from, to }));
+                if allowed {
+                    Judged::Allowed(leg)
+                } else {
+                    Judged::Denied
+                }
+            }
+        }
+    }
+
+    /// Holds a SYN until both its ends are known, for as long as `--hold` says.
+    async fn hold(self: Rc<Self>, id: PacketId, flow: Arc<Flow>) {
+        let mut changed = self.enforcer.table.changed();
+        let deadline = tokio::time::Instant::from_std(flow.started + self.enforcer.hold);
+        loop {
+            changed.mark_unchanged();
+            match self.judge(&flow) {
+                Judged::Allowed(leg) => return self.admit(id, flow, leg).await,
+                Judged::Denied => {
+                    self.deny(id, &flow);
+                    return self.flush();
+                }
+                Judged::Unknown => {}
+            }
+            tokio::select! {
+                biased;
+                () = flow.cut_off() => break,
+                changed = changed.changed() => if changed.is_err() { break },
+                () = tokio::time::sleep_until(deadline) => break,
+            }
+        }
+        self.enforcer.flows.remove(&flow);
+        self.refuse(id, Cause::UnknownPod);
+        self.flush();
+    }
+
+    /// Connects to the server and lets the client hear what came of it.
+    async fn admit(self: Rc<Self>, id: PacketId, flow: Arc<Flow>, leg: Leg) {
+        let FlowKey { client, server } = flow.key;
+        let enforcer = &self.enforcer;
+        enforcer.allowed(&flow);
+        let connected = tokio::select! {
+            biased;
+            () = flow.cut_off() => None,
+            connected = connect::connect(client, server, leg, enforcer.marks) => Some(connected),
+        };
+        enforcer.metrics.connected(flow.started.elapsed());
+        match connected {
+            Some(Ok(upstream)) => {
+                // First the table, then the kernel: the client may be through in no time.
+                enforcer.flows.admit(&flow, upstream, self.worker);
+                self.answer(id, Answer::Accept);
+            }
+            Some(Err(ConnectError::Answered { answer, source, .. })) => {
+                self.answer(id, answer);
+                enforcer.ended(&flow, Outcome::Unanswered(source.to_string()));
+            }
+            Some(Err(ConnectError::Silent { .. })) | None => {
+                self.queue.rule(id, Ruling::Drop);
+                enforcer.ended(
+                    &flow,
+                    Outcome::Unanswered("the server did not answer".to_owned()),
+                );
+            }
+            Some(Err(error)) => {
+                let cause = if matches!(error, ConnectError::NoPort { .. }) {
+                    Cause::NoPort
+                } else {
+                    Cause::Internal
+                };
+                warn!(error = %anyhow::Error::from(error), "connection refused");
+                enforcer.flows.remove(&flow);
+                self.refuse(id, cause);
+            }
+        }
+        self.flush();
+    }
+
+    fn deny(&self, id: PacketId, flow: &Arc<Flow>) {
+        match self.enforcer.deny {
+            Deny::Drop => self.queue.rule(id, Ruling::Drop),
+            Deny::Reject => self.answer(id, Answer::Reset),
+        }
+        self.enforcer.denied(flow);
+    }
+
+    /// Drops a packet for another reason than policy, which has a count of its own.
+    fn refuse(&self, id: PacketId, cause: Cause) {
+        self.queue.rule(id, Ruling::Drop);
+        self.enforcer.metrics.refused(cause);
+    }
+
+    fn answer(&self, id: PacketId, answer: Answer) {
+        self.queue.rule(
+            id,
+            Ruling::Accept {
+                mark: self.enforcer.marks.answer(answer),
+            },
+        );
+    }
+
+    fn flush(&self) {
+        if let Err(error) = self.queue.flush() {
+            warn!(%error, "the kernel did not take the gate's rulings; the packets stay held");
+            self.enforcer.metrics.refused(Cause::Internal);
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! `portreeve`: the per-node daemon and its command line.
+mod accept;
+mod admin;
+mod ask;
+mod connect;
+mod decision;
+mod enforcer;
+mod flows;
+mod gate;
+mod limits;
+mod metrics;
+mod readiness;
+mod records;
+mod relay;
+mod released;
+mod run;
+mod sys;
+mod worker;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// Kubernetes NetworkPolicy without eBPF: one daemon a node, no sidecars.
+#[derive(Parser)]
+#[command(name = "portreeve", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Enforce on this node until told to stop. Needs `iptables-init install` before it.
+    Run(Box<run::RunArgs>),
+    /// Say whether X may talk to Y, and because of which policy. Offline, without privilege.
+    Check(ask::CheckArgs),
+    /// Say it for every pod to every pod. Offline, without privilege.
+    Matrix(ask::MatrixArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.command {
+        Command::Run(args) => {
+            log_to_stderr();
+            run::run(&args)
+        }
+        Command::Check(args) => ask::check(&args),
+        Command::Matrix(args) => ask::matrix(&args),
+    }
+}
+
+/// Text on a terminal and elsewhere alike; `RUST_LOG` chooses what (default `info`).
+fn log_to_stderr() {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_env_filter(
+            EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
+        )
+        .init();
+}

@@ -1,0 +1,89 @@
+//! Kernel pipes for `splice`, kept for reuse by the thread that made them.
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
+use nix::unistd::pipe2;
+
+/// Bytes that a pipe is asked to hold. Beyond `fs.pipe-user-pages-soft` the kernel gives less to
+/// who lacks `CAP_SYS_RESOURCE`; everything works with any size.
+const SIZE: i32 = 1 << 20;
+/// Empty pipes that a thread keeps.
+const KEPT: usize = 32;
+
+thread_local! {
+    static POOL: RefCell<Vec<Rc<Ends>>> = const { RefCell::new(Vec::new()) };
+}
+
+struct Ends {
+    read: OwnedFd,
+    write: OwnedFd,
+}
+
+/// A pipe that is empty when taken. Dropped empty it goes back to the pool; with bytes still in
+/// it, it is closed.
+pub(super) struct Pipe {
+    ends: Rc<Ends>,
+    held: Cell<usize>,
+}
+
+impl Pipe {
+    /// Takes a pipe from the pool or makes one.
+    ///
+    /// # Errors
+    /// `EMFILE` or `ENFILE` if there are no descriptors left.
+    pub(super) fn take() -> io::Result<Self> {
+        let ends = match POOL.with_borrow_mut(Vec::pop) {
+            Some(ends) => ends,
+            None => create()?,
+        };
+        Ok(Self {
+            ends,
+            held: Cell::new(0),
+        })
+    }
+
+    /// Moves what `source` has ready into the pipe; 0 means that it has ended.
+    ///
+    /// # Errors
+    /// `WouldBlock` if it has nothing ready, else the socket's error.
+    pub(super) fn fill_from(&self, source: impl AsFd) -> io::Result<usize> {
+        let moved = splice(source, None, &self.ends.write, None, SIZE as usize, flags())?;
+        self.held.set(self.held.get() + moved);
+        Ok(moved)
+    }
+
+    /// Moves up to `most` bytes from the pipe to `sink`.
+    ///
+    /// # Errors
+    /// `WouldBlock` if it has no room, else the socket's error.
+    pub(super) fn drain_to(&self, sink: impl AsFd, most: usize) -> io::Result<usize> {
+        let moved = splice(&self.ends.read, None, sink, None, most, flags())?;
+        self.held.set(self.held.get() - moved);
+        Ok(moved)
+    }
+}
+
+impl Drop for Pipe {
+    fn drop(&mut self) {
+        if self.held.get() == 0 {
+            POOL.with_borrow_mut(|pool| {
+                if pool.len() < KEPT {
+                    pool.push(Rc::clone(&self.ends));
+                }
+            });
+        }
+    }
+}
+
+fn create() -> io::Result<Rc<Ends>> {
+    let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(SIZE));
+    Ok(Rc::new(Ends { read, write }))
+}
+
+fn flags() -> SpliceFFlags {
+    SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE
+}

@@ -1,0 +1,273 @@
+//! `portreeve run`: builds the parts, runs them, and takes them down.
+mod settings;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use controller::manifest::ManifestSource;
+use controller::{Batch, Index, Table, TableSettings};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tracing::{error, info, warn};
+
+use crate::accept;
+use crate::admin;
+use crate::enforcer::Enforcer;
+use crate::flows::Flows;
+use crate::limits::{Bounds, Limits};
+use crate::metrics::Metrics;
+use crate::readiness::Readiness;
+use crate::records::Recorder;
+use crate::released::Released;
+use crate::worker::Worker;
+
+pub(crate) use settings::RunArgs;
+
+/// Descriptors for everything but connections: queues, listeners, admin, pipes of bulk streams.
+const DESCRIPTORS_KEPT: u64 = 1024;
+/// How often nobody's connections are looked for.
+const EXPIRE_EVERY: Duration = Duration::from_secs(1);
+/// How soon a refused change of the kernel's sets is tried again.
+const SETS_RETRY: Duration = Duration::from_secs(1);
+
+/// Enforces until SIGTERM or SIGINT. Exit code 2: flags or manifests are wrong; 1: the node is.
+pub(crate) fn run(args: &RunArgs) -> ExitCode {
+    let Some(path) = args.manifests() else {
+        eprintln!(
+            "portreeve: the Kubernetes API as a source is not in this version; give --cluster dir:PATH"
+        );
+        return ExitCode::from(2);
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("portreeve: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    runtime.block_on(async {
+        let (source, first) = match ManifestSource::open(&path) {
+            Ok(opened) => opened,
+            Err(refused) => {
+                eprintln!("portreeve: {refused}");
+                return ExitCode::from(2);
+            }
+        };
+        match enforce(args, source, first).await {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("portreeve: {error:#}");
+                ExitCode::FAILURE
+            }
+        }
+    })
+}
+
+async fn enforce(args: &RunArgs, source: ManifestSource, first: Batch) -> anyhow::Result<()> {
+    in_place(args)?;
+    let node: Arc<str> = args.node()?.into();
+    let table = Table::new(TableSettings {
+        cluster_cidrs: args.cluster_cidr.clone(),
+        own_node: args.own_node.into(),
+    });
+    let mut index = Index::new(Arc::clone(&table));
+    index.apply(first);
+    let released = Released::new(Arc::clone(&table), Arc::clone(&node), args.pod_cidr.clone());
+    if released.pod_cidrs().is_empty() {
+        bail!(
+            "which addresses are pods of node {node} is not known: there is no Node object of that name with spec.podCIDRs; name the node by --node, or give --pod-cidr"
+        );
+    }
+    let enforcer = Arc::new(Enforcer {
+        node,
+        table,
+        flows: Flows::default(),
+        limits: Limits::new(bounds(args)?),
+        marks: args.redirect.mark_mask,
+        deny: args.deny,
+        hold: args.hold.into(),
+        metrics: Metrics::new(),
+        recorder: recorder(args.trace_file.as_ref())?,
+    });
+    let readiness = Readiness::new();
+    let (stop, stopped) = watch::channel(false);
+    let workers = start_workers(args, &enforcer, &stopped)?;
+    let admin = admin::bind(args.admin).await?;
+    let serving = tokio::spawn(admin::serve(
+        admin,
+        Arc::clone(&enforcer),
+        readiness.clone(),
+        stopped,
+    ));
+    tokio::spawn(expire(Arc::clone(&enforcer)));
+    let following = tokio::spawn(follow(source, index, released, readiness));
+    info!(node = %enforcer.node, admin = %args.admin, "enforcing");
+
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    // State is watched; a hang-up must not end the daemon.
+    let _hangup = signal(SignalKind::hangup())?;
+    let broken = tokio::task::spawn_blocking(move || {
+        workers
+            .into_iter()
+            .map(|worker| {
+                worker
+                    .join()
+                    .unwrap_or_else(|_| Err(std::io::Error::other("a worker panicked")))
+            })
+            .find_map(Result::err)
+    });
+    tokio::pin!(broken);
+    let failure = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        failure = &mut broken => Some(failure),
+    };
+    following.abort();
+    stop.send_replace(true);
+    let failure = match failure {
+        Some(failure) => failure?,
+        None => broken.await?,
+    };
+    let _ = serving.await;
+    info!(node = %enforcer.node, "stopped");
+    match failure {
+        Some(error) => Err(error).context("a worker failed"),
+        None => Ok(()),
+    }
+}
+
+/// Says what is missing on this node before anything is started.
+fn in_place(args: &RunArgs) -> anyhow::Result<()> {
+    if args.own_node == settings::OwnNode::Judge {
+        bail!(
+            "--own-node judge is not in this version of `run`; leave it out, or use it with `check` and `matrix`"
+        );
+    }
+    let mut fatal = Vec::new();
+    for finding in iptables_init::inspect(&args.redirect) {
+        if finding.fatal {
+            fatal.push(finding.to_string());
+        } else {
+            warn!("{finding}");
+        }
+    }
+    if !fatal.is_empty() {
+        bail!("this node is not ready:\n  {}", fatal.join("\n  "));
+    }
+    Ok(())
+}
+
+/// As many connections as descriptors allow, two each; one source may have half of them.
+fn bounds(args: &RunArgs) -> anyhow::Result<Bounds> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+        Ok(()) => hard,
+        Err(_) => soft,
+    };
+    let total = usize::try_from(limit.saturating_sub(DESCRIPTORS_KEPT) / 2)?.max(64);
+    let total = args.max_connections.map_or(total, |most| most.min(total));
+    let per_source = args
+        .max_connections_per_source
+        .unwrap_or(total / 2)
+        .min(total);
+    Ok(Bounds { per_source, total })
+}
+
+fn recorder(path: Option<&PathBuf>) -> anyhow::Result<Recorder> {
+    match path {
+        None => Ok(Recorder::off()),
+        Some(path) => Recorder::to_file(path).with_context(|| {
+            format!(
+                "cannot open trace file {}; its directory must exist and be writable",
+                path.display()
+            )
+        }),
+    }
+}
+
+/// Binds every queue before the first listener: a SYN that finds a listener must find its queue.
+fn start_workers(
+    args: &RunArgs,
+    enforcer: &Arc<Enforcer>,
+    stopped: &watch::Receiver<bool>,
+) -> anyhow::Result<Vec<std::thread::JoinHandle<std::io::Result<()>>>> {
+    let settings = &args.redirect;
+    let mut workers = Vec::new();
+    for number in 0..settings.queue_count() {
+        let queue = settings.queue + number;
+        let worker = Worker::start(number.into(), queue, Arc::clone(enforcer), stopped.clone())
+            .with_context(|| format!("cannot bind NFQUEUE {queue}: is another daemon running, or another program on that queue? (--queue chooses others)"))?;
+        workers.push(worker);
+    }
+    let port = settings.proxy_port;
+    let listeners = workers.iter().map(|_| accept::listen(port)).collect::<Result<Vec<_>, _>>()
+        .with_context(|| format!("cannot listen on port {port}: is it in use? (--proxy-port chooses another, for iptables-init too)"))?;
+    Ok(workers
+        .into_iter()
+        .zip(listeners)
+        .map(|(worker, listener)| worker.listen(listener))
+        .collect())
+}
+
+/// Brings every change into force: first the table, then the kernel's sets.
+async fn follow(
+    mut source: ManifestSource,
+    mut index: Index,
+    mut released: Released,
+    readiness: Readiness,
+) {
+    loop {
+        let (returned, result) = match tokio::task::spawn_blocking(move || {
+            let result = released.sync();
+            (released, result)
+        })
+        .await
+        {
+            Ok(done) => done,
+            Err(error) => {
+                error!(%error, "the kernel's sets are no longer kept in step");
+                readiness
+                    .not_ready("the daemon no longer keeps the kernel's sets in step; restart it");
+                return;
+            }
+        };
+        released = returned;
+        let batch = match result {
+            Ok(()) => {
+                readiness.ready();
+                source.next().await
+            }
+            Err(refused) => {
+                error!(error = %refused, "the kernel's sets are behind the table");
+                readiness.not_ready(format!("the kernel's sets are behind the table: {refused}"));
+                match tokio::time::timeout(SETS_RETRY, source.next()).await {
+                    Ok(batch) => batch,
+                    Err(_) => continue,
+                }
+            }
+        };
+        let seen = Instant::now();
+        for problem in batch.problems.iter() {
+            warn!("{problem}");
+        }
+        let touched = index.apply(batch);
+        info!(addresses = touched.len(), took = ?seen.elapsed(), "new state in force");
+    }
+}
+
+/// Ends connections that nobody waits for any more.
+async fn expire(enforcer: Arc<Enforcer>) {
+    let mut every = tokio::time::interval(EXPIRE_EVERY);
+    loop {
+        every.tick().await;
+        enforcer.flows.expire(Instant::now());
+    }
+}

@@ -1,0 +1,118 @@
+//! The flags of `portreeve run`; each can be given as an environment variable too.
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use ipnet::IpNet;
+use iptables_init::settings::Settings;
+
+use crate::enforcer::Deny;
+
+/// Traffic between a pod and the node that it runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum OwnNode {
+    /// Always allowed, as Kubernetes documents it.
+    Allow,
+    /// A pod's traffic to its node is under egress policy too.
+    Judge,
+}
+
+impl From<OwnNode> for policy::OwnNode {
+    fn from(own_node: OwnNode) -> Self {
+        match own_node {
+            OwnNode::Allow => Self::Allow,
+            OwnNode::Judge => Self::Judge,
+        }
+    }
+}
+
+/// Enforces on this node until told to stop. Needs `iptables-init install` before it.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct RunArgs {
+    /// Where the cluster's state comes from: `kube`, or `dir:PATH` with manifests.
+    #[arg(
+        long,
+        value_name = "SOURCE",
+        default_value = "kube",
+        env = "PORTREEVE_CLUSTER"
+    )]
+    pub(crate) cluster: String,
+    /// Name of this Node object [default: $NODE_NAME, else the host name].
+    #[arg(long, value_name = "NAME", env = "PORTREEVE_NODE")]
+    node: Option<String>,
+    /// Where to serve health, metrics and explanations over HTTP.
+    #[arg(
+        long,
+        value_name = "ADDR",
+        default_value = "127.0.0.1:15020",
+        env = "PORTREEVE_ADMIN"
+    )]
+    pub(crate) admin: SocketAddr,
+    /// What a refused client sees.
+    #[arg(long, value_enum, default_value_t = Deny::Drop, env = "PORTREEVE_DENY")]
+    pub(crate) deny: Deny,
+    /// Addresses of this node's pods (repeatable) [default: the Node object's].
+    #[arg(
+        long,
+        value_name = "CIDR",
+        env = "PORTREEVE_POD_CIDR",
+        value_delimiter = ','
+    )]
+    pub(crate) pod_cidr: Vec<IpNet>,
+    /// Addresses of any node's pods (repeatable) [default: every Node's pod CIDRs].
+    #[arg(
+        long,
+        value_name = "CIDR",
+        env = "PORTREEVE_CLUSTER_CIDR",
+        value_delimiter = ','
+    )]
+    pub(crate) cluster_cidr: Vec<IpNet>,
+    /// Traffic between a pod and the node that it runs on.
+    #[arg(long, value_enum, default_value_t = OwnNode::Allow, env = "PORTREEVE_OWN_NODE")]
+    pub(crate) own_node: OwnNode,
+    /// How long a first packet waits for a pod that is not known yet.
+    #[arg(
+        long,
+        value_name = "DURATION",
+        default_value = "5s",
+        env = "PORTREEVE_HOLD"
+    )]
+    pub(crate) hold: humantime::Duration,
+    /// Write a record per connection to this file as JSON lines; `-` is standard output.
+    #[arg(long, value_name = "PATH", env = "PORTREEVE_TRACE_FILE")]
+    pub(crate) trace_file: Option<PathBuf>,
+    /// Connections in all [default: what the descriptor limit allows].
+    #[arg(long, value_name = "COUNT", env = "PORTREEVE_MAX_CONNECTIONS")]
+    pub(crate) max_connections: Option<usize>,
+    /// Connections from one source address [default: half of all].
+    #[arg(
+        long,
+        value_name = "COUNT",
+        env = "PORTREEVE_MAX_CONNECTIONS_PER_SOURCE"
+    )]
+    pub(crate) max_connections_per_source: Option<usize>,
+    #[command(flatten)]
+    pub(crate) redirect: Settings,
+}
+
+impl RunArgs {
+    /// The path of a `dir:` source; `None` for `kube`.
+    pub(crate) fn manifests(&self) -> Option<PathBuf> {
+        self.cluster.strip_prefix("dir:").map(PathBuf::from)
+    }
+
+    /// The Node's name, as told or as the host has it.
+    pub(crate) fn node(&self) -> anyhow::Result<String> {
+        if let Some(name) = self
+            .node
+            .clone()
+            .or_else(|| std::env::var("NODE_NAME").ok())
+        {
+            return Ok(name);
+        }
+        let host = nix::unistd::gethostname().context("this host has no name; give --node")?;
+        host.into_string()
+            .ok()
+            .context("the host's name is not text; give --node")
+    }
+}

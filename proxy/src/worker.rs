@@ -1,0 +1,103 @@
+//! One thread per core: its own runtime, queue, listener and relays.
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::{oneshot, watch};
+use tokio::task::LocalSet;
+
+use crate::accept;
+use crate::enforcer::Enforcer;
+use crate::gate::{Gate, Queue};
+
+/// What connections may take to be reset when the daemon stops.
+const STOP_WITHIN: Duration = Duration::from_secs(1);
+
+/// A worker whose queue is bound and that waits for its listener.
+pub(crate) struct Worker {
+    listener: oneshot::Sender<std::net::TcpListener>,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+impl Worker {
+    /// Starts worker `number` on NFQUEUE `queue` and waits until the queue is bound.
+    ///
+    /// # Errors
+    /// `EBUSY` if someone else has the queue, `EPERM` without `CAP_NET_ADMIN`; what a thread costs.
+    pub(crate) fn start(
+        number: usize,
+        queue: u16,
+        enforcer: Arc<Enforcer>,
+        stop: watch::Receiver<bool>,
+    ) -> io::Result<Self> {
+        let (listener, given) = oneshot::channel();
+        let (report, bound) = std::sync::mpsc::sync_channel(1);
+        let thread = std::thread::Builder::new()
+            .name(format!("worker-{number}"))
+            .spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread()
+                    .enable_all()
+                    .build()?;
+                let queue = {
+                    let _guard = runtime.enter();
+                    Queue::bind(queue)
+                };
+                let queue = match queue {
+                    Ok(queue) => queue,
+                    Err(error) => {
+                        let _ = report.send(Err(error));
+                        return Ok(());
+                    }
+                };
+                let _ = report.send(Ok(()));
+                LocalSet::new().block_on(&runtime, work(queue, given, number, enforcer, stop))
+            })?;
+        match bound.recv() {
+            Ok(Ok(())) => Ok(Self { listener, thread }),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(io::Error::other("the worker ended before it had its queue")),
+        }
+    }
+
+    /// Hands the worker its listener: from now on connections come.
+    pub(crate) fn listen(self, listener: std::net::TcpListener) -> JoinHandle<io::Result<()>> {
+        // It fails only if the worker is gone; its thread's result says why.
+        let _ = self.listener.send(listener);
+        self.thread
+    }
+}
+
+/// Runs until told to stop, then resets what is live: a plain close would look like a complete stream.
+async fn work(
+    queue: Queue,
+    listener: oneshot::Receiver<std::net::TcpListener>,
+    number: usize,
+    enforcer: Arc<Enforcer>,
+    mut stop: watch::Receiver<bool>,
+) -> io::Result<()> {
+    let Ok(listener) = listener.await else {
+        return Ok(());
+    };
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    let gate = Gate::new(queue, Arc::clone(&enforcer), number);
+    let result = tokio::select! {
+        biased;
+        _ = stop.wait_for(|stop| *stop) => Ok(()),
+        result = Rc::clone(&gate).serve() => result,
+        () = accept::serve(listener, Arc::clone(&enforcer), number) => Ok(()),
+    };
+    for flow in enforcer.flows.all() {
+        flow.cut();
+    }
+    // Their tasks run on this very thread; each takes itself out of the table once it is done.
+    let settled = async {
+        while enforcer.flows.len() > 0 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    // Past the deadline the rest is closed by the kernel.
+    let _ = tokio::time::timeout(STOP_WITHIN, settled).await;
+    result
+}

@@ -109,14 +109,17 @@ fn pods_at(slot: usize) -> BoxedStrategy<Pod> {
 }
 
 fn container_ports() -> impl Strategy<Value = Vec<ContainerPort>> {
-    let names = prop_oneof![Just(None), Just(Some("web")), Just(Some("dns"))];
-    let port = (names, select(vec![80, 81, 53]), select(vec!["TCP", "UDP"])).prop_map(
-        |(name, number, protocol)| ContainerPort {
+    let names = prop_oneof![1 => Just(None), 3 => Just(Some("web")), 1 => Just(Some("dns"))];
+    let port = (
+        names,
+        select(vec![80, 80, 81, 53]),
+        select(vec!["TCP", "UDP"]),
+    )
+        .prop_map(|(name, number, protocol)| ContainerPort {
             name: name.map(str::to_owned),
             number,
             protocol: protocol.into(),
-        },
-    );
+        });
     vec(port, 0..4)
 }
 
@@ -199,7 +202,7 @@ fn ports() -> BoxedStrategy<Value> {
         (protocol(), select(vec![53, 80, 81]))
             .prop_map(move |(p, n)| with_protocol(p, json!({"port": n})))
             .boxed(),
-        (protocol(), select(vec!["web", "dns"]))
+        (protocol(), select(vec!["web", "web", "dns"]))
             .prop_map(move |(p, n)| with_protocol(p, json!({"port": n})))
             .boxed(),
         (protocol(), 50..82_u16, 0..40_u16)

@@ -1,0 +1,205 @@
+//! The repository's own rules: every file says what it is, none grows too long, each crate keeps
+//! its fence, unsafe code stands where it may, every metric is documented.
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Lines of a file before its tests.
+const FILE_BUDGET: usize = 400;
+
+/// Where `unsafe` may stand.
+const UNSAFE: &[&str] = &["proxy/src/sys.rs", "lab/src/sys.rs"];
+
+/// What each crate may depend on among ours, and what the pure one may use at all.
+const FENCES: &[(&str, &[&str])] = &[
+    ("policy", &[]),
+    ("controller", &["policy"]),
+    ("iptables-init", &[]),
+    ("lab", &[]),
+    ("proxy", &["policy", "controller", "iptables-init", "lab"]),
+    ("tidy", &[]),
+];
+const PURE: &[&str] = &["ipnet", "serde", "thiserror"];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// Every file below `folder` with this ending, as path from the root and text.
+fn files(folder: &str, ending: &str) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut folders = vec![root().join(folder)];
+    while let Some(folder) = folders.pop() {
+        for entry in
+            fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
+        {
+            let path = entry.expect("a directory entry").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|found| found == ending) {
+                let text = fs::read_to_string(&path).expect("readable text");
+                let name = path
+                    .strip_prefix(root())
+                    .expect("below the root")
+                    .display()
+                    .to_string();
+                found.push((name, text));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn sources() -> Vec<(String, String)> {
+    let all: Vec<_> = FENCES
+        .iter()
+        .flat_map(|(member, _)| files(member, "rs"))
+        .collect();
+    assert!(all.len() > 40, "the walk found only {} files", all.len());
+    all
+}
+
+/// Fails with every offender at once.
+fn none(offenders: &[String], rule: &str) {
+    assert!(
+        offenders.is_empty(),
+        "{rule}:\n  {}",
+        offenders.join("\n  ")
+    );
+}
+
+#[test]
+fn every_file_opens_with_what_it_owns() {
+    let bare: Vec<_> = sources()
+        .into_iter()
+        .filter(|(_, text)| !text.starts_with("//! "))
+        .map(|(name, _)| name)
+        .collect();
+    none(
+        &bare,
+        "a file opens with a `//!` line that says what it owns",
+    );
+}
+
+#[test]
+fn no_file_is_longer_than_its_budget() {
+    let long: Vec<_> = sources()
+        .into_iter()
+        .filter(|(name, _)| name.contains("/src/"))
+        .filter_map(|(name, text)| {
+            let lines = text
+                .lines()
+                .take_while(|line| !line.starts_with("#[cfg(test)]"))
+                .count();
+            (lines > FILE_BUDGET).then(|| format!("{name}: {lines} lines"))
+        })
+        .collect();
+    none(
+        &long,
+        "a file has at most 400 lines before its tests; two rooms are better than one hall",
+    );
+}
+
+#[test]
+fn modules_are_named_for_what_they_hold() {
+    let nameless: Vec<_> = sources()
+        .into_iter()
+        .map(|(name, _)| name)
+        .filter(|name| name.ends_with("/mod.rs"))
+        .collect();
+    none(
+        &nameless,
+        "a module is `foo.rs` with `foo/`, never `mod.rs`",
+    );
+}
+
+#[test]
+fn unsafe_code_stands_in_its_own_files_only() {
+    let marked = |text: &str| {
+        text.lines()
+            .any(|line| !line.trim_start().starts_with("//") && line.contains("unsafe {"))
+    };
+    let strays: Vec<_> = sources()
+        .into_iter()
+        .filter(|(name, text)| {
+            marked(text) && !UNSAFE.contains(&name.as_str()) && name != "tidy/tests/tidy.rs"
+        })
+        .map(|(name, _)| name)
+        .collect();
+    none(&strays, "unsafe code stands only in the files made for it");
+}
+
+#[test]
+fn each_crate_keeps_its_fence() {
+    let ours: Vec<_> = FENCES.iter().map(|(name, _)| *name).collect();
+    let mut breaches = Vec::new();
+    for (member, allowed) in FENCES {
+        let manifest =
+            fs::read_to_string(root().join(member).join("Cargo.toml")).expect("a manifest");
+        let section = manifest
+            .split("\n[")
+            .find(|section| section.starts_with("dependencies]"))
+            .unwrap_or_default();
+        let named = section
+            .lines()
+            .skip(1)
+            .filter_map(|line| line.split(['.', ' ', '=']).next())
+            .filter(|name| !name.is_empty() && !name.starts_with('#'));
+        for name in named {
+            if ours.contains(&name) && !allowed.contains(&name) {
+                breaches.push(format!("{member} must not depend on {name}"));
+            }
+            if *member == "policy" && !PURE.contains(&name) {
+                breaches.push(format!("policy is pure and must not depend on {name}"));
+            }
+        }
+    }
+    none(&breaches, "crates keep their fences (ARCHITECTURE.md)");
+}
+
+#[test]
+fn every_metric_is_documented() {
+    let source = fs::read_to_string(root().join("proxy/src/metrics.rs")).expect("the metrics");
+    let page = fs::read_to_string(root().join("docs/metrics.md")).expect("docs/metrics.md");
+    let registered: Vec<_> = source
+        .split(".register")
+        .skip(1)
+        .filter_map(|call| call.split('"').nth(1))
+        .filter(|name| {
+            name.bytes()
+                .all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+        })
+        .collect();
+    assert!(registered.len() > 5, "found only {registered:?}");
+    let unknown: Vec<_> = registered
+        .iter()
+        .filter(|name| !page.contains(&format!("portreeve_{name}")))
+        .map(ToString::to_string)
+        .collect();
+    none(&unknown, "docs/metrics.md names every metric");
+}
+
+#[test]
+fn links_between_documents_lead_somewhere() {
+    let mut pages = files("docs", "md");
+    pages.extend(["README.md", "ARCHITECTURE.md"].map(|name| {
+        (
+            name.to_owned(),
+            fs::read_to_string(root().join(name)).expect(name),
+        )
+    }));
+    let mut dead = Vec::new();
+    for (page, text) in pages {
+        let folder = root().join(Path::new(&page).parent().unwrap_or(Path::new("")));
+        for target in text
+            .split("](")
+            .skip(1)
+            .filter_map(|rest| rest.split([')', '#']).next())
+        {
+            if !target.is_empty() && !target.contains("://") && !folder.join(target).exists() {
+                dead.push(format!("{page}: {target}"));
+            }
+        }
+    }
+    none(&dead, "a link leads to a file that is there");
+}

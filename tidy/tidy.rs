@@ -1,0 +1,1 @@
+//! The repository's own rules, held by `tests/tidy.rs`. Nothing to use from elsewhere.

@@ -247,6 +247,17 @@ impl Table {
         found.map(|node| node.addresses.clone()).unwrap_or_default()
     }
 
+    /// Lets `look` see the cluster that the table in force was made of. Changes wait meanwhile.
+    pub fn with_cluster<T>(&self, look: impl FnOnce(&Cluster) -> T) -> T {
+        look(&self.cluster())
+    }
+
+    /// What an operator decided about the table.
+    #[must_use]
+    pub fn settings(&self) -> &TableSettings {
+        &self.settings
+    }
+
     /// Every problem that stands now.
     #[must_use]
     pub fn problems(&self) -> Arc<Vec<Problem>> {

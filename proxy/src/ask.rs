@@ -1,6 +1,6 @@
-//! Questions to a cluster's manifests: `portreeve check` and `portreeve matrix`.
+//! Questions to a cluster's state: `portreeve check`, `portreeve matrix` and the admin port's explain.
 //!
-//! Offline and without privilege: manifests in, answers on standard output, everything else on
+//! The commands are offline and without privilege: manifests in, answers on standard output, everything else on
 //! standard error. Knows nothing of the daemon, the kernel or a running cluster.
 mod check;
 mod matrix;
@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use controller::manifest::{self, LoadError};
 use policy::{Cluster, Protocol};
 
-pub(crate) use check::{CheckArgs, check};
+pub(crate) use check::{CheckArgs, Question, check, explain};
 pub(crate) use matrix::{MatrixArgs, matrix};
 
 use resolve::ResolveError;
@@ -67,7 +67,7 @@ fn finish(outcome: Result<ExitCode, AskError>) -> ExitCode {
 }
 
 /// `TCP`, `UDP` or `SCTP`, in any case.
-fn protocol(text: &str) -> Result<Protocol, policy::UnknownProtocol> {
+pub(crate) fn protocol(text: &str) -> Result<Protocol, policy::UnknownProtocol> {
     text.to_ascii_uppercase().parse()
 }
 

@@ -86,6 +86,7 @@ pub(crate) struct Metrics {
     connect: Histogram,
     connections: Gauge,
     generation: Gauge,
+    enforced: Gauge,
     problems: Gauge,
     records_lost: Gauge,
     queue_drops: Gauge,
@@ -111,6 +112,7 @@ impl Metrics {
             ]),
             connections: Gauge::default(),
             generation: Gauge::default(),
+            enforced: Gauge::default(),
             problems: Gauge::default(),
             records_lost: Gauge::default(),
             queue_drops: Gauge::default(),
@@ -151,6 +153,11 @@ impl Metrics {
             "table_generation",
             "Generation of the policy table in force",
             self.generation.clone(),
+        );
+        registry.register(
+            "enforced_generation",
+            "Generation of the policy table that the kernel's sets are in step with",
+            self.enforced.clone(),
         );
         registry.register(
             "problems",
@@ -203,6 +210,12 @@ impl Metrics {
     /// Notes how long a first packet waited for the server.
     pub(crate) fn connected(&self, waited: Duration) {
         self.connect.observe(waited.as_secs_f64());
+    }
+
+    /// Notes which generation the kernel's sets are in step with.
+    pub(crate) fn enforced(&self, generation: u64) {
+        self.enforced
+            .set(i64::try_from(generation).unwrap_or(i64::MAX));
     }
 
     /// Counts what a connection that is over has moved.

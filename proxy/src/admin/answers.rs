@@ -5,6 +5,7 @@ use hyper::StatusCode;
 use serde_json::json;
 
 use super::Answer;
+use crate::ask::{self, Question};
 use crate::enforcer::Enforcer;
 use crate::flows::{Flow, StageName};
 use crate::metrics::Readings;
@@ -64,6 +65,73 @@ pub(super) fn policies(enforcer: &Enforcer) -> Answer {
     }
 }
 
+/// May X talk to Y, as `check` answers it, by the table in force.
+pub(super) fn explain(enforcer: &Enforcer, query: &str) -> Answer {
+    let table = &enforcer.table;
+    let answer = question(query).and_then(|question| {
+        table.with_cluster(|cluster| ask::explain(cluster, question, table.settings().own_node))
+    });
+    match answer {
+        Ok(json) => Answer {
+            status: StatusCode::OK,
+            kind: "application/json",
+            body: json + "\n",
+        },
+        Err(error) => Answer::json(StatusCode::BAD_REQUEST, &json!({ "error": error })),
+    }
+}
+
+/// Reads `from=..&to=..&port=..&protocol=..`, percent-encoded where need be (RFC 3986).
+fn question(query: &str) -> Result<Question, String> {
+    let usage = "ask /explain?from=NAMESPACE/POD&to=ADDRESS&port=80&protocol=TCP";
+    let (mut from, mut to, mut port, mut protocol) = (None, None, None, None);
+    for (key, value) in query
+        .split('&')
+        .filter(|pair| !pair.is_empty())
+        .filter_map(|pair| pair.split_once('='))
+    {
+        let value = percent_decoded(value);
+        match key {
+            "from" => from = Some(value),
+            "to" => to = Some(value),
+            "port" => port = Some(value),
+            "protocol" => protocol = Some(value),
+            _ => return Err(format!("unknown parameter {key:?}; {usage}")),
+        }
+    }
+    let missing = |name| format!("{name} is missing; {usage}");
+    let port = port.ok_or_else(|| missing("port"))?;
+    Ok(Question {
+        from: from.ok_or_else(|| missing("from"))?,
+        to: to.ok_or_else(|| missing("to"))?,
+        port: port
+            .parse()
+            .ok()
+            .filter(|port| *port != 0)
+            .ok_or_else(|| format!("{port:?} is no port; use a number from 1 to 65535"))?,
+        protocol: ask::protocol(protocol.as_deref().unwrap_or("TCP"))
+            .map_err(|error| error.to_string())?,
+    })
+}
+
+/// Undoes `%XX`; what is not UTF-8 then is replaced, and names no pod.
+fn percent_decoded(text: &str) -> String {
+    let mut out = Vec::with_capacity(text.len());
+    let mut bytes = text.as_bytes().iter();
+    while let Some(&byte) = bytes.next() {
+        let rest = bytes.as_slice();
+        let code = (byte == b'%').then(|| rest.first_chunk::<2>()).flatten();
+        let code = code.and_then(|hex| u8::from_str_radix(std::str::from_utf8(hex).ok()?, 16).ok());
+        if let Some(code) = code {
+            out.push(code);
+            bytes.nth(1);
+        } else {
+            out.push(byte);
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
 /// The keys of a record as far as they are known, and the stage.
 fn connection(node: &str, flow: &Flow) -> serde_json::Value {
     let stage = flow.stage_name();
@@ -101,6 +169,45 @@ fn kernel_queue_drops() -> u64 {
     table.lines().map(dropped).sum()
 }
 
-pub(super) fn explain(_enforcer: &Enforcer, _query: &str) -> Answer {
-    Answer::text(StatusCode::NOT_IMPLEMENTED, "")
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_question_is_read_from_a_query_string_or_refused_with_what_is_missing() {
+        let read =
+            question("from=x/a&to=10.0.0.1&port=80").map(|q| (q.from, q.to, q.port, q.protocol));
+        assert_eq!(
+            read,
+            Ok(("x/a".into(), "10.0.0.1".into(), 80, policy::Protocol::Tcp))
+        );
+        let encoded =
+            question("from=x%2Fa&to=fd00%3a%3A1&port=80&protocol=udp").map(|q| (q.from, q.to));
+        assert_eq!(encoded, Ok(("x/a".into(), "fd00::1".into())));
+        for (query, named) in [
+            ("to=x/a&port=80", "from is missing"),
+            ("from=x/a&port=80", "to is missing"),
+            ("from=x/a&to=x/b", "port is missing"),
+            ("from=x/a&to=x/b&port=0", "\"0\" is no port"),
+            ("from=x/a&to=x/b&port=http", "\"http\" is no port"),
+            ("from=x/a&to=x/b&port=80&protocol=QUIC", "QUIC"),
+            ("form=x/a", "unknown parameter \"form\""),
+        ] {
+            let refused = question(query).map(|_| ()).expect_err(query);
+            assert!(refused.contains(named), "{query}: {refused}");
+        }
+    }
+
+    #[test]
+    fn percent_codes_that_are_none_stay_as_they_are() {
+        for (text, expected) in [
+            ("a%20b", "a b"),
+            ("100%", "100%"),
+            ("%zz", "%zz"),
+            ("%2", "%2"),
+            ("%ff", "\u{fffd}"),
+        ] {
+            assert_eq!(percent_decoded(text), expected);
+        }
+    }
 }

@@ -69,7 +69,7 @@ fn run(args: &CheckArgs) -> Result<ExitCode, AskError> {
         port: args.port.unwrap_or_default(),
         protocol: args.protocol,
     };
-    let answer = Answer::to(&cluster, question)?;
+    let answer = Answer::to(&cluster, question, OwnNode::Allow)?;
     match args.output {
         Output::Json => writeln!(out, "{}", answer.json())?,
         Output::Text => answer.tell(&cluster, &mut out, coloured(io::stdout().is_terminal()))?,
@@ -77,11 +77,25 @@ fn run(args: &CheckArgs) -> Result<ExitCode, AskError> {
     Ok(ExitCode::from(u8::from(!answer.verdict.allowed())))
 }
 
-struct Question {
-    from: String,
-    to: String,
-    port: u16,
-    protocol: Protocol,
+/// Answers one question as `check` does, in JSON; `own_node` as the daemon has it.
+///
+/// # Errors
+/// Why there is no answer: an unknown pod, a port that is none.
+pub(crate) fn explain(
+    cluster: &Cluster,
+    question: Question,
+    own_node: OwnNode,
+) -> Result<String, String> {
+    let answer = Answer::to(cluster, question, own_node).map_err(|error| error.to_string())?;
+    Ok(answer.json())
+}
+
+/// Who wants to talk to whom.
+pub(crate) struct Question {
+    pub(crate) from: String,
+    pub(crate) to: String,
+    pub(crate) port: u16,
+    pub(crate) protocol: Protocol,
 }
 
 /// A line of `--queries`.
@@ -133,8 +147,9 @@ fn answer_all(cluster: &Cluster, path: &Path, out: &mut impl Write) -> Result<Ex
         if line.trim_ascii().is_empty() {
             continue;
         }
-        let answer = Query::read(&line)
-            .and_then(|question| Answer::to(cluster, question).map_err(|error| error.to_string()));
+        let answer = Query::read(&line).and_then(|question| {
+            Answer::to(cluster, question, OwnNode::Allow).map_err(|error| error.to_string())
+        });
         match answer {
             Ok(answer) => writeln!(out, "{}", answer.json())?,
             Err(error) => {
@@ -179,18 +194,12 @@ struct Json<'a> {
 }
 
 impl Answer {
-    fn to(cluster: &Cluster, question: Question) -> Result<Self, AskError> {
+    fn to(cluster: &Cluster, question: Question, own_node: OwnNode) -> Result<Self, AskError> {
         let from = End::new(cluster, &question.from)?;
         let to = End::new(cluster, &question.to)?;
         let addresses = common(&from, &to)?;
         let (from, to) = (cluster.party(addresses.0), cluster.party(addresses.1));
-        let verdict = policy::judge(
-            from,
-            to,
-            Some(question.port),
-            question.protocol,
-            OwnNode::Allow,
-        );
+        let verdict = policy::judge(from, to, Some(question.port), question.protocol, own_node);
         Ok(Self {
             question,
             addresses,

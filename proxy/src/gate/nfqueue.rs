@@ -287,3 +287,64 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
         .get(at..at + 4)
         .map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]]))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn packet_message(id: u32, payload: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        header(&mut out, 0, PACKET, 0, 100);
+        attribute(
+            &mut out,
+            NFQA_PACKET_HDR,
+            &[&id.to_be_bytes()[..], &[0, 0, 1]].concat(),
+        );
+        attribute(&mut out, 9, &[0; 10]);
+        attribute(&mut out, NFQA_PAYLOAD, payload);
+        let length = u32::try_from(out.len()).unwrap();
+        out[..4].copy_from_slice(&length.to_ne_bytes());
+        out
+    }
+
+    fn read(bytes: &[u8]) -> Vec<(u32, Vec<u8>)> {
+        let mut found = Vec::new();
+        messages(bytes, &mut |queued| {
+            found.push((queued.id.0, queued.payload.to_vec()))
+        });
+        found
+    }
+
+    #[test]
+    fn every_packet_of_a_datagram_is_found() {
+        let both = [packet_message(1, b"one"), packet_message(2, b"second")].concat();
+        assert_eq!(read(&both), [(1, b"one".to_vec()), (2, b"second".to_vec())]);
+    }
+
+    #[test]
+    fn a_message_that_is_cut_or_bent_is_passed_over_without_panic() {
+        let message = packet_message(7, b"payload");
+        for length in 0..message.len() {
+            read(&message[..length]);
+            for value in 0..=255 {
+                let mut bent = message.clone();
+                bent[length] = value;
+                read(&bent);
+            }
+        }
+    }
+
+    #[test]
+    fn an_error_says_its_code() {
+        let mut out = Vec::new();
+        header(&mut out, 36, NLMSG_ERROR, 0, 0);
+        out.truncate(16);
+        out.extend_from_slice(&(-16i32).to_ne_bytes());
+        out.resize(36, 0);
+        let mut code = None;
+        messages_or_error(&out, &mut |_| panic!("no packet here"), &mut |found| {
+            code = Some(found)
+        });
+        assert_eq!(code, Some(-16));
+    }
+}

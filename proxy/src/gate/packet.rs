@@ -65,3 +65,148 @@ impl Packet {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SYN: u8 = 0x02;
+    const ACK: u8 = 0x10;
+
+    /// A TCP header without options (RFC 9293, section 3.1) from port 40000 to port 80.
+    fn tcp(flags: u8) -> Vec<u8> {
+        let mut header = vec![0; 20];
+        header[..2].copy_from_slice(&40_000u16.to_be_bytes());
+        header[2..4].copy_from_slice(&80u16.to_be_bytes());
+        header[4..8].copy_from_slice(&7u32.to_be_bytes());
+        header[12] = 5 << 4;
+        header[13] = flags;
+        header
+    }
+
+    /// An IPv4 packet (RFC 791) from 10.0.0.1 to 10.0.0.2; `fragment` is the flags-and-offset field.
+    fn ipv4(protocol: u8, fragment: u16, payload: &[u8]) -> Vec<u8> {
+        let mut packet = vec![
+            0x45, 0, 0, 0, 0, 0, 0, 0, 64, protocol, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2,
+        ];
+        packet[6..8].copy_from_slice(&fragment.to_be_bytes());
+        packet.extend_from_slice(payload);
+        let length = u16::try_from(packet.len()).unwrap();
+        packet[2..4].copy_from_slice(&length.to_be_bytes());
+        packet
+    }
+
+    /// An IPv6 packet (RFC 8200) from fd00::1 to fd00::2.
+    fn ipv6(next: u8, payload: &[u8]) -> Vec<u8> {
+        let mut packet = vec![0x60, 0, 0, 0, 0, 0, next, 64];
+        packet[4..6].copy_from_slice(&u16::try_from(payload.len()).unwrap().to_be_bytes());
+        for last in [1, 2] {
+            packet.extend_from_slice(&[0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last]);
+        }
+        packet.extend_from_slice(payload);
+        packet
+    }
+
+    fn other(from: &str, to: &str, protocol: Protocol) -> Packet {
+        Packet::Other {
+            from: from.parse().unwrap(),
+            to: to.parse().unwrap(),
+            protocol,
+        }
+    }
+
+    #[test]
+    fn a_syn_is_known_in_both_families_with_its_ends_and_number() {
+        for (bytes, client, server) in [
+            (ipv4(6, 0, &tcp(SYN)), "10.0.0.1:40000", "10.0.0.2:80"),
+            (
+                ipv4(6, 0x4000, &tcp(SYN | 0xc0)),
+                "10.0.0.1:40000",
+                "10.0.0.2:80",
+            ),
+            (ipv6(6, &tcp(SYN)), "[fd00::1]:40000", "[fd00::2]:80"),
+        ] {
+            let syn = Syn {
+                client: client.parse().unwrap(),
+                server: server.parse().unwrap(),
+                sequence: 7,
+            };
+            assert_eq!(Packet::parse(&bytes), Packet::Syn(syn));
+        }
+    }
+
+    #[test]
+    fn what_is_no_plain_syn_is_something_else() {
+        let v4 = |protocol| other("10.0.0.1", "10.0.0.2", protocol);
+        let hop_by_hop = [&[6, 0, 1, 4, 0, 0, 0, 0][..], &tcp(ACK)].concat();
+        for (bytes, expected, why) in [
+            (
+                ipv4(6, 0, &tcp(ACK)),
+                v4(Protocol::Tcp),
+                "of a running stream",
+            ),
+            (ipv4(6, 0, &tcp(SYN | ACK)), v4(Protocol::Tcp), "an answer"),
+            (
+                ipv4(6, 0, &tcp(SYN | 0x01)),
+                v4(Protocol::Tcp),
+                "SYN with FIN",
+            ),
+            (
+                ipv4(6, 0, &tcp(SYN | 0x04)),
+                v4(Protocol::Tcp),
+                "SYN with RST",
+            ),
+            (
+                ipv4(6, 0, &tcp(SYN)[..12]),
+                v4(Protocol::Tcp),
+                "cut inside its header",
+            ),
+            (
+                ipv4(6, 0x0003, &tcp(SYN)),
+                v4(Protocol::Tcp),
+                "a later fragment: no header of TCP",
+            ),
+            (ipv4(17, 0, &[0; 8]), v4(Protocol::Udp), "UDP"),
+            (ipv4(132, 0, &[0; 12]), v4(Protocol::Sctp), "SCTP"),
+            (ipv4(1, 0, &[8, 0, 0, 0]), v4(Protocol::Other(1)), "ICMP"),
+            (
+                ipv6(0, &hop_by_hop),
+                other("fd00::1", "fd00::2", Protocol::Tcp),
+                "behind an extension header",
+            ),
+            (
+                ipv6(59, &[]),
+                other("fd00::1", "fd00::2", Protocol::Other(59)),
+                "no next header",
+            ),
+            (vec![], Packet::Unreadable, "nothing"),
+            (vec![0x75; 40], Packet::Unreadable, "IP version 7"),
+        ] {
+            assert_eq!(Packet::parse(&bytes), expected, "{why}");
+        }
+    }
+
+    #[test]
+    fn a_syn_behind_an_extension_header_is_a_syn() {
+        let payload = [&[6, 0, 1, 4, 0, 0, 0, 0][..], &tcp(SYN)].concat();
+        assert!(matches!(Packet::parse(&ipv6(0, &payload)), Packet::Syn(_)));
+    }
+
+    #[test]
+    fn no_cut_and_no_flipped_byte_makes_it_panic() {
+        for packet in [
+            ipv4(6, 0, &tcp(SYN)),
+            ipv6(6, &tcp(SYN)),
+            ipv6(0, &[6, 0, 1, 4, 0, 0, 0, 0]),
+        ] {
+            for length in 0..packet.len() {
+                Packet::parse(&packet[..length]);
+                for value in 0..=255 {
+                    let mut bent = packet.clone();
+                    bent[length] = value;
+                    Packet::parse(&bent);
+                }
+            }
+        }
+    }
+}

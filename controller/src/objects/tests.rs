@@ -1,4 +1,5 @@
 //! What is taken over of each object.
+use policy::{PodPort, Protocol};
 use serde_json::json;
 
 use super::*;

@@ -1,0 +1,166 @@
+//! The part of a `v1` Pod that policy looks at: who it is, where it runs, its addresses and ports.
+//!
+//! Knows nothing of the other kinds.
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use policy::{PodKey, PodPort, Protocol};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{Fault, Metadata, push_address, typed};
+use crate::Object;
+
+#[derive(Deserialize)]
+struct PodLite {
+    #[serde(default)]
+    metadata: Metadata,
+    spec: Option<PodSpec>,
+    status: Option<PodStatus>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase")]
+struct PodSpec {
+    node_name: Option<String>,
+    host_network: Option<bool>,
+    containers: Option<Vec<Container>>,
+    init_containers: Option<Vec<Container>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Container {
+    restart_policy: Option<String>,
+    ports: Option<Vec<ContainerPort>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ContainerPort {
+    name: Option<String>,
+    container_port: i64,
+    protocol: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase")]
+struct PodStatus {
+    phase: Option<String>,
+    #[serde(rename = "podIP")]
+    pod_ip: Option<String>,
+    #[serde(rename = "podIPs")]
+    pod_ips: Option<Vec<PodIp>>,
+    start_time: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct PodIp {
+    ip: Option<String>,
+}
+
+pub(super) fn read(key: &PodKey, value: Value) -> Result<Object, Vec<Fault>> {
+    let mut raw: PodLite = typed("pod", "", value).map_err(|fault| vec![fault])?;
+    let (spec, status) = (raw.spec.unwrap_or_default(), raw.status.unwrap_or_default());
+    let mut faults = Vec::new();
+    let addresses = pod_addresses(&status, &mut faults);
+    let ports = pod_ports(&spec, &mut faults);
+    if !faults.is_empty() {
+        return Err(faults);
+    }
+    let created = raw.metadata.creation_timestamp.take();
+    Ok(Object::Pod(policy::Pod {
+        key: key.clone(),
+        uid: raw.metadata.uid.take().unwrap_or_default().into(),
+        node: spec.node_name.unwrap_or_default().into(),
+        host_network: spec.host_network.unwrap_or(false),
+        ports,
+        addresses,
+        finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
+        started: status.start_time.or(created).unwrap_or_default().into(),
+        labels: raw.metadata.labels(),
+    }))
+}
+
+/// `status.podIPs`, else `status.podIP`; both are empty until the pod has an address.
+fn pod_addresses(status: &PodStatus, faults: &mut Vec<Fault>) -> Vec<IpAddr> {
+    let mut addresses = Vec::new();
+    for (index, entry) in status.pod_ips.iter().flatten().enumerate() {
+        if let Some(ip) = entry.ip.as_deref().filter(|ip| !ip.is_empty()) {
+            push_address(
+                &mut addresses,
+                faults,
+                format!("status.podIPs[{index}].ip"),
+                ip,
+            );
+        }
+    }
+    if let Some(ip) = status
+        .pod_ip
+        .as_deref()
+        .filter(|ip| addresses.is_empty() && !ip.is_empty())
+    {
+        push_address(&mut addresses, faults, "status.podIP".to_owned(), ip);
+    }
+    addresses
+}
+
+/// The ports of the containers, and of those init containers that keep running beside them
+/// (sidecars: `restartPolicy: Always`); another init container is gone before the pod serves.
+fn pod_ports(spec: &PodSpec, faults: &mut Vec<Fault>) -> Vec<PodPort> {
+    let main = spec
+        .containers
+        .iter()
+        .flatten()
+        .enumerate()
+        .map(|at| ("containers", at));
+    let sidecars = spec
+        .init_containers
+        .iter()
+        .flatten()
+        .enumerate()
+        .filter(|(_, container)| container.restart_policy.as_deref() == Some("Always"))
+        .map(|at| ("initContainers", at));
+    let mut ports = Vec::new();
+    for (list, (at, container)) in main.chain(sidecars) {
+        for (index, port) in container.ports.iter().flatten().enumerate() {
+            let field = format!("spec.{list}[{at}].ports[{index}]");
+            match pod_port(&field, port) {
+                Ok(port) => ports.push(port),
+                Err(fault) => faults.push(fault),
+            }
+        }
+    }
+    ports
+}
+
+fn pod_port(field: &str, port: &ContainerPort) -> Result<PodPort, Fault> {
+    let number = u16::try_from(port.container_port)
+        .ok()
+        .filter(|number| *number != 0);
+    let number = number.ok_or_else(|| {
+        let problem = format!("{} is not a port", port.container_port);
+        Fault::new(
+            format!("{field}.containerPort"),
+            problem,
+            "use a number from 1 to 65535",
+        )
+    })?;
+    let protocol = match port.protocol.as_deref() {
+        None | Some("") => Protocol::Tcp,
+        Some(text) => text.parse().map_err(|_| {
+            let problem = format!("{text:?} is not a protocol");
+            Fault::new(format!("{field}.protocol"), problem, "use TCP, UDP or SCTP")
+        })?,
+    };
+    let name = port
+        .name
+        .as_deref()
+        .filter(|name| !name.is_empty())
+        .map(Arc::from);
+    Ok(PodPort {
+        name,
+        number,
+        protocol,
+    })
+}

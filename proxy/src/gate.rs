@@ -5,6 +5,7 @@
 //! cannot tell the gate from the network. Knows nothing of what flows afterwards.
 mod nfqueue;
 mod packet;
+mod unreachable;
 
 use std::io;
 use std::rc::Rc;
@@ -75,14 +76,11 @@ impl Gate {
     fn arrived(self: &Rc<Self>, queued: &Queued<'_>) {
         match Packet::parse(queued.payload) {
             Packet::Syn(syn) => self.syn(queued.id, syn),
-            Packet::Other { protocol, .. } => {
-                let cause = if protocol == Protocol::Tcp {
-                    Cause::NotASyn
-                } else {
-                    Cause::UnsupportedProtocol
-                };
-                self.refuse(queued.id, cause);
-            }
+            Packet::Other {
+                protocol: Protocol::Tcp,
+                ..
+            } => self.refuse(queued.id, Cause::NotASyn),
+            Packet::Other { .. } => self.unsupported(queued.id),
             Packet::Unreadable => self.refuse(queued.id, Cause::Unreadable),
         }
     }
@@ -183,7 +181,11 @@ impl Gate {
                 self.answer(id, Answer::Accept);
             }
             Some(Err(ConnectError::Answered { answer, source, .. })) => {
-                self.answer(id, answer);
+                if unreachable::tell(client, server, flow.sequence, answer) {
+                    self.queue.rule(id, Ruling::Drop);
+                } else {
+                    self.answer(id, answer);
+                }
                 enforcer.ended(&flow, Outcome::Unanswered(source.to_string()));
             }
             Some(Err(ConnectError::Silent { .. })) | None => {
@@ -213,6 +215,15 @@ impl Gate {
             Deny::Reject => self.answer(id, Answer::Reset),
         }
         self.enforcer.denied(flow);
+    }
+
+    /// Refuses a packet of a protocol that is not judged yet, as `--deny` says.
+    fn unsupported(&self, id: PacketId) {
+        match self.enforcer.deny {
+            Deny::Drop => self.queue.rule(id, Ruling::Drop),
+            Deny::Reject => self.answer(id, Answer::Prohibited),
+        }
+        self.enforcer.metrics.refused(Cause::UnsupportedProtocol);
     }
 
     /// Drops a packet for another reason than policy, which has a count of its own.

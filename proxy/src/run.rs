@@ -27,6 +27,9 @@ use crate::worker::Worker;
 
 pub(crate) use settings::RunArgs;
 
+/// A worker's thread.
+type Thread = std::thread::JoinHandle<std::io::Result<()>>;
+
 /// Descriptors for everything but connections: queues, listeners, admin, pipes of bulk streams.
 const DESCRIPTORS_KEPT: u64 = 1024;
 /// How often nobody's connections are looked for.
@@ -85,7 +88,30 @@ async fn enforce(args: &RunArgs, source: ManifestSource, first: Batch) -> anyhow
             "which addresses are pods of node {node} is not known: there is no Node object of that name with spec.podCIDRs; name the node by --node, or give --pod-cidr"
         );
     }
-    let enforcer = Arc::new(Enforcer {
+    let enforcer = enforcer(args, node, table)?;
+    let readiness = Readiness::new();
+    let (stop, stopped) = watch::channel(false);
+    let workers = start_workers(args, &enforcer, &stopped)?;
+    let admin = admin::bind(args.admin).await?;
+    let serving = admin::serve(admin, Arc::clone(&enforcer), readiness.clone(), stopped);
+    let serving = tokio::spawn(serving);
+    tokio::spawn(expire(Arc::clone(&enforcer)));
+    let following = follow(source, index, released, readiness, Arc::clone(&enforcer));
+    let following = tokio::spawn(following);
+    info!(node = %enforcer.node, admin = %args.admin, "enforcing");
+
+    let ended = until_told(workers, || {
+        following.abort();
+        stop.send_replace(true);
+    });
+    let result = ended.await;
+    let _ = serving.await;
+    info!(node = %enforcer.node, "stopped");
+    result
+}
+
+fn enforcer(args: &RunArgs, node: Arc<str>, table: Arc<Table>) -> anyhow::Result<Arc<Enforcer>> {
+    Ok(Arc::new(Enforcer {
         node,
         table,
         flows: Flows::default(),
@@ -95,53 +121,37 @@ async fn enforce(args: &RunArgs, source: ManifestSource, first: Batch) -> anyhow
         hold: args.hold.into(),
         metrics: Metrics::new(),
         recorder: recorder(args.trace_file.as_ref())?,
-    });
-    let readiness = Readiness::new();
-    let (stop, stopped) = watch::channel(false);
-    let workers = start_workers(args, &enforcer, &stopped)?;
-    let admin = admin::bind(args.admin).await?;
-    let serving = tokio::spawn(admin::serve(
-        admin,
-        Arc::clone(&enforcer),
-        readiness.clone(),
-        stopped,
-    ));
-    tokio::spawn(expire(Arc::clone(&enforcer)));
-    let following = tokio::spawn(follow(source, index, released, readiness));
-    info!(node = %enforcer.node, admin = %args.admin, "enforcing");
+    }))
+}
 
+/// Waits for SIGTERM, SIGINT or the failure of a worker; then calls `stop` and waits for the workers.
+async fn until_told(workers: Vec<Thread>, stop: impl FnOnce()) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     // State is watched; a hang-up must not end the daemon.
     let _hangup = signal(SignalKind::hangup())?;
-    let broken = tokio::task::spawn_blocking(move || {
-        workers
-            .into_iter()
-            .map(|worker| {
-                worker
-                    .join()
-                    .unwrap_or_else(|_| Err(std::io::Error::other("a worker panicked")))
-            })
-            .find_map(Result::err)
-    });
-    tokio::pin!(broken);
-    let failure = tokio::select! {
+    let (failed, mut failure) = tokio::sync::mpsc::channel(workers.len());
+    for worker in workers {
+        let failed = failed.clone();
+        tokio::task::spawn_blocking(move || {
+            let panicked = |_| Err(std::io::Error::other("a worker panicked"));
+            let result = worker.join().unwrap_or_else(panicked);
+            // The channel has a place for each.
+            let _ = failed.try_send(result);
+        });
+    }
+    drop(failed);
+    let early = tokio::select! {
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
-        failure = &mut broken => Some(failure),
+        ended = failure.recv() => ended,
     };
-    following.abort();
-    stop.send_replace(true);
-    let failure = match failure {
-        Some(failure) => failure?,
-        None => broken.await?,
-    };
-    let _ = serving.await;
-    info!(node = %enforcer.node, "stopped");
-    match failure {
-        Some(error) => Err(error).context("a worker failed"),
-        None => Ok(()),
+    stop();
+    let mut result = early.unwrap_or(Ok(()));
+    while let Some(ended) = failure.recv().await {
+        result = result.and(ended);
     }
+    result.context("a worker failed")
 }
 
 /// Says what is missing on this node before anything is started.
@@ -198,7 +208,7 @@ fn start_workers(
     args: &RunArgs,
     enforcer: &Arc<Enforcer>,
     stopped: &watch::Receiver<bool>,
-) -> anyhow::Result<Vec<std::thread::JoinHandle<std::io::Result<()>>>> {
+) -> anyhow::Result<Vec<Thread>> {
     let settings = &args.redirect;
     let mut workers = Vec::new();
     for number in 0..settings.queue_count() {
@@ -223,8 +233,10 @@ async fn follow(
     mut index: Index,
     mut released: Released,
     readiness: Readiness,
+    enforcer: Arc<Enforcer>,
 ) {
     loop {
+        let generation = enforcer.table.generation();
         let (returned, result) = match tokio::task::spawn_blocking(move || {
             let result = released.sync();
             (released, result)
@@ -243,6 +255,7 @@ async fn follow(
         let batch = match result {
             Ok(()) => {
                 readiness.ready();
+                enforcer.metrics.enforced(generation);
                 source.next().await
             }
             Err(refused) => {

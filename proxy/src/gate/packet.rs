@@ -9,7 +9,7 @@ use policy::Protocol;
 pub(crate) enum Packet {
     /// The first segment of a TCP connection.
     Syn(Syn),
-    /// Anything else, with what could be read of it.
+    /// Anything else.
     Other {
         from: IpAddr,
         to: IpAddr,

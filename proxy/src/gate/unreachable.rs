@@ -1,0 +1,101 @@
+//! Tells an IPv4 client that its server cannot be reached, as the last router would (RFC 792).
+//!
+//! The kernel cannot be asked to: its own ICMP answer to a diverted packet would come from the
+//! server's address, which is not this host's, and is never sent. For a client behind a Service the
+//! message names the pod, not the Service, and is ignored: it runs into its timeout.
+use std::io;
+use std::net::{IpAddr, SocketAddr, SocketAddrV4};
+use std::sync::OnceLock;
+
+use iptables_init::marks::Answer;
+use socket2::{Domain, Protocol, Socket, Type};
+
+const DESTINATION_UNREACHABLE: u8 = 3;
+
+/// Sends `answer` for the SYN with `sequence`. True if it is such an answer and was sent.
+pub(super) fn tell(client: SocketAddr, server: SocketAddr, sequence: u32, answer: Answer) -> bool {
+    let (SocketAddr::V4(client), SocketAddr::V4(server)) = (client, server) else {
+        return false;
+    };
+    let code = match answer {
+        Answer::NetUnreachable => 0,
+        Answer::HostUnreachable => 1,
+        Answer::Prohibited => 13,
+        Answer::Accept | Answer::Reset => return false,
+    };
+    let to = SocketAddr::new(IpAddr::V4(*client.ip()), 0);
+    match socket() {
+        Some(socket) => socket
+            .send_to(&message(client, server, sequence, code), &to.into())
+            .is_ok(),
+        None => false,
+    }
+}
+
+/// One raw socket for the process; none without `CAP_NET_RAW`.
+fn socket() -> Option<&'static Socket> {
+    static SOCKET: OnceLock<io::Result<Socket>> = OnceLock::new();
+    let open = || {
+        Socket::new(
+            Domain::IPV4,
+            Type::RAW.nonblocking(),
+            Some(Protocol::ICMPV4),
+        )
+    };
+    SOCKET.get_or_init(open).as_ref().ok()
+}
+
+/// The message: type, code and checksum, then the IPv4 header of the SYN and its first 8 bytes.
+fn message(client: SocketAddrV4, server: SocketAddrV4, sequence: u32, code: u8) -> [u8; 36] {
+    let mut out = [0; 36];
+    out[0] = DESTINATION_UNREACHABLE;
+    out[1] = code;
+    let header = &mut out[8..28];
+    header[0] = 0x45;
+    header[2..4].copy_from_slice(&40u16.to_be_bytes());
+    header[8] = 64;
+    header[9] = 6;
+    header[12..16].copy_from_slice(&client.ip().octets());
+    header[16..20].copy_from_slice(&server.ip().octets());
+    let sum = checksum(header);
+    header[10..12].copy_from_slice(&sum);
+    out[28..30].copy_from_slice(&client.port().to_be_bytes());
+    out[30..32].copy_from_slice(&server.port().to_be_bytes());
+    out[32..36].copy_from_slice(&sequence.to_be_bytes());
+    let sum = checksum(&out);
+    out[2..4].copy_from_slice(&sum);
+    out
+}
+
+/// The Internet checksum (RFC 1071).
+fn checksum(bytes: &[u8]) -> [u8; 2] {
+    let words = bytes
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
+    let mut sum: u32 = words.sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    let [_, _, high, low] = (!sum).to_be_bytes();
+    [high, low]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_message_quotes_the_syn_and_sums_up_to_zero() {
+        let message = message(
+            "10.0.0.1:40000".parse().unwrap(),
+            "10.0.0.2:80".parse().unwrap(),
+            0x0102_0304,
+            1,
+        );
+        assert_eq!(checksum(&message), [0, 0], "all of it");
+        assert_eq!(checksum(&message[8..28]), [0, 0], "the quoted header");
+        assert_eq!(message[..2], [3, 1]);
+        assert_eq!(message[20..28], [10, 0, 0, 1, 10, 0, 0, 2]);
+        assert_eq!(message[28..], [0x9c, 0x40, 0, 80, 1, 2, 3, 4]);
+    }
+}

@@ -88,9 +88,7 @@ async fn work(
         result = Rc::clone(&gate).serve() => result,
         () = accept::serve(listener, Arc::clone(&enforcer), number) => Ok(()),
     };
-    for flow in enforcer.flows.all() {
-        flow.cut();
-    }
+    enforcer.flows.end_all();
     // Their tasks run on this very thread; each takes itself out of the table once it is done.
     let settled = async {
         while enforcer.flows.len() > 0 {

@@ -310,7 +310,7 @@ mod tests {
     fn read(bytes: &[u8]) -> Vec<(u32, Vec<u8>)> {
         let mut found = Vec::new();
         messages(bytes, &mut |queued| {
-            found.push((queued.id.0, queued.payload.to_vec()))
+            found.push((queued.id.0, queued.payload.to_vec()));
         });
         found
     }
@@ -343,7 +343,7 @@ mod tests {
         out.resize(36, 0);
         let mut code = None;
         messages_or_error(&out, &mut |_| panic!("no packet here"), &mut |found| {
-            code = Some(found)
+            code = Some(found);
         });
         assert_eq!(code, Some(-16));
     }

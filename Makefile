@@ -9,7 +9,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 TOOLS := nft:nftables ip:iproute2 setpriv:util-linux cc:gcc
 BENCH_TOOLS := haproxy:haproxy
 
-.PHONY: help demo test check bench prerequisites bench-prerequisites toolchain
+.PHONY: help demo test lint check bench prerequisites bench-prerequisites toolchain
 
 help: ## What there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -28,9 +28,12 @@ test: prerequisites ## Every test: pure ones, the demo, real packets in network 
 	@echo "==> All tests: pure ones first, then those with network namespaces"
 	@$(CARGO) test --locked --workspace --lib --bins --tests --no-fail-fast
 
-check: toolchain ## The quick round: format, lints, pure tests
+lint: toolchain ## Format and lints
 	@$(CARGO) fmt --all --check
 	@$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	@$(CARGO) clippy --locked --workspace --lib --bins -- -D warnings -D clippy::too_many_lines
+
+check: lint ## The quick round: format, lints, pure tests
 	@$(CARGO) test --locked -q --workspace --lib --bins
 	@$(CARGO) test --locked -q -p policy --tests
 	@$(CARGO) test --locked -q -p tidy

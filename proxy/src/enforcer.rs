@@ -1,12 +1,15 @@
 //! What all parts of the data path share: the table, the flows, the bounds, the counts.
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use controller::Table;
+use controller::{Judgement, Table};
 use iptables_init::marks::Marks;
-use policy::Endpoint;
+use policy::{Endpoint, Protocol};
 
-use crate::flows::{Flow, Flows};
+use crate::decision::Decision;
+use crate::flows::{Flow, FlowKey, Flows};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::records::{Outcome, Recorder};
@@ -46,6 +49,31 @@ impl Enforcer {
             .is_some_and(|node| node.name == self.node)
     }
 
+    /// Judges every connection of these addresses again and cuts those that are now denied.
+    ///
+    /// To be called after the table has changed: what is judged from then on is judged by it, and
+    /// what was judged before is in the flow table already.
+    pub(crate) fn judge_again(&self, touched: &BTreeSet<IpAddr>) {
+        let concerned = |flow: &Arc<Flow>| {
+            touched.contains(&flow.key.client.ip()) || touched.contains(&flow.key.server.ip())
+        };
+        for flow in self.flows.all().into_iter().filter(concerned) {
+            let FlowKey { client, server } = flow.key;
+            let judgement =
+                self.table
+                    .judge(client.ip(), server.ip(), Some(server.port()), Protocol::Tcp);
+            // A pod that is gone takes its connections with it; nobody is told anything by us.
+            let Judgement::Settled { verdict, from, to } = judgement else {
+                continue;
+            };
+            if !verdict.allowed() && flow.decision().is_some() {
+                let decision = Arc::new(Decision { verdict, from, to });
+                self.metrics.severed(&decision);
+                self.flows.sever(&flow, decision);
+            }
+        }
+    }
+
     /// Takes a denied connection out of the table, counts it and records it.
     pub(crate) fn denied(&self, flow: &Arc<Flow>) {
         self.flows.remove(flow);
@@ -67,7 +95,10 @@ impl Enforcer {
         self.flows.remove(flow);
         if let Some(decision) = flow.decision() {
             self.metrics.moved(&flow.moved);
-            self.recorder.ended(&self.node, flow, &decision, &outcome);
+            match flow.severance() {
+                Some(severance) => self.recorder.severed(&self.node, flow, &severance),
+                None => self.recorder.ended(&self.node, flow, &decision, &outcome),
+            }
         }
     }
 }

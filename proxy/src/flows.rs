@@ -38,6 +38,8 @@ pub(crate) struct Flow {
     pub(crate) started: Instant,
     pub(crate) moved: Moved,
     decision: Mutex<Option<Arc<Decision>>>,
+    /// The later decision that ended the connection, if one did.
+    severance: Mutex<Option<Arc<Decision>>>,
     stage: Mutex<Stage>,
     /// Milliseconds from `started` to the last time the client sent its SYN.
     last_syn: AtomicU32,
@@ -131,6 +133,7 @@ impl Flows {
             started: Instant::now(),
             moved: Moved::default(),
             decision: Mutex::new(None),
+            severance: Mutex::new(None),
             stage: Mutex::new(Stage::Held),
             last_syn: AtomicU32::new(0),
             cut: Notify::new(),
@@ -208,6 +211,15 @@ impl Flows {
         abandoned.map(|flow| self.end(&flow)).count()
     }
 
+    /// Ends a connection that `decision` no longer allows.
+    pub(crate) fn sever(&self, flow: &Arc<Flow>, decision: Arc<Decision>) {
+        *flow
+            .severance
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(decision);
+        self.end(flow);
+    }
+
     /// Ends every connection.
     pub(crate) fn end_all(&self) {
         for flow in self.all() {
@@ -236,6 +248,14 @@ impl Flow {
     /// Sets what the connection rests on.
     pub(crate) fn decide(&self, decision: Arc<Decision>) {
         *self.decision.lock().unwrap_or_else(PoisonError::into_inner) = Some(decision);
+    }
+
+    /// Who ended it by a later change of policy, if somebody did.
+    pub(crate) fn severance(&self) -> Option<Arc<Decision>> {
+        self.severance
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Ends the connection wherever it is: the held SYN is dropped, live legs are reset.

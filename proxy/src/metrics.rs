@@ -190,11 +190,18 @@ impl Metrics {
         } else {
             "deny"
         };
+        self.count(verdict, decision);
+    }
+
+    /// Counts a connection that was allowed once and is cut.
+    pub(crate) fn severed(&self, severance: &Decision) {
+        self.count("sever", severance);
+    }
+
+    fn count(&self, verdict: &'static str, decision: &Decision) {
+        let direction = decision.direction();
         self.decisions
-            .get_or_create(&DecisionLabels {
-                verdict,
-                direction: decision.direction(),
-            })
+            .get_or_create(&DecisionLabels { verdict, direction })
             .inc();
     }
 

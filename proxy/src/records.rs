@@ -108,6 +108,14 @@ impl Recorder {
         self.send(record("allow", node, flow, decision, reason));
     }
 
+    /// Records a connection that was allowed once and cut by a later change.
+    pub(crate) fn severed(&self, node: &str, flow: &Flow, severance: &Decision) {
+        if self.lines.is_some() {
+            let reason = severance.verdict.reason();
+            self.send(record("sever", node, flow, severance, reason));
+        }
+    }
+
     fn send(&self, record: Value) {
         if let Some(lines) = &self.lines
             && lines.try_send(record).is_err()

@@ -81,6 +81,7 @@ async fn enforce(args: &RunArgs, source: ManifestSource, first: Batch) -> anyhow
         own_node: args.own_node.into(),
     });
     let mut index = Index::new(Arc::clone(&table));
+    announce(&first);
     index.apply(first);
     let released = Released::new(Arc::clone(&table), Arc::clone(&node), args.pod_cidr.clone());
     if released.pod_cidrs().is_empty() {
@@ -227,7 +228,14 @@ fn start_workers(
         .collect())
 }
 
-/// Brings every change into force: first the table, then the kernel's sets.
+/// Says in the log which faults of the cluster's objects stand.
+fn announce(batch: &Batch) {
+    for problem in batch.problems.iter() {
+        warn!("{problem}");
+    }
+}
+
+/// Brings every change into force: first the table, then live connections, then the kernel's sets.
 async fn follow(
     mut source: ManifestSource,
     mut index: Index,
@@ -268,10 +276,11 @@ async fn follow(
             }
         };
         let seen = Instant::now();
-        for problem in batch.problems.iter() {
-            warn!("{problem}");
+        if batch.problems != enforcer.table.problems() {
+            announce(&batch);
         }
         let touched = index.apply(batch);
+        enforcer.judge_again(&touched);
         info!(addresses = touched.len(), took = ?seen.elapsed(), "new state in force");
     }
 }

@@ -148,3 +148,17 @@ fn diagnose(source: io::Error) -> PrivilegeError {
 fn switch(path: impl AsRef<Path>) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_with_threads_is_told_to_enter_first() {
+        let error = std::thread::scope(|scope| scope.spawn(enter).join().unwrap()).unwrap_err();
+        assert!(
+            error.to_string().contains("call lab::enter first in main"),
+            "{error}"
+        );
+    }
+}

@@ -24,6 +24,9 @@ use crate::netns::Netns;
 use crate::privilege::hide_run;
 use crate::wait::{WaitTimedOut, wait_for};
 
+/// A parent that dies before the signal is set sends none; the shell then finds itself adopted.
+const UNLESS_ORPHANED: &str = r#"test "$PPID" = "$0" && exec "$@""#;
+
 /// What went wrong with a program.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
@@ -80,7 +83,8 @@ pub struct Command {
 impl Command {
     pub(crate) fn new(netns: Netns, program: PathBuf) -> Self {
         let mut inner = process::Command::new("setpriv");
-        inner.args(["--pdeathsig", "KILL", "--"]);
+        inner.args(["--pdeathsig", "KILL", "--", "sh", "-c", UNLESS_ORPHANED]);
+        inner.arg(process::id().to_string());
         inner.arg(find_program(&program).as_deref().unwrap_or(&program));
         inner.env("PATH", search_path()).stdin(Stdio::null());
         Self {

@@ -7,8 +7,9 @@ use std::path::Path;
 use super::error::ClusterError;
 use super::host::Host;
 use super::plan::{self, MAX_NODES, NodePlan};
+use super::pods::{settle, sysctls};
 use super::spec::{Gateway, PodSpec, RpFilter, ServiceSpec};
-use super::{Cluster, Node, Service, ServiceState, settle, sysctls};
+use super::{Cluster, Node, Service, ServiceState};
 use crate::netns::Netns;
 use crate::tools;
 
@@ -126,11 +127,13 @@ impl Builder {
             added.push(cluster.admit(pod)?);
         }
         cluster.link(&added)?;
+        for host in cluster.nodes().chain([cluster.outside()]) {
+            settle(host.name(), host.netns())?;
+        }
+        settle("the fabric", &cluster.fabric)?;
         for node in &cluster.nodes {
-            settle(&node.host)?;
             tools::nft(node.host.netns(), &plan::masquerade())?;
         }
-        settle(&cluster.outside)?;
         cluster.update_services()?;
         Ok(cluster)
     }

@@ -119,6 +119,7 @@ pub(super) fn fabric(nodes: &[(NodePlan, &Path)], outside: &Path) -> String {
         "addr add {}/64 dev outside nodad",
         FABRIC_OUTSIDE.1
     ));
+    line(format!("addr add {GATEWAY_V6}/64 dev outside nodad"));
     for net in [UNREACHABLE.0, UNREACHABLE.1] {
         line(format!("route add unreachable {net}"));
     }

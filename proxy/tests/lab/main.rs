@@ -1,0 +1,30 @@
+//! The daemon in the lab: the real init step and the real `portreeve` on every node, real
+//! connections between pods.
+//!
+//! Every test has a cluster of its own; nothing is skipped: what is missing is a failure.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test panics at what it cannot do; clippy knows no tests without libtest"
+)]
+mod cases;
+mod changes;
+mod likeness;
+mod policies;
+mod ports;
+mod streams;
+mod support;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    support::raise_descriptor_limit();
+    let tests: Vec<_> = [
+        policies::TESTS,
+        changes::TESTS,
+        likeness::TESTS,
+        streams::TESTS,
+        ports::TESTS,
+    ]
+    .concat();
+    lab::runner::main(&tests)
+}

@@ -1,0 +1,397 @@
+//! What flows through the proxy: every byte, every end of a stream, and what an idle one costs.
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use lab::runner::Test;
+use lab::traffic::{bulk, connect_all};
+use lab::{Dial, Host, Outcome, Serve, wait_until};
+use socket2::SockRef;
+
+use crate::support::{Bed, DEADLINE, allow_all, connected, echoes, greeted, metric, small};
+
+pub(crate) const TESTS: &[Test] = &lab::tests![
+    the_server_sees_the_clients_own_address,
+    a_hundred_megabytes_arrive_unchanged_both_ways_at_once,
+    bulk_in_one_direction_arrives_whole_and_ends,
+    every_end_of_a_stream_is_the_same_as_on_the_bare_network,
+    a_server_that_speaks_first_is_heard_and_a_silent_one_is_awaited,
+    two_thousand_idle_connections_cost_two_descriptors_each,
+    a_thousand_connects_at_once_succeed_without_a_repeated_syn,
+];
+
+const MEGABYTE: u64 = 1 << 20;
+/// Pipes that each of the daemon's threads may keep, two descriptors each.
+const POOLED: usize = 32 * 2;
+
+fn the_server_sees_the_clients_own_address() {
+    let bed = Bed::enforced(&[], &[allow_all()]);
+    for client in ["x/a", "x/d"] {
+        let client = bed.lab.pod(client);
+        for way in bed.ways(80) {
+            let greeting = greeted(&client, way.to);
+            assert_eq!(greeting.server, way.server, "{}", way.what);
+            assert!(
+                client.addresses().contains(&greeting.client.ip()),
+                "{}: {greeting:?}",
+                way.what
+            );
+        }
+    }
+    // From where no proxy is: the outside, and the server's own node.
+    for (from, to) in [
+        (bed.lab.outside(), "x/b"),
+        (bed.lab.node(1), "x/b"),
+        (bed.lab.node(0), "x/b"),
+    ] {
+        for to in bed.lab.pod(to).addrs(80) {
+            let seen = greeted(&from, to).client.ip();
+            assert!(
+                from.addresses().contains(&seen),
+                "{} to {to} seen as {seen}",
+                from.name()
+            );
+        }
+    }
+}
+
+/// Both ends of a connection through the way: client and server.
+fn ends(client: &Host, server: &Host, to: SocketAddr) -> (TcpStream, TcpStream) {
+    let any: SocketAddr = if to.is_ipv4() {
+        ([0, 0, 0, 0], to.port()).into()
+    } else {
+        ([0u16; 8], to.port()).into()
+    };
+    let listener: TcpListener = server.listen(any).unwrap();
+    let stream = client
+        .connect(to, DEADLINE)
+        .unwrap()
+        .into_stream()
+        .unwrap_or_else(|error| panic!("{to}: {error}"));
+    let (accepted, _) = listener.accept().unwrap();
+    for end in [&stream, &accepted] {
+        end.set_read_timeout(Some(DEADLINE)).unwrap();
+        end.set_write_timeout(Some(DEADLINE)).unwrap();
+    }
+    (stream, accepted)
+}
+
+fn a_hundred_megabytes_arrive_unchanged_both_ways_at_once() {
+    const TOTAL: u64 = 100 * MEGABYTE;
+    let bed = Bed::enforced(&[], &[allow_all()]);
+    let a = bed.lab.pod("x/a");
+    for way in bed.ways(82) {
+        let (client, server) = ends(&a, &bed.lab.pod(&way.server), way.to);
+        thread::scope(|scope| {
+            for end in [&client, &server] {
+                scope.spawn(move || {
+                    bulk::send(end, TOTAL).unwrap();
+                    end.shutdown(std::net::Shutdown::Write).unwrap();
+                });
+            }
+            for (end, name) in [(&client, "client"), (&server, "server")] {
+                let what = &way.what;
+                scope.spawn(move || {
+                    let seen = bulk::receive(end).unwrap();
+                    assert!(seen.is_all_of(TOTAL), "{what}: the {name} got {seen}");
+                });
+            }
+        });
+    }
+}
+
+fn bulk_in_one_direction_arrives_whole_and_ends() {
+    let bed = Bed::enforced(&[], &[allow_all()]);
+    let (a, b, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/c"));
+    for (server, total) in [(&b, 0), (&c, 1), (&b, 65_536), (&c, 3 * MEGABYTE + 7)] {
+        let port = 9000 + u16::try_from(total % 1000).unwrap();
+        server.serve_as(&[port], Serve::Source(total)).unwrap();
+        server.serve_as(&[port + 1], Serve::Sink).unwrap();
+        for to in server.addrs(port) {
+            let stream = a.connect(to, DEADLINE).unwrap().into_stream().unwrap();
+            stream.set_read_timeout(Some(DEADLINE)).unwrap();
+            assert!(
+                bulk::receive(&stream).unwrap().is_all_of(total),
+                "{total} from {to}"
+            );
+        }
+        for to in server.addrs(port + 1) {
+            let mut stream = a.connect(to, DEADLINE).unwrap().into_stream().unwrap();
+            stream.set_read_timeout(Some(DEADLINE)).unwrap();
+            bulk::send(&stream, total).unwrap();
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            assert_eq!(answer, format!("{total} ok\n"), "to {to}");
+        }
+    }
+}
+
+/// One way of ending a stream: what both ends do, and what they notice of it, in words.
+type Ending = (&'static str, fn(TcpStream, TcpStream) -> Vec<String>);
+
+const ENDINGS: [Ending; 9] = [
+    (
+        "the client closes its side and reads on",
+        |client, server| half_close(&client, &server),
+    ),
+    (
+        "the server closes its side and reads on",
+        |client, server| half_close(&server, &client),
+    ),
+    ("the client resets", |client, server| {
+        reset_seen(client, &server)
+    }),
+    ("the server resets", |client, server| {
+        reset_seen(server, &client)
+    }),
+    (
+        "the client closes its side, then the server resets",
+        |client, server| {
+            let mut said = shut(&client, &server);
+            said.extend(reset_seen(server, &client));
+            said
+        },
+    ),
+    (
+        "the server closes its side, then the client resets",
+        |client, server| {
+            let mut said = shut(&server, &client);
+            said.extend(reset_seen(client, &server));
+            said
+        },
+    ),
+    (
+        "the client closes its side, then resets",
+        |client, server| {
+            let mut said = shut(&client, &server);
+            said.extend(reset_written(client, &server));
+            said
+        },
+    ),
+    (
+        "the server closes its side, then resets",
+        |client, server| {
+            let mut said = shut(&server, &client);
+            said.extend(reset_written(server, &client));
+            said
+        },
+    ),
+    ("the client closes with data unread", |client, server| {
+        (&server).write_all(b"unread").unwrap();
+        client.peek(&mut [0; 6]).unwrap();
+        drop(client);
+        vec![read(&server)]
+    }),
+];
+
+fn every_end_of_a_stream_is_the_same_as_on_the_bare_network() {
+    let mut bed = Bed::bare(small());
+    let bare = observe_endings(&bed);
+    bed.write_policies(&[allow_all()]);
+    bed.enforce(&[]);
+    let enforced = observe_endings(&bed);
+    for ((name, bare), (_, enforced)) in bare.iter().zip(&enforced) {
+        assert_eq!(
+            enforced, bare,
+            "{name}; left: enforced, right: the bare network"
+        );
+    }
+    // The bare network itself passes resets on.
+    assert!(
+        bare.iter()
+            .any(|(_, said)| said.contains(&"ConnectionReset".to_owned())),
+        "{bare:?}"
+    );
+}
+
+fn observe_endings(bed: &Bed) -> Vec<(String, Vec<String>)> {
+    let a = bed.lab.pod("x/a");
+    let mut seen = Vec::new();
+    for way in bed.ways(82) {
+        for (name, ending) in ENDINGS {
+            let (client, server) = ends(&a, &bed.lab.pod(&way.server), way.to);
+            (&client).write_all(b"ping").unwrap();
+            (&server).read_exact(&mut [0; 4]).unwrap();
+            seen.push((format!("{name}; {}", way.what), ending(client, server)));
+        }
+    }
+    seen
+}
+
+/// Closes one side; the other end notices, and its bytes still arrive, many of them.
+fn half_close(closing: &TcpStream, other: &TcpStream) -> Vec<String> {
+    let mut said = shut(closing, other);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            bulk::send(other, MEGABYTE).unwrap();
+            other.shutdown(std::net::Shutdown::Write).unwrap();
+        });
+        said.push(format!("then {}", bulk::receive(closing).unwrap()));
+    });
+    said
+}
+
+/// Closes one side after a last word, which the other end reads to its end.
+fn shut(mut closing: &TcpStream, mut other: &TcpStream) -> Vec<String> {
+    closing.write_all(b"last").unwrap();
+    closing.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut heard = String::new();
+    other.read_to_string(&mut heard).unwrap();
+    vec![heard]
+}
+
+fn reset(stream: TcpStream) {
+    SockRef::from(&stream)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(stream);
+}
+
+/// Resets from one end; the other end reads.
+fn reset_seen(stream: TcpStream, other: &TcpStream) -> Vec<String> {
+    reset(stream);
+    vec![read(other)]
+}
+
+/// Resets from the end that has said its last word; the other end notices when it writes.
+fn reset_written(stream: TcpStream, mut other: &TcpStream) -> Vec<String> {
+    reset(stream);
+    let mut said = String::new();
+    wait_until(DEADLINE, "a write to fail", || match other.write(b"more") {
+        Ok(_) => false,
+        Err(error) => {
+            said = format!("{:?}", error.kind());
+            true
+        }
+    })
+    .unwrap();
+    vec![said]
+}
+
+fn read(mut stream: &TcpStream) -> String {
+    match stream.read(&mut [0; 16]) {
+        Ok(count) => format!("{count} bytes"),
+        Err(error) => format!("{:?}", error.kind()),
+    }
+}
+
+fn a_server_that_speaks_first_is_heard_and_a_silent_one_is_awaited() {
+    let bed = Bed::enforced(&[], &[allow_all()]);
+    let a = bed.lab.pod("x/a");
+    for way in bed.ways(82) {
+        let (mut client, mut server) = ends(&a, &bed.lab.pod(&way.server), way.to);
+        server.write_all(b"220 ready\r\n").unwrap();
+        let mut banner = [0; 11];
+        client.read_exact(&mut banner).unwrap();
+        assert_eq!(&banner, b"220 ready\r\n", "{}", way.what);
+        // Nobody says a word: neither end is told anything.
+        client
+            .set_read_timeout(Some(Duration::from_millis(100)))
+            .unwrap();
+        let silence = client.read(&mut [0; 1]).unwrap_err();
+        assert_eq!(silence.kind(), io::ErrorKind::WouldBlock, "{}", way.what);
+        client.write_all(b"EHLO\r\n").unwrap();
+        server.read_exact(&mut [0; 6]).unwrap();
+    }
+}
+
+fn two_thousand_idle_connections_cost_two_descriptors_each() {
+    const IDLE: usize = 2000;
+    let mut bed = Bed::enforced(&[], &[allow_all()]);
+    let (a, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"));
+    // Every thread has done its first work.
+    (0..8).for_each(|_| drop(connected(&a, c.addr_v4(80))));
+    let quiet = |bed: &mut Bed, most: [usize; 2], what: &str| {
+        let wait = wait_until(DEADLINE, what, || {
+            (0..2).all(|node| bed.daemon(node).descriptors() <= most[node])
+        });
+        if let Err(error) = wait {
+            panic!(
+                "{error}: {:?}, at most {most:?}",
+                [0, 1].map(|node| bed.daemon(node).descriptors())
+            );
+        }
+    };
+    bed.wait_for_no_connection();
+    let before = [0, 1].map(|node| bed.daemon(node).descriptors());
+
+    let mut idle = Vec::new();
+    while idle.len() < IDLE {
+        let targets = [c.addr_v4(80), c.addr_v6(80)].repeat(100);
+        for outcome in a.connect_all(&targets, DEADLINE).unwrap() {
+            idle.push(outcome.into_stream().unwrap());
+        }
+    }
+    // Each has carried its greeting.
+    for stream in &idle {
+        lab::traffic::greeting(stream, DEADLINE).unwrap();
+    }
+    // The asking itself is a connection for a moment.
+    quiet(
+        &mut bed,
+        before.map(|count| count + 2 * IDLE),
+        "two descriptors a connection",
+    );
+    for node in bed.lab.nodes() {
+        // None goes past the proxy.
+        assert_eq!(metric(&node, "portreeve_connections"), IDLE as u64);
+    }
+
+    // Some become bulk, and are idle again.
+    for chunk in idle.chunks(16).take(4) {
+        thread::scope(|scope| {
+            for mut stream in chunk {
+                scope.spawn(move || {
+                    let mut reader = stream.try_clone().unwrap();
+                    thread::scope(|inner| {
+                        inner.spawn(|| bulk::send(stream, 4 * MEGABYTE).unwrap());
+                        let mut left = 4 * MEGABYTE;
+                        let mut buffer = vec![0; 65_536];
+                        while left > 0 {
+                            left -= reader.read(&mut buffer).unwrap() as u64;
+                        }
+                    });
+                    stream.write_all(b"x").unwrap();
+                });
+            }
+        });
+    }
+    let threads = thread::available_parallelism().unwrap().get();
+    let pooled = before.map(|count| count + 2 * IDLE + POOLED * threads);
+    quiet(
+        &mut bed,
+        pooled,
+        "the pipes of bulk streams to be given back",
+    );
+    for stream in idle.iter().rev().take(20) {
+        echoes(stream, "still there");
+    }
+    drop(idle);
+    quiet(
+        &mut bed,
+        before.map(|count| count + POOLED * threads),
+        "all to be closed",
+    );
+}
+
+fn a_thousand_connects_at_once_succeed_without_a_repeated_syn() {
+    const AT_ONCE: u16 = 1000;
+    let bed = Bed::enforced(&[], &[allow_all()]);
+    let a = bed.lab.pod("x/a");
+    for (turn, way) in (0..).zip(bed.ways(80)) {
+        // A range for each way: one port towards a pod and its Service at once is another matter.
+        let first = 33_000 + turn * AT_ONCE;
+        let dials: Vec<_> = (first..first + AT_ONCE)
+            .map(|port| Dial::new(&a, way.to).source_port(port))
+            .collect();
+        let capture = a.capture().unwrap();
+        let outcomes = connect_all(&dials, DEADLINE).unwrap();
+        let slowest = outcomes.iter().filter_map(Outcome::latency).max();
+        let failed = outcomes.iter().filter(|it| !it.is_connected()).count();
+        let what = format!("{}: slowest {slowest:?}", way.what);
+        assert_eq!(failed, 0, "{what}\n{}", bed.logs());
+        assert_eq!(capture.syns_to(way.to), usize::from(AT_ONCE), "{what}");
+    }
+}

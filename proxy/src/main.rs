@@ -4,6 +4,7 @@ mod admin;
 mod ask;
 mod connect;
 mod decision;
+mod demo;
 mod enforcer;
 mod flows;
 mod gate;
@@ -39,6 +40,7 @@ enum Command {
     Check(ask::CheckArgs),
     /// Say it for every pod to every pod. Offline, without privilege.
     Matrix(ask::MatrixArgs),
+    Demo(demo::DemoArgs),
 }
 
 fn main() -> ExitCode {
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         }
         Command::Check(args) => ask::check(&args),
         Command::Matrix(args) => ask::matrix(&args),
+        Command::Demo(args) => demo::demo(&args),
     }
 }
 

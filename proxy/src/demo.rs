@@ -1,0 +1,211 @@
+//! `portreeve demo`: the main job on one machine, seen to be done.
+//!
+//! Builds a cluster of network namespaces, runs the real init step and the real daemon on each
+//! node, dials everybody from everybody, and compares what was seen with what policy asks for. The
+//! daemon's insides are not used: it is another process, as it is in a cluster.
+mod bed;
+mod decisions;
+mod error;
+mod grid;
+mod plan;
+mod probe;
+mod raw;
+mod report;
+mod screen;
+mod story;
+
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use controller::manifest;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+
+use bed::{Daemons, Programs};
+use error::DemoError;
+use plan::Plan;
+use screen::Screen;
+
+/// The Kubernetes documentation's policies, and pods for them.
+const SAMPLES: [&str; 2] = [
+    include_str!("../../deploy/samples/pods.yaml"),
+    include_str!("../../deploy/samples/policies.yaml"),
+];
+/// Exit status when there could be no demo: wrong input, missing privilege, a missing tool.
+const NO_DEMO: u8 = 2;
+
+/// Show the main job on this machine: a cluster of network namespaces, the real init step and
+/// daemon on each node, real connections from every pod to every pod.
+///
+/// Exit status 0: what was observed is what policy asks for. 1: it is not. 2: there could be no
+/// demo, and standard error says why. Needs no root where user namespaces are allowed; leaves
+/// nothing behind.
+#[derive(clap::Args, Debug)]
+pub(crate) struct DemoArgs {
+    /// Your own pods and policies, a manifest file or a directory of them
+    #[arg(long, value_name = "PATH")]
+    manifests: Option<PathBuf>,
+    /// Leave the cluster running until Ctrl-C, and say how to enter its pods
+    #[arg(long)]
+    keep: bool,
+    /// Plain text, and a summary in JSON as the last line
+    #[arg(long)]
+    headless: bool,
+    /// Send spans to a Jaeger at this URL (not in this version)
+    #[arg(long, value_name = "URL")]
+    jaeger: Option<String>,
+}
+
+/// Runs `portreeve demo`. To be called before any thread runs.
+pub(crate) fn demo(args: &DemoArgs) -> ExitCode {
+    match prepare(args) {
+        Ok(story) => watched(story),
+        Err(error) => {
+            complain(&error);
+            ExitCode::from(NO_DEMO)
+        }
+    }
+}
+
+/// Finds everything that can be wrong before anything is built, and moves into namespaces.
+fn prepare(args: &DemoArgs) -> Result<story::Story, DemoError> {
+    let started = Instant::now();
+    if args.jaeger.is_some() {
+        return Err(DemoError::NoSpans);
+    }
+    let programs = Programs::find()?;
+    let samples;
+    let path = match &args.manifests {
+        Some(path) => path.clone(),
+        None => {
+            samples = in_memory(&SAMPLES.join("---\n")).map_err(DemoError::State)?;
+            PathBuf::from(format!("/proc/self/fd/{}", samples.as_raw_fd()))
+        }
+    };
+    let (plan, policies) = read(&path)?;
+    single_threaded();
+    let entered = lab::enter()?;
+    // Two ends of every connection are in this process. With less it goes slower.
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _as_it_was = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+    Ok(story::Story {
+        screen: Screen::new(args.headless),
+        own: args.manifests.clone(),
+        keep: args.keep,
+        headless: args.headless,
+        entered,
+        started,
+        plan,
+        expected: policies,
+        programs,
+        daemons: Daemons::default(),
+        settled: Arc::default(),
+    })
+}
+
+fn read(path: &Path) -> Result<(Plan, Vec<policy::NetworkPolicy>), DemoError> {
+    let loaded = manifest::load(path)?;
+    let mut plan = Plan::of(&loaded.cluster, raw::policies(path)?)?;
+    plan.notes
+        .extend(loaded.warnings.iter().map(ToString::to_string));
+    Ok((plan, loaded.cluster.policies().cloned().collect()))
+}
+
+/// A file that is nowhere.
+fn in_memory(text: &str) -> std::io::Result<std::fs::File> {
+    let file = memfd_create("samples", MFdFlags::MFD_CLOEXEC)?;
+    let mut file = std::fs::File::from(file);
+    file.write_all(text.as_bytes())?;
+    Ok(file)
+}
+
+/// Waits until the manifest parser's thread, which has ended, is gone for the kernel too.
+fn single_threaded() {
+    let alone = || std::fs::read_dir("/proc/self/task").map_or(true, |tasks| tasks.count() == 1);
+    // If it is not so in time, entering the namespaces says it better.
+    let _in_time = lab::wait_until(
+        Duration::from_secs(2),
+        "the parser's thread to be gone",
+        alone,
+    );
+}
+
+/// Runs the story on a thread of its own, so that a signal ends it at any time.
+///
+/// Signals are caught and not blocked: a blocked signal would stay blocked in the daemons.
+fn watched(story: story::Story) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let watched = runtime.and_then(|runtime| {
+        runtime.block_on(async {
+            let mut interrupt = signal(SignalKind::interrupt())?;
+            let mut terminate = signal(SignalKind::terminate())?;
+            let (daemons, settled) = (story.daemons.clone(), Arc::clone(&story.settled));
+            let (end, ended) = oneshot::channel::<()>();
+            let worker = thread::spawn(move || {
+                // Dropped when the thread is over, however that is.
+                let _end = end;
+                story.tell()
+            });
+            let signal = tokio::select! {
+                _ = ended => return Ok(outcome(worker.join())),
+                _ = interrupt.recv() => SignalKind::interrupt(),
+                _ = terminate.recv() => SignalKind::terminate(),
+            };
+            interrupted(signal, &daemons, &settled)
+        })
+    });
+    watched.unwrap_or_else(|error| {
+        complain(&DemoError::Signals(error));
+        ExitCode::from(NO_DEMO)
+    })
+}
+
+fn outcome(told: thread::Result<Result<bool, DemoError>>) -> ExitCode {
+    match told {
+        Ok(Ok(agree)) => ExitCode::from(u8::from(!agree)),
+        Ok(Err(error)) => {
+            complain(&error);
+            ExitCode::from(NO_DEMO)
+        }
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+/// Ends everything now. After the story is told that is how `--keep` ends, and no failure.
+fn interrupted(signal: SignalKind, daemons: &Daemons, settled: &OnceLock<bool>) -> ! {
+    daemons.stop();
+    let code = match settled.get() {
+        Some(agree) => i32::from(!agree),
+        // As shells count it.
+        None => 128 + signal.as_raw_value(),
+    };
+    eprintln!("\nportreeve: stopped; nothing is left behind");
+    // The story's thread is in the middle of something; its namespaces go with the process.
+    std::process::exit(code)
+}
+
+/// Says what is wrong on standard error, a line per fault.
+fn complain(error: &DemoError) {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(deeper) = cause {
+        let said = deeper.to_string();
+        if !text.contains(&said) {
+            text.push_str(&format!(" ({said})"));
+        }
+        cause = deeper.source();
+    }
+    for line in text.lines() {
+        eprintln!("portreeve: {line}");
+    }
+}

@@ -1,0 +1,290 @@
+//! The demo from the first namespace to the verdict, in the order in which it is told.
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use lab::Entered;
+use policy::{Cluster, NetworkPolicy};
+use serde_json::json;
+
+use super::bed::{Bed, Daemons, Programs};
+use super::decisions::{Decisions, count};
+use super::error::DemoError;
+use super::plan::{Plan, counted, shortened};
+use super::probe::{Change, Question, Route, Survey};
+use super::report::{self, Live};
+use super::screen::{Screen, Step, Tone};
+
+/// How long a change may take until connections follow it. A second is promised; what is slower is
+/// shown as it is.
+const FOLLOW: Duration = Duration::from_secs(10);
+
+/// Of so many policies the one is chosen that is taken away for a moment.
+const CANDIDATES: usize = 50;
+
+/// Everything that the demo needs, found before it begins.
+pub(super) struct Story {
+    pub(super) screen: Screen,
+    /// The user's own manifests.
+    pub(super) own: Option<PathBuf>,
+    pub(super) keep: bool,
+    pub(super) headless: bool,
+    pub(super) entered: Entered,
+    pub(super) started: Instant,
+    pub(super) plan: Plan,
+    /// The policies as they were read; the daemons must be given the same.
+    pub(super) expected: Vec<NetworkPolicy>,
+    pub(super) programs: Programs,
+    pub(super) daemons: Daemons,
+    /// Whether observed and asked-for agree, once that is known and `--keep` waits.
+    pub(super) settled: Arc<OnceLock<bool>>,
+}
+
+/// The first round of connections, and the change of policy after it.
+struct Findings {
+    first: Survey,
+    live: Option<Live>,
+}
+
+impl Story {
+    /// Builds, measures and reports. True if everything was as policy asks for.
+    ///
+    /// # Errors
+    /// What hinders the demo; differences are none.
+    pub(super) fn tell(self) -> Result<bool, DemoError> {
+        let screen = self.screen;
+        self.greet();
+        let notes = self.plan.notes.clone();
+        let (nodes, own) = (self.plan.nodes.clone(), self.own.clone());
+        let (plan, programs, daemons) = (self.plan, self.programs, self.daemons);
+        let bed = build(screen, plan, programs, daemons)?;
+        let cluster = bed.cluster()?;
+        same(&self.expected, &cluster)?;
+        let questions = Question::all(&bed, &cluster);
+        let first = survey(screen, &bed, questions)?;
+        if own.is_some() {
+            report::own_manifests(screen, &notes);
+        }
+        report::policies(screen, &cluster);
+        report::matrices(screen, &bed, &first);
+        let decisions = Decisions::read(&bed.records(), first.counts().1);
+        report::decisions(screen, &decisions, first.counts().1);
+        let live = change(screen, &bed, &cluster, &first.questions)?;
+        let findings = Findings { first, live };
+        let agree = all_agree(&findings);
+        report::verdict(
+            screen,
+            &bed,
+            &findings.surveys(),
+            agree,
+            self.started.elapsed(),
+        );
+        if self.keep {
+            report::how_to_enter(screen, &bed, self.entered);
+        }
+        if self.headless {
+            let denied = count(&decisions.denied);
+            let summary = findings.summary(&bed, &nodes, denied, self.started.elapsed());
+            screen.line(&summary);
+        }
+        if self.keep {
+            let _once = self.settled.set(agree);
+            loop {
+                // A signal ends the process.
+                thread::park();
+            }
+        }
+        Ok(agree)
+    }
+
+    fn greet(&self) {
+        let what = match &self.own {
+            Some(path) => format!("the pods and policies of {}", path.display()),
+            None => "the Kubernetes documentation's own policies".to_owned(),
+        };
+        let title = self.screen.paint(Tone::Strong, "portreeve demo");
+        self.screen
+            .line(&format!("{title}: {what}, real kernel, real connections"));
+        self.screen.line("");
+    }
+}
+
+/// From nothing to a cluster under policy, a line of progress each step.
+fn build(
+    screen: Screen,
+    plan: Plan,
+    programs: Programs,
+    daemons: Daemons,
+) -> Result<Bed, DemoError> {
+    let (nodes, pods) = (
+        counted(plan.nodes.len(), "node"),
+        counted(plan.pods.len(), "pod"),
+    );
+    let mut namespaces: Vec<_> = plan.pods.iter().map(|pod| pod.namespace.clone()).collect();
+    namespaces.dedup();
+    let bed = screen.step("cluster", || {
+        let bed = Bed::build(plan, programs, daemons)?;
+        let services = counted(bed.pods.len(), "Service");
+        let within = shortened(&namespaces, ", ", 4);
+        let text = format!("{nodes}, {pods} in {within}, {services} by DNAT");
+        Ok::<_, DemoError>(Step::done(bed, text))
+    })?;
+    let names: Vec<_> = bed.lab.nodes().map(|node| node.name().to_owned()).collect();
+    let names = shortened(&names, ", ", 3);
+    screen.step("redirect", || {
+        bed.install()?;
+        let text = format!("iptables-init install on {names}");
+        Ok::<_, DemoError>(Step::done((), text))
+    })?;
+    screen.step("daemons", || {
+        bed.start()?;
+        let text = format!("portreeve run on {names}, ready");
+        Ok::<_, DemoError>(Step::done((), text))
+    })?;
+    Ok(bed)
+}
+
+/// The daemons' manifests must mean what the user's mean.
+fn same(expected: &[NetworkPolicy], cluster: &Cluster) -> Result<(), DemoError> {
+    let given: Vec<_> = cluster.policies().cloned().collect();
+    let differ = |policy: &&NetworkPolicy| !given.contains(policy) || !expected.contains(policy);
+    match expected.iter().chain(&given).find(differ) {
+        Some(policy) => Err(DemoError::NotTheSame(policy.key().to_string())),
+        None => Ok(()),
+    }
+}
+
+fn survey(screen: Screen, bed: &Bed, questions: Vec<Question>) -> Result<Survey, DemoError> {
+    screen.step("connections", || {
+        let survey = Survey::take(bed, questions).map_err(DemoError::Dial)?;
+        let tried = survey.questions.len();
+        let wrong = survey.differences().count();
+        let agree = if wrong == 0 {
+            "all as asked for".to_owned()
+        } else {
+            format!("{wrong} NOT as asked for")
+        };
+        let text = format!("{tried} by pod address and Service, IPv4 and IPv6: {agree}");
+        Ok(Step {
+            value: survey,
+            text,
+            good: wrong == 0,
+        })
+    })
+}
+
+/// Takes the policy away that matters most, and puts it back, while connections are tried.
+fn change(
+    screen: Screen,
+    bed: &Bed,
+    cluster: &Cluster,
+    before: &[Question],
+) -> Result<Option<Live>, DemoError> {
+    let mut without = bed.cluster()?;
+    let mut telling: Option<(String, Vec<Question>, usize)> = None;
+    for policy in cluster.policies().take(CANDIDATES) {
+        let _nobody_to_tell = without.remove_policy(policy.key());
+        let after = Question::all(bed, &without);
+        let _nobody_to_tell = without.upsert_policy(policy.clone());
+        let changed = Change::between(before, &after).questions.len();
+        if changed > telling.as_ref().map_or(0, |(_, _, most)| *most) {
+            telling = Some((policy.key().to_string(), after, changed));
+        }
+    }
+    let Some((policy, after, _)) = telling else {
+        return Ok(None);
+    };
+    report::announce_change(screen, &policy);
+    let removed = step(screen, bed, "deleted", before, &after, || {
+        bed.remove_policy(&policy)
+    })?;
+    if removed.1.questions.len() == after.len() {
+        report::changed(screen, bed, before, &removed.1);
+    }
+    let back = step(screen, bed, "put back", &after, before, || {
+        bed.put_policy(&policy)
+    })?;
+    Ok(Some(Live {
+        followed: [removed.0, back.0],
+        surveys: vec![removed.1, back.1],
+    }))
+}
+
+/// One change: how soon connections followed it, and a whole round of them afterwards.
+fn step(
+    screen: Screen,
+    bed: &Bed,
+    name: &str,
+    before: &[Question],
+    after: &[Question],
+    act: impl FnOnce() -> Result<(), DemoError>,
+) -> Result<(Option<Duration>, Survey), DemoError> {
+    let change = Change::between(before, after);
+    screen.step(name, || {
+        let since = Instant::now();
+        act()?;
+        let followed = change
+            .followed(bed, since, FOLLOW)
+            .map_err(DemoError::Dial)?;
+        let survey = Survey::take(bed, change.to_try(after)).map_err(DemoError::Dial)?;
+        let text = report::follow_text(&change, followed, &survey);
+        let good = followed.is_some() && survey.differences().next().is_none();
+        Ok(Step {
+            value: (followed, survey),
+            text,
+            good,
+        })
+    })
+}
+
+fn all_agree(findings: &Findings) -> bool {
+    let mut surveys = findings.surveys().into_iter();
+    surveys.all(|survey| survey.differences().next().is_none())
+}
+
+impl Findings {
+    fn surveys(&self) -> Vec<&Survey> {
+        let live = self.live.iter().flat_map(|live| &live.surveys);
+        std::iter::once(&self.first).chain(live).collect()
+    }
+
+    /// The last line of `--headless`.
+    fn summary(&self, bed: &Bed, nodes: &[String], on_record: usize, took: Duration) -> String {
+        let (allowed, denied) = self.first.counts();
+        let of = |route: Route| {
+            self.first
+                .questions
+                .iter()
+                .filter(move |q| q.route == route)
+        };
+        let seconds = |time: Option<Duration>| time.map(|time| rounded(time.as_secs_f64()));
+        let followed = self.live.as_ref().map(|live| live.followed.map(seconds));
+        let differences: usize = self.surveys().iter().map(|s| s.differences().count()).sum();
+        let tried: usize = self
+            .surveys()
+            .iter()
+            .map(|survey| survey.questions.len())
+            .sum();
+        json!({
+            "agree": all_agree(self),
+            "nodes": nodes.len(),
+            "pods": bed.pods.len(),
+            "allowed": allowed,
+            "denied": denied,
+            "by_pod": of(Route::Pod).count(),
+            "by_service": of(Route::Service).count(),
+            "denials_on_record": on_record,
+            "connections": tried,
+            "differences": differences,
+            "change_followed_seconds": followed,
+            "seconds": rounded(took.as_secs_f64()),
+        })
+        .to_string()
+    }
+}
+
+/// To the millisecond.
+fn rounded(seconds: f64) -> f64 {
+    (seconds * 1000.0).round() / 1000.0
+}

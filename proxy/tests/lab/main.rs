@@ -11,6 +11,7 @@ mod changes;
 mod likeness;
 mod policies;
 mod ports;
+mod sever;
 mod streams;
 mod support;
 
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         changes::TESTS,
         likeness::TESTS,
         streams::TESTS,
+        sever::TESTS,
         ports::TESTS,
     ]
     .concat();

@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use controller::manifest::ManifestSource;
 use controller::{Batch, Index, Table, TableSettings};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing::{error, info, warn};
@@ -127,6 +128,8 @@ fn enforcer(args: &RunArgs, node: Arc<str>, table: Arc<Table>) -> anyhow::Result
 
 /// Waits for SIGTERM, SIGINT or the failure of a worker; then calls `stop` and waits for the workers.
 async fn until_told(workers: Vec<Thread>, stop: impl FnOnce()) -> anyhow::Result<()> {
+    // Whoever started us may have blocked them, and a blocked signal is inherited.
+    SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]).thread_unblock()?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     // State is watched; a hang-up must not end the daemon.

@@ -3,7 +3,7 @@
 //! A connection is in the table before its verdict is acted on, so that a change of policy finds
 //! it. Knows no packets and no policy; what a connection was decided by it carries as a value.
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -44,6 +44,9 @@ pub(crate) struct Flow {
     /// Milliseconds from `started` to the last time the client sent its SYN.
     last_syn: AtomicU32,
     cut: Notify,
+    over: Notify,
+    /// Whether an attempt from the same ends waits for the end of this one.
+    succeeded: AtomicBool,
     _permit: Permit,
 }
 
@@ -85,6 +88,8 @@ pub(crate) enum Arrival {
     Repeated,
     /// The connection is past its SYN: the socket is to see it.
     PastSyn,
+    /// A new attempt between the ends of a live connection: see whether that one is ending.
+    Successor(Arc<Flow>),
 }
 
 /// All connections of the node.
@@ -110,6 +115,13 @@ impl Flows {
     ) -> Result<Arrival, E> {
         if let Some(known) = self.get(&key) {
             match known.repeat(sequence) {
+                Some(Arrival::PastSyn) if known.is_succeeded_by(sequence) => {
+                    return Ok(if known.succeeded.swap(true, Ordering::Relaxed) {
+                        Arrival::Repeated
+                    } else {
+                        Arrival::Successor(known)
+                    });
+                }
                 Some(arrival) => return Ok(arrival),
                 // The client gave that attempt up and took the same port again.
                 None => {
@@ -137,6 +149,8 @@ impl Flows {
             stage: Mutex::new(Stage::Held),
             last_syn: AtomicU32::new(0),
             cut: Notify::new(),
+            over: Notify::new(),
+            succeeded: AtomicBool::new(false),
             _permit: permit()?,
         });
         match self.by_key.entry(key) {
@@ -174,6 +188,7 @@ impl Flows {
     /// Takes a connection that is over out of the table.
     pub(crate) fn remove(&self, flow: &Arc<Flow>) {
         *flow.stage() = Stage::Over;
+        flow.over.notify_one();
         self.no_longer_held(flow);
         self.by_key
             .remove_if(&flow.key, |_, held| Arc::ptr_eq(held, flow));
@@ -268,6 +283,17 @@ impl Flow {
         self.cut.notified().await;
     }
 
+    /// Waits for the end of the connection for at most `limit`; whether it came. To be awaited by
+    /// who was given the [`Arrival::Successor`].
+    pub(crate) async fn over_within(&self, limit: Duration) -> bool {
+        // One that came before is not missed.
+        let over = tokio::time::timeout(limit, self.over.notified())
+            .await
+            .is_ok();
+        self.succeeded.store(false, Ordering::Relaxed);
+        over
+    }
+
     /// How far it has come.
     pub(crate) fn stage_name(&self) -> StageName {
         match *self.stage() {
@@ -295,6 +321,11 @@ impl Flow {
             Stage::Live => Some(Arrival::PastSyn),
             Stage::Held | Stage::Admitted { .. } | Stage::Over => None,
         }
+    }
+
+    /// Whether a SYN with `sequence` is a new attempt although this connection is live.
+    fn is_succeeded_by(&self, sequence: u32) -> bool {
+        sequence != self.sequence && matches!(*self.stage(), Stage::Live)
     }
 
     fn note_syn(&self) {
@@ -434,9 +465,32 @@ mod tests {
         assert!(bench.flows.pair(&key(1, 2)).is_some());
         assert!(bench.flows.pair(&key(1, 2)).is_none(), "once only");
         assert!(
-            matches!(bench.arrive(key(1, 2), 9), Ok(Arrival::PastSyn)),
+            matches!(bench.arrive(key(1, 2), 7), Ok(Arrival::PastSyn)),
             "a live socket answers itself"
         );
+    }
+
+    #[tokio::test]
+    async fn a_new_attempt_over_a_live_connection_waits_for_its_end_once() {
+        let bench = Bench::new();
+        let flow = bench.new_flow(key(1, 2), 7);
+        bench.flows.admit(&flow, stream().await, 0);
+        assert!(bench.flows.pair(&key(1, 2)).is_some());
+        assert!(matches!(
+            bench.arrive(key(1, 2), 9),
+            Ok(Arrival::Successor(_))
+        ));
+        assert!(
+            matches!(bench.arrive(key(1, 2), 10), Ok(Arrival::Repeated)),
+            "one waits already; a flood must not fill the queue"
+        );
+        assert!(!flow.over_within(Duration::ZERO).await, "it goes on");
+        let Ok(Arrival::Successor(last)) = bench.arrive(key(1, 2), 9) else {
+            panic!("none waits any more");
+        };
+        bench.flows.remove(&flow);
+        assert!(last.over_within(Duration::from_secs(1)).await);
+        assert!(matches!(bench.arrive(key(1, 2), 9), Ok(Arrival::New(_))));
     }
 
     #[tokio::test]

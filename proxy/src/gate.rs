@@ -10,6 +10,7 @@ mod unreachable;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use controller::Judgement;
 use iptables_init::marks::Answer;
@@ -30,6 +31,8 @@ use packet::{Packet, Syn};
 
 /// Packets decided before their rulings are sent: enough to share a call, few enough to be prompt.
 const BATCH: usize = 64;
+/// How long a connection may take to end whose client has taken its port again already.
+const SUCCESSION: Duration = Duration::from_millis(250);
 /// Bytes for one message of the queue, with room for attributes that newer kernels add.
 const MESSAGE: usize = 4096;
 
@@ -98,6 +101,9 @@ impl Gate {
             Err(Full::Node) => self.refuse(id, Cause::NodeLimit),
             Ok(Arrival::Repeated) => self.queue.rule(id, Ruling::Drop),
             Ok(Arrival::PastSyn) => self.answer(id, Answer::Accept),
+            Ok(Arrival::Successor(last)) => {
+                tokio::task::spawn_local(Rc::clone(self).succeed(id, syn, last));
+            }
             Ok(Arrival::New(flow)) => match self.judge(&flow) {
                 Judged::Denied => self.deny(id, &flow),
                 Judged::Allowed(leg) => {
@@ -108,6 +114,19 @@ impl Gate {
                 }
             },
         }
+    }
+
+    /// Decides a SYN between the ends of a connection that we take to be live. Its socket may have
+    /// ended already (the client reset it, say) before we were told: then this is a new attempt, and
+    /// past the gate the listener itself would answer it. Else the socket answers as TCP wants it
+    /// (RFC 5961, section 4).
+    async fn succeed(self: Rc<Self>, id: PacketId, syn: Syn, last: Arc<Flow>) {
+        if last.over_within(SUCCESSION).await {
+            self.syn(id, syn);
+        } else {
+            self.answer(id, Answer::Accept);
+        }
+        self.flush();
     }
 
     /// Judges a connection by the newest table and notes on it what it rests on.

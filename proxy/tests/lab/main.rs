@@ -6,12 +6,16 @@
     clippy::unwrap_used,
     reason = "a test panics at what it cannot do; clippy knows no tests without libtest"
 )]
+mod admin;
+mod bounds;
 mod cases;
 mod changes;
 mod likeness;
 mod policies;
 mod ports;
+mod restart;
 mod sever;
+mod startup;
 mod streams;
 mod support;
 
@@ -26,6 +30,10 @@ fn main() -> ExitCode {
         streams::TESTS,
         sever::TESTS,
         ports::TESTS,
+        bounds::TESTS,
+        restart::TESTS,
+        admin::TESTS,
+        startup::TESTS,
     ]
     .concat();
     lab::runner::main(&tests)

@@ -396,14 +396,25 @@ pub(crate) fn ask_by(node: &Host, method: &str, path: &str) -> Option<Answer> {
     })
 }
 
-/// The value of a metric with its labels; 0 if it is not there yet.
+/// The sum of a metric's series that have all the labels of `name`, other labels or not; 0 if there
+/// is none yet.
 pub(crate) fn metric(node: &Host, name: &str) -> u64 {
+    let (name, labels) = split_labels(name);
     let answer = ask(node, "/metrics").unwrap();
-    let value = answer
-        .body
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    value.map_or(0, |value| value.parse().unwrap())
+    let series = answer.body.lines().filter_map(|line| {
+        let (series, value) = line.rsplit_once(' ')?;
+        let (its_name, its_labels) = split_labels(series);
+        let matches = its_name == name && labels.iter().all(|label| its_labels.contains(label));
+        matches.then(|| value.parse::<u64>().unwrap())
+    });
+    series.sum()
+}
+
+fn split_labels(series: &str) -> (&str, Vec<&str>) {
+    match series.trim_end_matches('}').split_once('{') {
+        Some((name, labels)) => (name, labels.split(',').collect()),
+        None => (series, Vec::new()),
+    }
 }
 
 /// Who answers at `to`, and whom it sees.

@@ -1,0 +1,263 @@
+//! What operators see: records of connections and the admin port.
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::path::Path;
+
+use lab::runner::Test;
+use lab::{Kind, wait_for};
+use serde_json::{Value, json};
+
+use crate::support::{
+    Bed, DEADLINE, SEVERAL_SYNS, SOON, allow_ingress, ask, ask_by, connected, deny_ingress, metric,
+};
+
+pub(crate) const TESTS: &[Test] = &lab::tests![
+    a_record_is_written_for_each_connection_with_the_promised_keys,
+    the_admin_port_tells_of_health_metrics_and_policies,
+    connections_lists_what_stands_and_forgets_what_ended,
+    explain_answers_as_check_does,
+];
+
+/// The keys of a record where both ends are pods, as users rely on them.
+const KEYS: [&str; 21] = [
+    "verdict",
+    "direction",
+    "policies",
+    "reason",
+    "protocol",
+    "source.address",
+    "source.port",
+    "source.k8s.namespace.name",
+    "source.k8s.pod.name",
+    "source.k8s.pod.uid",
+    "destination.address",
+    "destination.port",
+    "destination.k8s.namespace.name",
+    "destination.k8s.pod.name",
+    "destination.k8s.pod.uid",
+    "k8s.node.name",
+    "bytes.sent",
+    "bytes.received",
+    "start_time",
+    "end_time",
+    "path",
+];
+
+fn policies() -> [Value; 2] {
+    [deny_ingress("b"), allow_ingress("c")]
+}
+
+fn uid(bed: &Bed, name: &str) -> Value {
+    let manifests = bed.lab.manifests();
+    let mut items = manifests["items"].as_array().unwrap().iter();
+    let pod = items.find(|it| it["kind"] == "Pod" && it["metadata"]["name"] == name);
+    pod.unwrap()["metadata"]["uid"].clone()
+}
+
+fn a_record_is_written_for_each_connection_with_the_promised_keys() {
+    let bed = {
+        let mut bed = Bed::bare(crate::support::small());
+        bed.write_policies(&policies());
+        for node in 0..2 {
+            bed.install(node, &[]);
+            let file = bed.file(&format!("records-{node}"));
+            bed.start(node, &["--trace-file", file.to_str().unwrap()]);
+        }
+        bed
+    };
+    let (a, b, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/c"));
+    // Denied on node 0, its SYN repeated.
+    assert_eq!(
+        a.connect(b.addr_v4(80), SEVERAL_SYNS).unwrap().kind(),
+        Kind::TimedOut
+    );
+    // Allowed on node 1, with bytes that are known.
+    let mut stream = a
+        .connect(c.addr_v6(80), DEADLINE)
+        .unwrap()
+        .into_stream()
+        .unwrap();
+    let port = stream.local_addr().unwrap().port();
+    stream.write_all(&[7; 1000]).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut heard = Vec::new();
+    stream.read_to_end(&mut heard).unwrap();
+    drop(stream);
+
+    let there = records(&bed.file("records-1"), 1);
+    // x/a is released: its own node judges only what x/b's policy asks for.
+    let here = records(&bed.file("records-0"), 1);
+    let ([denied], [allowed]) = (&here[..], &there[..]) else {
+        panic!("a record a connection: {here:?} {there:?}")
+    };
+    let expected: BTreeSet<&str> = KEYS.into();
+    for record in [denied, allowed] {
+        let keys: BTreeSet<&str> = record
+            .as_object()
+            .unwrap()
+            .keys()
+            .map(String::as_str)
+            .collect();
+        assert_eq!(keys, expected, "{record}");
+        assert_eq!(record["source.k8s.pod.uid"], uid(&bed, "a"), "{record}");
+        assert_eq!(record["source.k8s.namespace.name"], "x", "{record}");
+        assert_eq!(
+            (&record["path"], &record["protocol"]),
+            (&json!("spliced"), &json!("TCP")),
+            "{record}"
+        );
+        assert!(
+            record["start_time"].as_str() <= record["end_time"].as_str(),
+            "{record}"
+        );
+        assert!(
+            record["reason"]
+                .as_str()
+                .is_some_and(|reason| reason.ends_with('.')),
+            "{record}"
+        );
+    }
+    check(
+        denied,
+        &json!({
+            "verdict": "deny", "direction": "ingress", "policies": ["x/deny-ingress-b"], "k8s.node.name": "node-0",
+            "source.address": a.ipv4(), "destination.address": b.ipv4(), "destination.port": 80,
+            "destination.k8s.pod.name": "b", "destination.k8s.pod.uid": uid(&bed, "b"), "bytes.sent": 0, "bytes.received": 0,
+        }),
+    );
+    check(
+        allowed,
+        &json!({
+            "verdict": "allow", "direction": "ingress", "policies": ["x/allow-ingress-c"], "k8s.node.name": "node-1",
+            "source.address": a.ipv6(), "source.port": port, "destination.address": c.ipv6(), "destination.port": 80,
+            "destination.k8s.pod.name": "c", "destination.k8s.pod.uid": uid(&bed, "c"),
+            "bytes.sent": 1000, "bytes.received": heard.len(),
+        }),
+    );
+}
+
+fn check(record: &Value, expected: &Value) {
+    for (key, value) in expected.as_object().unwrap() {
+        assert_eq!(&record[key], value, "{key} of {record}");
+    }
+}
+
+/// The records of a file, once there are so many.
+fn records(file: &Path, count: usize) -> Vec<Value> {
+    wait_for(DEADLINE, "the records", || {
+        let text = fs::read_to_string(file).ok()?;
+        let lines: Vec<Value> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        (lines.len() >= count).then_some(lines)
+    })
+    .unwrap()
+}
+
+fn the_admin_port_tells_of_health_metrics_and_policies() {
+    let bed = Bed::enforced(&[], &policies());
+    let (a, b, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/c"));
+    let node = bed.lab.node(0);
+    for (path, status, body) in [
+        ("/livez", 200, "ok\n"),
+        ("/readyz", 200, "ready\n"),
+        ("/nowhere", 404, "there are: "),
+    ] {
+        let answer = ask(&node, path).unwrap();
+        assert!(
+            answer.status == status && answer.body.starts_with(body),
+            "{path}: {answer:?}"
+        );
+    }
+    assert_eq!(ask_by(&node, "POST", "/livez").unwrap().status, 405);
+    let listed = ask(&node, "/policies").unwrap();
+    assert!(
+        listed.head.contains("content-type: application/json"),
+        "{}",
+        listed.head
+    );
+    let text = listed.body;
+    for part in ["deny-ingress-b", "allow-ingress-c"] {
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
+    connected(&a, c.addr_v4(80));
+    assert_eq!(
+        a.connect(b.addr_v4(80), SOON).unwrap().kind(),
+        Kind::TimedOut
+    );
+    let metrics = ask(&node, "/metrics").unwrap();
+    assert!(
+        metrics
+            .head
+            .contains("content-type: application/openmetrics-text"),
+        "{}",
+        metrics.head
+    );
+    assert!(metrics.body.ends_with("# EOF\n"), "{}", metrics.body);
+    let decisions = |verdict: &str| {
+        format!("portreeve_decisions_total{{verdict=\"{verdict}\",direction=\"ingress\"}}")
+    };
+    for (at, name) in [
+        (0, "portreeve_ready".to_owned()),
+        (0, "portreeve_table_generation".to_owned()),
+        (0, decisions("deny")),
+        // x/a is released: only the server's node judges what goes there.
+        (1, decisions("allow")),
+    ] {
+        let value = metric(&bed.lab.node(at), &name);
+        assert!(value >= 1, "{name} of node {at}\n{}", metrics.body);
+    }
+}
+
+fn connections_lists_what_stands_and_forgets_what_ended() {
+    let bed = Bed::enforced(&[], &policies());
+    let (a, c, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"), bed.lab.node(1));
+    let stream = connected(&a, c.addr_v4(80));
+    let listed = ask(&node, "/connections").unwrap().json();
+    let [only] = &listed.as_array().unwrap()[..] else {
+        panic!("one connection: {listed}")
+    };
+    check(
+        only,
+        &json!({
+            "source.k8s.pod.name": "a", "source.k8s.pod.uid": uid(&bed, "a"), "destination.k8s.pod.name": "c",
+            "destination.address": c.ipv4(), "destination.port": 80, "verdict": "allow", "policies": ["x/allow-ingress-c"],
+        }),
+    );
+    drop(stream);
+    bed.wait_for_no_connection();
+    assert_eq!(ask(&node, "/connections").unwrap().json(), json!([]));
+}
+
+fn explain_answers_as_check_does() {
+    let bed = Bed::enforced(&[], &policies());
+    let node = bed.lab.node(0);
+    let (a, b) = (bed.lab.pod("x/a").ipv4(), bed.lab.pod("x/b").ipv4());
+    for (from, to, verdict) in [("x/a", "x/b", "deny"), ("x/a", "x/c", "allow")] {
+        let path = format!("/explain?from={from}&to={to}&port=80&protocol=TCP");
+        let answer = ask(&node, &path).unwrap();
+        assert_eq!(answer.status, 200, "{answer:?}");
+        assert_eq!(answer.json()["verdict"], verdict, "{answer:?}");
+    }
+    let by_address = ask(&node, &format!("/explain?from={a}&to={b}&port=80"))
+        .unwrap()
+        .json();
+    assert_eq!(
+        by_address["ingress"]["policies"],
+        json!(["x/deny-ingress-b"]),
+        "{by_address}"
+    );
+    for wrong in [
+        "from=x/a",
+        "from=x/a&to=x/b&port=0",
+        "from=x/nobody&to=x/b&port=80",
+        "from=x/a&to=x/b&port=80&protocol=ICMPP",
+    ] {
+        let answer = ask(&node, &format!("/explain?{wrong}")).unwrap();
+        assert_eq!(answer.status, 400, "{wrong}: {answer:?}");
+        assert!(answer.json()["error"].is_string(), "{wrong}: {answer:?}");
+    }
+}

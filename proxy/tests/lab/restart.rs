@@ -1,0 +1,194 @@
+//! The end of a daemon, foreseen and not, and what stays of it.
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read;
+use std::net::TcpStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use lab::runner::Test;
+use lab::{Kind, Netns};
+
+use crate::support::{
+    Bed, DEADLINE, SOON, allow_all, allow_ingress, connected, deny_ingress, echoes, greeted, init,
+    small,
+};
+
+pub(crate) const TESTS: &[Test] = &lab::tests![
+    with_the_daemon_killed_denied_stays_denied_and_released_pods_go_on,
+    with_fail_open_new_connections_pass_while_no_daemon_runs,
+    sigterm_ends_it_within_two_seconds_and_resets_live_streams,
+    uninstall_restores_the_node_to_the_byte_after_a_full_run,
+];
+
+fn with_the_daemon_killed_denied_stays_denied_and_released_pods_go_on() {
+    let mut bed = Bed::enforced(&[], &[deny_ingress("b"), allow_ingress("c")]);
+    let [a, b, c, d] = ["a", "b", "c", "d"].map(|name| bed.lab.pod(&format!("x/{name}")));
+    // No policy names x/a and x/d: their connections pass no proxy.
+    let live = [connected(&a, d.addr_v4(80)), connected(&d, a.addr_v6(80))];
+    connected(&a, c.addr_v4(80));
+    assert_eq!(
+        a.connect(b.addr_v4(80), SOON).unwrap().kind(),
+        Kind::TimedOut
+    );
+    bed.kill(0);
+    bed.kill(1);
+    let denied = [b.addrs(80), bed.lab.service("x/b").addrs(80)].concat();
+    // Under policy, though allowed: nobody is there to say so.
+    let unjudged = [c.addrs(80), bed.lab.service("x/c").addrs(80)].concat();
+    let capture = a.capture().unwrap();
+    let all = [denied.clone(), unjudged.clone()].concat();
+    for (to, outcome) in all.iter().zip(a.connect_all(&all, SOON).unwrap()) {
+        assert_eq!(outcome.kind(), Kind::TimedOut, "{to} without a daemon");
+        assert_eq!(capture.syn_acks_from(*to), 0, "{to} without a daemon");
+    }
+    live.iter()
+        .for_each(|stream| echoes(stream, "without a daemon"));
+    for to in d.addrs(80) {
+        assert_eq!(greeted(&a, to).server, "x/d");
+    }
+    bed.start(0, &[]);
+    bed.start(1, &[]);
+    live.iter()
+        .for_each(|stream| echoes(stream, "with a new daemon"));
+    for outcome in a.connect_all(&unjudged, DEADLINE).unwrap() {
+        assert!(outcome.is_connected(), "{outcome}");
+    }
+    for (to, outcome) in denied.iter().zip(a.connect_all(&denied, SOON).unwrap()) {
+        assert_eq!(outcome.kind(), Kind::TimedOut, "{to} with a new daemon");
+    }
+}
+
+fn with_fail_open_new_connections_pass_while_no_daemon_runs() {
+    let mut bed = Bed::bare(small());
+    bed.write_policies(&[deny_ingress("b"), deny_ingress("c")]);
+    for node in 0..2 {
+        bed.install(node, &["--fail", "open"]);
+        bed.start(node, &["--fail", "open"]);
+    }
+    let a = bed.lab.pod("x/a");
+    let targets: Vec<_> = bed.ways(80).into_iter().map(|way| way.to).collect();
+    for (to, outcome) in targets.iter().zip(a.connect_all(&targets, SOON).unwrap()) {
+        assert_eq!(outcome.kind(), Kind::TimedOut, "{to} while a daemon runs");
+    }
+    bed.kill(0);
+    bed.kill(1);
+    for to in &targets {
+        echoes(&connected(&a, *to), "without a daemon");
+    }
+    bed.start(0, &["--fail", "open"]);
+    bed.start(1, &["--fail", "open"]);
+    for (to, outcome) in targets.iter().zip(a.connect_all(&targets, SOON).unwrap()) {
+        assert_eq!(outcome.kind(), Kind::TimedOut, "{to} with a new daemon");
+    }
+}
+
+fn sigterm_ends_it_within_two_seconds_and_resets_live_streams() {
+    let mut bed = Bed::enforced(&[], &[allow_all()]);
+    let (a, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"));
+    let listener = c.listen(c.addr_v4(82)).unwrap();
+    let busy = connected(&a, c.addr_v4(80));
+    let client = a
+        .connect(c.addr_v4(82), DEADLINE)
+        .unwrap()
+        .into_stream()
+        .unwrap();
+    let (server, _) = listener.accept().unwrap();
+    // A dial that is still held when the end comes.
+    let blackhole = bed.lab.blackhole(80)[0];
+    let held = a.connect(blackhole, Duration::from_millis(100)).unwrap();
+    assert_eq!(held.kind(), Kind::TimedOut);
+    let told = Instant::now();
+    let daemon = bed.daemon(0);
+    daemon.child.terminate();
+    let status = daemon.child.wait(Duration::from_secs(2));
+    assert!(
+        status.as_ref().is_ok_and(std::process::ExitStatus::success),
+        "{status:?}\n{}",
+        daemon.log()
+    );
+    assert!(
+        told.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        told.elapsed()
+    );
+    for (stream, what) in [
+        (&busy, "client"),
+        (&client, "idle client"),
+        (&server, "server"),
+    ] {
+        assert_eq!(ended_by(stream), "ConnectionReset", "the {what}");
+    }
+    // The other node's daemon goes on.
+    assert!(bed.daemon(1).child.try_wait().unwrap().is_none());
+}
+
+/// How a stream ends: a plain end looks like a complete answer.
+fn ended_by(mut stream: &TcpStream) -> String {
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    match stream.read(&mut [0; 1]) {
+        Ok(count) => format!("{count} bytes"),
+        Err(error) => format!("{:?}", error.kind()),
+    }
+}
+
+fn uninstall_restores_the_node_to_the_byte_after_a_full_run() {
+    // The first use on a machine loads modules, which adds sysctls for good.
+    drop(Bed::enforced(&[], &[allow_all()]));
+    let mut bed = Bed::bare(small());
+    let nodes = [bed.lab.node(0), bed.lab.node(1)];
+    let before = nodes.each_ref().map(|node| dump(node.netns()));
+    bed.write_policies(&[deny_ingress("b"), allow_ingress("c")]);
+    bed.enforce(&[]);
+    let a = bed.lab.pod("x/a");
+    let targets: Vec<_> = bed.ways(80).into_iter().map(|way| way.to).collect();
+    let _live = a.connect_all(&targets, SOON).unwrap();
+    bed.apply(&[allow_all()]);
+    let _more = a.connect_all(&targets, DEADLINE).unwrap();
+    for (at, node) in nodes.iter().enumerate() {
+        assert_ne!(dump(node.netns()), before[at], "install did nothing");
+        let daemon = bed.daemon(at);
+        daemon.child.terminate();
+        assert!(daemon.child.wait(DEADLINE).unwrap().success());
+        let said = init(node, "uninstall", &[]);
+        assert!(said.status.success(), "{said:?}");
+        assert_eq!(dump(node.netns()), before[at], "{}", node.name());
+    }
+    // And the network is bare again: what was denied is not.
+    for to in targets {
+        greeted(&a, to);
+    }
+}
+
+/// Everything that the redirect and the daemon could have changed: netfilter, routing and sysctls.
+fn dump(netns: &Netns) -> String {
+    let mut command = netns.command("sh");
+    command.args([
+        "-ec",
+        "nft list ruleset; for f in -4 -6; do ip $f rule; ip $f route show table all; done",
+    ]);
+    let said = command.output().unwrap();
+    assert!(said.status.success(), "{said:?}");
+    let mut sysctls = BTreeMap::new();
+    netns
+        .run(|| read_tree(Path::new("/proc/sys/net"), &mut sysctls))
+        .unwrap();
+    // How many connections are tracked is no setting.
+    sysctls.retain(|name, _| !name.ends_with("nf_conntrack_count"));
+    let sysctls: String = sysctls
+        .iter()
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect();
+    String::from_utf8(said.stdout).unwrap() + &sysctls
+}
+
+fn read_tree(directory: &Path, into: &mut BTreeMap<String, String>) {
+    for entry in fs::read_dir(directory).unwrap().flatten() {
+        if entry.file_type().unwrap().is_dir() {
+            read_tree(&entry.path(), into);
+        } else if let Ok(value) = fs::read(entry.path()) {
+            let value = String::from_utf8_lossy(&value).into_owned();
+            into.insert(entry.path().display().to_string(), value);
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! What keeps a daemon from starting: each cause is named with its remedy, and the exit code says
+//! whether the question or the node was wrong.
+use std::fs;
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::Path;
+use std::process::Output;
+
+use lab::Command;
+use lab::runner::Test;
+use serde_json::json;
+
+use crate::support::{
+    Bed, PORTREEVE, allow_all, connected, deny_ingress, echoes, init, policy, small,
+};
+
+pub(crate) const TESTS: &[Test] = &lab::tests![
+    without_install_the_daemon_says_so,
+    with_other_flags_than_install_the_daemon_says_so,
+    without_privilege_the_daemon_says_so,
+    a_second_daemon_is_refused_and_disturbs_nothing,
+    a_port_in_use_is_named,
+    wrong_flags_and_manifests_are_usage_errors,
+    a_node_without_pod_addresses_is_named,
+    a_trace_file_that_cannot_be_opened_is_named,
+];
+
+/// Expects a refusal with this exit code that names all of this.
+fn refused(command: Command, code: i32, parts: &[&str]) {
+    let output: Output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{said}");
+    for part in parts {
+        assert!(said.contains(part), "{part:?} is not in: {said}");
+    }
+    assert!(!said.contains("panicked"), "{said}");
+}
+
+fn without_install_the_daemon_says_so() {
+    let bed = Bed::bare(small());
+    refused(
+        bed.run_command(0, &[]),
+        1,
+        &["inet portreeve", "iptables-init install"],
+    );
+}
+
+fn with_other_flags_than_install_the_daemon_says_so() {
+    let bed = Bed::bare(small());
+    bed.install(0, &["--proxy-port", "7000"]);
+    refused(
+        bed.run_command(0, &[]),
+        1,
+        &["other flags", "iptables-init install"],
+    );
+}
+
+fn without_privilege_the_daemon_says_so() {
+    let bed = Bed::bare(small());
+    bed.install(0, &[]);
+    let node = bed.lab.node(0);
+    let mut command = node.command("setpriv");
+    command.args([
+        "--bounding-set=-all",
+        "--inh-caps=-all",
+        "--",
+        PORTREEVE,
+        "run",
+        "--node",
+        node.name(),
+    ]);
+    command.args(["--cluster", &format!("dir:{}", bed.manifests().display())]);
+    refused(command, 1, &["CAP_NET_ADMIN"]);
+}
+
+fn a_second_daemon_is_refused_and_disturbs_nothing() {
+    let bed = Bed::enforced(&[], &[allow_all()]);
+    let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
+    let live = connected(&a, b.addr_v4(80));
+    let second = bed.run_command(0, &["--admin", "127.0.0.1:15021"]);
+    refused(second, 1, &["NFQUEUE 100", "another daemon", "--queue"]);
+    echoes(&live, "undisturbed");
+    connected(&a, b.addr_v6(80));
+    refused(bed.run_command(1, &[]), 1, &["NFQUEUE 100"]);
+}
+
+fn a_port_in_use_is_named() {
+    let bed = Bed::bare(small());
+    bed.install(0, &[]);
+    let node = bed.lab.node(0);
+    let occupy = |port: u16| {
+        node.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap())
+            .unwrap()
+    };
+    {
+        let _admin = occupy(15020);
+        refused(
+            bed.run_command(0, &[]),
+            1,
+            &["127.0.0.1:15020", "in use", "--admin"],
+        );
+    }
+    let _proxy = occupy(15001);
+    refused(
+        bed.run_command(0, &[]),
+        1,
+        &["15001", "in use", "--proxy-port"],
+    );
+}
+
+fn wrong_flags_and_manifests_are_usage_errors() {
+    let bed = Bed::bare(small());
+    bed.install(0, &[]);
+    let cluster = |path: &Path| format!("dir:{}", path.display());
+    refused(bed.run_command(0, &["--frobnicate"]), 2, &["--frobnicate"]);
+    refused(
+        bed.run_command(0, &["--deny", "perhaps"]),
+        2,
+        &["--deny", "drop", "reject"],
+    );
+    refused(bed.run_command(0, &["--hold", "soon"]), 2, &["--hold"]);
+    refused(
+        bed.run_command(0, &["--cluster", &cluster(&bed.file("nowhere"))]),
+        2,
+        &["nowhere"],
+    );
+
+    let mut wrong = policy(
+        "wrong",
+        &json!({ "podSelector": {}, "policyTypes": ["Ingress"] }),
+    );
+    for (ingress, parts) in [
+        (
+            json!([{ "from": [{ "ipBlock": { "cidr": "10.0.0.0/40" } }] }]),
+            ["ingress[0].from[0].ipBlock.cidr", "10.0.0.0/40"],
+        ),
+        (
+            json!([{ "from": [{ "ipBlock": { "cidr": "10.0.0.0/8", "except": ["11.0.0.0/8"] } }] }]),
+            ["except", "11.0.0.0/8"],
+        ),
+        (
+            json!([{ "ports": [{ "port": 80, "endPort": 79 }] }]),
+            ["endPort", "79"],
+        ),
+        (
+            json!([{ "ports": [{ "port": "http", "endPort": 80 }] }]),
+            ["endPort", "ports[0]"],
+        ),
+        (
+            json!([{ "ports": [{ "port": 80, "protocol": "ICMP" }] }]),
+            ["protocol", "ICMP"],
+        ),
+    ] {
+        wrong["spec"]["ingress"] = ingress;
+        bed.write("wrong.json", &wrong);
+        refused(
+            bed.run_command(0, &[]),
+            2,
+            &[&["wrong.json", "x/wrong"][..], &parts[..]].concat(),
+        );
+    }
+    fs::write(
+        bed.manifests().join("wrong.json"),
+        b"\x7fELF\x01\x02\0\xff\xfe",
+    )
+    .unwrap();
+    refused(bed.run_command(0, &[]), 2, &["wrong.json"]);
+}
+
+fn a_node_without_pod_addresses_is_named() {
+    let bed = Bed::bare(small());
+    bed.install(0, &[]);
+    let node = bed.lab.node(0);
+    let mut command = node.command(PORTREEVE);
+    command.args([
+        "run",
+        "--node",
+        "stranger",
+        "--cluster",
+        &format!("dir:{}", bed.manifests().display()),
+    ]);
+    refused(command, 1, &["stranger", "--node", "--pod-cidr"]);
+}
+
+fn a_trace_file_that_cannot_be_opened_is_named() {
+    let bed = Bed::bare(small());
+    bed.write_policies(&[deny_ingress("b")]);
+    bed.install(0, &[]);
+    let path = bed.file("no/such/directory");
+    refused(
+        bed.run_command(0, &["--trace-file", path.to_str().unwrap()]),
+        1,
+        &["no/such/directory", "must exist"],
+    );
+    // Nothing of it is left: the real one starts.
+    assert!(init(&bed.lab.node(0), "check", &[]).status.success());
+}

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::sync::{oneshot, watch};
 use tokio::task::LocalSet;
 
@@ -69,6 +70,12 @@ impl Worker {
     }
 }
 
+/// Asks for the connections whose SYN came up on core `number`: that core's queue is ours too, so
+/// the upstream waits in this very worker. Linux 6.2; without it any worker may get any connection.
+fn prefer_own_core(listener: &std::net::TcpListener, number: usize) {
+    let _ = SockRef::from(listener).set_cpu_affinity(number);
+}
+
 /// Runs until told to stop, then resets what is live: a plain close would look like a complete stream.
 async fn work(
     queue: Queue,
@@ -80,6 +87,7 @@ async fn work(
     let Ok(listener) = listener.await else {
         return Ok(());
     };
+    prefer_own_core(&listener, number);
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let gate = Gate::new(queue, Arc::clone(&enforcer), number);
     let result = tokio::select! {

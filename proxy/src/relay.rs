@@ -8,11 +8,12 @@ mod pipe;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll, ready};
+use std::task::Poll;
 
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
+use socket2::SockRef;
+use tokio::io::{AsyncWriteExt, Interest, Ready};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
@@ -53,13 +54,15 @@ pub(crate) async fn relay(
         from_client,
         to_server,
         &moved.sent,
-        &client_ended
+        &client_ended,
+        &server_ended
     ));
     let mut down = pin!(direction(
         from_server,
         to_client,
         &moved.received,
-        &server_ended
+        &server_ended,
+        &client_ended
     ));
     poll_fn(|cx| {
         if let Poll::Ready(error) = up.as_mut().poll(cx) {
@@ -80,12 +83,19 @@ pub(crate) async fn relay(
 /// Moves bytes until `from` has ended, says so in `ended`, and ends itself only by an error: a side
 /// that has said its last word can still be reset while the other speaks.
 async fn direction(
-    mut from: ReadHalf<'_>,
+    from: ReadHalf<'_>,
     mut to: WriteHalf<'_>,
     moved: &AtomicU64,
     ended: &Cell<bool>,
+    other_ended: &Cell<bool>,
 ) -> io::Error {
-    if let Err(error) = one_way(&mut from, &mut to, moved).await {
+    if let Err(error) = one_way(&from, &mut to, moved).await {
+        return error;
+    }
+    // After the last word of both, the caller's close says the same at no cost.
+    if !other_ended.get()
+        && let Err(error) = to.shutdown().await
+    {
         return error;
     }
     ended.set(true);
@@ -100,55 +110,72 @@ async fn direction(
     }
 }
 
-async fn one_way(
-    from: &mut ReadHalf<'_>,
-    to: &mut WriteHalf<'_>,
-    moved: &AtomicU64,
-) -> io::Result<()> {
+async fn one_way(from: &ReadHalf<'_>, to: &mut WriteHalf<'_>, moved: &AtomicU64) -> io::Result<()> {
     let mut full_reads = 0;
     let mut rest = Vec::new();
     loop {
-        match poll_fn(|cx| poll_copy(cx, from, to, &mut rest, moved)).await? {
-            0 => break,
-            BUFFER => full_reads += 1,
-            _ => full_reads = 0,
-        }
+        let ready = from
+            .as_ref()
+            .ready(Interest::READABLE | Interest::ERROR)
+            .await?;
+        let taken = match copy(from, to, ready, &mut rest) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && !ready.is_error() => {
+                continue;
+            }
+            other => other?,
+        };
+        moved.fetch_add(taken as u64, Ordering::Relaxed);
         if !rest.is_empty() {
             to.write_all(&rest).await?;
             rest = Vec::new();
         }
+        if is_last(ready, taken) {
+            return Ok(());
+        }
+        full_reads = if taken == BUFFER { full_reads + 1 } else { 0 };
         if full_reads >= FULL_READS_OF_BULK {
             full_reads = 0;
             if splice_while_bulk(from, to, moved).await? == Source::Ended {
-                break;
+                return Ok(());
             }
         }
     }
-    to.shutdown().await
 }
 
-/// One read and one write; what the write leaves over is put into `rest`.
-fn poll_copy(
-    cx: &mut Context<'_>,
-    from: &mut ReadHalf<'_>,
-    to: &mut WriteHalf<'_>,
+/// Whether nothing follows a read of `taken` bytes. The kernel says that the source has sent its
+/// FIN only when all that came before it is there to read: a read that leaves room has it all.
+/// After a reset the next read says so.
+fn is_last(ready: Ready, taken: usize) -> bool {
+    taken == 0 || ready.is_read_closed() && !ready.is_error() && taken < BUFFER
+}
+
+/// One read and one write; what the write leaves over is put into `rest`. Last bytes are left to
+/// travel with the FIN that follows.
+fn copy(
+    from: &ReadHalf<'_>,
+    to: &WriteHalf<'_>,
+    ready: Ready,
     rest: &mut Vec<u8>,
-    moved: &AtomicU64,
-) -> Poll<io::Result<usize>> {
+) -> io::Result<usize> {
     SHARED.with_borrow_mut(|shared| {
-        let mut buffer = ReadBuf::new(shared);
-        ready!(Pin::new(from).poll_read(cx, &mut buffer))?;
-        let bytes = buffer.filled();
+        let taken = from.try_read(shared)?;
+        let bytes = &shared[..taken];
         if bytes.is_empty() {
-            return Poll::Ready(Ok(0));
+            return Ok(0);
         }
-        let written = match Pin::new(to).poll_write(cx, bytes) {
-            Poll::Ready(written) => written?,
-            Poll::Pending => 0,
+        let written = if is_last(ready, taken) {
+            let socket = SockRef::from(to.as_ref());
+            let send = || socket.send_with_flags(bytes, libc::MSG_MORE);
+            to.as_ref().try_io(Interest::WRITABLE, send)
+        } else {
+            to.try_write(bytes)
+        };
+        let written = match written {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            other => other?,
         };
         rest.extend_from_slice(&bytes[written..]);
-        moved.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        Poll::Ready(Ok(bytes.len()))
+        Ok(taken)
     })
 }
 

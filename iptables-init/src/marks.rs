@@ -29,6 +29,8 @@ pub enum Answer {
     NetUnreachable,
     /// ICMP communication administratively prohibited.
     Prohibited,
+    /// Let the packet go on, and the rest of its flow without being asked again.
+    Carry,
 }
 
 /// A `--mark-mask` that cannot serve.
@@ -100,6 +102,12 @@ impl Marks {
         self.bits[0]
     }
 
+    /// Conntrack: a flow that was judged at its first packet and that the kernel carries.
+    #[must_use]
+    pub fn carried(self) -> u32 {
+        self.bits[1]
+    }
+
     /// The packet mark that carries `answer` from the gate to the chain that acts on it.
     #[must_use]
     pub fn answer(self, answer: Answer) -> u32 {
@@ -109,6 +117,7 @@ impl Marks {
             Answer::HostUnreachable => self.answered() | self.divert(),
             Answer::NetUnreachable => self.answered() | self.hold(),
             Answer::Prohibited => self.answered() | self.upstream(),
+            Answer::Carry => self.answered() | self.divert() | self.hold(),
         }
     }
 }
@@ -176,8 +185,15 @@ mod tests {
     fn every_answer_has_a_mark_of_its_own_inside_the_mask() {
         use Answer::*;
         let marks = Marks::default();
-        let all =
-            [Accept, Reset, HostUnreachable, NetUnreachable, Prohibited].map(|a| marks.answer(a));
+        let all = [
+            Accept,
+            Reset,
+            HostUnreachable,
+            NetUnreachable,
+            Prohibited,
+            Carry,
+        ]
+        .map(|a| marks.answer(a));
         for (i, mark) in all.iter().enumerate() {
             assert_eq!(mark & !marks.mask(), 0);
             assert!(!all[..i].contains(mark), "{mark:#x} twice");

@@ -95,6 +95,8 @@ impl Ruleset {
             "reset" => marks.answer(Answer::Reset),
             "host_unreachable" => marks.answer(Answer::HostUnreachable),
             "net_unreachable" => marks.answer(Answer::NetUnreachable),
+            "carry" => marks.answer(Answer::Carry),
+            "carried" => marks.carried(),
             "prohibited" => marks.answer(Answer::Prohibited),
             "proxy_port" => return write!(out, "{}", self.proxy_port),
             "upstream_zone" => return write!(out, "{UPSTREAM_ZONE}"),

@@ -3,6 +3,25 @@ use std::sync::Arc;
 
 use policy::{Endpoint, PolicyKey, Verdict};
 
+/// How an allowed flow gets to its server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Way {
+    /// By two connections, relayed.
+    Spliced,
+    /// Let through at its first packet and carried by the kernel.
+    Kernel,
+}
+
+impl Way {
+    /// As records and metrics name it (`path`).
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Spliced => "spliced",
+            Self::Kernel => "kernel",
+        }
+    }
+}
+
 /// A verdict with the pods that it is about.
 #[derive(Debug)]
 pub(crate) struct Decision {

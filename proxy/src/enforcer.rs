@@ -8,11 +8,11 @@ use controller::{Judgement, Table};
 use iptables_init::marks::Marks;
 use policy::{Endpoint, Protocol};
 
-use crate::decision::Decision;
+use crate::decision::{Decision, Way};
 use crate::flows::{Flow, FlowKey, Flows};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
-use crate::records::{Outcome, Recorder};
+use crate::records::{Outcome, Recorder, Subject};
 
 /// What a refused client sees.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -68,7 +68,7 @@ impl Enforcer {
             };
             if !verdict.allowed() && flow.decision().is_some() {
                 let decision = Arc::new(Decision { verdict, from, to });
-                self.metrics.severed(&decision);
+                self.metrics.severed(&decision, Way::Spliced);
                 self.flows.sever(&flow, decision);
             }
         }
@@ -78,15 +78,32 @@ impl Enforcer {
     pub(crate) fn denied(&self, flow: &Arc<Flow>) {
         self.flows.remove(flow);
         if let Some(decision) = flow.decision() {
-            self.metrics.decided(&decision);
-            self.recorder.denied(&self.node, flow, &decision);
+            self.metrics.decided(&decision, Way::Spliced);
+            self.recorder.denied(&self.node, &flow.subject(), &decision);
         }
+    }
+
+    /// Counts and records a flow that was decided at its first packet and needs no relay.
+    pub(crate) fn carried(&self, subject: &Subject, decision: &Decision) {
+        self.metrics.decided(decision, subject.way);
+        if decision.verdict.allowed() {
+            self.recorder
+                .ended(&self.node, subject, decision, &Outcome::Carried);
+        } else {
+            self.recorder.denied(&self.node, subject, decision);
+        }
+    }
+
+    /// Counts and records a flow that the kernel carried and that is now denied.
+    pub(crate) fn severed(&self, subject: &Subject, severance: &Decision) {
+        self.metrics.severed(severance, subject.way);
+        self.recorder.severed(&self.node, subject, severance);
     }
 
     /// Counts a connection that policy allows.
     pub(crate) fn allowed(&self, flow: &Flow) {
         if let Some(decision) = flow.decision() {
-            self.metrics.decided(&decision);
+            self.metrics.decided(&decision, Way::Spliced);
         }
     }
 
@@ -96,8 +113,12 @@ impl Enforcer {
         if let Some(decision) = flow.decision() {
             self.metrics.moved(&flow.moved);
             match flow.severance() {
-                Some(severance) => self.recorder.severed(&self.node, flow, &severance),
-                None => self.recorder.ended(&self.node, flow, &decision, &outcome),
+                Some(severance) => self
+                    .recorder
+                    .severed(&self.node, &flow.subject(), &severance),
+                None => self
+                    .recorder
+                    .ended(&self.node, &flow.subject(), &decision, &outcome),
             }
         }
     }

@@ -9,11 +9,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
+use policy::Protocol;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
-use crate::decision::Decision;
+use crate::decision::{Decision, Way};
 use crate::limits::Permit;
+use crate::records::Subject;
 use crate::relay::Moved;
 
 /// Client and server of a connection, the server after translation of Service addresses.
@@ -281,6 +283,20 @@ impl Flow {
     /// Waits for [`Self::cut`]; one that came before is not missed.
     pub(crate) async fn cut_off(&self) {
         self.cut.notified().await;
+    }
+
+    /// The connection as a record shows it.
+    pub(crate) fn subject(&self) -> Subject {
+        Subject {
+            client: self.key.client,
+            server: self.key.server,
+            protocol: Protocol::Tcp,
+            way: Way::Spliced,
+            sent: self.moved.sent.load(Ordering::Relaxed),
+            received: self.moved.received.load(Ordering::Relaxed),
+            opened: self.opened,
+            attempt: self.sequence,
+        }
     }
 
     /// Waits for the end of the connection for at most `limit`; whether it came. To be awaited by

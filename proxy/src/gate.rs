@@ -3,6 +3,7 @@
 //! A denied SYN is dropped or reset and never answered. An allowed one waits until the server has
 //! answered the connection that we make in the client's name, and hears the same: so a client
 //! cannot tell the gate from the network. Knows nothing of what flows afterwards.
+mod carry;
 mod nfqueue;
 mod packet;
 mod unreachable;
@@ -79,11 +80,8 @@ impl Gate {
     fn arrived(self: &Rc<Self>, queued: &Queued<'_>) {
         match Packet::parse(queued.payload) {
             Packet::Syn(syn) => self.syn(queued.id, syn),
-            Packet::Other {
-                protocol: Protocol::Tcp,
-                ..
-            } => self.refuse(queued.id, Cause::NotASyn),
-            Packet::Other { .. } => self.unsupported(queued.id),
+            Packet::Flow(packet) => self.flow(queued.id, packet),
+            Packet::Odd => self.refuse(queued.id, Cause::Odd),
             Packet::Unreadable => self.refuse(queued.id, Cause::Unreadable),
         }
     }
@@ -234,15 +232,6 @@ impl Gate {
             Deny::Reject => self.answer(id, Answer::Reset),
         }
         self.enforcer.denied(flow);
-    }
-
-    /// Refuses a packet of a protocol that is not judged yet, as `--deny` says.
-    fn unsupported(&self, id: PacketId) {
-        match self.enforcer.deny {
-            Deny::Drop => self.queue.rule(id, Ruling::Drop),
-            Deny::Reject => self.answer(id, Answer::Prohibited),
-        }
-        self.enforcer.metrics.refused(Cause::UnsupportedProtocol);
     }
 
     /// Drops a packet for another reason than policy, which has a count of its own.

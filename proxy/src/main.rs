@@ -2,7 +2,9 @@
 mod accept;
 mod admin;
 mod ask;
+mod carried;
 mod connect;
+mod conntrack;
 mod decision;
 mod demo;
 mod enforcer;

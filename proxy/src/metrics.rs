@@ -11,7 +11,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::decision::Decision;
+use crate::decision::{Decision, Way};
 use crate::relay::Moved;
 
 /// Why a packet or connection was refused, when it was not policy.
@@ -25,10 +25,8 @@ pub(crate) enum Cause {
     UnknownPod,
     /// No source port was left towards that server.
     NoPort,
-    /// TCP that belongs to no connection that we know, such as one from before the policy.
-    NotASyn,
-    /// A protocol that is not judged yet.
-    UnsupportedProtocol,
+    /// TCP that begins nothing and belongs to nothing, or a packet cut too short.
+    Odd,
     /// No IP packet that we can read.
     Unreadable,
     /// This host failed us; the log says how.
@@ -43,8 +41,7 @@ impl Cause {
             Self::NodeLimit => "node_limit",
             Self::UnknownPod => "unknown_pod",
             Self::NoPort => "no_port",
-            Self::NotASyn => "not_a_syn",
-            Self::UnsupportedProtocol => "unsupported_protocol",
+            Self::Odd => "odd",
             Self::Unreadable => "unreadable",
             Self::Internal => "internal",
         }
@@ -55,6 +52,7 @@ impl Cause {
 struct DecisionLabels {
     verdict: &'static str,
     direction: &'static str,
+    path: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -184,24 +182,28 @@ impl Metrics {
     }
 
     /// Counts a connection that policy has judged.
-    pub(crate) fn decided(&self, decision: &Decision) {
+    pub(crate) fn decided(&self, decision: &Decision, way: Way) {
         let verdict = if decision.verdict.allowed() {
             "allow"
         } else {
             "deny"
         };
-        self.count(verdict, decision);
+        self.count(verdict, decision, way);
     }
 
     /// Counts a connection that was allowed once and is cut.
-    pub(crate) fn severed(&self, severance: &Decision) {
-        self.count("sever", severance);
+    pub(crate) fn severed(&self, severance: &Decision, way: Way) {
+        self.count("sever", severance, way);
     }
 
-    fn count(&self, verdict: &'static str, decision: &Decision) {
-        let direction = decision.direction();
+    fn count(&self, verdict: &'static str, decision: &Decision, way: Way) {
+        let (direction, path) = (decision.direction(), way.name());
         self.decisions
-            .get_or_create(&DecisionLabels { verdict, direction })
+            .get_or_create(&DecisionLabels {
+                verdict,
+                direction,
+                path,
+            })
             .inc();
     }
 

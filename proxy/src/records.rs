@@ -12,15 +12,30 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
+use policy::Protocol;
 use serde_json::{Map, Value, json};
 
-use crate::decision::Decision;
-use crate::flows::Flow;
+use crate::decision::{Decision, Way};
 
 /// Records that may wait for the disk.
 const WAITING: usize = 16_384;
 /// Denied SYNs that are remembered, so that a client's repeats do not become new records.
 const REMEMBERED: usize = 8192;
+
+/// What a record is about.
+pub(crate) struct Subject {
+    pub(crate) client: SocketAddr,
+    pub(crate) server: SocketAddr,
+    pub(crate) protocol: Protocol,
+    pub(crate) way: Way,
+    /// Payload bytes from the client.
+    pub(crate) sent: u64,
+    /// Payload bytes to the client.
+    pub(crate) received: u64,
+    pub(crate) opened: SystemTime,
+    /// What tells a repeat of the first packet from a new attempt.
+    pub(crate) attempt: u32,
+}
 
 /// How an allowed connection ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +46,8 @@ pub(crate) enum Outcome {
     Broken(io::ErrorKind),
     /// The daemon ended it.
     Stopped,
+    /// It goes on in the kernel; this is its first packet.
+    Carried,
     /// There was no connection to the server; the client heard the same.
     Unanswered(String),
 }
@@ -77,8 +94,8 @@ impl Recorder {
         self.lost.load(Ordering::Relaxed)
     }
 
-    /// Records a denied connection, once for all repeats of its SYN.
-    pub(crate) fn denied(&self, node: &str, flow: &Flow, decision: &Decision) {
+    /// Records a denied connection, once for all repeats of its first packet.
+    pub(crate) fn denied(&self, node: &str, subject: &Subject, decision: &Decision) {
         if self.lines.is_none() {
             return;
         }
@@ -86,33 +103,39 @@ impl Recorder {
             .denied
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .insert((flow.key.client, flow.sequence));
+            .insert((subject.client, subject.server, subject.attempt));
         if first {
-            let record = record("deny", node, flow, decision, decision.verdict.reason());
+            let record = record("deny", node, subject, decision, decision.verdict.reason());
             self.send(record);
         }
     }
 
     /// Records an allowed connection that is over.
-    pub(crate) fn ended(&self, node: &str, flow: &Flow, decision: &Decision, outcome: &Outcome) {
+    pub(crate) fn ended(
+        &self,
+        node: &str,
+        subject: &Subject,
+        decision: &Decision,
+        outcome: &Outcome,
+    ) {
         if self.lines.is_none() {
             return;
         }
         let reason = decision.verdict.reason();
         let reason = match outcome {
-            Outcome::Closed => reason,
+            Outcome::Closed | Outcome::Carried => reason,
             Outcome::Broken(kind) => format!("{reason} Broken off: {kind}."),
             Outcome::Stopped => format!("{reason} Ended by the daemon."),
             Outcome::Unanswered(why) => format!("{reason} Not connected: {why}."),
         };
-        self.send(record("allow", node, flow, decision, reason));
+        self.send(record("allow", node, subject, decision, reason));
     }
 
     /// Records a connection that was allowed once and cut by a later change.
-    pub(crate) fn severed(&self, node: &str, flow: &Flow, severance: &Decision) {
+    pub(crate) fn severed(&self, node: &str, subject: &Subject, severance: &Decision) {
         if self.lines.is_some() {
             let reason = severance.verdict.reason();
-            self.send(record("sever", node, flow, severance, reason));
+            self.send(record("sever", node, subject, severance, reason));
         }
     }
 
@@ -125,16 +148,19 @@ impl Recorder {
     }
 }
 
-/// The last few denied SYNs.
+/// Client, server and what tells a repeat from a new attempt.
+type Attempt = (SocketAddr, SocketAddr, u32);
+
+/// The last few denied attempts.
 #[derive(Default)]
 struct Remembered {
-    known: HashSet<(SocketAddr, u32), ahash::RandomState>,
-    order: VecDeque<(SocketAddr, u32)>,
+    known: HashSet<Attempt, ahash::RandomState>,
+    order: VecDeque<Attempt>,
 }
 
 impl Remembered {
     /// Whether this SYN was not known yet.
-    fn insert(&mut self, syn: (SocketAddr, u32)) -> bool {
+    fn insert(&mut self, syn: Attempt) -> bool {
         if !self.known.insert(syn) {
             return false;
         }
@@ -152,7 +178,7 @@ impl Remembered {
 pub(crate) fn record(
     verdict: &str,
     node: &str,
-    flow: &Flow,
+    subject: &Subject,
     decision: &Decision,
     reason: String,
 ) -> Value {
@@ -169,10 +195,10 @@ pub(crate) fn record(
             .collect(),
     );
     put("reason", reason.into());
-    put("protocol", "TCP".into());
+    put("protocol", subject.protocol.to_string().into());
     let ends = [
-        ("source", flow.key.client, &decision.from),
-        ("destination", flow.key.server, &decision.to),
+        ("source", subject.client, &decision.from),
+        ("destination", subject.server, &decision.to),
     ];
     for (side, address, endpoint) in ends {
         put(&format!("{side}.address"), json!(address.ip()));
@@ -191,14 +217,11 @@ pub(crate) fn record(
         }
     }
     put("k8s.node.name", node.into());
-    put("bytes.sent", flow.moved.sent.load(Ordering::Relaxed).into());
-    put(
-        "bytes.received",
-        flow.moved.received.load(Ordering::Relaxed).into(),
-    );
-    put("start_time", timestamp(flow.opened).into());
+    put("bytes.sent", subject.sent.into());
+    put("bytes.received", subject.received.into());
+    put("start_time", timestamp(subject.opened).into());
     put("end_time", timestamp(SystemTime::now()).into());
-    put("path", "spliced".into());
+    put("path", subject.way.name().into());
     Value::Object(fields)
 }
 
@@ -229,11 +252,12 @@ mod tests {
     #[test]
     fn a_repeated_syn_is_known_until_newer_ones_push_it_out() {
         let mut remembered = Remembered::default();
-        let client = |port| (SocketAddr::from(([10, 0, 0, 1], port)), 7);
+        let server = SocketAddr::from(([10, 0, 0, 2], 80));
+        let client = |port| (SocketAddr::from(([10, 0, 0, 1], port)), server, 7);
         assert!(remembered.insert(client(1)));
         assert!(!remembered.insert(client(1)), "the same SYN again");
         assert!(
-            remembered.insert((client(1).0, 8)),
+            remembered.insert((client(1).0, server, 8)),
             "a new attempt from the same port"
         );
         for port in 2..10_000 {

@@ -1,4 +1,5 @@
 //! `portreeve run`: builds the parts, runs them, and takes them down.
+mod follow;
 mod settings;
 
 use std::path::PathBuf;
@@ -13,7 +14,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::accept;
 use crate::admin;
@@ -26,6 +27,7 @@ use crate::records::Recorder;
 use crate::released::Released;
 use crate::worker::Worker;
 
+use follow::Follower;
 pub(crate) use settings::RunArgs;
 
 /// A worker's thread.
@@ -35,8 +37,6 @@ type Thread = std::thread::JoinHandle<std::io::Result<()>>;
 const DESCRIPTORS_KEPT: u64 = 1024;
 /// How often nobody's connections are looked for.
 const EXPIRE_EVERY: Duration = Duration::from_secs(1);
-/// How soon a refused change of the kernel's sets is tried again.
-const SETS_RETRY: Duration = Duration::from_secs(1);
 
 /// Enforces until SIGTERM or SIGINT. Exit code 2: flags or manifests are wrong; 1: the node is.
 pub(crate) fn run(args: &RunArgs) -> ExitCode {
@@ -82,8 +82,8 @@ async fn enforce(args: &RunArgs, source: ManifestSource, first: Batch) -> anyhow
         own_node: args.own_node.into(),
     });
     let mut index = Index::new(Arc::clone(&table));
-    announce(&first);
-    index.apply(first);
+    follow::announce(&first);
+    let touched = index.apply(first);
     let released = Released::new(Arc::clone(&table), Arc::clone(&node), args.pod_cidr.clone());
     if released.pod_cidrs().is_empty() {
         bail!(
@@ -98,8 +98,18 @@ async fn enforce(args: &RunArgs, source: ManifestSource, first: Batch) -> anyhow
     let serving = admin::serve(admin, Arc::clone(&enforcer), readiness.clone(), stopped);
     let serving = tokio::spawn(serving);
     tokio::spawn(expire(Arc::clone(&enforcer)));
-    let following = follow(source, index, released, readiness, Arc::clone(&enforcer));
-    let following = tokio::spawn(following);
+    let following = Follower {
+        source,
+        index,
+        enforcer: Arc::clone(&enforcer),
+        released,
+        readiness: readiness.clone(),
+        touched,
+    };
+    let following = tokio::spawn(async move {
+        following.follow().await;
+        readiness.not_ready("this daemon no longer follows the cluster's state; restart it");
+    });
     info!(node = %enforcer.node, admin = %args.admin, "enforcing");
 
     let ended = until_told(workers, || {
@@ -229,63 +239,6 @@ fn start_workers(
         .zip(listeners)
         .map(|(worker, listener)| worker.listen(listener))
         .collect())
-}
-
-/// Says in the log which faults of the cluster's objects stand.
-fn announce(batch: &Batch) {
-    for problem in batch.problems.iter() {
-        warn!("{problem}");
-    }
-}
-
-/// Brings every change into force: first the table, then live connections, then the kernel's sets.
-async fn follow(
-    mut source: ManifestSource,
-    mut index: Index,
-    mut released: Released,
-    readiness: Readiness,
-    enforcer: Arc<Enforcer>,
-) {
-    loop {
-        let generation = enforcer.table.generation();
-        let (returned, result) = match tokio::task::spawn_blocking(move || {
-            let result = released.sync();
-            (released, result)
-        })
-        .await
-        {
-            Ok(done) => done,
-            Err(error) => {
-                error!(%error, "the kernel's sets are no longer kept in step");
-                readiness
-                    .not_ready("the daemon no longer keeps the kernel's sets in step; restart it");
-                return;
-            }
-        };
-        released = returned;
-        let batch = match result {
-            Ok(()) => {
-                readiness.ready();
-                enforcer.metrics.enforced(generation);
-                source.next().await
-            }
-            Err(refused) => {
-                error!(error = %refused, "the kernel's sets are behind the table");
-                readiness.not_ready(format!("the kernel's sets are behind the table: {refused}"));
-                match tokio::time::timeout(SETS_RETRY, source.next()).await {
-                    Ok(batch) => batch,
-                    Err(_) => continue,
-                }
-            }
-        };
-        let seen = Instant::now();
-        if batch.problems != enforcer.table.problems() {
-            announce(&batch);
-        }
-        let touched = index.apply(batch);
-        enforcer.judge_again(&touched);
-        info!(addresses = touched.len(), took = ?seen.elapsed(), "new state in force");
-    }
 }
 
 /// Ends connections that nobody waits for any more.

@@ -136,7 +136,13 @@ fn percent_decoded(text: &str) -> String {
 fn connection(node: &str, flow: &Flow) -> serde_json::Value {
     let stage = flow.stage_name();
     let mut shown = match flow.decision() {
-        Some(decision) => record("allow", node, flow, &decision, decision.verdict.reason()),
+        Some(decision) => record(
+            "allow",
+            node,
+            &flow.subject(),
+            &decision,
+            decision.verdict.reason(),
+        ),
         None => json!({
             "source.address": flow.key.client.ip(), "source.port": flow.key.client.port(),
             "destination.address": flow.key.server.ip(), "destination.port": flow.key.server.port(),

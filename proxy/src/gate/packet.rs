@@ -9,12 +9,10 @@ use policy::Protocol;
 pub(crate) enum Packet {
     /// The first segment of a TCP connection.
     Syn(Syn),
-    /// Anything else.
-    Other {
-        from: IpAddr,
-        to: IpAddr,
-        protocol: Protocol,
-    },
+    /// Of a flow that the kernel carries once it is allowed.
+    Flow(FlowPacket),
+    /// TCP that begins nothing and belongs to nothing, or too little of a packet to judge it.
+    Odd,
     /// Not an IP packet that we can read.
     Unreadable,
 }
@@ -28,42 +26,89 @@ pub(crate) struct Syn {
     pub(crate) sequence: u32,
 }
 
+/// A packet in a flow's original direction: UDP, SCTP, ICMP, another protocol, or TCP that ran
+/// before. Ports are 0 where the protocol has none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct FlowPacket {
+    pub(crate) client: SocketAddr,
+    pub(crate) server: SocketAddr,
+    pub(crate) protocol: Protocol,
+}
+
+impl FlowPacket {
+    /// The port that policy asks for; protocols without ports have none.
+    pub(crate) fn port(&self) -> Option<u16> {
+        (!matches!(self.protocol, Protocol::Other(_))).then_some(self.server.port())
+    }
+}
+
 impl Packet {
     /// Reads a packet from its IP header on; it may be cut short behind its headers.
     pub(crate) fn parse(bytes: &[u8]) -> Self {
         let Ok(sliced) = LaxSlicedPacket::from_ip(bytes) else {
             return Self::Unreadable;
         };
-        let (from, to, protocol): (IpAddr, IpAddr, u8) = match &sliced.net {
-            Some(LaxNetSlice::Ipv4(v4)) => (
-                v4.header().source_addr().into(),
-                v4.header().destination_addr().into(),
-                v4.payload().ip_number.0,
-            ),
-            Some(LaxNetSlice::Ipv6(v6)) => (
-                v6.header().source_addr().into(),
-                v6.header().destination_addr().into(),
-                v6.payload().ip_number.0,
-            ),
+        let (from, to, payload): (IpAddr, IpAddr, _) = match &sliced.net {
+            Some(LaxNetSlice::Ipv4(v4)) => {
+                let header = v4.header();
+                (
+                    header.source_addr().into(),
+                    header.destination_addr().into(),
+                    v4.payload(),
+                )
+            }
+            Some(LaxNetSlice::Ipv6(v6)) => {
+                let header = v6.header();
+                (
+                    header.source_addr().into(),
+                    header.destination_addr().into(),
+                    v6.payload(),
+                )
+            }
             _ => return Self::Unreadable,
         };
-        match sliced.transport {
-            Some(TransportSlice::Tcp(tcp))
-                if tcp.syn() && !tcp.ack() && !tcp.fin() && !tcp.rst() =>
-            {
-                Self::Syn(Syn {
-                    client: SocketAddr::new(from, tcp.source_port()),
-                    server: SocketAddr::new(to, tcp.destination_port()),
-                    sequence: tcp.sequence_number(),
-                })
+        let protocol = Protocol::from_ip_number(payload.ip_number.0);
+        let flow = |source, destination| {
+            let (client, server) = (
+                SocketAddr::new(from, source),
+                SocketAddr::new(to, destination),
+            );
+            Self::Flow(FlowPacket {
+                client,
+                server,
+                protocol,
+            })
+        };
+        match (protocol, &sliced.transport) {
+            (Protocol::Tcp, Some(TransportSlice::Tcp(tcp))) => {
+                match (tcp.syn(), tcp.ack(), tcp.fin() || tcp.rst()) {
+                    (true, false, false) => Self::Syn(Syn {
+                        client: SocketAddr::new(from, tcp.source_port()),
+                        server: SocketAddr::new(to, tcp.destination_port()),
+                        sequence: tcp.sequence_number(),
+                    }),
+                    (false, true, _) => flow(tcp.source_port(), tcp.destination_port()),
+                    _ => Self::Odd,
+                }
             }
-            _ => Self::Other {
-                from,
-                to,
-                protocol: Protocol::from_ip_number(protocol),
-            },
+            (Protocol::Udp, Some(TransportSlice::Udp(udp))) => {
+                flow(udp.source_port(), udp.destination_port())
+            }
+            (Protocol::Sctp, _) if !payload.fragmented => sctp_ports(payload.payload)
+                .map_or(Self::Odd, |(source, destination)| flow(source, destination)),
+            (Protocol::Other(_), _) => flow(0, 0),
+            _ => Self::Odd,
         }
     }
+}
+
+/// Source and destination port of the SCTP common header (RFC 9260, section 3.1).
+fn sctp_ports(bytes: &[u8]) -> Option<(u16, u16)> {
+    let ports = bytes.first_chunk::<4>()?;
+    Some((
+        u16::from_be_bytes([ports[0], ports[1]]),
+        u16::from_be_bytes([ports[2], ports[3]]),
+    ))
 }
 
 #[cfg(test)]
@@ -107,12 +152,12 @@ mod tests {
         packet
     }
 
-    fn other(from: &str, to: &str, protocol: Protocol) -> Packet {
-        Packet::Other {
-            from: from.parse().unwrap(),
-            to: to.parse().unwrap(),
+    fn flow(client: &str, server: &str, protocol: Protocol) -> Packet {
+        Packet::Flow(FlowPacket {
+            client: client.parse().unwrap(),
+            server: server.parse().unwrap(),
             protocol,
-        }
+        })
     }
 
     #[test]
@@ -136,53 +181,105 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_plain_syn_is_something_else() {
-        let v4 = |protocol| other("10.0.0.1", "10.0.0.2", protocol);
+    fn what_is_no_plain_syn_is_a_flow_of_its_protocol_or_odd() {
+        let v4 = |ports: (u16, u16), protocol| {
+            flow(
+                &format!("10.0.0.1:{}", ports.0),
+                &format!("10.0.0.2:{}", ports.1),
+                protocol,
+            )
+        };
         let hop_by_hop = [&[6, 0, 1, 4, 0, 0, 0, 0][..], &tcp(ACK)].concat();
+        let ports = [0x9c, 0x40, 0, 53, 0, 8, 0, 0];
         for (bytes, expected, why) in [
             (
                 ipv4(6, 0, &tcp(ACK)),
-                v4(Protocol::Tcp),
+                v4((40_000, 80), Protocol::Tcp),
                 "of a running stream",
             ),
-            (ipv4(6, 0, &tcp(SYN | ACK)), v4(Protocol::Tcp), "an answer"),
             (
-                ipv4(6, 0, &tcp(SYN | 0x01)),
-                v4(Protocol::Tcp),
-                "SYN with FIN",
+                ipv4(6, 0, &tcp(ACK | 0x01)),
+                v4((40_000, 80), Protocol::Tcp),
+                "its end",
             ),
             (
-                ipv4(6, 0, &tcp(SYN | 0x04)),
-                v4(Protocol::Tcp),
-                "SYN with RST",
+                ipv4(6, 0, &tcp(SYN | ACK)),
+                Packet::Odd,
+                "an answer to nothing",
             ),
+            (ipv4(6, 0, &tcp(SYN | 0x01)), Packet::Odd, "SYN with FIN"),
+            (ipv4(6, 0, &tcp(SYN | 0x04)), Packet::Odd, "SYN with RST"),
+            (ipv4(6, 0, &tcp(0x04)), Packet::Odd, "RST without ACK"),
+            (ipv4(6, 0, &tcp(0)), Packet::Odd, "no flag at all"),
             (
                 ipv4(6, 0, &tcp(SYN)[..12]),
-                v4(Protocol::Tcp),
+                Packet::Odd,
                 "cut inside its header",
             ),
             (
                 ipv4(6, 0x0003, &tcp(SYN)),
-                v4(Protocol::Tcp),
+                Packet::Odd,
                 "a later fragment: no header of TCP",
             ),
-            (ipv4(17, 0, &[0; 8]), v4(Protocol::Udp), "UDP"),
-            (ipv4(132, 0, &[0; 12]), v4(Protocol::Sctp), "SCTP"),
-            (ipv4(1, 0, &[8, 0, 0, 0]), v4(Protocol::Other(1)), "ICMP"),
+            (ipv4(17, 0, &ports), v4((40_000, 53), Protocol::Udp), "UDP"),
+            (
+                ipv4(17, 0x0003, &ports),
+                Packet::Odd,
+                "a later fragment of UDP",
+            ),
+            (
+                ipv4(132, 0, &ports),
+                v4((40_000, 53), Protocol::Sctp),
+                "SCTP",
+            ),
+            (
+                ipv4(132, 0, &ports[..3]),
+                Packet::Odd,
+                "SCTP cut inside its ports",
+            ),
+            (
+                ipv4(1, 0, &[8, 0, 0, 0]),
+                v4((0, 0), Protocol::Other(1)),
+                "ICMP",
+            ),
             (
                 ipv6(0, &hop_by_hop),
-                other("fd00::1", "fd00::2", Protocol::Tcp),
+                flow("[fd00::1]:40000", "[fd00::2]:80", Protocol::Tcp),
                 "behind an extension header",
             ),
             (
                 ipv6(59, &[]),
-                other("fd00::1", "fd00::2", Protocol::Other(59)),
+                flow("[fd00::1]:0", "[fd00::2]:0", Protocol::Other(59)),
                 "no next header",
             ),
             (vec![], Packet::Unreadable, "nothing"),
             (vec![0x75; 40], Packet::Unreadable, "IP version 7"),
         ] {
             assert_eq!(Packet::parse(&bytes), expected, "{why}");
+        }
+    }
+
+    #[test]
+    fn only_protocols_with_ports_ask_for_one() {
+        for (protocol, expected) in [
+            (Protocol::Udp, Some(53)),
+            (Protocol::Sctp, Some(53)),
+            (Protocol::Tcp, Some(53)),
+            (Protocol::Other(1), None),
+        ] {
+            let ends = (
+                "10.0.0.1:1".parse().unwrap(),
+                "10.0.0.2:53".parse().unwrap(),
+            );
+            assert_eq!(
+                FlowPacket {
+                    client: ends.0,
+                    server: ends.1,
+                    protocol
+                }
+                .port(),
+                expected
+            );
         }
     }
 

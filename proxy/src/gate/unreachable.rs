@@ -21,7 +21,7 @@ pub(super) fn tell(client: SocketAddr, server: SocketAddr, sequence: u32, answer
         Answer::NetUnreachable => 0,
         Answer::HostUnreachable => 1,
         Answer::Prohibited => 13,
-        Answer::Accept | Answer::Reset => return false,
+        Answer::Accept | Answer::Reset | Answer::Carry => return false,
     };
     let to = SocketAddr::new(IpAddr::V4(*client.ip()), 0);
     match socket() {

@@ -8,6 +8,7 @@
 )]
 mod admin;
 mod bounds;
+mod carried;
 mod cases;
 mod changes;
 mod likeness;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
     support::raise_descriptor_limit();
     let tests: Vec<_> = [
         policies::TESTS,
+        carried::TESTS,
         changes::TESTS,
         likeness::TESTS,
         streams::TESTS,

@@ -1,0 +1,592 @@
+//! The kernel's connection tracking table: lists flows by their mark and deletes them.
+//!
+//! Speaks ctnetlink (linux/netfilter/nfnetlink_conntrack.h, nfnetlink.h, linux/netlink.h) to the
+//! network namespace of the calling thread. Knows nothing of policy: what a mark means, and which
+//! flows must go, is the caller's business. The bytes by which the kernel names an entry
+//! are handed back as they came, so a flow in a zone is named with its zone.
+use std::io;
+use std::iter;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket,
+    sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use policy::Protocol;
+
+/// Seconds that the kernel may take for one datagram of its answer.
+const PATIENCE: i64 = 5;
+/// Dumps that a change of the table may spoil before we give up.
+const DUMPS: u32 = 8;
+/// Bytes of one datagram; the kernel puts at most 32 KiB of a dump into one.
+const DATAGRAM: usize = 64 << 10;
+
+/// `nlmsghdr` alone, and with the `nfgenmsg` behind it.
+const NLMSG_HEADER: usize = 16;
+const HEADER: usize = 20;
+const NLM_F_REQUEST: u16 = 0x1;
+const NLM_F_ACK: u16 = 0x4;
+const NLM_F_DUMP_INTR: u16 = 0x10;
+const NLM_F_DUMP: u16 = 0x300;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+/// Without the two flags (`NLA_F_NESTED`, `NLA_F_NET_BYTEORDER`) that share its field.
+const NLA_TYPE_MASK: u16 = 0x3fff;
+// `NFNL_SUBSYS_CTNETLINK << 8`, or'ed with `IPCTNL_MSG_CT_NEW`, `_GET` and `_DELETE`.
+const CT_NEW: u16 = 0x100;
+const CT_GET: u16 = 0x101;
+const CT_DELETE: u16 = 0x102;
+const NFPROTO_UNSPEC: u8 = 0;
+const NFPROTO_IPV4: u8 = 2;
+const NFPROTO_IPV6: u8 = 10;
+const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_MARK: u16 = 8;
+const CTA_ID: u16 = 12;
+const CTA_ZONE: u16 = 18;
+const CTA_MARK_MASK: u16 = 21;
+const CTA_TUPLE_IP: u16 = 1;
+const CTA_TUPLE_PROTO: u16 = 2;
+const CTA_IP_V4_SRC: u16 = 1;
+const CTA_IP_V6_SRC: u16 = 3;
+const CTA_PROTO_NUM: u16 = 1;
+const CTA_PROTO_SRC_PORT: u16 = 2;
+
+/// A flow that the kernel carries, as conntrack has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub(crate) protocol: Protocol,
+    /// The source of the flow's first packet; port 0 unless TCP, UDP or SCTP.
+    pub(crate) client: SocketAddr,
+    /// The source of the answers, so the server behind DNAT; port 0 unless TCP, UDP or SCTP.
+    pub(crate) server: SocketAddr,
+    /// `CTA_TUPLE_ORIG`, `CTA_ZONE` if there is one, `CTA_ID`: as the kernel wrote them.
+    name: Vec<u8>,
+}
+
+/// Every entry, IPv4 and IPv6 and of every zone, whose mark under `mask` is `mark`; the kernel
+/// filters. `mark` must lie within `mask`; without a bit in both, that is every entry there is.
+///
+/// Blocks, at most five seconds for each datagram. What the table gains meanwhile may be missing,
+/// and what the kernel moves within it may be there twice.
+///
+/// # Errors
+/// `EPERM` without `CAP_NET_ADMIN`, `EINVAL` from a kernel without `CONFIG_NF_CT_NETLINK`,
+/// `EOPNOTSUPP` from one without `CONFIG_NF_CONNTRACK_MARK`, [`io::ErrorKind::TimedOut`],
+/// [`io::ErrorKind::ResourceBusy`] if the table never held still, and
+/// [`io::ErrorKind::InvalidData`] for an answer that cannot be read: a list with a hole would
+/// leave a denied flow alone unseen.
+pub(crate) fn marked(mark: u32, mask: u32) -> io::Result<Vec<Entry>> {
+    let mut conntrack = Conntrack::open()?;
+    for _ in 0..DUMPS {
+        let dump = conntrack.dump(mark, mask)?;
+        if !dump.interrupted {
+            return Ok(dump.entries);
+        }
+    }
+    Err(io::Error::new(
+        io::ErrorKind::ResourceBusy,
+        "the conntrack table changed during every dump; list it again later",
+    ))
+}
+
+/// Deletes entries and returns how many went. One that is gone already is no error.
+///
+/// Each goes only if it still has its id (`CTA_ID`), so that a later flow between the same ends
+/// stays. The kernel makes the id from the entry's place in memory and its tuples: a later flow in
+/// the very same place would share it, and would only be judged once more.
+///
+/// Blocks, at most five seconds for each entry.
+///
+/// # Errors
+/// The first refusal, after all entries have been tried: `EPERM` without `CAP_NET_ADMIN`, ... Or at
+/// once, as for [`marked`], if the kernel's answers fail to come or cannot be read.
+pub(crate) fn delete(entries: &[Entry]) -> io::Result<usize> {
+    let mut conntrack = Conntrack::open()?;
+    let mut deleted = 0;
+    let mut refused = None;
+    for entry in entries {
+        match conntrack.delete(entry)? {
+            Ok(()) => deleted += 1,
+            Err(Errno::ENOENT) => {}
+            Err(errno) => refused = refused.or(Some(errno)),
+        }
+    }
+    refused.map_or(Ok(deleted), |errno| Err(errno.into()))
+}
+
+/// A conversation with the kernel, one request after the other.
+struct Conntrack {
+    socket: OwnedFd,
+    /// Tells the answer to one request from a late answer to another.
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+impl Conntrack {
+    fn open() -> io::Result<Self> {
+        let socket = socket(
+            AddressFamily::Netlink,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::NetlinkNetFilter,
+        )?;
+        setsockopt(
+            &socket,
+            sockopt::ReceiveTimeout,
+            &TimeVal::seconds(PATIENCE),
+        )?;
+        Ok(Self {
+            socket,
+            sequence: 0,
+            buffer: vec![0; DATAGRAM],
+        })
+    }
+
+    fn dump(&mut self, mark: u32, mask: u32) -> io::Result<Dump> {
+        let mut filter = Vec::with_capacity(16);
+        attribute(&mut filter, CTA_MARK, &mark.to_be_bytes());
+        attribute(&mut filter, CTA_MARK_MASK, &mask.to_be_bytes());
+        self.request(CT_GET, NLM_F_DUMP, NFPROTO_UNSPEC, &filter)?;
+        let mut dump = Dump::default();
+        while !dump.done {
+            let sequence = self.sequence;
+            dump.read(self.receive()?, sequence)?;
+        }
+        Ok(dump)
+    }
+
+    /// The inner result is what the kernel said to it.
+    fn delete(&mut self, entry: &Entry) -> io::Result<Result<(), Errno>> {
+        let family = match entry.client {
+            SocketAddr::V4(_) => NFPROTO_IPV4,
+            SocketAddr::V6(_) => NFPROTO_IPV6,
+        };
+        self.request(CT_DELETE, NLM_F_ACK, family, &entry.name)?;
+        loop {
+            let sequence = self.sequence;
+            if let Some(answer) = acknowledgement(self.receive()?, sequence)? {
+                return Ok(answer);
+            }
+        }
+    }
+
+    fn request(&mut self, kind: u16, flags: u16, family: u8, attributes: &[u8]) -> io::Result<()> {
+        self.sequence += 1;
+        let message = message(
+            kind,
+            NLM_F_REQUEST | flags,
+            self.sequence,
+            family,
+            attributes,
+        );
+        while let Err(errno) = send(self.socket.as_raw_fd(), &message, MsgFlags::empty()) {
+            if errno != Errno::EINTR {
+                return Err(errno.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// The next datagram of the kernel's answer.
+    fn receive(&mut self) -> io::Result<&[u8]> {
+        loop {
+            // With this flag the length is the datagram's own, even where it did not fit.
+            match recv(
+                self.socket.as_raw_fd(),
+                &mut self.buffer,
+                MsgFlags::MSG_TRUNC,
+            ) {
+                Ok(length) => return self.buffer.get(..length).ok_or_else(unreadable),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return Err(late()),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+/// What a dump has told so far.
+#[derive(Debug, Default)]
+struct Dump {
+    entries: Vec<Entry>,
+    /// The table changed under the dump: something may be missing.
+    interrupted: bool,
+    done: bool,
+}
+
+impl Dump {
+    /// Reads one datagram of the answer to request `sequence`.
+    fn read(&mut self, mut datagram: &[u8], sequence: u32) -> io::Result<()> {
+        while !datagram.is_empty() && !self.done {
+            let (message, rest) = Message::split(datagram).ok_or_else(unreadable)?;
+            datagram = rest;
+            if message.sequence != sequence {
+                continue;
+            }
+            self.interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
+            match message.kind {
+                CT_NEW => {
+                    let entry = message.entry().ok_or_else(unreadable)?;
+                    self.entries.push(entry);
+                }
+                // The end says how the dump went; no errno is as good as zero there.
+                NLMSG_DONE => {
+                    message.errno().unwrap_or(Ok(()))?;
+                    self.done = true;
+                }
+                NLMSG_ERROR => message.errno().ok_or_else(unreadable)??,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the kernel said to request `sequence`, if this datagram has it.
+fn acknowledgement(mut datagram: &[u8], sequence: u32) -> io::Result<Option<Result<(), Errno>>> {
+    while !datagram.is_empty() {
+        let (message, rest) = Message::split(datagram).ok_or_else(unreadable)?;
+        if message.sequence == sequence && message.kind == NLMSG_ERROR {
+            return message.errno().map(Some).ok_or_else(unreadable);
+        }
+        datagram = rest;
+    }
+    Ok(None)
+}
+
+/// One netlink message. What stands in it is the kernel's word, but is not trusted to be whole.
+struct Message<'a> {
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    /// All behind `nlmsghdr`.
+    body: &'a [u8],
+}
+
+impl<'a> Message<'a> {
+    /// The first message of a datagram, and what follows it.
+    fn split(datagram: &'a [u8]) -> Option<(Self, &'a [u8])> {
+        let length = usize::try_from(u32::from_ne_bytes(chunk(datagram, 0)?)).ok()?;
+        let message = Self {
+            kind: u16::from_ne_bytes(chunk(datagram, 4)?),
+            flags: u16::from_ne_bytes(chunk(datagram, 6)?),
+            sequence: u32::from_ne_bytes(chunk(datagram, 8)?),
+            body: datagram.get(NLMSG_HEADER..length)?,
+        };
+        let rest = datagram.get(length.next_multiple_of(4)..);
+        Some((message, rest.unwrap_or_default()))
+    }
+
+    /// The errno that `NLMSG_ERROR` and `NLMSG_DONE` begin with, negative there.
+    fn errno(&self) -> Option<Result<(), Errno>> {
+        Some(match i32::from_ne_bytes(chunk(self.body, 0)?) {
+            0 => Ok(()),
+            code => Err(Errno::from_raw(code.wrapping_neg())),
+        })
+    }
+
+    /// The entry that a `CT_NEW` message shows.
+    fn entry(&self) -> Option<Entry> {
+        let attributes = self.body.get(HEADER - NLMSG_HEADER..)?;
+        let original = find(attributes, CTA_TUPLE_ORIG)?;
+        let (protocol, client) = source(original.value)?;
+        let (_, server) = source(find(attributes, CTA_TUPLE_REPLY)?.value)?;
+        let zone = find(attributes, CTA_ZONE).map_or(&[][..], |zone| zone.whole);
+        let id = find(attributes, CTA_ID)?.whole;
+        Some(Entry {
+            protocol,
+            client,
+            server,
+            name: [original.whole, zone, id].concat(),
+        })
+    }
+}
+
+/// The protocol of a tuple and the end that it begins at.
+fn source(tuple: &[u8]) -> Option<(Protocol, SocketAddr)> {
+    let ip = find(tuple, CTA_TUPLE_IP)?.value;
+    let address: IpAddr = match find(ip, CTA_IP_V4_SRC) {
+        Some(v4) => chunk::<4>(v4.value, 0)?.into(),
+        None => chunk::<16>(find(ip, CTA_IP_V6_SRC)?.value, 0)?.into(),
+    };
+    let transport = find(tuple, CTA_TUPLE_PROTO)?.value;
+    let [number] = chunk(find(transport, CTA_PROTO_NUM)?.value, 0)?;
+    let protocol = Protocol::from_ip_number(number);
+    let port = match protocol {
+        Protocol::Tcp | Protocol::Udp | Protocol::Sctp => {
+            u16::from_be_bytes(chunk(find(transport, CTA_PROTO_SRC_PORT)?.value, 0)?)
+        }
+        // ICMP has an identifier instead; GRE has its key where others have a port.
+        Protocol::Other(_) => 0,
+    };
+    Some((protocol, SocketAddr::new(address, port)))
+}
+
+/// One `nlattr`.
+struct Attribute<'a> {
+    kind: u16,
+    value: &'a [u8],
+    /// With its header and its padding: what a request can repeat.
+    whole: &'a [u8],
+}
+
+/// The first attribute of a kind; what follows a bent one cannot be found.
+fn find(mut attributes: &[u8], kind: u16) -> Option<Attribute<'_>> {
+    iter::from_fn(|| {
+        let length = usize::from(u16::from_ne_bytes(chunk(attributes, 0)?));
+        let found = Attribute {
+            kind: u16::from_ne_bytes(chunk(attributes, 2)?) & NLA_TYPE_MASK,
+            value: attributes.get(4..length)?,
+            whole: attributes.get(..length.next_multiple_of(4))?,
+        };
+        attributes = attributes.get(found.whole.len()..)?;
+        Some(found)
+    })
+    .find(|attribute| attribute.kind == kind)
+}
+
+/// `nlmsghdr` and `nfgenmsg` before `attributes`.
+fn message(kind: u16, flags: u16, sequence: u32, family: u8, attributes: &[u8]) -> Vec<u8> {
+    let length = HEADER + attributes.len();
+    let mut out = Vec::with_capacity(length);
+    out.extend_from_slice(&u32::try_from(length).unwrap_or(u32::MAX).to_ne_bytes());
+    out.extend_from_slice(&kind.to_ne_bytes());
+    out.extend_from_slice(&flags.to_ne_bytes());
+    out.extend_from_slice(&sequence.to_ne_bytes());
+    out.extend_from_slice(&[0; 4]);
+    out.extend_from_slice(&[family, 0, 0, 0]);
+    out.extend_from_slice(attributes);
+    out
+}
+
+/// `nlattr`, padded to 4 bytes.
+fn attribute(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    let length = u16::try_from(4 + value.len()).unwrap_or(u16::MAX);
+    out.extend_from_slice(&length.to_ne_bytes());
+    out.extend_from_slice(&kind.to_ne_bytes());
+    out.extend_from_slice(value);
+    out.resize(out.len().next_multiple_of(4), 0);
+}
+
+fn chunk<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..)?.first_chunk().copied()
+}
+
+fn unreadable() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        "conntrack's answer cannot be read; report it with the kernel's version",
+    )
+}
+
+fn late() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::TimedOut,
+        format!("conntrack did not answer within {PATIENCE} s; ask again"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The answer of Linux 6.18 (little-endian) to request 7: an ICMPv6 echo in zone 6, and a UDP
+    /// flow of the original zone 5 whose server, 10.9.0.99:53, is 10.9.0.2:5353 by DNAT.
+    const DUMP: &str = "\
+        ec0000000001220007000000513100000a000000540001802c00018014000300fd00000000000000\
+        000000000000000114000400fd00000000000000000000000000000224000280050001003a000000\
+        06000700004e000005000800800000000500090000000000540002802c00018014000300fd000000\
+        00000000000000000000000214000400fd0000000000000000000000000000012400028005000100\
+        3a00000006000700004e000005000800810000000500090000000000060012000006000008000300\
+        00000188080008000000004108000c0097c802be08000b0000000001080007000000001dac000000\
+        000122000700000051310000020000003c00018014000180080001000a090001080002000a090063\
+        1c0002800500010011000000060002000fa100000600030000350000060003000005000034000280\
+        14000180080001000a090002080002000a0900011c00028005000100110000000600020014e90000\
+        060003000fa1000008000300000001a8080008000000004108000c00a7ee67e208000b0000000001\
+        080007000000001d";
+    const DONE: &str = "1400000003000200070000005131000000000000";
+    const REQUEST: u32 = 7;
+    /// Where the second message of `DUMP` begins.
+    const SECOND: usize = 0xec;
+
+    fn bytes(hex: &str) -> Vec<u8> {
+        (0..hex.len())
+            .step_by(2)
+            .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap())
+            .collect()
+    }
+
+    fn read(datagrams: &[&[u8]]) -> io::Result<Dump> {
+        let mut dump = Dump::default();
+        for datagram in datagrams {
+            dump.read(datagram, REQUEST)?;
+        }
+        Ok(dump)
+    }
+
+    /// A message of `kind` that begins with an errno, as the kernel sends it.
+    fn answer(kind: u16, sequence: u32, code: i32) -> Vec<u8> {
+        let mut out = message(kind, 0, sequence, 0, &[0; 16]);
+        out[NLMSG_HEADER..HEADER].copy_from_slice(&code.to_ne_bytes());
+        out
+    }
+
+    #[test]
+    fn an_entry_has_the_client_before_nat_and_the_server_behind_it() {
+        let dump = bytes(DUMP);
+        let read = read(&[&dump, &bytes(DONE)]).unwrap();
+        let ends: Vec<_> = read
+            .entries
+            .iter()
+            .map(|entry| (entry.protocol, entry.client, entry.server))
+            .collect();
+        let end = |text: &str| text.parse::<SocketAddr>().unwrap();
+        assert_eq!(
+            ends,
+            [
+                (Protocol::Other(58), end("[fd00::1]:0"), end("[fd00::2]:0")),
+                (Protocol::Udp, end("10.9.0.1:4001"), end("10.9.0.2:5353")),
+            ]
+        );
+        assert!(read.done && !read.interrupted);
+    }
+
+    #[test]
+    fn an_entry_is_named_by_its_tuple_its_zone_and_its_id() {
+        let names: Vec<_> = read(&[&bytes(DUMP)])
+            .unwrap()
+            .entries
+            .into_iter()
+            .map(|entry| entry.name)
+            .collect();
+        for (name, tuple, others, why) in [
+            (
+                &names[0],
+                0x54,
+                "060012000006000008000c0097c802be",
+                "zone 6 of the entry",
+            ),
+            (
+                &names[1],
+                0x3c,
+                "08000c00a7ee67e2",
+                "zone 5 stands in the tuple",
+            ),
+        ] {
+            assert_eq!(name[tuple..], bytes(others), "{why}");
+            assert_eq!(
+                find(name, CTA_TUPLE_ORIG).unwrap().whole.len(),
+                tuple,
+                "{why}"
+            );
+        }
+        let tuple = find(&names[1], CTA_TUPLE_ORIG).unwrap().value;
+        assert_eq!(find(tuple, 3).unwrap().value, [0, 5], "CTA_TUPLE_ZONE");
+    }
+
+    #[test]
+    fn a_dump_during_which_the_table_changed_says_so() {
+        let mut dump = bytes(DUMP);
+        dump[6] |= 0x10;
+        assert!(read(&[&dump, &bytes(DONE)]).unwrap().interrupted);
+    }
+
+    #[test]
+    fn a_cut_answer_is_an_error_and_not_a_shorter_list() {
+        let dump = bytes(DUMP);
+        for length in 0..dump.len() {
+            let cut = read(&[&dump[..length]]);
+            match length {
+                0 | SECOND => assert!(!cut.unwrap().done, "whole messages, but no end"),
+                _ => assert_eq!(
+                    cut.unwrap_err().kind(),
+                    io::ErrorKind::InvalidData,
+                    "{length}"
+                ),
+            }
+        }
+    }
+
+    #[test]
+    fn an_entry_without_its_tuples_or_its_id_is_an_error() {
+        let dump = bytes(DUMP);
+        let needed = [CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_ID];
+        let without = |missing: Option<u16>| {
+            let attributes: Vec<u8> = needed
+                .into_iter()
+                .filter(|kind| Some(*kind) != missing)
+                .flat_map(|kind| find(&dump[SECOND + HEADER..], kind).unwrap().whole)
+                .copied()
+                .collect();
+            read(&[&message(CT_NEW, 0, REQUEST, NFPROTO_IPV4, &attributes)])
+        };
+        assert_eq!(without(None).unwrap().entries.len(), 1);
+        for kind in needed {
+            let error = without(Some(kind)).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData, "attribute {kind}");
+        }
+    }
+
+    #[test]
+    fn a_bent_answer_does_no_harm() {
+        let dump = bytes(DUMP);
+        let mut bent = dump.clone();
+        for at in 0..dump.len() {
+            for value in 0..=255 {
+                bent[at] = value;
+                if let Ok(read) = read(&[&bent]) {
+                    assert!(read.entries.len() <= 2);
+                }
+                let _answer = acknowledgement(&bent, REQUEST);
+            }
+            bent[at] = dump[at];
+        }
+    }
+
+    #[test]
+    fn a_refused_dump_is_the_kernels_error() {
+        for (kind, code, why) in [
+            (NLMSG_ERROR, Errno::EPERM, "refused at once"),
+            (NLMSG_DONE, Errno::ENOMEM, "given up on the way"),
+        ] {
+            let refusal = answer(kind, REQUEST, -(code as i32));
+            let error = read(&[&bytes(DUMP), &refusal]).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(code as i32), "{why}");
+        }
+    }
+
+    #[test]
+    fn the_answer_to_another_request_is_passed_over() {
+        let mut dump = Dump::default();
+        for datagram in [bytes(DUMP), answer(NLMSG_ERROR, REQUEST, -1), bytes(DONE)] {
+            dump.read(&datagram, REQUEST + 1).unwrap();
+        }
+        assert!(dump.entries.is_empty() && !dump.done);
+    }
+
+    #[test]
+    fn a_deletion_is_answered_by_the_acknowledgement_with_its_number() {
+        let late = answer(NLMSG_ERROR, REQUEST - 1, 0);
+        let gone = answer(NLMSG_ERROR, REQUEST, -(Errno::ENOENT as i32));
+        for (datagram, expected, why) in [
+            (answer(NLMSG_ERROR, REQUEST, 0), Some(Ok(())), "deleted"),
+            (gone.clone(), Some(Err(Errno::ENOENT)), "there no more"),
+            (late.clone(), None, "another deletion's"),
+            (
+                [late, gone].concat(),
+                Some(Err(Errno::ENOENT)),
+                "behind another's",
+            ),
+        ] {
+            assert_eq!(
+                acknowledgement(&datagram, REQUEST).unwrap(),
+                expected,
+                "{why}"
+            );
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! Decides flows that the kernel carries: UDP, SCTP, ICMP and other protocols, and TCP streams that
+//! ran before their pod came under policy.
+//!
+//! Their first packet is judged as a SYN is; if it may pass, conntrack remembers so for the flow.
+use std::rc::Rc;
+use std::time::SystemTime;
+
+use controller::Judgement;
+use iptables_init::marks::Answer;
+use policy::Protocol;
+
+use super::nfqueue::{PacketId, Ruling};
+use super::packet::FlowPacket;
+use super::{Deny, Gate};
+use crate::decision::{Decision, Way};
+use crate::limits::Full;
+use crate::metrics::Cause;
+use crate::records::Subject;
+
+impl Gate {
+    /// Decides a packet at once, or holds it until both its ends are known.
+    pub(super) fn flow(self: &Rc<Self>, id: PacketId, packet: FlowPacket) {
+        if self.settle(id, &packet) {
+            return;
+        }
+        match self.enforcer.limits.permit(packet.client.ip()) {
+            Err(Full::Source) => self.refuse(id, Cause::SourceLimit),
+            Err(Full::Node) => self.refuse(id, Cause::NodeLimit),
+            Ok(permit) => {
+                let gate = Rc::clone(self);
+                tokio::task::spawn_local(async move {
+                    gate.wait_and_settle(id, packet).await;
+                    drop(permit);
+                });
+            }
+        }
+    }
+
+    /// Decides as soon as the table knows both ends; after `--hold` the packet is refused.
+    async fn wait_and_settle(&self, id: PacketId, packet: FlowPacket) {
+        let mut changed = self.enforcer.table.changed();
+        let known = async {
+            loop {
+                changed.mark_unchanged();
+                if self.settle(id, &packet) || changed.changed().await.is_err() {
+                    break;
+                }
+            }
+        };
+        if tokio::time::timeout(self.enforcer.hold, known)
+            .await
+            .is_err()
+        {
+            self.refuse(id, Cause::UnknownPod);
+        }
+        self.flush();
+    }
+
+    /// Decides a packet; false if an end of it is unknown.
+    fn settle(&self, id: PacketId, packet: &FlowPacket) -> bool {
+        let FlowPacket {
+            client,
+            server,
+            protocol,
+        } = *packet;
+        let judgement =
+            self.enforcer
+                .table
+                .judge(client.ip(), server.ip(), packet.port(), protocol);
+        let Judgement::Settled { verdict, from, to } = judgement else {
+            return false;
+        };
+        let decision = Decision { verdict, from, to };
+        if decision.verdict.allowed() {
+            self.answer(id, Answer::Carry);
+        } else {
+            match (self.enforcer.deny, protocol) {
+                (Deny::Drop, _) => self.queue.rule(id, Ruling::Drop),
+                (Deny::Reject, Protocol::Tcp) => self.answer(id, Answer::Reset),
+                (Deny::Reject, _) => self.answer(id, Answer::Prohibited),
+            }
+        }
+        self.enforcer.carried(&subject(packet), &decision);
+        true
+    }
+}
+
+/// What is known of a flow at its first packet: no byte of it has been counted.
+fn subject(packet: &FlowPacket) -> Subject {
+    Subject {
+        client: packet.client,
+        server: packet.server,
+        protocol: packet.protocol,
+        way: Way::Kernel,
+        sent: 0,
+        received: 0,
+        opened: SystemTime::now(),
+        attempt: 0,
+    }
+}

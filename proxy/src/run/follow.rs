@@ -1,0 +1,94 @@
+//! Brings every change of the cluster into force: first the table, then relayed connections, then the
+//! kernel's sets and what the kernel carries.
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use controller::manifest::ManifestSource;
+use controller::{Batch, Index};
+use tracing::{error, info, warn};
+
+use crate::carried;
+use crate::enforcer::Enforcer;
+use crate::readiness::Readiness;
+use crate::released::Released;
+
+/// How soon what the kernel refused is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What a change passes through, in this order.
+pub(super) struct Follower {
+    pub(super) source: ManifestSource,
+    pub(super) index: Index,
+    pub(super) enforcer: Arc<Enforcer>,
+    pub(super) released: Released,
+    pub(super) readiness: Readiness,
+    /// Addresses whose verdicts have changed since the kernel was last in step.
+    pub(super) touched: BTreeSet<IpAddr>,
+}
+
+/// Says in the log which faults of the cluster's objects stand.
+pub(super) fn announce(batch: &Batch) {
+    for problem in batch.problems.iter() {
+        warn!("{problem}");
+    }
+}
+
+impl Follower {
+    /// Follows the source without end; returns only if this daemon can no longer do so.
+    pub(super) async fn follow(mut self) {
+        loop {
+            let generation = self.enforcer.table.generation();
+            let step = tokio::task::spawn_blocking(|| self.bring_kernel_in_step());
+            // If it panicked it took everything with it; the runtime has said where.
+            let Ok((next, refused)) = step.await else {
+                return;
+            };
+            self = next;
+            let batch = match refused {
+                None => {
+                    self.readiness.ready();
+                    self.enforcer.metrics.enforced(generation);
+                    self.source.next().await
+                }
+                Some(reason) => {
+                    error!("{reason}");
+                    self.readiness.not_ready(reason);
+                    match tokio::time::timeout(RETRY, self.source.next()).await {
+                        Ok(batch) => batch,
+                        Err(_) => continue,
+                    }
+                }
+            };
+            self.apply(batch);
+        }
+    }
+
+    fn apply(&mut self, batch: Batch) {
+        let seen = Instant::now();
+        if batch.problems != self.enforcer.table.problems() {
+            announce(&batch);
+        }
+        let touched = self.index.apply(batch);
+        self.enforcer.judge_again(&touched);
+        info!(addresses = touched.len(), took = ?seen.elapsed(), "new state in force");
+        self.touched.extend(touched);
+    }
+
+    /// Sets first: what is judged after them cannot be missed among what is carried. Returns why
+    /// not, if the kernel refused.
+    fn bring_kernel_in_step(mut self) -> (Self, Option<String>) {
+        let refused = if let Err(error) = self.released.sync() {
+            Some(format!("the kernel's sets are behind the table: {error}"))
+        } else if let Err(error) = carried::judge_again(&self.enforcer, &self.touched) {
+            Some(format!(
+                "flows that the kernel carries could not be judged again: {error}"
+            ))
+        } else {
+            self.touched.clear();
+            None
+        };
+        (self, refused)
+    }
+}

@@ -1,0 +1,230 @@
+//! What is not a new TCP connection: judged at its first packet, then carried by the kernel.
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use lab::runner::Test;
+use lab::traffic::UdpOutcome;
+use lab::{Host, wait_until};
+use nix::errno::Errno;
+use serde_json::{Value, json};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::support::{
+    Bed, DEADLINE, SOON, allow_ingress, connected, deny_ingress, echoes, metric, policy, small,
+};
+
+pub(crate) const TESTS: &[Test] = &lab::tests![
+    datagrams_are_judged_in_both_directions_and_on_both_nodes,
+    with_reject_a_denied_datagram_is_answered_at_once,
+    a_change_stops_a_flow_of_datagrams_that_it_denies_and_no_other,
+    a_stream_from_before_the_policy_goes_on_if_it_is_allowed_and_stops_if_not,
+    a_ping_needs_a_rule_without_ports,
+];
+
+const ASK: Duration = Duration::from_millis(500);
+
+/// Lets UDP 53 and 54 come to one pod.
+fn dns_to(pod: &str) -> Value {
+    let ports = json!([{ "port": 53, "protocol": "UDP" }, { "port": 54, "protocol": "UDP" }]);
+    let spec = json!({ "podSelector": { "matchLabels": { "pod": pod } }, "policyTypes": ["Ingress"], "ingress": [{ "ports": ports }] });
+    policy(&format!("dns-to-{pod}"), &spec)
+}
+
+/// Lets one pod go out to UDP 53 and 54 only.
+fn dns_from(pod: &str) -> Value {
+    let ports = json!([{ "port": 53, "protocol": "UDP" }, { "port": 54, "protocol": "UDP" }]);
+    let spec = json!({ "podSelector": { "matchLabels": { "pod": pod } }, "policyTypes": ["Egress"], "egress": [{ "ports": ports }] });
+    policy(&format!("dns-from-{pod}"), &spec)
+}
+
+/// The small cluster, whose pods answer datagrams on 53 and 55, and not on 54.
+fn bed(flags: &[&str], policies: &[Value]) -> Bed {
+    let mut bed = Bed::bare(small());
+    for pod in bed.lab.pods() {
+        pod.serve_udp(&[53, 55]).unwrap();
+    }
+    bed.write_policies(policies);
+    bed.enforce(flags);
+    bed
+}
+
+#[track_caller]
+fn ask(from: &Host, to: SocketAddr) -> UdpOutcome {
+    from.ask_udp(to, b"who?", ASK).unwrap()
+}
+
+fn is_answer(outcome: &UdpOutcome) -> bool {
+    matches!(outcome, UdpOutcome::Answered { .. })
+}
+
+fn datagrams_are_judged_in_both_directions_and_on_both_nodes() {
+    let by_egress = vec![dns_from("a")];
+    let by_ingress = vec![dns_to("b"), dns_to("c")];
+    let by_both = [by_egress.clone(), by_ingress.clone()].concat();
+    let bed = bed(&[], &[]);
+    let a = bed.lab.pod("x/a");
+    for policies in [by_egress, by_ingress, by_both] {
+        bed.apply(&policies);
+        for server in ["x/b", "x/c"] {
+            let server = bed.lab.pod(server);
+            for to in server.addrs(53) {
+                assert!(is_answer(&ask(&a, to)), "allowed: {to} under {policies:?}");
+            }
+            for to in server.addrs(54) {
+                assert_eq!(
+                    ask(&a, to),
+                    UdpOutcome::Refused,
+                    "nobody listens: {to} under {policies:?}"
+                );
+            }
+            for to in server.addrs(55) {
+                assert_eq!(
+                    ask(&a, to),
+                    UdpOutcome::TimedOut,
+                    "denied: {to} under {policies:?}"
+                );
+            }
+        }
+    }
+    assert!(
+        metric(
+            &bed.lab.node(0),
+            r#"portreeve_decisions_total{verdict="deny",direction="egress",path="kernel"}"#
+        ) > 0
+    );
+}
+
+fn with_reject_a_denied_datagram_is_answered_at_once() {
+    let bed = bed(&["--deny", "reject"], &[dns_to("b"), dns_to("c")]);
+    let a = bed.lab.pod("x/a");
+    for server in ["x/b", "x/c"] {
+        let [v4, v6] = bed.lab.pod(server).addrs(55);
+        // icmp(7) and RFC 4443: what "administratively prohibited" is to a socket.
+        assert_eq!(
+            ask(&a, v4),
+            UdpOutcome::Unreachable(Errno::EHOSTUNREACH),
+            "{v4}"
+        );
+        assert_eq!(ask(&a, v6), UdpOutcome::Unreachable(Errno::EACCES), "{v6}");
+    }
+}
+
+fn a_change_stops_a_flow_of_datagrams_that_it_denies_and_no_other() {
+    let bed = bed(&[], &[dns_to("b"), dns_to("c")]);
+    let a = bed.lab.pod("x/a");
+    for (before, after) in [
+        (
+            vec![dns_to("b"), dns_to("c")],
+            vec![dns_to("b"), deny_ingress("c")],
+        ),
+        // Until then no policy concerns c: its flows are not even looked at.
+        (vec![dns_to("b")], vec![dns_to("b"), deny_ingress("c")]),
+    ] {
+        bed.apply(&before);
+        let flows = |server: &str| bed.lab.pod(server).addrs(53).map(|to| flow(&a, to));
+        let (spared, doomed) = (flows("x/b"), flows("x/c"));
+        assert!(
+            spared.iter().chain(&doomed).all(goes_on),
+            "all allowed at first"
+        );
+        let changed = Instant::now();
+        bed.write_policies(&after);
+        wait_until(DEADLINE, "the denied flows to stop", || {
+            !doomed.iter().any(goes_on)
+        })
+        .unwrap();
+        let took = changed.elapsed();
+        assert!(took < Duration::from_secs(2), "stopped only after {took:?}");
+        assert!(spared.iter().all(goes_on), "b's flows are still allowed");
+    }
+}
+
+/// One pair of ends for many datagrams.
+fn flow(from: &Host, to: SocketAddr) -> UdpSocket {
+    let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = from.run(|| UdpSocket::bind(any)).unwrap().unwrap();
+    socket.connect(to).unwrap();
+    socket
+        .set_read_timeout(Some(Duration::from_millis(200)))
+        .unwrap();
+    socket
+}
+
+fn goes_on(flow: &UdpSocket) -> bool {
+    let mut buffer = [0; 512];
+    flow.send(b"still?").is_ok() && flow.recv(&mut buffer).is_ok()
+}
+
+fn a_stream_from_before_the_policy_goes_on_if_it_is_allowed_and_stops_if_not() {
+    let bed = bed(&[], &[]);
+    let a = bed.lab.pod("x/a");
+    let to_b = bed.lab.pod("x/b").addrs(80).map(|to| connected(&a, to));
+    let to_c = bed.lab.pod("x/c").addrs(80).map(|to| connected(&a, to));
+    bed.apply(&[allow_ingress("b"), deny_ingress("c")]);
+    for stream in &to_b {
+        echoes(stream, "carried on by the kernel");
+    }
+    for stream in &to_c {
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        let said = (&*stream)
+            .write_all(b"anyone?")
+            .and_then(|()| (&*stream).read(&mut [0; 16]));
+        let kind = said.map_err(|error| error.kind());
+        assert_eq!(kind, Err(ErrorKind::WouldBlock), "denied: no answer");
+    }
+    // New ones take the other way, and none is cut by the change.
+    for to in bed.lab.pod("x/b").addrs(80) {
+        echoes(&connected(&a, to), "a new one");
+    }
+}
+
+fn a_ping_needs_a_rule_without_ports() {
+    let bed = bed(&[], &[]);
+    let a = bed.lab.pod("x/a");
+    for (policies, expected, why) in [
+        (vec![], true, "no policy"),
+        (
+            vec![allow_ingress("b"), allow_ingress("c")],
+            true,
+            "a rule without ports",
+        ),
+        (
+            vec![dns_to("b"), dns_to("c")],
+            false,
+            "rules with ports only",
+        ),
+        (vec![deny_ingress("b"), deny_ingress("c")], false, "no rule"),
+    ] {
+        bed.apply(&policies);
+        for server in ["x/b", "x/c"] {
+            assert_eq!(
+                pings(&a, bed.lab.pod(server).ipv4().into()),
+                expected,
+                "{server}: {why}"
+            );
+        }
+    }
+}
+
+/// Whether an echo request (RFC 792) is answered.
+fn pings(from: &Host, to: IpAddr) -> bool {
+    let open = || Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4));
+    let socket = from.run(open).unwrap().unwrap();
+    socket.connect(&SocketAddr::new(to, 0).into()).unwrap();
+    // Type 8, code 0, checksum of all that follows: 0xf7fd for identifier 1 and sequence 1.
+    socket.send(&[8, 0, 0xf7, 0xfd, 0, 1, 0, 1]).unwrap();
+    socket.set_read_timeout(Some(ASK)).unwrap();
+    let mut answer = [0; 64];
+    let deadline = Instant::now() + ASK;
+    while Instant::now() < deadline {
+        match (&socket).read(&mut answer) {
+            // The IPv4 header stands before it.
+            Ok(length) if length >= 28 && answer[20] == 0 => return true,
+            Ok(_) => thread::yield_now(),
+            Err(_) => return false,
+        }
+    }
+    false
+}

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
 use lab::runner::Test;
-use lab::{Host, Kind, wait_until};
+use lab::{Host, Kind};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::support::{
@@ -19,6 +19,8 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
 
 /// SYNs that must have met the gate for a flood to be one.
 const FLOOD: usize = 20_000;
+/// Connections of the neighbour that must succeed meanwhile.
+const CONNECTS: usize = 200;
 
 fn a_syn_flood_of_a_denied_pod_does_not_stop_its_neighbour() {
     let bed = Bed::enforced(
@@ -30,8 +32,10 @@ fn a_syn_flood_of_a_denied_pod_does_not_stop_its_neighbour() {
     let victim = bed.lab.pod("x/b");
     thread::scope(|scope| {
         scope.spawn(|| flood(&d, &victim, &stop, &sent));
+        // Also when an assertion fails: the flood must end for the scope to end.
+        let _stopped = StopOnDrop(&stop);
         let mut connects = 0;
-        let flooded = wait_until(DEADLINE * 3, "the flood", || {
+        while sent.load(Ordering::Relaxed) < FLOOD || connects < CONNECTS {
             for way in bed.ways(80) {
                 let outcome = a.connect(way.to, DEADLINE).unwrap();
                 assert!(
@@ -41,10 +45,7 @@ fn a_syn_flood_of_a_denied_pod_does_not_stop_its_neighbour() {
                 );
                 connects += 1;
             }
-            sent.load(Ordering::Relaxed) >= FLOOD && connects >= 200
-        });
-        stop.store(true, Ordering::Relaxed);
-        flooded.unwrap();
+        }
     });
     let denied = metric(
         &node,
@@ -56,6 +57,14 @@ fn a_syn_flood_of_a_denied_pod_does_not_stop_its_neighbour() {
     );
     // It has left nothing behind.
     bed.wait_for_no_connection();
+}
+
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Sends SYNs with ever new ports and sequence numbers, as fast as one thread can.

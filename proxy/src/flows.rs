@@ -349,7 +349,8 @@ impl Flow {
         self.last_syn.store(elapsed, Ordering::Relaxed);
     }
 
-    /// A client repeats its SYN after 1, 3, 7, ... seconds (RFC 6298): one that is late is gone.
+    /// A client repeats its SYN after 1, 3, 7, ... seconds (RFC 6298; Linux 6.5 and later every second
+    /// at first): one that is late is gone.
     fn abandoned(&self, now: Instant) -> bool {
         match *self.stage() {
             Stage::Held => {

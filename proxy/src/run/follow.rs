@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use controller::manifest::ManifestSource;
 use controller::{Batch, Index};
@@ -50,6 +50,7 @@ impl Follower {
                 None => {
                     self.readiness.ready();
                     self.enforcer.metrics.enforced(generation);
+                    info!(generation, "in force");
                     self.source.next().await
                 }
                 Some(reason) => {
@@ -66,13 +67,11 @@ impl Follower {
     }
 
     fn apply(&mut self, batch: Batch) {
-        let seen = Instant::now();
         if batch.problems != self.enforcer.table.problems() {
             announce(&batch);
         }
         let touched = self.index.apply(batch);
         self.enforcer.judge_again(&touched);
-        info!(addresses = touched.len(), took = ?seen.elapsed(), "new state in force");
         self.touched.extend(touched);
     }
 

@@ -212,15 +212,15 @@ impl Gate {
                     Outcome::Unanswered("the server did not answer".to_owned()),
                 );
             }
-            Some(Err(error)) => {
-                let cause = if matches!(error, ConnectError::NoPort { .. }) {
-                    Cause::NoPort
-                } else {
-                    Cause::Internal
-                };
-                warn!(error = %anyhow::Error::from(error), "connection refused");
+            // A client that uses up its ports does so by the thousand: counted, not logged.
+            Some(Err(ConnectError::NoPort { .. })) => {
                 enforcer.flows.remove(&flow);
-                self.refuse(id, cause);
+                self.refuse(id, Cause::NoPort);
+            }
+            Some(Err(error @ ConnectError::Refused { .. })) => {
+                warn!(error = %format!("{:#}", anyhow::Error::from(error)), "connection refused");
+                enforcer.flows.remove(&flow);
+                self.refuse(id, Cause::Internal);
             }
         }
         self.flush();

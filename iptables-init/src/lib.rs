@@ -4,6 +4,7 @@
 pub mod command;
 pub mod inspect;
 pub mod marks;
+pub mod netlink;
 pub mod probe;
 mod queue_target;
 pub mod redirect;

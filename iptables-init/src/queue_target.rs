@@ -10,6 +10,7 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
 };
 
+use crate::netlink::{self, Attributes, Header, Message, messages};
 use crate::ruleset::{QUEUE_CHAIN, TABLE};
 
 const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
@@ -20,15 +21,6 @@ const NFT_MSG_NEWCHAIN: u16 = 3;
 const NFT_MSG_NEWRULE: u16 = 6;
 const NFT_MSG_GETRULE: u16 = 7;
 const NFT_MSG_DELRULE: u16 = 8;
-const NLM_F_REQUEST: u16 = 0x1;
-const NLM_F_ACK: u16 = 0x4;
-const NLM_F_DUMP: u16 = 0x300;
-const NLM_F_CREATE: u16 = 0x400;
-const NLM_F_APPEND: u16 = 0x800;
-const NLA_F_NESTED: u16 = 0x8000;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-const NFPROTO_UNSPEC: u8 = 0;
 const NFPROTO_INET: u8 = 1;
 const NFQ_FLAG_BYPASS: u16 = 1;
 const NFQ_FLAG_CPU_FANOUT: u16 = 2;
@@ -65,10 +57,7 @@ pub(crate) fn load(target: QueueTarget) -> io::Result<()> {
 pub(crate) fn is_loaded(target: QueueTarget) -> io::Result<bool> {
     let mut request = Batch::new();
     request.frame(
-        NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETRULE,
-        NLM_F_REQUEST | NLM_F_DUMP,
-        NFPROTO_INET,
-        0,
+        nftables(NFT_MSG_GETRULE, netlink::REQUEST | netlink::DUMP),
         |m| {
             m.string(1, TABLE);
             m.string(2, QUEUE_CHAIN);
@@ -89,8 +78,8 @@ pub(crate) fn probe() -> io::Result<()> {
     let mut batch = Batch::new();
     let table = "portreeve_probe";
     batch.begin();
-    batch.message(NFT_MSG_NEWTABLE, NLM_F_CREATE, |m| m.string(1, table));
-    batch.message(NFT_MSG_NEWCHAIN, NLM_F_CREATE, |m| {
+    batch.message(NFT_MSG_NEWTABLE, netlink::CREATE, |m| m.string(1, table));
+    batch.message(NFT_MSG_NEWCHAIN, netlink::CREATE, |m| {
         m.string(1, table);
         m.string(3, QUEUE_CHAIN);
     });
@@ -151,28 +140,29 @@ impl Batch {
     }
 
     fn begin(&mut self) {
-        self.frame(
-            NFNL_MSG_BATCH_BEGIN,
-            NLM_F_REQUEST,
-            NFPROTO_UNSPEC,
-            NFNL_SUBSYS_NFTABLES,
-            |_| {},
-        );
+        self.edge(NFNL_MSG_BATCH_BEGIN);
     }
 
     fn end(&mut self) {
+        self.edge(NFNL_MSG_BATCH_END);
+    }
+
+    fn edge(&mut self, kind: u16) {
+        let resource = NFNL_SUBSYS_NFTABLES;
         self.frame(
-            NFNL_MSG_BATCH_END,
-            NLM_F_REQUEST,
-            NFPROTO_UNSPEC,
-            NFNL_SUBSYS_NFTABLES,
+            Header {
+                kind,
+                flags: netlink::REQUEST,
+                resource,
+                ..Header::default()
+            },
             |_| {},
         );
     }
 
     fn rule(&mut self, table: &str, target: QueueTarget) {
         let info = target.info();
-        self.message(NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, |m| {
+        self.message(NFT_MSG_NEWRULE, netlink::CREATE | netlink::APPEND, |m| {
             m.string(1, table);
             m.string(2, QUEUE_CHAIN);
             m.nested(4, |expressions| {
@@ -190,36 +180,20 @@ impl Batch {
 
     fn message(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Attributes<'_>)) {
         self.acks += 1;
-        self.frame(
-            NFNL_SUBSYS_NFTABLES << 8 | kind,
-            NLM_F_REQUEST | NLM_F_ACK | flags,
-            NFPROTO_INET,
-            0,
-            body,
-        );
+        let flags = netlink::REQUEST | netlink::ACK | flags;
+        self.frame(nftables(kind, flags), body);
     }
 
-    /// One `nlmsghdr` with its `nfgenmsg`; lengths are filled in once the body is written.
-    fn frame(
-        &mut self,
-        kind: u16,
-        flags: u16,
-        family: u8,
-        resource: u16,
-        body: impl FnOnce(&mut Attributes<'_>),
-    ) {
-        let start = self.bytes.len();
+    fn frame(&mut self, header: Header, body: impl FnOnce(&mut Attributes<'_>)) {
         self.sequence += 1;
-        self.bytes.extend_from_slice(&[0; 4]);
-        self.bytes.extend_from_slice(&kind.to_ne_bytes());
-        self.bytes.extend_from_slice(&flags.to_ne_bytes());
-        self.bytes.extend_from_slice(&self.sequence.to_ne_bytes());
-        self.bytes.extend_from_slice(&[0; 4]);
-        self.bytes.extend_from_slice(&[family, 0]);
-        self.bytes.extend_from_slice(&resource.to_be_bytes());
-        body(&mut Attributes(&mut self.bytes));
-        let length = u32::try_from(self.bytes.len() - start).unwrap_or(u32::MAX);
-        self.bytes[start..start + 4].copy_from_slice(&length.to_ne_bytes());
+        netlink::write(
+            &mut self.bytes,
+            Header {
+                sequence: self.sequence,
+                ..header
+            },
+            body,
+        );
     }
 
     /// Sends all and reads an answer a message; the first refusal is the result.
@@ -234,7 +208,7 @@ impl Batch {
         let mut outstanding = self.acks;
         while outstanding > 0 {
             for message in messages(&receive(&socket)?) {
-                message.refusal()?;
+                refusal(&message)?;
                 outstanding = outstanding.saturating_sub(1);
             }
         }
@@ -253,13 +227,24 @@ impl Batch {
         let mut bodies = Vec::new();
         loop {
             for message in messages(&receive(&socket)?) {
-                message.refusal()?;
-                if message.kind == NLMSG_DONE {
+                refusal(&message)?;
+                if message.kind == netlink::DONE {
                     return Ok(bodies);
                 }
-                bodies.push(message.body.get(4..).unwrap_or_default().to_vec());
+                bodies.push(message.attributes().to_vec());
             }
         }
+    }
+}
+
+/// Of a message to nf_tables about family `inet`.
+fn nftables(kind: u16, flags: u16) -> Header {
+    let kind = NFNL_SUBSYS_NFTABLES << 8 | kind;
+    Header {
+        kind,
+        flags,
+        family: NFPROTO_INET,
+        ..Header::default()
     }
 }
 
@@ -283,90 +268,22 @@ fn receive(socket: &OwnedFd) -> io::Result<Vec<u8>> {
     Ok(answer)
 }
 
-/// One received netlink message.
-struct Message<'a> {
-    kind: u16,
-    body: &'a [u8],
-}
-
-impl Message<'_> {
-    /// The error that the message carries, if it carries one.
-    fn refusal(&self) -> io::Result<()> {
-        let code = self
-            .body
-            .get(0..4)
-            .and_then(|code| code.try_into().ok())
-            .map(i32::from_ne_bytes);
-        match (self.kind, code) {
-            (NLMSG_ERROR | NLMSG_DONE, Some(code)) if code < 0 => {
-                Err(io::Error::from_raw_os_error(-code))
-            }
-            _ => Ok(()),
+/// The error that a message carries, if it carries one.
+fn refusal(message: &Message<'_>) -> io::Result<()> {
+    match (message.kind, message.code()) {
+        (netlink::ERROR | netlink::DONE, Some(code)) if code < 0 => {
+            Err(io::Error::from_raw_os_error(-code))
         }
+        _ => Ok(()),
     }
-}
-
-fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
-    std::iter::from_fn(move || {
-        let length = u32::from_ne_bytes(bytes.get(0..4)?.try_into().ok()?);
-        let length = usize::try_from(length).ok()?;
-        let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
-        let body = bytes.get(16..length)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(Message { kind, body })
-    })
 }
 
 /// The parameters of the NFQUEUE target in a rule that is nothing but it.
 fn target_info(rule: &[u8]) -> Option<&[u8]> {
-    let mut expressions = attributes(attribute(rule, 4)?);
-    let (_, expression) = expressions.next()?;
-    let data = attribute(expression, 2)?;
-    let is_target = attribute(expression, 1)? == b"target\0" && attribute(data, 1)? == b"NFQUEUE\0";
-    (is_target && expressions.next().is_none()).then_some(attribute(data, 3)?)
-}
-
-fn attribute(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
-    attributes(bytes).find_map(|(kind, value)| (kind == wanted).then_some(value))
-}
-
-/// Splits netlink attributes into their types, without flags, and their values.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let length = usize::from(u16::from_ne_bytes(bytes.get(0..2)?.try_into().ok()?));
-        let kind = u16::from_ne_bytes(bytes.get(2..4)?.try_into().ok()?) & !NLA_F_NESTED;
-        let value = bytes.get(4..length)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, value))
-    })
-}
-
-/// Writes netlink attributes (`nlattr`), each padded to 4 bytes.
-struct Attributes<'a>(&'a mut Vec<u8>);
-
-impl Attributes<'_> {
-    fn bytes(&mut self, kind: u16, value: &[u8]) {
-        self.attribute(kind, |out| out.0.extend_from_slice(value));
-    }
-
-    fn string(&mut self, kind: u16, value: &str) {
-        self.attribute(kind, |out| {
-            out.0.extend_from_slice(value.as_bytes());
-            out.0.push(0);
-        });
-    }
-
-    fn nested(&mut self, kind: u16, body: impl FnOnce(&mut Attributes<'_>)) {
-        self.attribute(kind | NLA_F_NESTED, body);
-    }
-
-    fn attribute(&mut self, kind: u16, body: impl FnOnce(&mut Attributes<'_>)) {
-        let start = self.0.len();
-        self.0.extend_from_slice(&[0; 2]);
-        self.0.extend_from_slice(&kind.to_ne_bytes());
-        body(&mut Attributes(self.0));
-        let length = u16::try_from(self.0.len() - start).unwrap_or(u16::MAX);
-        self.0[start..start + 2].copy_from_slice(&length.to_ne_bytes());
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
-    }
+    let value = |bytes, kind| netlink::find(bytes, kind).map(|attribute| attribute.value);
+    let mut expressions = netlink::attributes(value(rule, 4)?);
+    let expression = expressions.next()?.value;
+    let data = value(expression, 2)?;
+    let is_target = value(expression, 1)? == b"target\0" && value(data, 1)? == b"NFQUEUE\0";
+    (is_target && expressions.next().is_none()).then_some(value(data, 3)?)
 }

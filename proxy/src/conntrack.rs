@@ -5,10 +5,10 @@
 //! flows must go, is the caller's business. The bytes by which the kernel names an entry
 //! are handed back as they came, so a flow in a zone is named with its zone.
 use std::io;
-use std::iter;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use iptables_init::netlink::{self, Attributes, Header, Message, chunk, find};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket,
@@ -24,17 +24,6 @@ const DUMPS: u32 = 8;
 /// Bytes of one datagram; the kernel puts at most 32 KiB of a dump into one.
 const DATAGRAM: usize = 64 << 10;
 
-/// `nlmsghdr` alone, and with the `nfgenmsg` behind it.
-const NLMSG_HEADER: usize = 16;
-const HEADER: usize = 20;
-const NLM_F_REQUEST: u16 = 0x1;
-const NLM_F_ACK: u16 = 0x4;
-const NLM_F_DUMP_INTR: u16 = 0x10;
-const NLM_F_DUMP: u16 = 0x300;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-/// Without the two flags (`NLA_F_NESTED`, `NLA_F_NET_BYTEORDER`) that share its field.
-const NLA_TYPE_MASK: u16 = 0x3fff;
 // `NFNL_SUBSYS_CTNETLINK << 8`, or'ed with `IPCTNL_MSG_CT_NEW`, `_GET` and `_DELETE`.
 const CT_NEW: u16 = 0x100;
 const CT_GET: u16 = 0x101;
@@ -147,10 +136,10 @@ impl Conntrack {
     }
 
     fn dump(&mut self, mark: u32, mask: u32) -> io::Result<Dump> {
-        let mut filter = Vec::with_capacity(16);
-        attribute(&mut filter, CTA_MARK, &mark.to_be_bytes());
-        attribute(&mut filter, CTA_MARK_MASK, &mask.to_be_bytes());
-        self.request(CT_GET, NLM_F_DUMP, NFPROTO_UNSPEC, &filter)?;
+        self.request(CT_GET, netlink::DUMP, NFPROTO_UNSPEC, |m| {
+            m.bytes(CTA_MARK, &mark.to_be_bytes());
+            m.bytes(CTA_MARK_MASK, &mask.to_be_bytes());
+        })?;
         let mut dump = Dump::default();
         while !dump.done {
             let sequence = self.sequence;
@@ -165,7 +154,7 @@ impl Conntrack {
             SocketAddr::V4(_) => NFPROTO_IPV4,
             SocketAddr::V6(_) => NFPROTO_IPV6,
         };
-        self.request(CT_DELETE, NLM_F_ACK, family, &entry.name)?;
+        self.request(CT_DELETE, netlink::ACK, family, |m| m.raw(&entry.name))?;
         loop {
             let sequence = self.sequence;
             if let Some(answer) = acknowledgement(self.receive()?, sequence)? {
@@ -174,15 +163,15 @@ impl Conntrack {
         }
     }
 
-    fn request(&mut self, kind: u16, flags: u16, family: u8, attributes: &[u8]) -> io::Result<()> {
+    fn request(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        family: u8,
+        body: impl FnOnce(&mut Attributes<'_>),
+    ) -> io::Result<()> {
         self.sequence += 1;
-        let message = message(
-            kind,
-            NLM_F_REQUEST | flags,
-            self.sequence,
-            family,
-            attributes,
-        );
+        let message = request(kind, flags, self.sequence, family, body);
         while let Err(errno) = send(self.socket.as_raw_fd(), &message, MsgFlags::empty()) {
             if errno != Errno::EINTR {
                 return Err(errno.into());
@@ -227,18 +216,18 @@ impl Dump {
             if message.sequence != sequence {
                 continue;
             }
-            self.interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
+            self.interrupted |= message.flags & netlink::DUMP_INTERRUPTED != 0;
             match message.kind {
                 CT_NEW => {
-                    let entry = message.entry().ok_or_else(unreadable)?;
+                    let entry = entry(&message).ok_or_else(unreadable)?;
                     self.entries.push(entry);
                 }
                 // The end says how the dump went; no errno is as good as zero there.
-                NLMSG_DONE => {
-                    message.errno().unwrap_or(Ok(()))?;
+                netlink::DONE => {
+                    errno(&message).unwrap_or(Ok(()))?;
                     self.done = true;
                 }
-                NLMSG_ERROR => message.errno().ok_or_else(unreadable)??,
+                netlink::ERROR => errno(&message).ok_or_else(unreadable)??,
                 _ => {}
             }
         }
@@ -250,60 +239,61 @@ impl Dump {
 fn acknowledgement(mut datagram: &[u8], sequence: u32) -> io::Result<Option<Result<(), Errno>>> {
     while !datagram.is_empty() {
         let (message, rest) = Message::split(datagram).ok_or_else(unreadable)?;
-        if message.sequence == sequence && message.kind == NLMSG_ERROR {
-            return message.errno().map(Some).ok_or_else(unreadable);
+        if message.sequence == sequence && message.kind == netlink::ERROR {
+            return errno(&message).map(Some).ok_or_else(unreadable);
         }
         datagram = rest;
     }
     Ok(None)
 }
 
-/// One netlink message. What stands in it is the kernel's word, but is not trusted to be whole.
-struct Message<'a> {
+/// A message to ctnetlink.
+fn request(
     kind: u16,
     flags: u16,
     sequence: u32,
-    /// All behind `nlmsghdr`.
-    body: &'a [u8],
+    family: u8,
+    body: impl FnOnce(&mut Attributes<'_>),
+) -> Vec<u8> {
+    let mut out = Vec::with_capacity(128);
+    let flags = netlink::REQUEST | flags;
+    netlink::write(
+        &mut out,
+        Header {
+            kind,
+            flags,
+            sequence,
+            family,
+            resource: 0,
+        },
+        body,
+    );
+    out
 }
 
-impl<'a> Message<'a> {
-    /// The first message of a datagram, and what follows it.
-    fn split(datagram: &'a [u8]) -> Option<(Self, &'a [u8])> {
-        let length = usize::try_from(u32::from_ne_bytes(chunk(datagram, 0)?)).ok()?;
-        let message = Self {
-            kind: u16::from_ne_bytes(chunk(datagram, 4)?),
-            flags: u16::from_ne_bytes(chunk(datagram, 6)?),
-            sequence: u32::from_ne_bytes(chunk(datagram, 8)?),
-            body: datagram.get(NLMSG_HEADER..length)?,
-        };
-        let rest = datagram.get(length.next_multiple_of(4)..);
-        Some((message, rest.unwrap_or_default()))
-    }
+/// The errno that `NLMSG_ERROR` and `NLMSG_DONE` begin with, negative there.
+fn errno(message: &Message<'_>) -> Option<Result<(), Errno>> {
+    Some(match message.code()? {
+        0 => Ok(()),
+        code => Err(Errno::from_raw(code.wrapping_neg())),
+    })
+}
 
-    /// The errno that `NLMSG_ERROR` and `NLMSG_DONE` begin with, negative there.
-    fn errno(&self) -> Option<Result<(), Errno>> {
-        Some(match i32::from_ne_bytes(chunk(self.body, 0)?) {
-            0 => Ok(()),
-            code => Err(Errno::from_raw(code.wrapping_neg())),
-        })
-    }
-
-    /// The entry that a `CT_NEW` message shows.
-    fn entry(&self) -> Option<Entry> {
-        let attributes = self.body.get(HEADER - NLMSG_HEADER..)?;
-        let original = find(attributes, CTA_TUPLE_ORIG)?;
-        let (protocol, client) = source(original.value)?;
-        let (_, server) = source(find(attributes, CTA_TUPLE_REPLY)?.value)?;
-        let zone = find(attributes, CTA_ZONE).map_or(&[][..], |zone| zone.whole);
-        let id = find(attributes, CTA_ID)?.whole;
-        Some(Entry {
-            protocol,
-            client,
-            server,
-            name: [original.whole, zone, id].concat(),
-        })
-    }
+/// The entry that a `CT_NEW` message shows.
+fn entry(message: &Message<'_>) -> Option<Entry> {
+    let attributes = message.attributes();
+    let original = find(attributes, CTA_TUPLE_ORIG)?;
+    let (protocol, client) = source(original.value)?;
+    let (_, server) = source(find(attributes, CTA_TUPLE_REPLY)?.value)?;
+    let zone = find(attributes, CTA_ZONE).map_or(&[][..], |zone| zone.whole);
+    let id = find(attributes, CTA_ID)?.whole;
+    let name = [original.whole, zone, id].concat();
+    Some(Entry {
+        protocol,
+        client,
+        server,
+        name,
+    })
 }
 
 /// The protocol of a tuple and the end that it begins at.
@@ -326,56 +316,6 @@ fn source(tuple: &[u8]) -> Option<(Protocol, SocketAddr)> {
     Some((protocol, SocketAddr::new(address, port)))
 }
 
-/// One `nlattr`.
-struct Attribute<'a> {
-    kind: u16,
-    value: &'a [u8],
-    /// With its header and its padding: what a request can repeat.
-    whole: &'a [u8],
-}
-
-/// The first attribute of a kind; what follows a bent one cannot be found.
-fn find(mut attributes: &[u8], kind: u16) -> Option<Attribute<'_>> {
-    iter::from_fn(|| {
-        let length = usize::from(u16::from_ne_bytes(chunk(attributes, 0)?));
-        let found = Attribute {
-            kind: u16::from_ne_bytes(chunk(attributes, 2)?) & NLA_TYPE_MASK,
-            value: attributes.get(4..length)?,
-            whole: attributes.get(..length.next_multiple_of(4))?,
-        };
-        attributes = attributes.get(found.whole.len()..)?;
-        Some(found)
-    })
-    .find(|attribute| attribute.kind == kind)
-}
-
-/// `nlmsghdr` and `nfgenmsg` before `attributes`.
-fn message(kind: u16, flags: u16, sequence: u32, family: u8, attributes: &[u8]) -> Vec<u8> {
-    let length = HEADER + attributes.len();
-    let mut out = Vec::with_capacity(length);
-    out.extend_from_slice(&u32::try_from(length).unwrap_or(u32::MAX).to_ne_bytes());
-    out.extend_from_slice(&kind.to_ne_bytes());
-    out.extend_from_slice(&flags.to_ne_bytes());
-    out.extend_from_slice(&sequence.to_ne_bytes());
-    out.extend_from_slice(&[0; 4]);
-    out.extend_from_slice(&[family, 0, 0, 0]);
-    out.extend_from_slice(attributes);
-    out
-}
-
-/// `nlattr`, padded to 4 bytes.
-fn attribute(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    let length = u16::try_from(4 + value.len()).unwrap_or(u16::MAX);
-    out.extend_from_slice(&length.to_ne_bytes());
-    out.extend_from_slice(&kind.to_ne_bytes());
-    out.extend_from_slice(value);
-    out.resize(out.len().next_multiple_of(4), 0);
-}
-
-fn chunk<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
-    bytes.get(at..)?.first_chunk().copied()
-}
-
 fn unreadable() -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
@@ -393,6 +333,10 @@ fn late() -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Bytes of `nlmsghdr` alone, and with the `nfgenmsg` behind it.
+    const NLMSG_HEADER: usize = 16;
+    const HEADER: usize = 20;
 
     /// The answer of Linux 6.18 (little-endian) to request 7: an ICMPv6 echo in zone 6, and a UDP
     /// flow of the original zone 5 whose server, 10.9.0.99:53, is 10.9.0.2:5353 by DNAT.
@@ -430,7 +374,7 @@ mod tests {
 
     /// A message of `kind` that begins with an errno, as the kernel sends it.
     fn answer(kind: u16, sequence: u32, code: i32) -> Vec<u8> {
-        let mut out = message(kind, 0, sequence, 0, &[0; 16]);
+        let mut out = request(kind, 0, sequence, 0, |m| m.raw(&[0; 16]));
         out[NLMSG_HEADER..HEADER].copy_from_slice(&code.to_ne_bytes());
         out
     }
@@ -522,7 +466,9 @@ mod tests {
                 .flat_map(|kind| find(&dump[SECOND + HEADER..], kind).unwrap().whole)
                 .copied()
                 .collect();
-            read(&[&message(CT_NEW, 0, REQUEST, NFPROTO_IPV4, &attributes)])
+            read(&[&request(CT_NEW, 0, REQUEST, NFPROTO_IPV4, |m| {
+                m.raw(&attributes);
+            })])
         };
         assert_eq!(without(None).unwrap().entries.len(), 1);
         for kind in needed {
@@ -550,8 +496,8 @@ mod tests {
     #[test]
     fn a_refused_dump_is_the_kernels_error() {
         for (kind, code, why) in [
-            (NLMSG_ERROR, Errno::EPERM, "refused at once"),
-            (NLMSG_DONE, Errno::ENOMEM, "given up on the way"),
+            (netlink::ERROR, Errno::EPERM, "refused at once"),
+            (netlink::DONE, Errno::ENOMEM, "given up on the way"),
         ] {
             let refusal = answer(kind, REQUEST, -(code as i32));
             let error = read(&[&bytes(DUMP), &refusal]).unwrap_err();
@@ -562,7 +508,11 @@ mod tests {
     #[test]
     fn the_answer_to_another_request_is_passed_over() {
         let mut dump = Dump::default();
-        for datagram in [bytes(DUMP), answer(NLMSG_ERROR, REQUEST, -1), bytes(DONE)] {
+        for datagram in [
+            bytes(DUMP),
+            answer(netlink::ERROR, REQUEST, -1),
+            bytes(DONE),
+        ] {
             dump.read(&datagram, REQUEST + 1).unwrap();
         }
         assert!(dump.entries.is_empty() && !dump.done);
@@ -570,10 +520,10 @@ mod tests {
 
     #[test]
     fn a_deletion_is_answered_by_the_acknowledgement_with_its_number() {
-        let late = answer(NLMSG_ERROR, REQUEST - 1, 0);
-        let gone = answer(NLMSG_ERROR, REQUEST, -(Errno::ENOENT as i32));
+        let late = answer(netlink::ERROR, REQUEST - 1, 0);
+        let gone = answer(netlink::ERROR, REQUEST, -(Errno::ENOENT as i32));
         for (datagram, expected, why) in [
-            (answer(NLMSG_ERROR, REQUEST, 0), Some(Ok(())), "deleted"),
+            (answer(netlink::ERROR, REQUEST, 0), Some(Ok(())), "deleted"),
             (gone.clone(), Some(Err(Errno::ENOENT)), "there no more"),
             (late.clone(), None, "another deletion's"),
             (

@@ -6,6 +6,7 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
+use iptables_init::netlink::{self, Header, Message, messages};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, send, setsockopt,
     socket, sockopt,
@@ -21,10 +22,6 @@ const QUEUE_LENGTH: u32 = 16_384;
 /// Bytes that packets on their way to us may take.
 const RECEIVE_BUFFER: usize = 8 << 20;
 
-const HEADER: usize = 20;
-const NLM_F_REQUEST: u16 = 1;
-const NLM_F_ACK: u16 = 4;
-const NLMSG_ERROR: u16 = 2;
 // Message and attribute types as linux/netfilter/nfnetlink_queue.h numbers them, in the width that
 // they have in a message.
 const PACKET: u16 = 3 << 8;
@@ -112,7 +109,9 @@ impl Queue {
         let mut ready = self.socket.readable().await?;
         for _ in 0..most {
             match recv(self.socket.get_ref().as_raw_fd(), buffer, MsgFlags::empty()) {
-                Ok(length) => messages(&buffer[..length], &mut each),
+                Ok(length) => messages(&buffer[..length])
+                    .filter_map(|message| queued(&message))
+                    .for_each(&mut each),
                 Err(nix::errno::Errno::EAGAIN) => {
                     ready.clear_ready();
                     break;
@@ -127,21 +126,7 @@ impl Queue {
 
     /// Notes the ruling on a packet; [`Self::flush`] tells the kernel.
     pub(crate) fn rule(&self, id: PacketId, ruling: Ruling) {
-        let (verdict, mark) = match ruling {
-            Ruling::Drop => (NF_DROP, None),
-            Ruling::Accept { mark } => (NF_ACCEPT, Some(mark)),
-        };
-        let mut out = self.rulings.borrow_mut();
-        let length: u32 = if mark.is_some() { 40 } else { 32 };
-        header(&mut out, length, VERDICT, NLM_F_REQUEST, self.number);
-        attribute(
-            &mut out,
-            NFQA_VERDICT_HDR,
-            &[verdict.to_be_bytes(), id.0.to_be_bytes()].concat(),
-        );
-        if let Some(mark) = mark {
-            attribute(&mut out, NFQA_MARK, &mark.to_be_bytes());
-        }
+        write_ruling(&mut self.rulings.borrow_mut(), self.number, id, ruling);
     }
 
     /// Tells the kernel all rulings noted so far, in one call.
@@ -162,130 +147,84 @@ impl Queue {
 
 /// Binds, sizes and configures in one message: a packet can come as soon as the queue is bound.
 fn configure(fd: &OwnedFd, number: u16) -> io::Result<()> {
-    let mut out = Vec::with_capacity(80);
-    header(&mut out, 72, CONFIG, NLM_F_REQUEST | NLM_F_ACK, number);
-    attribute(&mut out, NFQA_CFG_CMD, &[NFQNL_CFG_CMD_BIND, 0, 0, 0]);
     let mut params = [0; 5];
     params[..4].copy_from_slice(&COPY_RANGE.to_be_bytes());
     params[4] = NFQNL_COPY_PACKET;
-    attribute(&mut out, NFQA_CFG_PARAMS, &params);
-    attribute(&mut out, NFQA_CFG_QUEUE_MAXLEN, &QUEUE_LENGTH.to_be_bytes());
     let flags = NFQA_CFG_F_GSO.to_be_bytes();
-    attribute(&mut out, NFQA_CFG_MASK, &flags);
-    attribute(&mut out, NFQA_CFG_FLAGS, &flags);
-    let length = u32::try_from(out.len()).unwrap_or(u32::MAX);
-    out[..4].copy_from_slice(&length.to_ne_bytes());
+    let mut out = Vec::with_capacity(80);
+    netlink::write(&mut out, header(CONFIG, netlink::ACK, number), |m| {
+        m.bytes(NFQA_CFG_CMD, &[NFQNL_CFG_CMD_BIND, 0, 0, 0]);
+        m.bytes(NFQA_CFG_PARAMS, &params);
+        m.bytes(NFQA_CFG_QUEUE_MAXLEN, &QUEUE_LENGTH.to_be_bytes());
+        m.bytes(NFQA_CFG_MASK, &flags);
+        m.bytes(NFQA_CFG_FLAGS, &flags);
+    });
     send(fd.as_raw_fd(), &out, MsgFlags::empty())?;
     // The kernel answers within `send`; a packet may stand before the answer, and its verdict is
     // then lost to us, so it is dropped by name.
     let mut answer = [0; 4096];
     loop {
         let length = recv(fd.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-        let mut refused = None;
-        let mut early = Vec::new();
-        messages_or_error(
-            &answer[..length],
-            &mut |q: Queued<'_>| early.push(q.id),
-            &mut |code| refused = Some(code),
-        );
-        for id in early {
-            let mut verdict = Vec::with_capacity(32);
-            header(&mut verdict, 32, VERDICT, NLM_F_REQUEST, number);
-            attribute(
-                &mut verdict,
-                NFQA_VERDICT_HDR,
-                &[NF_DROP.to_be_bytes(), id.0.to_be_bytes()].concat(),
-            );
-            send(fd.as_raw_fd(), &verdict, MsgFlags::empty())?;
-        }
-        match refused {
-            Some(0) => return Ok(()),
-            // What bind answers when another socket has the queue is EBUSY; older kernels say EPERM.
-            Some(code) => return Err(io::Error::from_raw_os_error(-code)),
-            None => {}
+        for message in messages(&answer[..length]) {
+            if let Some(early) = queued(&message) {
+                let mut ruling = Vec::with_capacity(32);
+                write_ruling(&mut ruling, number, early.id, Ruling::Drop);
+                send(fd.as_raw_fd(), &ruling, MsgFlags::empty())?;
+            }
+            match message.code().filter(|_| message.kind == netlink::ERROR) {
+                Some(0) => return Ok(()),
+                // EBUSY if another socket has the queue; older kernels say EPERM.
+                Some(code) => return Err(io::Error::from_raw_os_error(-code)),
+                None => {}
+            }
         }
     }
 }
 
-/// `nlmsghdr` and `nfgenmsg`.
-fn header(out: &mut Vec<u8>, length: u32, kind: u16, flags: u16, queue: u16) {
-    out.extend_from_slice(&length.to_ne_bytes());
-    out.extend_from_slice(&kind.to_ne_bytes());
-    out.extend_from_slice(&flags.to_ne_bytes());
-    out.extend_from_slice(&[0; 8]);
-    out.extend_from_slice(&[0, 0]);
-    out.extend_from_slice(&queue.to_be_bytes());
+/// Of a message about queue `number`.
+fn header(kind: u16, flags: u16, number: u16) -> Header {
+    Header {
+        kind,
+        flags: netlink::REQUEST | flags,
+        resource: number,
+        ..Header::default()
+    }
 }
 
-/// `nlattr`, padded to 4 bytes.
-fn attribute(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    let length = u16::try_from(4 + value.len()).unwrap_or(u16::MAX);
-    out.extend_from_slice(&length.to_ne_bytes());
-    out.extend_from_slice(&kind.to_ne_bytes());
-    out.extend_from_slice(value);
-    out.resize(out.len().next_multiple_of(4), 0);
-}
-
-fn messages(bytes: &[u8], each: &mut impl FnMut(Queued<'_>)) {
-    messages_or_error(bytes, each, &mut |_| {});
-}
-
-/// Walks the messages of one datagram; what is not understood is passed over.
-fn messages_or_error(
-    bytes: &[u8],
-    each: &mut impl FnMut(Queued<'_>),
-    answer: &mut impl FnMut(i32),
-) {
-    let mut rest = bytes;
-    while rest.len() >= HEADER {
-        let length = u32_at(rest, 0).map_or(0, |l| l as usize);
-        if length < HEADER || length > rest.len() {
-            return;
+/// A verdict on one packet.
+fn write_ruling(out: &mut Vec<u8>, number: u16, id: PacketId, ruling: Ruling) {
+    let (verdict, mark) = match ruling {
+        Ruling::Drop => (NF_DROP, None),
+        Ruling::Accept { mark } => (NF_ACCEPT, Some(mark)),
+    };
+    let mut both = [0; 8];
+    both[..4].copy_from_slice(&verdict.to_be_bytes());
+    both[4..].copy_from_slice(&id.0.to_be_bytes());
+    netlink::write(out, header(VERDICT, 0, number), |m| {
+        m.bytes(NFQA_VERDICT_HDR, &both);
+        if let Some(mark) = mark {
+            m.bytes(NFQA_MARK, &mark.to_be_bytes());
         }
-        let (message, after) = rest.split_at(length);
-        match u16::from_ne_bytes([message[4], message[5]]) {
-            NLMSG_ERROR => answer(u32_at(message, 16).map_or(0, u32::cast_signed)),
-            PACKET => {
-                if let Some(queued) = queued(&message[HEADER..]) {
-                    each(queued);
-                }
-            }
+    });
+}
+
+/// The packet that a message brings: its number is a must, its payload may be missing.
+fn queued<'a>(message: &Message<'a>) -> Option<Queued<'a>> {
+    if message.kind != PACKET {
+        return None;
+    }
+    let (mut id, mut payload) = (None, &[][..]);
+    for attribute in netlink::attributes(message.attributes()) {
+        match attribute.kind {
+            NFQA_PACKET_HDR => id = netlink::chunk(attribute.value, 0),
+            NFQA_PAYLOAD => payload = attribute.value,
             _ => {}
         }
-        rest = after
-            .get(length.next_multiple_of(4) - length..)
-            .unwrap_or_default();
     }
-}
-
-/// Reads the attributes of a packet message: its number is a must, its payload may be missing.
-fn queued(mut attributes: &[u8]) -> Option<Queued<'_>> {
-    let mut id = None;
-    let mut payload: &[u8] = &[];
-    while attributes.len() >= 4 {
-        let length = usize::from(u16::from_ne_bytes([attributes[0], attributes[1]]));
-        let kind = u16::from_ne_bytes([attributes[2], attributes[3]]) & 0x3fff;
-        let value = attributes.get(4..length)?;
-        match kind {
-            NFQA_PACKET_HDR => {
-                id = value
-                    .first_chunk()
-                    .map(|id| PacketId(u32::from_be_bytes(*id)));
-            }
-            NFQA_PAYLOAD => payload = value,
-            _ => {}
-        }
-        attributes = attributes
-            .get(length.next_multiple_of(4)..)
-            .unwrap_or_default();
-    }
-    Some(Queued { id: id?, payload })
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes
-        .get(at..at + 4)
-        .map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]]))
+    Some(Queued {
+        id: PacketId(u32::from_be_bytes(id?)),
+        payload,
+    })
 }
 
 #[cfg(test)]
@@ -294,25 +233,22 @@ mod tests {
 
     fn packet_message(id: u32, payload: &[u8]) -> Vec<u8> {
         let mut out = Vec::new();
-        header(&mut out, 0, PACKET, 0, 100);
-        attribute(
-            &mut out,
-            NFQA_PACKET_HDR,
-            &[&id.to_be_bytes()[..], &[0, 0, 1]].concat(),
-        );
-        attribute(&mut out, 9, &[0; 10]);
-        attribute(&mut out, NFQA_PAYLOAD, payload);
-        let length = u32::try_from(out.len()).unwrap();
-        out[..4].copy_from_slice(&length.to_ne_bytes());
+        netlink::write(&mut out, header(PACKET, 0, 100), |m| {
+            m.bytes(
+                NFQA_PACKET_HDR,
+                &[&id.to_be_bytes()[..], &[0, 0, 1]].concat(),
+            );
+            m.bytes(9, &[0; 10]);
+            m.bytes(NFQA_PAYLOAD, payload);
+        });
         out
     }
 
     fn read(bytes: &[u8]) -> Vec<(u32, Vec<u8>)> {
-        let mut found = Vec::new();
-        messages(bytes, &mut |queued| {
-            found.push((queued.id.0, queued.payload.to_vec()));
-        });
-        found
+        let queued = messages(bytes).filter_map(|message| queued(&message));
+        queued
+            .map(|queued| (queued.id.0, queued.payload.to_vec()))
+            .collect()
     }
 
     #[test]
@@ -332,19 +268,5 @@ mod tests {
                 read(&bent);
             }
         }
-    }
-
-    #[test]
-    fn an_error_says_its_code() {
-        let mut out = Vec::new();
-        header(&mut out, 36, NLMSG_ERROR, 0, 0);
-        out.truncate(16);
-        out.extend_from_slice(&(-16i32).to_ne_bytes());
-        out.resize(36, 0);
-        let mut code = None;
-        messages_or_error(&out, &mut |_| panic!("no packet here"), &mut |found| {
-            code = Some(found);
-        });
-        assert_eq!(code, Some(-16));
     }
 }

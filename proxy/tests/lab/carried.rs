@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use lab::runner::Test;
 use lab::traffic::UdpOutcome;
-use lab::{Host, wait_until};
+use lab::{Cluster, Host, PodSpec, ServiceSpec, wait_until};
 use nix::errno::Errno;
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -21,8 +21,11 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_change_stops_a_flow_of_datagrams_that_it_denies_and_no_other,
     a_stream_from_before_the_policy_goes_on_if_it_is_allowed_and_stops_if_not,
     a_ping_needs_a_rule_without_ports,
+    two_questions_at_once_from_one_socket_are_both_answered_behind_a_service,
 ];
 
+/// Pairs of questions, each from a socket of its own.
+const PAIRS: usize = 500;
 const ASK: Duration = Duration::from_millis(500);
 
 /// Lets UDP 53 and 54 come to one pod.
@@ -204,6 +207,47 @@ fn a_ping_needs_a_rule_without_ports() {
                 expected,
                 "{server}: {why}"
             );
+        }
+    }
+}
+
+/// A resolver asks for A and AAAA at once: DNAT may send the two first packets of one flow to two pods.
+fn two_questions_at_once_from_one_socket_are_both_answered_behind_a_service() {
+    let dns = ServiceSpec::new("x", "dns")
+        .selects("serves", "dns")
+        .port_of(53, 53, lab::Protocol::Udp);
+    let server = |name: &str, node: usize| {
+        PodSpec::new("x", name)
+            .node(node)
+            .label("serves", "dns")
+            .label("pod", name)
+    };
+    let client = PodSpec::new("x", "a").node(0).label("pod", "a");
+    let pods = [client, server("b", 0), server("c", 1)];
+    let mut bed = Bed::bare(Cluster::builder().nodes(2).pods(pods).service(dns));
+    for name in ["x/b", "x/c"] {
+        bed.lab.pod(name).serve_udp(&[53]).unwrap();
+    }
+    bed.write_policies(&[dns_from("a"), dns_to("b"), dns_to("c")]);
+    bed.enforce(&[]);
+    let a = bed.lab.pod("x/a");
+    for to in bed.lab.service("x/dns").addrs(53) {
+        let sockets: Vec<_> = (0..PAIRS).map(|_| flow(&a, to)).collect();
+        for socket in &sockets {
+            socket.set_read_timeout(Some(DEADLINE)).unwrap();
+            for question in [b"A", b"Q"] {
+                socket.send(question).unwrap();
+            }
+        }
+        for (number, socket) in sockets.iter().enumerate() {
+            let mut buffer = [0; 512];
+            for answer in 1..=2 {
+                let answered = socket.recv(&mut buffer);
+                assert!(
+                    answered.is_ok(),
+                    "{to}, pair {number}, answer {answer}: {answered:?}"
+                );
+            }
         }
     }
 }

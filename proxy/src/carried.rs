@@ -33,7 +33,7 @@ pub(crate) fn judge_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io
     conntrack::delete(&denied)
 }
 
-/// Judges one flow; a denied one is counted and recorded.
+/// Judges one flow; a denied one is counted and recorded, unless it had ended by itself.
 fn is_denied(enforcer: &Enforcer, entry: &Entry) -> bool {
     let Entry {
         client,
@@ -49,7 +49,7 @@ fn is_denied(enforcer: &Enforcer, entry: &Entry) -> bool {
         return false;
     };
     let denied = !verdict.allowed();
-    if denied {
+    if denied && !entry.over {
         let subject = Subject {
             client,
             server,

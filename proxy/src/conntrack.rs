@@ -33,6 +33,11 @@ const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_PROTOINFO: u16 = 4;
+const CTA_PROTOINFO_TCP: u16 = 1;
+const CTA_PROTOINFO_TCP_STATE: u16 = 1;
+/// `TCP_CONNTRACK_TIME_WAIT`; what is numbered higher is closed.
+const TIME_WAIT: u8 = 7;
 const CTA_MARK: u16 = 8;
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
@@ -52,6 +57,8 @@ pub(crate) struct Entry {
     pub(crate) client: SocketAddr,
     /// The source of the answers, so the server behind DNAT; port 0 unless TCP, UDP or SCTP.
     pub(crate) server: SocketAddr,
+    /// A TCP connection that has ended, whose entry only waits out its time.
+    pub(crate) over: bool,
     /// `CTA_TUPLE_ORIG`, `CTA_ZONE` if there is one, `CTA_ID`: as the kernel wrote them.
     name: Vec<u8>,
 }
@@ -287,13 +294,22 @@ fn entry(message: &Message<'_>) -> Option<Entry> {
     let (_, server) = source(find(attributes, CTA_TUPLE_REPLY)?.value)?;
     let zone = find(attributes, CTA_ZONE).map_or(&[][..], |zone| zone.whole);
     let id = find(attributes, CTA_ID)?.whole;
+    let over = tcp_state(attributes).is_some_and(|state| state >= TIME_WAIT);
     let name = [original.whole, zone, id].concat();
     Some(Entry {
         protocol,
         client,
         server,
+        over,
         name,
     })
+}
+
+/// The state of a TCP entry (linux/netfilter/nf_conntrack_tcp.h).
+fn tcp_state(attributes: &[u8]) -> Option<u8> {
+    let tcp = find(find(attributes, CTA_PROTOINFO)?.value, CTA_PROTOINFO_TCP)?.value;
+    let [state] = chunk(find(tcp, CTA_PROTOINFO_TCP_STATE)?.value, 0)?;
+    Some(state)
 }
 
 /// The protocol of a tuple and the end that it begins at.

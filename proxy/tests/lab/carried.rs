@@ -22,6 +22,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_stream_from_before_the_policy_goes_on_if_it_is_allowed_and_stops_if_not,
     a_ping_needs_a_rule_without_ports,
     two_questions_at_once_from_one_socket_are_both_answered_behind_a_service,
+    a_stream_that_has_ended_is_not_reported_as_cut,
 ];
 
 /// Pairs of questions, each from a socket of its own.
@@ -271,4 +272,24 @@ fn pings(from: &Host, to: IpAddr) -> bool {
         }
     }
     false
+}
+
+fn a_stream_that_has_ended_is_not_reported_as_cut() {
+    let bed = bed(&[], &[]);
+    let (a, node) = (bed.lab.pod("x/a"), bed.lab.node(0));
+    let severed = r#"portreeve_decisions_total{verdict="sever",path="kernel"}"#;
+    let to = bed.lab.pod("x/b").addr_v4(80);
+    let live = connected(&a, to);
+    let mut ended = connected(&a, to);
+    ended.shutdown(std::net::Shutdown::Write).unwrap();
+    // The server closes in turn; its end of stream is the last that conntrack waits for.
+    ended.read_to_end(&mut Vec::new()).unwrap();
+    drop(ended);
+    bed.apply(&[deny_ingress("b")]);
+    wait_until(DEADLINE, "the live one to be cut", || {
+        metric(&node, severed) > 0
+    })
+    .unwrap();
+    assert_eq!(metric(&node, severed), 1, "the live one only");
+    drop(live);
 }

@@ -1,4 +1,5 @@
-//! The operators' side: health, metrics and explanations over HTTP, on a runtime of its own.
+//! The operators' side: health, metrics and explanations over HTTP, on the control thread: never on
+//! a worker's.
 mod answers;
 
 use std::convert::Infallible;

@@ -1,5 +1,4 @@
-//! Every metric of the daemon, declared once; handles are made ahead, so that counting on the packet
-//! path is one atomic addition.
+//! Every metric of the daemon, declared once. Counting never waits for a scrape to be written.
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 

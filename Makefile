@@ -7,9 +7,11 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
 # Program needed, Debian package that has it.
 TOOLS := nft:nftables ip:iproute2 setpriv:util-linux cc:gcc
+# What it takes to build the programs of other projects.
+TOOLS_TOOLS := curl:curl unzip:unzip
 BENCH_TOOLS := haproxy:haproxy
 
-.PHONY: help demo test lint check bench prerequisites bench-prerequisites toolchain
+.PHONY: help demo test tools lint check bench prerequisites bench-prerequisites toolchain
 
 help: ## What there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -19,7 +21,7 @@ demo: prerequisites ## The main job on this machine: a cluster of network namesp
 	@$(CARGO) build --release --locked --workspace --bins
 	@./target/release/portreeve demo
 
-test: prerequisites ## Every test: pure ones, the demo, real packets in network namespaces
+test: prerequisites tools ## Every test: pure ones, the demo, real packets in network namespaces
 	@echo "==> Building (about 4 minutes from nothing on 2 cores)"
 	@$(CARGO) build --locked --workspace --bins
 	@$(CARGO) test --locked --workspace --no-run --lib --bins --tests
@@ -27,6 +29,10 @@ test: prerequisites ## Every test: pure ones, the demo, real packets in network 
 	@./target/debug/portreeve demo --headless
 	@echo "==> All tests: pure ones first, then those with network namespaces"
 	@$(CARGO) test --locked --workspace --lib --bins --tests --no-fail-fast
+
+tools: ## Other projects' programs that tests need, at pinned versions, built once into ~/.cache/portreeve
+	@$(call install,$(TOOLS_TOOLS))
+	@lab/tools/build $(notdir $(patsubst %/go.mod,%,$(wildcard lab/tools/*/go.mod)))
 
 lint: toolchain ## Format and lints
 	@$(CARGO) fmt --all --check

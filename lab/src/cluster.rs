@@ -29,7 +29,7 @@ use serde_json::Value;
 pub use build::Builder;
 pub use error::ClusterError;
 pub use host::Host;
-pub use spec::{Gateway, NodeRef, PodSpec, Protocol, RpFilter, ServiceSpec};
+pub use spec::{Between, Gateway, NodeRef, PodSpec, Protocol, RpFilter, ServiceSpec};
 
 use crate::netns::Netns;
 use crate::tools;
@@ -46,6 +46,7 @@ pub struct Cluster {
     pods: BTreeMap<String, Pod>,
     services: BTreeMap<String, ServiceState>,
     gateway: Gateway,
+    between: Between,
     /// How many pods there ever were; names links and uids.
     links: u32,
 }

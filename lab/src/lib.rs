@@ -39,8 +39,8 @@ pub mod traffic;
 mod wait;
 
 pub use cluster::{
-    Builder, Cluster, ClusterError, Gateway, Host, NodeRef, PodSpec, Protocol, RpFilter, Service,
-    ServiceSpec,
+    Between, Builder, Cluster, ClusterError, Gateway, Host, NodeRef, PodSpec, Protocol, RpFilter,
+    Service, ServiceSpec,
 };
 pub use netns::{Netns, NetnsError};
 pub use privilege::{Entered, PrivilegeError, enter};

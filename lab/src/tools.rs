@@ -1,4 +1,4 @@
-//! Runs `ip` and `nft` inside a namespace, one process for a whole script.
+//! Runs `ip`, `bridge` and `nft` inside a namespace, one process for a whole script.
 //!
 //! Knows nothing of what the scripts say.
 
@@ -58,6 +58,19 @@ pub(crate) fn ip(netns: &Netns, script: &str) -> Result<(), ToolError> {
         netns,
         &Tool {
             program: "ip",
+            package: "iproute2",
+            args: &["-batch", "-"],
+        },
+        script,
+    )
+}
+
+/// Carries out the lines of a `bridge -batch` script; it stops at the first fault.
+pub(crate) fn bridge(netns: &Netns, script: &str) -> Result<(), ToolError> {
+    run(
+        netns,
+        &Tool {
+            program: "bridge",
             package: "iproute2",
             args: &["-batch", "-"],
         },

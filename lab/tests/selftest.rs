@@ -18,7 +18,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use lab::traffic::{Flags, UdpOutcome, Way, bulk, connect_all, greeting};
-use lab::{Cluster, Dial, Gateway, Kind, Netns, PodSpec, Protocol, RpFilter, Serve, ServiceSpec};
+use lab::{
+    Between, Cluster, Dial, Gateway, Kind, Netns, PodSpec, Protocol, RpFilter, Serve, ServiceSpec,
+};
 use nix::errno::Errno;
 
 /// For what must happen.
@@ -34,7 +36,8 @@ fn main() -> ExitCode {
     lab::runner::main(&lab::tests![
         a_client_can_tell_dropped_from_refused_from_unreachable,
         pods_reach_pods_across_nodes_in_both_families,
-        pods_reach_pods_under_every_gateway_and_reverse_path_filter,
+        pods_reach_pods_on_every_wiring_and_under_every_reverse_path_filter,
+        pods_of_different_nodes_talk_inside_a_tunnel,
         a_service_balances_over_its_pods_in_both_families,
         a_pod_reaches_itself_by_its_own_service,
         a_service_without_endpoints_refuses,
@@ -148,35 +151,82 @@ fn pods_reach_pods_across_nodes_in_both_families() {
     assert_eq!(seen(&a, b.addr_v6(80)), ("x/b".into(), a.ipv6().into()));
 }
 
-fn pods_reach_pods_under_every_gateway_and_reverse_path_filter() {
-    for gateway in [Gateway::LinkLocal, Gateway::NodeAddress] {
-        for rp_filter in [RpFilter::Off, RpFilter::Strict, RpFilter::Loose] {
-            let cluster = Cluster::builder()
-                .nodes(2)
-                .gateway(gateway)
-                .rp_filter(rp_filter)
-                .pod(PodSpec::new("x", "a").node(0))
-                .pod(PodSpec::new("x", "b").node(1))
-                .pod(PodSpec::new("x", "c").node(0))
-                .build()
-                .unwrap();
-            for pod in cluster.pods() {
-                pod.serve(&[80]).unwrap();
-            }
-            let dials: Vec<_> = cluster
-                .pods()
-                .flat_map(|from| {
-                    let all = cluster.pods().flat_map(|to| to.addrs(80));
-                    all.map(move |to| Dial::new(&from, to)).collect::<Vec<_>>()
-                })
-                .collect();
-            for (dial, outcome) in dials.iter().zip(connect_all(&dials, LIMIT).unwrap()) {
-                assert!(
-                    outcome.is_connected(),
-                    "{gateway:?} {rp_filter:?} {dial:?}: {outcome}"
-                );
-            }
+fn pods_reach_pods_on_every_wiring_and_under_every_reverse_path_filter() {
+    let filters = [RpFilter::Off, RpFilter::Strict, RpFilter::Loose];
+    for gateway in [
+        Gateway::LinkLocal,
+        Gateway::NodeAddress,
+        Gateway::Bridge { hairpin: false },
+        Gateway::Bridge { hairpin: true },
+    ] {
+        for rp_filter in filters {
+            all_reach_all(gateway, Between::Routes, rp_filter);
         }
+        all_reach_all(gateway, Between::Vxlan, RpFilter::Loose);
+    }
+}
+
+/// By address and by Service, from each pod to each, itself included.
+fn all_reach_all(gateway: Gateway, between: Between, rp_filter: RpFilter) {
+    let pod = |name: &str, node: usize| PodSpec::new("x", name).node(node).label("pod", name);
+    let service = |name: &str| {
+        ServiceSpec::new("x", name)
+            .selects("pod", name)
+            .port(80, 80)
+    };
+    let cluster = Cluster::builder()
+        .nodes(2)
+        .gateway(gateway)
+        .between(between)
+        .rp_filter(rp_filter)
+        .pods([pod("a", 0), pod("b", 1), pod("c", 0)])
+        .services(["a", "b", "c"].map(service))
+        .build()
+        .unwrap();
+    for pod in cluster.pods() {
+        pod.serve(&[80]).unwrap();
+    }
+    // A bridge that looks into IP packets (br_netfilter) translates the address and sends the frame
+    // on: back out of its own port only with hairpin mode.
+    let stuck = gateway == Gateway::Bridge { hairpin: false };
+    let mut dials = Vec::new();
+    for (from, to) in cluster
+        .pods()
+        .flat_map(|from| cluster.pods().map(move |to| (from.clone(), to)))
+    {
+        let by_address = to.addrs(80).map(|to| Dial::new(&from, to));
+        dials.extend(by_address);
+        if from.name() != to.name() || !stuck {
+            let by_service = cluster.service(to.name()).addrs(80);
+            dials.extend(by_service.map(|to| Dial::new(&from, to)));
+        }
+    }
+    for (dial, outcome) in dials.iter().zip(connect_all(&dials, LIMIT).unwrap()) {
+        assert!(
+            outcome.is_connected(),
+            "{gateway:?} {between:?} {rp_filter:?} {dial:?}: {outcome}"
+        );
+    }
+}
+
+fn pods_of_different_nodes_talk_inside_a_tunnel() {
+    let cluster = Cluster::builder()
+        .nodes(2)
+        .between(Between::Vxlan)
+        .pod(PodSpec::new("x", "a").node(0))
+        .pod(PodSpec::new("x", "b").node(1))
+        .build()
+        .unwrap();
+    let (a, b) = (cluster.pod("x/a"), cluster.pod("x/b"));
+    b.serve(&[80]).unwrap();
+    for to in b.addrs(80) {
+        let outside = cluster.node(0).capture().unwrap();
+        assert!(a.connect(to, LIMIT).unwrap().is_connected());
+        let inner = outside.count(|packet| packet.destination == to);
+        let outer =
+            outside.count(|packet| packet.protocol == 17 && packet.destination.port() == 8472);
+        assert_eq!(inner, 0, "{to}: nothing travels bare");
+        assert!(outer > 0, "{to}: in UDP");
     }
 }
 

@@ -8,7 +8,7 @@ use super::error::ClusterError;
 use super::host::Host;
 use super::plan::{self, MAX_NODES, NodePlan};
 use super::pods::{settle, sysctls};
-use super::spec::{Gateway, PodSpec, RpFilter, ServiceSpec};
+use super::spec::{Between, Gateway, PodSpec, RpFilter, ServiceSpec};
 use super::{Cluster, Node, Service, ServiceState};
 use crate::netns::Netns;
 use crate::tools;
@@ -24,6 +24,7 @@ pub struct Builder {
     pods: Vec<PodSpec>,
     services: Vec<ServiceSpec>,
     gateway: Gateway,
+    between: Between,
     rp_filter: RpFilter,
 }
 
@@ -89,10 +90,17 @@ impl Builder {
         self
     }
 
-    /// What pods have as their gateway (default [`Gateway::LinkLocal`]).
+    /// What pods hang on and have as their gateway (default [`Gateway::LinkLocal`]).
     #[must_use]
     pub fn gateway(mut self, gateway: Gateway) -> Self {
         self.gateway = gateway;
+        self
+    }
+
+    /// How pods' packets come from node to node (default [`Between::Routes`]).
+    #[must_use]
+    pub fn between(mut self, between: Between) -> Self {
+        self.between = between;
         self
     }
 
@@ -112,6 +120,7 @@ impl Builder {
         let fabric = Netns::new()?;
         let outside = Host::new("outside", Netns::new()?, plan::OUTSIDE_V4, plan::OUTSIDE_V6);
         underlay(&fabric, &nodes, &outside, self.rp_filter)?;
+        ways_to_pods(&nodes, self.gateway, self.between)?;
         let mut cluster = Cluster {
             nodes,
             outside,
@@ -120,6 +129,7 @@ impl Builder {
             pods: BTreeMap::new(),
             services: make_services(self.services)?,
             gateway: self.gateway,
+            between: self.between,
             links: 0,
         };
         let mut added = Vec::new();
@@ -188,9 +198,25 @@ fn underlay(
         .collect();
     tools::ip(fabric, &plan::fabric(&peers, &outside.netns().path()))?;
     tools::ip(outside.netns(), &plan::outside())?;
+    for node in nodes {
+        tools::ip(node.host.netns(), &plan::node(&node.plan))?;
+    }
+    Ok(())
+}
+
+/// Each node's way to the pods of the others.
+fn ways_to_pods(nodes: &[Node], gateway: Gateway, between: Between) -> Result<(), ClusterError> {
     let plans: Vec<_> = nodes.iter().map(|node| node.plan).collect();
     for node in nodes {
-        tools::ip(node.host.netns(), &plan::node(&node.plan, &plans))?;
+        let others: Vec<_> = plans.iter().filter(|other| **other != node.plan).collect();
+        tools::ip(node.host.netns(), &plan::own_pods(&node.plan, gateway))?;
+        match between {
+            Between::Routes => tools::ip(node.host.netns(), &plan::routes(&others))?,
+            Between::Vxlan => {
+                tools::ip(node.host.netns(), &plan::tunnel(&node.plan, &others))?;
+                tools::bridge(node.host.netns(), &plan::tunnel_ends(&others))?;
+            }
+        }
     }
     Ok(())
 }

@@ -7,9 +7,9 @@ use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use super::spec::Gateway;
+use super::spec::{Between, Gateway};
 
 /// All pods of all nodes, IPv4.
 pub(super) const CLUSTER_V4: &str = "10.244.0.0/16";
@@ -38,6 +38,13 @@ pub(super) const BLACKHOLE_HOSTS: [IpAddr; 2] = [
 const GATEWAY_MAC: &str = "ee:ee:ee:ee:ee:ee";
 const GATEWAY_LINK_LOCAL: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 const GATEWAY_V6: &str = "fe80::1";
+
+/// The bridge of a node's pods, as flannel and the CNI plugin `bridge` name it.
+pub(super) const BRIDGE: &str = "cni0";
+/// A node's end of the tunnel, as flannel names it.
+const TUNNEL: &str = "flannel.1";
+/// What is left of 1500 bytes in a tunnel over IPv4.
+const TUNNEL_MTU: u16 = 1450;
 
 /// How many nodes the plan has room for.
 pub(super) const MAX_NODES: usize = 200;
@@ -69,7 +76,7 @@ impl NodePlan {
         }
     }
 
-    /// The pod addresses with host number `host`, 2 to 254.
+    /// The pod addresses with host number `host`, 2 to 254; 1 is the gateway's.
     pub(super) fn pod(&self, host: u8) -> (Ipv4Addr, Ipv6Addr) {
         let v6 = u128::from(self.pods_v6.network()) | u128::from(host);
         (Ipv4Addr::new(10, 244, self.index, host), Ipv6Addr::from(v6))
@@ -79,8 +86,18 @@ impl NodePlan {
     fn gateway(&self, gateway: Gateway) -> Ipv4Addr {
         match gateway {
             Gateway::LinkLocal => GATEWAY_LINK_LOCAL,
-            Gateway::NodeAddress => Ipv4Addr::new(10, 244, self.index, 1),
+            Gateway::NodeAddress | Gateway::Bridge { .. } => self.first().0,
         }
+    }
+
+    /// The first addresses of the pod CIDRs.
+    fn first(&self) -> (Ipv4Addr, Ipv6Addr) {
+        self.pod(1)
+    }
+
+    /// The other nodes' neighbour behind the tunnel, as flannel numbers it.
+    fn tunnel_mac(&self) -> String {
+        format!("0e:00:00:00:00:{:02x}", self.index)
     }
 }
 
@@ -139,22 +156,97 @@ pub(super) fn outside() -> String {
     )
 }
 
-/// A node's side of the underlay, with routes to the other nodes' pods.
-pub(super) fn node(own: &NodePlan, others: &[NodePlan]) -> String {
-    let mut out = String::from("link set lo up\nlink set eth0 up\n");
-    let mut line = |text: String| out.push_str(&(text + "\n"));
-    line(format!("addr add {}/24 dev eth0", own.v4));
-    line(format!("addr add {}/64 dev eth0 nodad", own.v6));
-    line(format!("route add default via {}", FABRIC.0));
-    line(format!("route add default via {}", FABRIC.1));
-    for other in others.iter().filter(|other| *other != own) {
-        line(format!("route add {} via {}", other.pods_v4, other.v4));
-        line(format!("route add {} via {}", other.pods_v6, other.v6));
+/// A node's side of the underlay.
+pub(super) fn node(own: &NodePlan) -> String {
+    format!(
+        "link set lo up\nlink set eth0 up\naddr add {}/24 dev eth0\n\
+         addr add {}/64 dev eth0 nodad\nroute add default via {}\nroute add default via {}\n",
+        own.v4, own.v6, FABRIC.0, FABRIC.1
+    )
+}
+
+/// An address of the node that no pod has must not travel back to the fabric, as Calico has it. On a
+/// bridge it has a place of its own.
+pub(super) fn own_pods(own: &NodePlan, gateway: Gateway) -> String {
+    match gateway {
+        Gateway::Bridge { .. } => String::new(),
+        Gateway::LinkLocal | Gateway::NodeAddress => format!(
+            "route add blackhole {}\nroute add blackhole {}\n",
+            own.pods_v4, own.pods_v6
+        ),
     }
-    // An address of the node that no pod has must not travel back to the fabric, as Calico has it.
-    line(format!("route add blackhole {}", own.pods_v4));
-    line(format!("route add blackhole {}", own.pods_v6));
+}
+
+/// A node's routes to the other nodes' pods.
+pub(super) fn routes(others: &[&NodePlan]) -> String {
+    let mut out = String::new();
+    for other in others {
+        let _ = writeln!(out, "route add {} via {}", other.pods_v4, other.v4);
+        let _ = writeln!(out, "route add {} via {}", other.pods_v6, other.v6);
+    }
     out
+}
+
+/// A node's tunnel to the other nodes, and its routes to their pods, as flannel writes them: each
+/// node is a neighbour with the network address of its pod CIDR.
+pub(super) fn tunnel(own: &NodePlan, others: &[&NodePlan]) -> String {
+    let mut out = String::new();
+    let mut line = |text: String| out.push_str(&(text + "\n"));
+    line(format!(
+        "link add {TUNNEL} address {} type vxlan id 1 dstport 8472 local {} dev eth0 nolearning",
+        own.tunnel_mac(),
+        own.v4
+    ));
+    line(format!("link set {TUNNEL} addrgenmode none up"));
+    line(format!(
+        "addr add {}/32 dev {TUNNEL}",
+        own.pods_v4.network()
+    ));
+    line(format!(
+        "addr add {}/128 dev {TUNNEL} nodad",
+        own.pods_v6.network()
+    ));
+    for other in others {
+        let mac = other.tunnel_mac();
+        for (net, via) in [
+            (
+                IpNet::V4(other.pods_v4),
+                IpAddr::V4(other.pods_v4.network()),
+            ),
+            (
+                IpNet::V6(other.pods_v6),
+                IpAddr::V6(other.pods_v6.network()),
+            ),
+        ] {
+            line(format!(
+                "neigh replace {via} lladdr {mac} dev {TUNNEL} nud permanent"
+            ));
+            line(format!("route add {net} via {via} dev {TUNNEL} onlink"));
+        }
+    }
+    out
+}
+
+/// Where the other nodes' ends of the tunnel are: lines for `bridge -batch`.
+pub(super) fn tunnel_ends(others: &[&NodePlan]) -> String {
+    let mut out = String::new();
+    for other in others {
+        let mac = other.tunnel_mac();
+        let _ = writeln!(out, "fdb append {mac} dev {TUNNEL} dst {}", other.v4);
+    }
+    out
+}
+
+/// The bridge that a node's pods hang on. Its own address is fixed, or it would change with its
+/// ports; CNI plugins do the same.
+pub(super) fn bridge(node: &NodePlan) -> String {
+    let (v4, v6) = node.first();
+    format!(
+        "link add {BRIDGE} address 0a:58:0a:f4:{:02x}:01 type bridge\n\
+         link set {BRIDGE} addrgenmode none up\naddr add {v4}/24 dev {BRIDGE}\n\
+         addr add {v6}/64 dev {BRIDGE} nodad\n",
+        node.index
+    )
 }
 
 /// The node's side of a pod's link.
@@ -167,6 +259,14 @@ pub(super) fn pod_on_node(
 ) -> String {
     let mut out = String::new();
     let netns = netns.display();
+    if let Gateway::Bridge { hairpin } = gateway {
+        let hairpin = if hairpin { "on" } else { "off" };
+        return format!(
+            "link add {link} type veth peer name eth0 netns {netns}\n\
+             link set {link} addrgenmode none master {BRIDGE} up\n\
+             link set {link} type bridge_slave hairpin {hairpin}\n"
+        );
+    }
     let _ = writeln!(
         out,
         "link add {link} address {GATEWAY_MAC} type veth peer name eth0 netns {netns}"
@@ -175,7 +275,7 @@ pub(super) fn pod_on_node(
     let _ = writeln!(out, "addr add {GATEWAY_V6}/64 dev {link} nodad");
     let source = match gateway {
         Gateway::LinkLocal => node.v4,
-        Gateway::NodeAddress => {
+        Gateway::NodeAddress | Gateway::Bridge { .. } => {
             let _ = writeln!(out, "addr add {}/32 dev {link}", node.gateway(gateway));
             node.gateway(gateway)
         }
@@ -190,17 +290,39 @@ pub(super) fn pod_on_node(
 }
 
 /// The pod's side of its link.
-pub(super) fn pod(node: &NodePlan, gateway: Gateway, pod: (Ipv4Addr, Ipv6Addr)) -> String {
+pub(super) fn pod(
+    node: &NodePlan,
+    gateway: Gateway,
+    between: Between,
+    pod: (Ipv4Addr, Ipv6Addr),
+) -> String {
+    let mut out = String::from("link set lo up\n");
+    if between == Between::Vxlan {
+        let _ = writeln!(out, "link set eth0 mtu {TUNNEL_MTU}");
+    }
     let via = node.gateway(gateway);
+    if let Gateway::Bridge { .. } = gateway {
+        let _ = write!(
+            out,
+            "link set eth0 up\naddr add {}/24 dev eth0\naddr add {}/64 dev eth0 nodad\n\
+             route add default via {via}\nroute add default via {}\n",
+            pod.0,
+            pod.1,
+            node.first().1
+        );
+        return out;
+    }
     // The neighbour is fixed: proxy ARP answers after a random delay of up to 0.8 s, and the
     // parameter for it is not there in user namespaces.
-    format!(
-        "link set lo up\nlink set eth0 up\naddr add {}/32 dev eth0\naddr add {}/128 dev eth0 nodad\n\
+    let _ = write!(
+        out,
+        "link set eth0 up\naddr add {}/32 dev eth0\naddr add {}/128 dev eth0 nodad\n\
          neigh replace {via} lladdr {GATEWAY_MAC} dev eth0 nud permanent\n\
          route add {via}/32 dev eth0 scope link\nroute add default via {via} dev eth0\n\
          route add default via {GATEWAY_V6} dev eth0\n",
         pod.0, pod.1
-    )
+    );
+    out
 }
 
 /// What leaves the pods' network takes the node's address, as CNI plugins have it.
@@ -236,7 +358,7 @@ mod tests {
     #[test]
     fn a_node_routes_to_the_other_nodes_pods_and_not_to_its_own() {
         let nodes = [NodePlan::new(0), NodePlan::new(1)];
-        let script = node(&nodes[0], &nodes);
+        let script = routes(&[&nodes[1]]) + &own_pods(&nodes[0], Gateway::LinkLocal);
         assert!(
             script.contains("route add 10.244.1.0/24 via 172.18.0.11\n"),
             "{script}"
@@ -260,6 +382,9 @@ mod tests {
             addresses,
         );
         assert!(host.contains("addr add 10.244.1.1/32 dev pod1\n"), "{host}");
-        assert!(pod(&node, Gateway::NodeAddress, addresses).contains("default via 10.244.1.1 "));
+        assert!(
+            pod(&node, Gateway::NodeAddress, Between::Routes, addresses)
+                .contains("default via 10.244.1.1 ")
+        );
     }
 }

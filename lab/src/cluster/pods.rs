@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use nix::ifaddrs::getifaddrs;
-use nix::net::if_::InterfaceFlags;
+use nix::net::if_::{InterfaceFlags, if_nametoindex};
 
 use super::error::ClusterError;
 use super::host::Host;
@@ -154,6 +154,9 @@ impl Cluster {
             if links.is_empty() {
                 continue;
             }
+            if matches!(self.gateway, Gateway::Bridge { .. }) && !has_bridge(node.host.netns())? {
+                script.insert_str(0, &plan::bridge(&node.plan));
+            }
             tools::ip(node.host.netns(), &script)?;
             if self.gateway == Gateway::LinkLocal {
                 let on: Vec<_> = links.iter().map(|link| (link.as_str(), "1")).collect();
@@ -163,7 +166,10 @@ impl Cluster {
         for pod in pods().filter(|pod| pod.link.is_some()) {
             let addresses = (pod.host.ipv4(), pod.host.ipv6());
             let plan = &self.nodes[pod.node].plan;
-            tools::ip(pod.host.netns(), &plan::pod(plan, self.gateway, addresses))?;
+            tools::ip(
+                pod.host.netns(),
+                &plan::pod(plan, self.gateway, self.between, addresses),
+            )?;
         }
         pods().try_for_each(|pod| settle(pod.host.name(), pod.host.netns()))
     }
@@ -195,6 +201,10 @@ impl Cluster {
             .iter()
             .try_for_each(|node| Ok(tools::nft(node.host.netns(), &ruleset)?))
     }
+}
+
+fn has_bridge(node: &Netns) -> Result<bool, ClusterError> {
+    Ok(node.run(|| if_nametoindex(plan::BRIDGE).is_ok())?)
 }
 
 /// Kernel parameters of a host, to be set before it has links. Duplicate address detection is

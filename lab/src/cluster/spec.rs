@@ -72,7 +72,7 @@ impl fmt::Display for NodeRef {
     }
 }
 
-/// What pods see as their gateway.
+/// What pods hang on, and what they see as their gateway.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Gateway {
     /// 169.254.1.1, answered by proxy ARP, as Calico does. The node has no address in the pod CIDR.
@@ -80,6 +80,22 @@ pub enum Gateway {
     LinkLocal,
     /// The first address of the node's pod CIDR, which is the node's, as kindnet's `ptp` does.
     NodeAddress,
+    /// The same address, of the bridge `cni0` that all pods of the node hang on, as flannel, kubenet
+    /// and the CNI plugin `bridge` have it. It is made for the node's first pod.
+    Bridge {
+        /// Whether the bridge may send a frame back out of the port that it came from.
+        hairpin: bool,
+    },
+}
+
+/// How pods' packets come from node to node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Between {
+    /// By routes, as kindnet, kubenet and flannel's `host-gw` have it.
+    #[default]
+    Routes,
+    /// In UDP (VXLAN, RFC 7348) between the nodes' own addresses, as flannel and Calico have it.
+    Vxlan,
 }
 
 /// `net.ipv4.conf.*.rp_filter` of the nodes (ip-sysctl: reverse path filter).

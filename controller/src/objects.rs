@@ -173,6 +173,7 @@ struct Metadata {
     uid: Option<String>,
     labels: Option<BTreeMap<String, String>>,
     creation_timestamp: Option<String>,
+    deletion_timestamp: Option<String>,
 }
 
 impl Metadata {

@@ -287,7 +287,8 @@ impl Cluster {
             .collect()
     }
 
-    /// The addresses that more than one running pod claims, with the claimants; sorted.
+    /// The addresses of which it cannot be told which running pod holds them, with those that claim
+    /// them; sorted.
     pub fn contested(&self) -> Vec<(IpAddr, Vec<PodKey>)> {
         self.ownership.contested()
     }

@@ -40,7 +40,7 @@ pub struct Identity {
 /// A pod address under policy: everything that a verdict needs to know of one end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
-    /// The pod; of a contested address the claimant that started last.
+    /// The pod; of a contested address one of the claimants.
     pub identity: Arc<Identity>,
     /// Ids of the peer selectors that the pod matches; sorted.
     pub(crate) matches: Arc<[SelectorId]>,
@@ -84,9 +84,9 @@ impl Endpoint {
             .map_or(&[], |isolation| &isolation.policies)
     }
 
-    /// Whether more than one running pod claims the address. Nothing is allowed then in a
-    /// direction in which any claimant is isolated, and no rule but one for all claimants matches
-    /// the address as a peer.
+    /// Whether more than one running pod claims the address and it cannot be told which of them
+    /// holds it. Nothing is allowed then in a direction in which any claimant is isolated, and no
+    /// rule but one for all claimants matches the address as a peer.
     pub fn contested(&self) -> bool {
         self.contested
     }

@@ -86,6 +86,9 @@ pub struct Pod {
     pub addresses: Vec<IpAddr>,
     /// `status.phase` is Succeeded or Failed: the pod owns no address any more.
     pub finished: bool,
+    /// `metadata.deletionTimestamp` is set: the pod keeps policy and address until it is gone, but
+    /// not against another that claims the address.
+    pub terminating: bool,
     /// `status.startTime`, else `metadata.creationTimestamp`: RFC 3339, which sorts as text; may be
     /// empty.
     pub started: Arc<str>,

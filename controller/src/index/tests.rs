@@ -23,6 +23,7 @@ fn pod(name: &str, address: &str) -> policy::Pod {
         ports: Vec::new(),
         addresses: vec![ip(address)],
         finished: false,
+        terminating: false,
         started: "".into(),
     }
 }

@@ -69,6 +69,7 @@ pub(super) fn read(key: &PodKey, value: Value) -> Result<Object, Vec<Fault>> {
         return Err(faults);
     }
     let created = raw.metadata.creation_timestamp.take();
+    let deleted = raw.metadata.deletion_timestamp.take();
     Ok(Object::Pod(policy::Pod {
         key: key.clone(),
         uid: raw.metadata.uid.take().unwrap_or_default().into(),
@@ -77,6 +78,7 @@ pub(super) fn read(key: &PodKey, value: Value) -> Result<Object, Vec<Fault>> {
         ports,
         addresses,
         finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
+        terminating: deleted.is_some(),
         started: status.start_time.or(created).unwrap_or_default().into(),
         labels: raw.metadata.labels(),
     }))

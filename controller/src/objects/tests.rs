@@ -62,9 +62,18 @@ fn a_pod_is_taken_over_with_all_that_policy_looks_at() {
             ],
             addresses: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
             finished: false,
+            terminating: false,
             started: "2024-01-02T00:00:00Z".into(),
         }
     );
+}
+
+#[test]
+fn a_pod_with_a_deletion_timestamp_is_terminating() {
+    let metadata =
+        |deleted: Value| json!({"metadata": {"name": "a", "deletionTimestamp": deleted}});
+    assert!(pod_of(metadata(json!("2024-01-03T00:00:00Z"))).terminating);
+    assert!(!pod_of(metadata(Value::Null)).terminating);
 }
 
 #[test]

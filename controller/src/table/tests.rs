@@ -26,6 +26,7 @@ fn pod(name: &str, address: &str) -> Object {
         ports: Vec::new(),
         addresses: vec![ip(address)],
         finished: false,
+        terminating: false,
         started: "".into(),
     })
 }

@@ -1,8 +1,10 @@
 //! Who owns which address, and what stands for an address that several pods claim.
 //!
-//! A contested address gets only what all claimants have in common, and is closed in every
-//! direction in which any of them is isolated: whoever answers there gains nothing by the other's
-//! grants.
+//! An address is given to another pod only after its holder's sandbox is gone. So while both are
+//! still told of, in whatever order, a terminating pod yields to one that is not, and an older one
+//! to the one that started after it. Where that does not decide, the address is contested: it gets
+//! only what all claimants have in common, and is closed in every direction in which any of them
+//! is isolated: whoever answers there gains nothing by the other's grants.
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -39,7 +41,7 @@ impl Ownership {
         let contested = self
             .slots
             .iter()
-            .filter(|(_, slot)| slot.claimants.len() > 1);
+            .filter(|(_, slot)| slot.endpoint.contested);
         contested
             .map(|(&address, slot)| (address, slot.claimants.clone()))
             .collect()
@@ -78,11 +80,11 @@ impl Ownership {
             (Ok(index), false) => drop(claimants.remove(index)),
             _ => {}
         }
-        let states: Vec<&PodState> = claimants.iter().filter_map(|key| pods.get(key)).collect();
-        let endpoint = match states[..] {
+        let states = claimants.iter().filter_map(|key| pods.get(key)).collect();
+        let endpoint = match holders(states)[..] {
             [] => return self.slots.remove(&address).is_some(),
             [owner] => owner.endpoint.clone(),
-            [first, ..] => Arc::new(common(first, &states)),
+            [first, ref others @ ..] => Arc::new(common(first, others)),
         };
         let changed = slot.is_none_or(|slot| slot.endpoint != endpoint);
         self.slots.insert(
@@ -96,13 +98,27 @@ impl Ownership {
     }
 }
 
-/// What stands for an address that all of `claimants` claim; `first` is one of them.
-fn common(first: &PodState, claimants: &[&PodState]) -> Endpoint {
-    let endpoints = || claimants.iter().map(|state| &*state.endpoint);
+/// Those of `claimants` that may hold the address now: one, unless it cannot be told who.
+fn holders(mut claimants: Vec<&PodState>) -> Vec<&PodState> {
+    if claimants.iter().any(|state| !state.pod.terminating) {
+        claimants.retain(|state| !state.pod.terminating);
+    }
+    let starts = || claimants.iter().map(|state| &state.pod.started);
+    // Who does not say when it started may have done so at any time.
+    if let Some(latest) = starts().max().cloned()
+        && starts().all(|start| !start.is_empty())
+    {
+        claimants.retain(|state| state.pod.started == latest);
+    }
+    claimants
+}
+
+/// What stands for an address that all of these claim.
+fn common(first: &PodState, others: &[&PodState]) -> Endpoint {
+    let claimants = || std::iter::once(first).chain(others.iter().copied());
+    let endpoints = || claimants().map(|state| &*state.endpoint);
     let start = |state: &PodState| (state.pod.started.clone(), state.pod.key.clone());
-    let latest = claimants
-        .iter()
-        .copied()
+    let latest = claimants()
         .max_by_key(|state| start(state))
         .unwrap_or(first);
     let matches = first.endpoint.matches.iter().copied();

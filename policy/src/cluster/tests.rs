@@ -43,6 +43,7 @@ fn pod(key: &str, ip: &str) -> Pod {
         ports: Vec::new(),
         addresses: vec![address(ip)],
         finished: false,
+        terminating: false,
         started: "2026-01-01T00:00:00Z".into(),
     }
 }
@@ -116,7 +117,7 @@ fn an_event_that_changes_nothing_touches_nothing() {
     };
     assert!(
         cluster.upsert_pod(started).is_empty(),
-        "only a contested address asks who is younger"
+        "only an address that several claim asks who is younger"
     );
 }
 
@@ -314,6 +315,97 @@ fn an_address_belongs_to_the_pod_that_holds_it_now() {
     assert_eq!(owner(&cluster), None);
 }
 
+/// Only pods labelled b may talk to c; x/b gives its address to y/d, which may not.
+#[test]
+fn whatever_the_order_of_events_a_reused_address_is_its_new_holders() {
+    let old = || pod("x/b", B);
+    let new = || Pod {
+        started: "2026-01-01T00:00:09Z".into(),
+        ..pod("y/d", B)
+    };
+    let relabelled = Pod {
+        labels: labels("pod=b,seen=late"),
+        ..old()
+    };
+    let terminating = |pod: Pod| Pod {
+        terminating: true,
+        ..pod
+    };
+    let finished = Pod {
+        finished: true,
+        ..old()
+    };
+    let undated = |pod: Pod| Pod {
+        started: "".into(),
+        ..pod
+    };
+    for (events, why) in [
+        (vec![old(), new()], "the old pod's end is not told yet"),
+        (vec![new(), old()], "the old pod is told of late"),
+        (vec![old(), new(), relabelled], "a late update of the old"),
+        (
+            vec![new(), terminating(old())],
+            "the old pod is terminating",
+        ),
+        (
+            vec![undated(new()), terminating(undated(old()))],
+            "it is terminating, and nobody says when it started",
+        ),
+        (
+            vec![terminating(new()), terminating(old())],
+            "both terminate",
+        ),
+        (vec![undated(new()), finished], "it has finished"),
+    ] {
+        let mut cluster = three_pods();
+        let _ = cluster.remove_pod(&pod_key("x/b"));
+        let _ = cluster.upsert_policy(policy(
+            "y/from-b",
+            "{podSelector: {matchLabels: {pod: c}}, ingress: [{from: [{namespaceSelector: {}, podSelector: {matchLabels: {pod: b}}}]}]}",
+        ));
+        let first = events[0].clone();
+        let _ = cluster.upsert_pod(first.clone());
+        assert_eq!(tcp80(&cluster, B, C), first.key == old().key, "{why}");
+        for event in &events[1..] {
+            let _ = cluster.upsert_pod(event.clone());
+        }
+        let holder = cluster.endpoint(address(B)).unwrap();
+        assert_eq!(holder.identity.uid, new().uid, "{why}");
+        assert!(!holder.contested(), "{why}");
+        assert!(!tcp80(&cluster, B, C), "{why}");
+        let held = cluster.remove_pod(&old().key);
+        assert!(held.is_empty(), "the old pod's end changes nothing: {why}");
+    }
+}
+
+#[test]
+fn a_terminating_pod_keeps_its_policies_and_its_address_until_it_is_gone() {
+    let mut cluster = three_pods();
+    let _ = cluster.upsert_policy(policy("x/p", FROM_C));
+    let before = cluster.endpoint(address(A));
+    let terminating = Pod {
+        terminating: true,
+        ..pod("x/a", A)
+    };
+    assert!(cluster.upsert_pod(terminating).is_empty());
+    assert_eq!(cluster.endpoint(address(A)), before);
+    assert_touched(&cluster.remove_pod(&pod_key("x/a")), &[A]);
+    assert_eq!(cluster.endpoint(address(A)), None);
+}
+
+#[test]
+fn a_pod_that_comes_back_under_its_name_is_another_pod() {
+    let mut cluster = three_pods();
+    let again = Pod {
+        uid: "second".into(),
+        ..pod("x/a", A)
+    };
+    // Its end was not told: one event takes the other's place.
+    assert_touched(&cluster.upsert_pod(again), &[A]);
+    let uid = cluster.endpoint(address(A)).unwrap().identity.uid.clone();
+    assert_eq!(&*uid, "second");
+}
+
 #[test]
 fn host_network_pods_are_their_node() {
     let mut cluster = three_pods();
@@ -353,17 +445,13 @@ fn a_contested_address_gets_what_all_claimants_have_and_no_grant() {
     ));
     assert!(tcp80(&cluster, B, A) && tcp80(&cluster, B, C));
 
-    let thief = Pod {
-        started: "2026-03-03T00:00:00Z".into(),
-        ..pod("x/thief", B)
-    };
-    assert_touched(&cluster.upsert_pod(thief), &[B]);
+    assert_touched(&cluster.upsert_pod(pod("x/thief", B)), &[B]);
     let endpoint = cluster.endpoint(address(B)).unwrap();
     assert!(endpoint.contested());
     assert_eq!(
         endpoint.identity.key,
         pod_key("x/thief"),
-        "the one that started later"
+        "started in the same second: the last by name"
     );
     assert_eq!(
         cluster.contested(),

@@ -24,6 +24,7 @@ fn pod(name: &str, addresses: &[&str], ports: &[(&str, u16, Protocol)]) -> Pod {
         ports: ports.collect(),
         addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
         finished: false,
+        terminating: false,
         started: "".into(),
     }
 }

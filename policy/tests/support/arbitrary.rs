@@ -88,19 +88,22 @@ fn namespaces() -> impl Strategy<Value = std::collections::BTreeMap<String, Labe
 fn pods_at(slot: usize) -> BoxedStrategy<Pod> {
     let kind =
         prop_oneof![8 => Just((false, false)), 1 => Just((true, false)), 1 => Just((false, true))];
+    let terminating = prop_oneof![4 => Just(false), 1 => Just(true)];
     (
         select(&NAMESPACES[..]),
         label_sets(),
         container_ports(),
         kind,
+        terminating,
     )
         .prop_map(
-            move |(namespace, labels, ports, (host_network, finished))| {
+            move |(namespace, labels, ports, (host_network, finished), terminating)| {
                 let name = format!("pod-{slot}");
                 Pod {
                     ports,
                     host_network,
                     finished,
+                    terminating,
                     ..pod(slot, namespace, &name, labels)
                 }
             },

@@ -184,6 +184,7 @@ fn pod(written: &Pod) -> policy::Pod {
         ports: written.ports.iter().map(port).collect(),
         addresses: written.addresses.clone(),
         finished: written.finished,
+        terminating: written.terminating,
         started: written.started.as_str().into(),
     }
 }

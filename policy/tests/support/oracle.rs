@@ -57,11 +57,18 @@ pub(crate) fn answer(world: &World, question: &Question<'_>) -> Answer {
     }
 }
 
-/// The running pods that claim an address. More than one is a fault of the cluster: then they get
-/// only what all of them would get.
+/// The running pods that may hold an address: of those that claim it, the ones that nobody makes
+/// way for. More than one is a fault of the cluster: then they get only what all of them would get.
 fn owners(world: &World, address: IpAddr) -> Vec<&Pod> {
     let claims = |pod: &&Pod| pod.owns_addresses() && pod.addresses.contains(&address);
-    world.pods.values().filter(claims).collect()
+    let claimants: Vec<&Pod> = world.pods.values().filter(claims).collect();
+    let yields = |pod: &Pod, to: &Pod| match (pod.terminating, to.terminating) {
+        (true, false) => true,
+        (false, true) => false,
+        _ => pod.started < to.started,
+    };
+    let stays = |pod: &&Pod| !claimants.iter().any(|other| yields(pod, other));
+    claimants.iter().copied().filter(stays).collect()
 }
 
 /// "A pod cannot block access to itself", and traffic to and from the node a pod runs on is always

@@ -29,6 +29,7 @@ pub(crate) struct Pod {
     pub(crate) node: String,
     pub(crate) host_network: bool,
     pub(crate) finished: bool,
+    pub(crate) terminating: bool,
     pub(crate) ports: Vec<ContainerPort>,
     pub(crate) addresses: Vec<IpAddr>,
     /// RFC 3339.
@@ -171,9 +172,11 @@ pub(crate) fn pod(slot: usize, namespace: &str, name: &str, labels: Labels) -> P
         node: format!("node-{number}"),
         host_network: false,
         finished: false,
+        terminating: false,
         ports,
         addresses: addresses(slot).into(),
-        started: format!("2026-01-01T00:00:{slot:02}Z"),
+        // Some start in the same second.
+        started: format!("2026-01-01T00:00:{:02}Z", slot / 3),
     }
 }
 

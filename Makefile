@@ -32,6 +32,7 @@ test: prerequisites tools ## Every test: pure ones, the demo, real packets in ne
 
 tools: ## Other projects' programs that tests need, at pinned versions, built once into ~/.cache/portreeve
 	@$(call install,$(TOOLS_TOOLS))
+	@lab/tools/promtool --fetch
 	@lab/tools/build $(notdir $(patsubst %/go.mod,%,$(wildcard lab/tools/*/go.mod)))
 
 lint: toolchain ## Format and lints

@@ -192,6 +192,12 @@ impl Table {
         self.consistent(|| self.get(address))
     }
 
+    /// How many pod addresses the table holds, and how many policies are in force.
+    #[must_use]
+    pub fn size(&self) -> (usize, usize) {
+        (self.map.len(), self.cluster().policies().count())
+    }
+
     /// How many batches have come into force; 0 before the first.
     #[must_use]
     pub fn generation(&self) -> u64 {

@@ -1,6 +1,7 @@
 //! What all parts of the data path share: the table, the flows, the bounds, the counts.
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,6 +37,8 @@ pub(crate) struct Enforcer {
     /// How long a first packet waits for a pod that is not known yet.
     pub(crate) hold: Duration,
     pub(crate) metrics: Metrics,
+    /// Numbers of our NFQUEUEs.
+    pub(crate) queues: Range<u16>,
     pub(crate) recorder: Recorder,
 }
 
@@ -78,14 +81,16 @@ impl Enforcer {
     pub(crate) fn denied(&self, flow: &Arc<Flow>) {
         self.flows.remove(flow);
         if let Some(decision) = flow.decision() {
-            self.metrics.decided(&decision, Way::Spliced);
+            let waited = flow.started.elapsed();
+            self.metrics.decided(&decision, Way::Spliced, waited);
             self.recorder.denied(&self.node, &flow.subject(), &decision);
         }
     }
 
     /// Counts and records a flow that was decided at its first packet and needs no relay.
-    pub(crate) fn carried(&self, subject: &Subject, decision: &Decision) {
-        self.metrics.decided(decision, subject.way);
+    /// It took `waited` from its first packet to here.
+    pub(crate) fn carried(&self, subject: &Subject, decision: &Decision, waited: Duration) {
+        self.metrics.decided(decision, subject.way, waited);
         if decision.verdict.allowed() {
             self.recorder
                 .ended(&self.node, subject, decision, &Outcome::Carried);
@@ -103,7 +108,8 @@ impl Enforcer {
     /// Counts a connection that policy allows.
     pub(crate) fn allowed(&self, flow: &Flow) {
         if let Some(decision) = flow.decision() {
-            self.metrics.decided(&decision, Way::Spliced);
+            let waited = flow.started.elapsed();
+            self.metrics.decided(&decision, Way::Spliced, waited);
         }
     }
 

@@ -1,8 +1,13 @@
-//! Every metric of the daemon, declared once. Counting never waits for a scrape to be written.
+//! Every metric of the daemon, declared once. Counting never waits for a scrape to be written, and
+//! looks up no label: every series has its counter from the start.
+mod decisions;
+mod queues;
+mod text;
+
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -12,6 +17,10 @@ use prometheus_client::registry::{Registry, Unit};
 
 use crate::decision::{Decision, Way};
 use crate::relay::Moved;
+
+use decisions::Decisions;
+pub(crate) use decisions::Word;
+pub(crate) use queues::Queues;
 
 /// Why a packet or connection was refused, when it was not policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +42,17 @@ pub(crate) enum Cause {
 }
 
 impl Cause {
+    /// Every one of them, in the order in which they are declared.
+    const ALL: [Self; 7] = [
+        Self::SourceLimit,
+        Self::NodeLimit,
+        Self::UnknownPod,
+        Self::NoPort,
+        Self::Odd,
+        Self::Unreadable,
+        Self::Internal,
+    ];
+
     /// The value of the label `cause`.
     fn label(self) -> &'static str {
         match self {
@@ -48,45 +68,62 @@ impl Cause {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct DecisionLabels {
-    verdict: &'static str,
-    direction: &'static str,
-    path: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct CauseLabel {
     cause: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct DirectionLabel {
+struct BytesLabels {
     direction: &'static str,
+    path: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StageLabel {
+    stage: &'static str,
 }
 
 /// What is known only when somebody asks.
+#[derive(Debug, Default)]
 pub(crate) struct Readings {
-    pub(crate) connections: usize,
+    pub(crate) held: usize,
+    pub(crate) admitted: usize,
+    pub(crate) live: usize,
     pub(crate) generation: u64,
+    pub(crate) addresses: usize,
+    pub(crate) policies: usize,
     pub(crate) problems: usize,
     pub(crate) records_lost: u64,
-    pub(crate) queue_drops: u64,
+    pub(crate) queues: Queues,
     pub(crate) ready: bool,
 }
 
 /// The metrics and their registry.
 pub(crate) struct Metrics {
     registry: Registry,
-    decisions: Family<DecisionLabels, Counter>,
-    refusals: Family<CauseLabel, Counter>,
-    bytes: Family<DirectionLabel, Counter>,
+    decisions: Decisions,
+    /// In the order of [`Cause::ALL`].
+    refusals: Vec<Counter>,
+    /// By way, then sent and received.
+    bytes: [[Counter; 2]; 2],
+    verdict: Histogram,
     connect: Histogram,
-    connections: Gauge,
-    generation: Gauge,
+    change: Histogram,
     enforced: Gauge,
+    scraped: Scraped,
+}
+
+/// What is set from [`Readings`].
+#[derive(Default)]
+struct Scraped {
+    connections: Family<StageLabel, Gauge>,
+    held: Gauge,
+    generation: Gauge,
+    addresses: Gauge,
+    policies: Gauge,
     problems: Gauge,
-    records_lost: Gauge,
-    queue_drops: Gauge,
+    records_lost: Counter,
+    queue_drops: Counter,
     ready: Gauge,
 }
 
@@ -100,119 +137,48 @@ impl Metrics {
             "What this daemon was built from",
             Info::new(build.to_vec()),
         );
-        let metrics = Self {
-            decisions: Family::default(),
-            refusals: Family::default(),
-            bytes: Family::default(),
-            connect: Histogram::new([
-                0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.05, 0.25, 1.0, 5.0,
-            ]),
-            connections: Gauge::default(),
-            generation: Gauge::default(),
-            enforced: Gauge::default(),
-            problems: Gauge::default(),
-            records_lost: Gauge::default(),
-            queue_drops: Gauge::default(),
-            ready: Gauge::default(),
-            registry: Registry::default(),
-        };
-        metrics.registered(registry)
-    }
-
-    fn registered(mut self, mut registry: Registry) -> Self {
-        registry.register(
-            "decisions",
-            "Connections judged by policy",
-            self.decisions.clone(),
-        );
-        registry.register(
-            "refusals",
-            "Packets refused for another reason than policy",
-            self.refusals.clone(),
-        );
-        registry.register(
-            "relayed_bytes",
-            "Payload of connections that have ended",
-            self.bytes.clone(),
-        );
-        registry.register_with_unit(
-            "connect",
-            "From the first packet to the server's answer",
-            Unit::Seconds,
-            self.connect.clone(),
-        );
-        registry.register(
-            "connections",
-            "Connections held, admitted or live",
-            self.connections.clone(),
-        );
-        registry.register(
-            "table_generation",
-            "Generation of the policy table in force",
-            self.generation.clone(),
-        );
+        let (decisions, refusals, bytes) = counted(&mut registry);
+        let [verdict, connect, change] = timed(&mut registry);
+        let enforced = Gauge::default();
         registry.register(
             "enforced_generation",
-            "Generation of the policy table that the kernel's sets are in step with",
-            self.enforced.clone(),
+            "Newest generation of the policy table that the kernel's sets are in step with",
+            enforced.clone(),
         );
-        registry.register(
-            "problems",
-            "Faults of the cluster's objects that stand now",
-            self.problems.clone(),
-        );
-        registry.register(
-            "records_lost",
-            "Records lost to a slow disk",
-            self.records_lost.clone(),
-        );
-        registry.register(
-            "queue_drops",
-            "Packets that the kernel dropped because a queue was full",
-            self.queue_drops.clone(),
-        );
-        registry.register(
-            "ready",
-            "1 if this node enforces the newest state",
-            self.ready.clone(),
-        );
-        self.registry = registry;
-        self
+        Self {
+            decisions,
+            refusals,
+            bytes,
+            verdict,
+            connect,
+            change,
+            enforced,
+            scraped: Scraped::registered(&mut registry),
+            registry,
+        }
     }
 
-    /// Counts a connection that policy has judged.
-    pub(crate) fn decided(&self, decision: &Decision, way: Way) {
-        let verdict = if decision.verdict.allowed() {
-            "allow"
+    /// Counts a connection that policy has judged, and how long that took from its first packet.
+    pub(crate) fn decided(&self, decision: &Decision, way: Way, waited: Duration) {
+        let word = if decision.verdict.allowed() {
+            Word::Allow
         } else {
-            "deny"
+            Word::Deny
         };
-        self.count(verdict, decision, way);
+        self.decisions.count(word, decision, way);
+        self.verdict.observe(waited.as_secs_f64());
     }
 
     /// Counts a connection that was allowed once and is cut.
     pub(crate) fn severed(&self, severance: &Decision, way: Way) {
-        self.count("sever", severance, way);
-    }
-
-    fn count(&self, verdict: &'static str, decision: &Decision, way: Way) {
-        let (direction, path) = (decision.direction(), way.name());
-        self.decisions
-            .get_or_create(&DecisionLabels {
-                verdict,
-                direction,
-                path,
-            })
-            .inc();
+        self.decisions.count(Word::Sever, severance, way);
     }
 
     /// Counts a packet refused for another reason.
     pub(crate) fn refused(&self, cause: Cause) {
-        self.refusals
-            .get_or_create(&CauseLabel {
-                cause: cause.label(),
-            })
-            .inc();
+        if let Some(counter) = self.refusals.get(cause as usize) {
+            counter.inc();
+        }
     }
 
     /// Notes how long a first packet waited for the server.
@@ -222,31 +188,206 @@ impl Metrics {
 
     /// Notes which generation the kernel's sets are in step with.
     pub(crate) fn enforced(&self, generation: u64) {
-        self.enforced
-            .set(i64::try_from(generation).unwrap_or(i64::MAX));
+        self.enforced.set(whole(generation));
     }
 
-    /// Counts what a connection that is over has moved.
+    /// Notes how long a change took from its arrival to be in force in table, flows and kernel.
+    pub(crate) fn took_effect(&self, after: Duration) {
+        self.change.observe(after.as_secs_f64());
+    }
+
+    /// Counts what a relayed connection has moved since this was last asked about it.
     pub(crate) fn moved(&self, moved: &Moved) {
-        let bytes = |direction| self.bytes.get_or_create(&DirectionLabel { direction });
-        bytes("sent").inc_by(moved.sent.load(Ordering::Relaxed));
-        bytes("received").inc_by(moved.received.load(Ordering::Relaxed));
+        for (counter, bytes) in self.bytes[Way::Spliced as usize].iter().zip(moved.untold()) {
+            counter.inc_by(bytes);
+        }
     }
 
-    /// Everything in the OpenMetrics text format.
+    /// Everything in the Prometheus text format, version 0.0.4.
     ///
     /// # Errors
     /// Never in practice: a `String` takes all.
     pub(crate) fn render(&self, readings: &Readings) -> Result<String, std::fmt::Error> {
-        let gauge = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-        self.connections.set(gauge(readings.connections as u64));
-        self.generation.set(gauge(readings.generation));
-        self.problems.set(gauge(readings.problems as u64));
-        self.records_lost.set(gauge(readings.records_lost));
-        self.queue_drops.set(gauge(readings.queue_drops));
-        self.ready.set(readings.ready.into());
+        self.scraped.set(readings);
         let mut out = String::new();
-        text::encode(&mut out, &self.registry)?;
-        Ok(out)
+        prometheus_client::encoding::text::encode(&mut out, &self.registry)?;
+        Ok(text::prometheus(&out))
+    }
+}
+
+fn whole(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+fn counted(registry: &mut Registry) -> (Decisions, Vec<Counter>, [[Counter; 2]; 2]) {
+    let (decisions, family) = Decisions::new();
+    registry.register("decisions", "Connections judged by policy", family);
+    let refusals = Family::<CauseLabel, Counter>::default();
+    registry.register(
+        "refusals",
+        "Packets refused for another reason than policy",
+        refusals.clone(),
+    );
+    let by_cause = Cause::ALL.map(|cause| {
+        refusals.get_or_create_owned(&CauseLabel {
+            cause: cause.label(),
+        })
+    });
+    let bytes = Family::<BytesLabels, Counter>::default();
+    registry.register(
+        "bytes",
+        "Payload moved, from the client's side",
+        bytes.clone(),
+    );
+    let by_way = [Way::Spliced, Way::Kernel].map(|way| {
+        ["sent", "received"].map(|direction| {
+            bytes.get_or_create_owned(&BytesLabels {
+                direction,
+                path: way.name(),
+            })
+        })
+    });
+    (decisions, by_cause.into(), by_way)
+}
+
+/// Verdict, connect, change.
+fn timed(registry: &mut Registry) -> [Histogram; 3] {
+    let verdict = Histogram::new([
+        2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1e-2, 0.1, 1.0, 5.0,
+    ]);
+    let connect = Histogram::new([
+        1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 5e-2, 0.25, 1.0, 5.0,
+    ]);
+    let change = Histogram::new([1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1.0, 5.0]);
+    registry.register_with_unit(
+        "verdict",
+        "From a connection's first packet to its verdict",
+        Unit::Seconds,
+        verdict.clone(),
+    );
+    registry.register_with_unit(
+        "connect",
+        "From a connection's first packet to the server's answer",
+        Unit::Seconds,
+        connect.clone(),
+    );
+    registry.register_with_unit(
+        "change",
+        "From the arrival of a change of the cluster to its being in force",
+        Unit::Seconds,
+        change.clone(),
+    );
+    [verdict, connect, change]
+}
+
+impl Scraped {
+    fn registered(registry: &mut Registry) -> Self {
+        let all = Self::default();
+        registry.register(
+            "connections",
+            "Relayed connections by stage",
+            all.connections.clone(),
+        );
+        registry.register(
+            "held_packets",
+            "Packets that wait in the kernel's queues",
+            all.held.clone(),
+        );
+        registry.register(
+            "table_generation",
+            "Generation of the policy table in force",
+            all.generation.clone(),
+        );
+        registry.register(
+            "table_addresses",
+            "Pod addresses in the policy table",
+            all.addresses.clone(),
+        );
+        registry.register("policies", "Policies in force", all.policies.clone());
+        registry.register(
+            "problems",
+            "Faults of the cluster's objects that stand now",
+            all.problems.clone(),
+        );
+        registry.register(
+            "records_lost",
+            "Records lost to a slow disk",
+            all.records_lost.clone(),
+        );
+        registry.register(
+            "queue_drops",
+            "Packets that the kernel dropped because a queue was full",
+            all.queue_drops.clone(),
+        );
+        registry.register(
+            "ready",
+            "Whether this node enforces the newest state",
+            all.ready.clone(),
+        );
+        all
+    }
+
+    fn set(&self, readings: &Readings) {
+        let stages = [
+            ("held", readings.held),
+            ("admitted", readings.admitted),
+            ("live", readings.live),
+        ];
+        for (stage, count) in stages {
+            let gauge = self.connections.get_or_create(&StageLabel { stage });
+            gauge.set(whole(count as u64));
+        }
+        self.held.set(whole(readings.queues.held));
+        self.generation.set(whole(readings.generation));
+        self.addresses.set(whole(readings.addresses as u64));
+        self.policies.set(whole(readings.policies as u64));
+        self.problems.set(whole(readings.problems as u64));
+        let counters = [
+            (&self.records_lost, readings.records_lost),
+            (&self.queue_drops, readings.queues.drops),
+        ];
+        for (counter, count) in counters {
+            counter.inner().store(count, Ordering::Relaxed);
+        }
+        self.ready.set(readings.ready.into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_cause_has_the_counter_of_its_name() {
+        let metrics = Metrics::new();
+        for (cause, times) in Cause::ALL.into_iter().zip(1..) {
+            (0..times).for_each(|_| metrics.refused(cause));
+        }
+        let text = metrics.render(&Readings::default()).unwrap();
+        for (cause, times) in Cause::ALL.into_iter().zip(1..) {
+            let line = format!(
+                "portreeve_refusals_total{{cause=\"{}\"}} {times}\n",
+                cause.label()
+            );
+            assert!(text.contains(&line), "{line} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn bytes_of_a_connection_are_counted_once_however_often_it_is_looked_at() {
+        let (metrics, moved) = (Metrics::new(), Moved::default());
+        moved.sent.store(100, Ordering::Relaxed);
+        metrics.moved(&moved);
+        metrics.moved(&moved);
+        moved.sent.store(150, Ordering::Relaxed);
+        moved.received.store(7, Ordering::Relaxed);
+        metrics.moved(&moved);
+        let text = metrics.render(&Readings::default()).unwrap();
+        for line in [
+            "portreeve_bytes_total{direction=\"sent\",path=\"spliced\"} 150\n",
+            "portreeve_bytes_total{direction=\"received\",path=\"spliced\"} 7\n",
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
     }
 }

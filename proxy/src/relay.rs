@@ -35,6 +35,18 @@ pub(crate) struct Moved {
     pub(crate) sent: AtomicU64,
     /// From the server to the client.
     pub(crate) received: AtomicU64,
+    told: [AtomicU64; 2],
+}
+
+impl Moved {
+    /// Bytes sent and received since this was last asked: each byte is told once, whoever asks.
+    pub(crate) fn untold(&self) -> [u64; 2] {
+        let mut moved = [&self.sent, &self.received].map(|all| all.load(Ordering::Relaxed));
+        for (now, told) in moved.iter_mut().zip(&self.told) {
+            *now = now.saturating_sub(told.fetch_max(*now, Ordering::Relaxed));
+        }
+        moved
+    }
 }
 
 /// Relays until both sides have closed. A half-close is passed on and the other direction goes on.

@@ -132,6 +132,7 @@ fn enforcer(args: &RunArgs, node: Arc<str>, table: Arc<Table>) -> anyhow::Result
         deny: args.deny,
         hold: args.hold.into(),
         metrics: Metrics::new(),
+        queues: args.redirect.queue..args.redirect.queue + args.redirect.queue_count(),
         recorder: recorder(args.trace_file.as_ref())?,
     }))
 }

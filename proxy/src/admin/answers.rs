@@ -8,7 +8,7 @@ use super::Answer;
 use crate::ask::{self, Question};
 use crate::enforcer::Enforcer;
 use crate::flows::{Flow, StageName};
-use crate::metrics::Readings;
+use crate::metrics::{Queues, Readings};
 use crate::readiness::Readiness;
 use crate::records::{record, timestamp};
 
@@ -28,18 +28,30 @@ pub(super) fn readyz(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
 }
 
 pub(super) fn metrics(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
-    let readings = Readings {
-        connections: enforcer.flows.len(),
+    let (addresses, policies) = enforcer.table.size();
+    let mut readings = Readings {
         generation: enforcer.table.generation(),
+        addresses,
+        policies,
         problems: enforcer.table.problems().len(),
         records_lost: enforcer.recorder.lost(),
-        queue_drops: kernel_queue_drops(),
+        queues: Queues::read(&enforcer.queues),
         ready: readiness.check().is_ok(),
+        ..Readings::default()
     };
+    for flow in enforcer.flows.all() {
+        enforcer.metrics.moved(&flow.moved);
+        match flow.stage_name() {
+            StageName::Held => readings.held += 1,
+            StageName::Admitted => readings.admitted += 1,
+            StageName::Live => readings.live += 1,
+            StageName::Over => {}
+        }
+    }
     match enforcer.metrics.render(&readings) {
         Ok(body) => Answer {
             status: StatusCode::OK,
-            kind: "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            kind: "text/plain; version=0.0.4; charset=utf-8",
             body,
         },
         Err(error) => Answer::text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
@@ -157,22 +169,6 @@ fn connection(node: &str, flow: &Flow) -> serde_json::Value {
         }
     }
     shown
-}
-
-/// Packets that the kernel dropped at our queues for want of room, from
-/// /proc/net/netfilter/nfnetlink_queue (columns 6 and 7); 0 where that cannot be read.
-fn kernel_queue_drops() -> u64 {
-    let Ok(table) = std::fs::read_to_string("/proc/net/netfilter/nfnetlink_queue") else {
-        return 0;
-    };
-    let dropped = |line: &str| -> u64 {
-        line.split_whitespace()
-            .skip(5)
-            .take(2)
-            .filter_map(|count| count.parse::<u64>().ok())
-            .sum()
-    };
-    table.lines().map(dropped).sum()
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //!
 //! Their first packet is judged as a SYN is; if it may pass, conntrack remembers so for the flow.
 use std::rc::Rc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use controller::Judgement;
 use iptables_init::marks::Answer;
@@ -20,7 +20,8 @@ use crate::records::Subject;
 impl Gate {
     /// Decides a packet at once, or holds it until both its ends are known.
     pub(super) fn flow(self: &Rc<Self>, id: PacketId, packet: FlowPacket) {
-        if self.settle(id, &packet) {
+        let arrived = Instant::now();
+        if self.settle(id, &packet, arrived) {
             return;
         }
         match self.enforcer.limits.permit(packet.client.ip()) {
@@ -29,7 +30,7 @@ impl Gate {
             Ok(permit) => {
                 let gate = Rc::clone(self);
                 tokio::task::spawn_local(async move {
-                    gate.wait_and_settle(id, packet).await;
+                    gate.wait_and_settle(id, packet, arrived).await;
                     drop(permit);
                 });
             }
@@ -37,12 +38,12 @@ impl Gate {
     }
 
     /// Decides as soon as the table knows both ends; after `--hold` the packet is refused.
-    async fn wait_and_settle(&self, id: PacketId, packet: FlowPacket) {
+    async fn wait_and_settle(&self, id: PacketId, packet: FlowPacket, arrived: Instant) {
         let mut changed = self.enforcer.table.changed();
         let known = async {
             loop {
                 changed.mark_unchanged();
-                if self.settle(id, &packet) || changed.changed().await.is_err() {
+                if self.settle(id, &packet, arrived) || changed.changed().await.is_err() {
                     break;
                 }
             }
@@ -57,7 +58,7 @@ impl Gate {
     }
 
     /// Decides a packet; false if an end of it is unknown.
-    fn settle(&self, id: PacketId, packet: &FlowPacket) -> bool {
+    fn settle(&self, id: PacketId, packet: &FlowPacket, arrived: Instant) -> bool {
         let FlowPacket {
             client,
             server,
@@ -80,7 +81,8 @@ impl Gate {
                 (Deny::Reject, _) => self.answer(id, Answer::Prohibited),
             }
         }
-        self.enforcer.carried(&subject(packet), &decision);
+        self.enforcer
+            .carried(&subject(packet), &decision, arrived.elapsed());
         true
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use controller::manifest::ManifestSource;
 use controller::{Batch, Index};
@@ -38,6 +38,7 @@ pub(super) fn announce(batch: &Batch) {
 impl Follower {
     /// Follows the source without end; returns only if this daemon can no longer do so.
     pub(super) async fn follow(mut self) {
+        let mut arrived = Instant::now();
         loop {
             let generation = self.enforcer.table.generation();
             let step = tokio::task::spawn_blocking(|| self.bring_kernel_in_step());
@@ -50,8 +51,11 @@ impl Follower {
                 None => {
                     self.readiness.ready();
                     self.enforcer.metrics.enforced(generation);
+                    self.enforcer.metrics.took_effect(arrived.elapsed());
                     info!(generation, "in force");
-                    self.source.next().await
+                    let batch = self.source.next().await;
+                    arrived = Instant::now();
+                    batch
                 }
                 Some(reason) => {
                     error!("{reason}");

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::path::Path;
+use std::process::{Command, Output, Stdio};
 
 use lab::runner::Test;
 use lab::{Kind, wait_for};
@@ -16,6 +17,8 @@ use crate::support::{
 pub(crate) const TESTS: &[Test] = &lab::tests![
     a_record_is_written_for_each_connection_with_the_promised_keys,
     the_admin_port_tells_of_health_metrics_and_policies,
+    metrics_keep_prometheus_conventions_and_are_those_of_the_page,
+    bytes_of_a_live_connection_are_counted_while_it_lives,
     connections_lists_what_stands_and_forgets_what_ended,
     explain_answers_as_check_does,
 ];
@@ -192,24 +195,87 @@ fn the_admin_port_tells_of_health_metrics_and_policies() {
     assert!(
         metrics
             .head
-            .contains("content-type: application/openmetrics-text"),
+            .contains("content-type: text/plain; version=0.0.4"),
         "{}",
         metrics.head
     );
-    assert!(metrics.body.ends_with("# EOF\n"), "{}", metrics.body);
-    let decisions = |verdict: &str| {
-        format!("portreeve_decisions_total{{verdict=\"{verdict}\",direction=\"ingress\"}}")
+    let decisions = |verdict: &str, cause: &str| {
+        format!(
+            "portreeve_decisions_total{{verdict=\"{verdict}\",direction=\"ingress\",path=\"spliced\",cause=\"{cause}\"}}"
+        )
     };
     for (at, name) in [
         (0, "portreeve_ready".to_owned()),
         (0, "portreeve_table_generation".to_owned()),
-        (0, decisions("deny")),
+        (0, "portreeve_table_addresses".to_owned()),
+        (0, "portreeve_policies".to_owned()),
+        (0, "portreeve_verdict_seconds_count".to_owned()),
+        (0, "portreeve_change_seconds_count".to_owned()),
+        (0, decisions("deny", "no_rule")),
         // x/a is released: only the server's node judges what goes there.
-        (1, decisions("allow")),
+        (1, decisions("allow", "rule")),
+        (1, "portreeve_connect_seconds_count".to_owned()),
     ] {
         let value = metric(&bed.lab.node(at), &name);
         assert!(value >= 1, "{name} of node {at}\n{}", metrics.body);
     }
+}
+
+fn metrics_keep_prometheus_conventions_and_are_those_of_the_page() {
+    let bed = Bed::enforced(&[], &policies());
+    let node = bed.lab.node(0);
+    let text = ask(&node, "/metrics").unwrap().body;
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let said = said_of(&repository.join("lab/tools/promtool"), &text);
+    assert!(said.status.success(), "{said:?}");
+    assert!(said.stderr.is_empty(), "{said:?}");
+
+    let exposed: BTreeSet<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next())
+        .collect();
+    let page = fs::read_to_string(repository.join("docs/metrics.md")).unwrap();
+    let documented: BTreeSet<&str> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `portreeve_")?.split('`').next())
+        .collect();
+    let exposed: BTreeSet<&str> = exposed
+        .into_iter()
+        .map(|name| name.strip_prefix("portreeve_").unwrap())
+        .collect();
+    assert_eq!(
+        exposed, documented,
+        "the daemon's metrics and docs/metrics.md's"
+    );
+}
+
+/// What `promtool check metrics` has to say of a page of metrics.
+fn said_of(promtool: &Path, metrics: &str) -> Output {
+    let mut child = Command::new(promtool)
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take().unwrap();
+    input.write_all(metrics.as_bytes()).unwrap();
+    drop(input);
+    child.wait_with_output().unwrap()
+}
+
+fn bytes_of_a_live_connection_are_counted_while_it_lives() {
+    let bed = Bed::enforced(&[], &policies());
+    let (a, c, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"), bed.lab.node(1));
+    let sent = "portreeve_bytes_total{direction=\"sent\",path=\"spliced\"}";
+    let live = "portreeve_connections{stage=\"live\"}";
+    let stream = connected(&a, c.addr_v4(80));
+    crate::support::echoes(&stream, "0123456789");
+    assert_eq!((metric(&node, live), metric(&node, sent)), (1, 10));
+    crate::support::echoes(&stream, "0123456789");
+    drop(stream);
+    bed.wait_for_no_connection();
+    assert_eq!((metric(&node, live), metric(&node, sent)), (0, 20));
 }
 
 fn connections_lists_what_stands_and_forgets_what_ended() {

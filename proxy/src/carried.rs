@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use controller::Judgement;
@@ -60,7 +61,7 @@ fn is_denied(enforcer: &Enforcer, entry: &Entry) -> bool {
             opened: SystemTime::now(),
             attempt: 0,
         };
-        enforcer.severed(&subject, &Decision { verdict, from, to });
+        enforcer.severed(subject, &Arc::new(Decision { verdict, from, to }));
     }
     denied
 }

@@ -83,26 +83,25 @@ impl Enforcer {
         if let Some(decision) = flow.decision() {
             let waited = flow.started.elapsed();
             self.metrics.decided(&decision, Way::Spliced, waited);
-            self.recorder.denied(&self.node, &flow.subject(), &decision);
+            self.recorder.denied(flow.subject(), &decision);
         }
     }
 
     /// Counts and records a flow that was decided at its first packet and needs no relay.
     /// It took `waited` from its first packet to here.
-    pub(crate) fn carried(&self, subject: &Subject, decision: &Decision, waited: Duration) {
+    pub(crate) fn carried(&self, subject: Subject, decision: &Arc<Decision>, waited: Duration) {
         self.metrics.decided(decision, subject.way, waited);
         if decision.verdict.allowed() {
-            self.recorder
-                .ended(&self.node, subject, decision, &Outcome::Carried);
+            self.recorder.ended(subject, decision, Outcome::Carried);
         } else {
-            self.recorder.denied(&self.node, subject, decision);
+            self.recorder.denied(subject, decision);
         }
     }
 
     /// Counts and records a flow that the kernel carried and that is now denied.
-    pub(crate) fn severed(&self, subject: &Subject, severance: &Decision) {
+    pub(crate) fn severed(&self, subject: Subject, severance: &Arc<Decision>) {
         self.metrics.severed(severance, subject.way);
-        self.recorder.severed(&self.node, subject, severance);
+        self.recorder.severed(subject, severance);
     }
 
     /// Counts a connection that policy allows.
@@ -119,12 +118,8 @@ impl Enforcer {
         if let Some(decision) = flow.decision() {
             self.metrics.moved(&flow.moved);
             match flow.severance() {
-                Some(severance) => self
-                    .recorder
-                    .severed(&self.node, &flow.subject(), &severance),
-                None => self
-                    .recorder
-                    .ended(&self.node, &flow.subject(), &decision, &outcome),
+                Some(severance) => self.recorder.severed(flow.subject(), &severance),
+                None => self.recorder.ended(flow.subject(), &decision, outcome),
             }
         }
     }

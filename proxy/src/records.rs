@@ -1,28 +1,32 @@
-//! One record per connection, as JSON lines, for use without a collector (`--trace-file`).
+//! One record per connection, told to every sink: the trace file, and what else there is.
 //!
-//! Writing happens on a thread of its own behind a bounded queue: a slow disk costs records, which
-//! are counted, and never delays a packet.
+//! A sink has a thread of its own behind a bounded queue: a slow one costs records, which are
+//! counted, and never delays a packet. The packets' threads only put values together; words are
+//! made of them where they are written.
+mod file;
+mod queue;
+mod sink;
+
 use std::collections::{HashSet, VecDeque};
-use std::fs::OpenOptions;
-use std::io::{self, BufWriter, Write};
+use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Mutex, PoisonError};
-use std::time::SystemTime;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
-use policy::Protocol;
+use policy::{Endpoint, Protocol};
 use serde_json::{Map, Value, json};
 
 use crate::decision::{Decision, Way};
 
-/// Records that may wait for the disk.
-const WAITING: usize = 16_384;
+pub(crate) use queue::Queue;
+pub(crate) use sink::Sink;
+
 /// Denied SYNs that are remembered, so that a client's repeats do not become new records.
 const REMEMBERED: usize = 8192;
 
 /// What a record is about.
+#[derive(Clone, Debug)]
 pub(crate) struct Subject {
     pub(crate) client: SocketAddr,
     pub(crate) server: SocketAddr,
@@ -52,10 +56,30 @@ pub(crate) enum Outcome {
     Unanswered(String),
 }
 
-/// Where records go.
+/// What became of a connection.
+#[derive(Clone, Debug)]
+pub(crate) enum Fate {
+    /// Never connected.
+    Denied,
+    /// Allowed, and over or handed to the kernel.
+    Allowed(Outcome),
+    /// Allowed once, and cut by a later change.
+    Severed,
+}
+
+/// A connection and what became of it.
+#[derive(Debug)]
+pub(crate) struct Record {
+    pub(crate) subject: Subject,
+    pub(crate) fate: Fate,
+    /// What it rested on; of a severed one, what ended it.
+    pub(crate) decision: Arc<Decision>,
+    pub(crate) ended: SystemTime,
+}
+
+/// Tells every sink.
 pub(crate) struct Recorder {
-    lines: Option<SyncSender<Value>>,
-    lost: AtomicU64,
+    file: Option<Sink>,
     denied: Mutex<Remembered>,
 }
 
@@ -63,40 +87,34 @@ impl Recorder {
     /// Keeps no records.
     pub(crate) fn off() -> Self {
         Self {
-            lines: None,
-            lost: AtomicU64::new(0),
+            file: None,
             denied: Mutex::default(),
         }
     }
 
-    /// Appends records to the file at `path`; `-` is standard output.
+    /// Appends records of `node` to the file at `path`; `-` is standard output.
     ///
     /// # Errors
     /// If the file cannot be opened for appending or the thread cannot be started.
-    pub(crate) fn to_file(path: &Path) -> io::Result<Self> {
-        let out: Box<dyn Write + Send> = if path == Path::new("-") {
-            Box::new(io::stdout())
-        } else {
-            Box::new(OpenOptions::new().create(true).append(true).open(path)?)
-        };
-        let (lines, queue) = sync_channel(WAITING);
-        std::thread::Builder::new()
-            .name("records".to_owned())
-            .spawn(move || write_all(&queue, out))?;
-        Ok(Self {
-            lines: Some(lines),
-            ..Self::off()
-        })
+    pub(crate) fn with_file(mut self, path: &Path, node: Arc<str>) -> io::Result<Self> {
+        self.file = Some(file::open(path, node)?);
+        Ok(self)
     }
 
-    /// Records that were lost because the disk did not keep up.
+    /// Lets every sink finish what it has been told, for at most `limit` in all.
+    pub(crate) fn finish(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        self.sinks().for_each(|sink| sink.finish(deadline));
+    }
+
+    /// Records that the trace file lost because the disk did not keep up.
     pub(crate) fn lost(&self) -> u64 {
-        self.lost.load(Ordering::Relaxed)
+        self.file.as_ref().map_or(0, Sink::lost)
     }
 
     /// Records a denied connection, once for all repeats of its first packet.
-    pub(crate) fn denied(&self, node: &str, subject: &Subject, decision: &Decision) {
-        if self.lines.is_none() {
+    pub(crate) fn denied(&self, subject: Subject, decision: &Arc<Decision>) {
+        if self.is_off() {
             return;
         }
         let first = self
@@ -105,46 +123,39 @@ impl Recorder {
             .unwrap_or_else(PoisonError::into_inner)
             .insert((subject.client, subject.server, subject.attempt));
         if first {
-            let record = record("deny", node, subject, decision, decision.verdict.reason());
-            self.send(record);
+            self.tell(subject, Fate::Denied, decision);
         }
     }
 
     /// Records an allowed connection that is over.
-    pub(crate) fn ended(
-        &self,
-        node: &str,
-        subject: &Subject,
-        decision: &Decision,
-        outcome: &Outcome,
-    ) {
-        if self.lines.is_none() {
-            return;
-        }
-        let reason = decision.verdict.reason();
-        let reason = match outcome {
-            Outcome::Closed | Outcome::Carried => reason,
-            Outcome::Broken(kind) => format!("{reason} Broken off: {kind}."),
-            Outcome::Stopped => format!("{reason} Ended by the daemon."),
-            Outcome::Unanswered(why) => format!("{reason} Not connected: {why}."),
-        };
-        self.send(record("allow", node, subject, decision, reason));
+    pub(crate) fn ended(&self, subject: Subject, decision: &Arc<Decision>, outcome: Outcome) {
+        self.tell(subject, Fate::Allowed(outcome), decision);
     }
 
     /// Records a connection that was allowed once and cut by a later change.
-    pub(crate) fn severed(&self, node: &str, subject: &Subject, severance: &Decision) {
-        if self.lines.is_some() {
-            let reason = severance.verdict.reason();
-            self.send(record("sever", node, subject, severance, reason));
-        }
+    pub(crate) fn severed(&self, subject: Subject, severance: &Arc<Decision>) {
+        self.tell(subject, Fate::Severed, severance);
     }
 
-    fn send(&self, record: Value) {
-        if let Some(lines) = &self.lines
-            && lines.try_send(record).is_err()
-        {
-            self.lost.fetch_add(1, Ordering::Relaxed);
+    fn tell(&self, subject: Subject, fate: Fate, decision: &Arc<Decision>) {
+        if self.is_off() {
+            return;
         }
+        let record = Arc::new(Record {
+            subject,
+            fate,
+            decision: Arc::clone(decision),
+            ended: SystemTime::now(),
+        });
+        self.sinks().for_each(|sink| sink.tell(&record));
+    }
+
+    fn is_off(&self) -> bool {
+        self.sinks().next().is_none()
+    }
+
+    fn sinks(&self) -> impl Iterator<Item = &Sink> {
+        self.file.iter()
     }
 }
 
@@ -174,17 +185,51 @@ impl Remembered {
     }
 }
 
-/// The record of a connection: the keys that users rely on.
-pub(crate) fn record(
-    verdict: &str,
-    node: &str,
+impl Fate {
+    /// As records name it (`verdict`).
+    pub(crate) fn verdict(&self) -> &'static str {
+        match self {
+            Self::Denied => "deny",
+            Self::Allowed(_) => "allow",
+            Self::Severed => "sever",
+        }
+    }
+}
+
+impl Record {
+    /// Why, in sentences: the verdict's, and how an allowed connection came to its end.
+    pub(crate) fn reason(&self) -> String {
+        let reason = self.decision.verdict.reason();
+        let Fate::Allowed(outcome) = &self.fate else {
+            return reason;
+        };
+        match outcome {
+            Outcome::Closed | Outcome::Carried => reason,
+            Outcome::Broken(kind) => format!("{reason} Broken off: {kind}."),
+            Outcome::Stopped => format!("{reason} Ended by the daemon."),
+            Outcome::Unanswered(why) => format!("{reason} Not connected: {why}."),
+        }
+    }
+
+    /// The keys that users rely on, in JSON.
+    pub(crate) fn json(&self, node: &str) -> Value {
+        let mut fields = keys(&self.subject, &self.decision, self.reason(), node);
+        let mut put = |key: &str, value: Value| fields.insert(key.to_owned(), value);
+        put("verdict", self.fate.verdict().into());
+        put("end_time", timestamp(self.ended).into());
+        Value::Object(fields)
+    }
+}
+
+/// The keys of a connection whatever becomes of it.
+pub(crate) fn keys(
     subject: &Subject,
     decision: &Decision,
     reason: String,
-) -> Value {
+    node: &str,
+) -> Map<String, Value> {
     let mut fields = Map::new();
     let mut put = |key: &str, value: Value| fields.insert(key.to_owned(), value);
-    put("verdict", verdict.into());
     put("direction", decision.direction().into());
     put(
         "policies",
@@ -196,11 +241,7 @@ pub(crate) fn record(
     );
     put("reason", reason.into());
     put("protocol", subject.protocol.to_string().into());
-    let ends = [
-        ("source", subject.client, &decision.from),
-        ("destination", subject.server, &decision.to),
-    ];
-    for (side, address, endpoint) in ends {
+    for (side, address, endpoint) in subject.ends(decision) {
         put(&format!("{side}.address"), json!(address.ip()));
         put(&format!("{side}.port"), json!(address.port()));
         if let Some(endpoint) = endpoint {
@@ -220,29 +261,26 @@ pub(crate) fn record(
     put("bytes.sent", subject.sent.into());
     put("bytes.received", subject.received.into());
     put("start_time", timestamp(subject.opened).into());
-    put("end_time", timestamp(SystemTime::now()).into());
     put("path", subject.way.name().into());
-    Value::Object(fields)
+    fields
+}
+
+impl Subject {
+    /// Both ends, as records name them, with the pods behind them.
+    pub(crate) fn ends<'a>(
+        &self,
+        decision: &'a Decision,
+    ) -> [(&'static str, SocketAddr, Option<&'a Endpoint>); 2] {
+        [
+            ("source", self.client, decision.from.as_deref()),
+            ("destination", self.server, decision.to.as_deref()),
+        ]
+    }
 }
 
 /// RFC 3339 in UTC, to the microsecond.
 pub(crate) fn timestamp(time: SystemTime) -> String {
     humantime::format_rfc3339_micros(time).to_string()
-}
-
-/// Writes until the recorder is gone; flushes whenever nothing waits.
-fn write_all(queue: &Receiver<Value>, out: Box<dyn Write + Send>) {
-    let mut out = BufWriter::new(out);
-    while let Ok(first) = queue.recv() {
-        let waiting = std::iter::once(first).chain(queue.try_iter());
-        let written = waiting
-            .into_iter()
-            .try_for_each(|record| writeln!(out, "{record}"));
-        if let Err(error) = written.and_then(|()| out.flush()) {
-            tracing::error!(%error, "cannot write records; no more are written");
-            return;
-        }
-    }
 }
 
 #[cfg(test)]

@@ -35,6 +35,8 @@ type Thread = std::thread::JoinHandle<std::io::Result<()>>;
 
 /// Descriptors for everything but connections: queues, listeners, admin, pipes of bulk streams.
 const DESCRIPTORS_KEPT: u64 = 1024;
+/// What the last records may take to be written when the daemon stops.
+const FINISH_WITHIN: Duration = Duration::from_secs(2);
 /// How often nobody's connections are looked for.
 const EXPIRE_EVERY: Duration = Duration::from_secs(1);
 
@@ -118,11 +120,13 @@ async fn enforce(args: &RunArgs, source: ManifestSource, first: Batch) -> anyhow
     });
     let result = ended.await;
     let _ = serving.await;
+    enforcer.recorder.finish(FINISH_WITHIN);
     info!(node = %enforcer.node, "stopped");
     result
 }
 
 fn enforcer(args: &RunArgs, node: Arc<str>, table: Arc<Table>) -> anyhow::Result<Arc<Enforcer>> {
+    let recorder = recorder(args.trace_file.as_ref(), &node)?;
     Ok(Arc::new(Enforcer {
         node,
         table,
@@ -133,7 +137,7 @@ fn enforcer(args: &RunArgs, node: Arc<str>, table: Arc<Table>) -> anyhow::Result
         hold: args.hold.into(),
         metrics: Metrics::new(),
         queues: args.redirect.queue..args.redirect.queue + args.redirect.queue_count(),
-        recorder: recorder(args.trace_file.as_ref())?,
+        recorder,
     }))
 }
 
@@ -206,15 +210,17 @@ fn bounds(args: &RunArgs) -> anyhow::Result<Bounds> {
     Ok(Bounds { per_source, total })
 }
 
-fn recorder(path: Option<&PathBuf>) -> anyhow::Result<Recorder> {
+fn recorder(path: Option<&PathBuf>, node: &Arc<str>) -> anyhow::Result<Recorder> {
     match path {
         None => Ok(Recorder::off()),
-        Some(path) => Recorder::to_file(path).with_context(|| {
-            format!(
-                "cannot open trace file {}; its directory must exist and be writable",
-                path.display()
-            )
-        }),
+        Some(path) => Recorder::off()
+            .with_file(path, Arc::clone(node))
+            .with_context(|| {
+                format!(
+                    "cannot open trace file {}; its directory must exist and be writable",
+                    path.display()
+                )
+            }),
     }
 }
 

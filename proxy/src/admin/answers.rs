@@ -10,7 +10,7 @@ use crate::enforcer::Enforcer;
 use crate::flows::{Flow, StageName};
 use crate::metrics::{Queues, Readings};
 use crate::readiness::Readiness;
-use crate::records::{record, timestamp};
+use crate::records::{keys, timestamp};
 
 /// Ready or why not, and every fault of the cluster's objects that stands.
 pub(super) fn readyz(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
@@ -148,13 +148,10 @@ fn percent_decoded(text: &str) -> String {
 fn connection(node: &str, flow: &Flow) -> serde_json::Value {
     let stage = flow.stage_name();
     let mut shown = match flow.decision() {
-        Some(decision) => record(
-            "allow",
-            node,
-            &flow.subject(),
-            &decision,
-            decision.verdict.reason(),
-        ),
+        Some(decision) => {
+            let reason = decision.verdict.reason();
+            keys(&flow.subject(), &decision, reason, node).into()
+        }
         None => json!({
             "source.address": flow.key.client.ip(), "source.port": flow.key.client.port(),
             "destination.address": flow.key.server.ip(), "destination.port": flow.key.server.port(),
@@ -162,10 +159,9 @@ fn connection(node: &str, flow: &Flow) -> serde_json::Value {
         }),
     };
     if let Some(fields) = shown.as_object_mut() {
-        fields.remove("end_time");
         fields.insert("stage".to_owned(), json!(stage));
-        if stage == StageName::Held {
-            fields.remove("verdict");
+        if stage != StageName::Held {
+            fields.insert("verdict".to_owned(), json!("allow"));
         }
     }
     shown

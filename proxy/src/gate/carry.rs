@@ -3,6 +3,7 @@
 //!
 //! Their first packet is judged as a SYN is; if it may pass, conntrack remembers so for the flow.
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use controller::Judgement;
@@ -71,7 +72,7 @@ impl Gate {
         let Judgement::Settled { verdict, from, to } = judgement else {
             return false;
         };
-        let decision = Decision { verdict, from, to };
+        let decision = Arc::new(Decision { verdict, from, to });
         if decision.verdict.allowed() {
             self.answer(id, Answer::Carry);
         } else {
@@ -82,7 +83,7 @@ impl Gate {
             }
         }
         self.enforcer
-            .carried(&subject(packet), &decision, arrived.elapsed());
+            .carried(subject(packet), &decision, arrived.elapsed());
         true
     }
 }

@@ -1,0 +1,176 @@
+//! The bounded way from the packets' threads to a thread that may be slow.
+//!
+//! Putting something in never waits: what finds the queue full is lost and counted. The reader is
+//! woken once for many entries, so that a busy node does not pay a wake-up for each. Knows nothing
+//! of what it carries.
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// A queue with one reader.
+pub(crate) struct Queue<T> {
+    waiting: Mutex<Waiting<T>>,
+    changed: Condvar,
+    room: usize,
+    batch: usize,
+    lost: AtomicU64,
+}
+
+struct Waiting<T> {
+    entries: Vec<T>,
+    closed: bool,
+}
+
+impl<T> Queue<T> {
+    /// A queue for at most `room` entries, whose reader is woken early when `batch` of them wait.
+    pub(crate) fn new(room: usize, batch: usize) -> Self {
+        let waiting = Waiting {
+            entries: Vec::new(),
+            closed: false,
+        };
+        Self {
+            waiting: Mutex::new(waiting),
+            changed: Condvar::new(),
+            room,
+            batch,
+            lost: AtomicU64::new(0),
+        }
+    }
+
+    /// Adds an entry, or loses it if there is no room or no reader.
+    pub(crate) fn push(&self, entry: T) {
+        let mut waiting = self.waiting();
+        if waiting.closed || waiting.entries.len() >= self.room {
+            drop(waiting);
+            self.lost.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        waiting.entries.push(entry);
+        let length = waiting.entries.len();
+        drop(waiting);
+        // The reader sleeps until there is one, then lingers until there is a batch.
+        if length == 1 || length == self.batch {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Entries that were lost.
+    pub(crate) fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    /// Waits for entries and takes them all into `taken`, which is to be empty: at once if a batch
+    /// waits, else after `linger`. With `until` it gives up then, empty-handed. False once the
+    /// queue is closed and everything has been taken.
+    pub(crate) fn take(
+        &self,
+        taken: &mut Vec<T>,
+        linger: Duration,
+        until: Option<Instant>,
+    ) -> bool {
+        let mut waiting = self.waiting();
+        while waiting.entries.is_empty() && !waiting.closed {
+            let Some(left) = remaining(until) else {
+                return true;
+            };
+            waiting = self.wait(waiting, left);
+        }
+        let lingered = Instant::now() + linger;
+        while waiting.entries.len() < self.batch && !waiting.closed {
+            let Some(left) = remaining(Some(lingered)) else {
+                break;
+            };
+            waiting = self.wait(waiting, left);
+        }
+        std::mem::swap(&mut waiting.entries, taken);
+        !(waiting.closed && taken.is_empty())
+    }
+
+    /// Takes nothing more in; the reader gets what waits.
+    pub(crate) fn close(&self) {
+        self.waiting().closed = true;
+        self.changed.notify_one();
+    }
+
+    fn wait<'a>(
+        &self,
+        waiting: MutexGuard<'a, Waiting<T>>,
+        left: Duration,
+    ) -> MutexGuard<'a, Waiting<T>> {
+        let woken = self.changed.wait_timeout(waiting, left);
+        woken.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting<T>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What is left until `deadline`, a long time without one; `None` once it has passed.
+fn remaining(deadline: Option<Instant>) -> Option<Duration> {
+    const NO_DEADLINE: Duration = Duration::from_secs(3600);
+    deadline.map_or(Some(NO_DEADLINE), |deadline| {
+        let left = deadline.saturating_duration_since(Instant::now());
+        (!left.is_zero()).then_some(left)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    const AT_ONCE: Duration = Duration::ZERO;
+    /// Longer than any test may take.
+    const AGES: Duration = Duration::from_secs(600);
+
+    fn taken(queue: &Queue<u32>, linger: Duration) -> Vec<u32> {
+        let mut taken = Vec::new();
+        queue.take(&mut taken, linger, None);
+        taken
+    }
+
+    #[test]
+    fn what_finds_no_room_is_lost_and_counted_and_what_is_inside_stays() {
+        let queue = Queue::new(2, 2);
+        (1..=5).for_each(|entry| queue.push(entry));
+        assert_eq!(queue.lost(), 3);
+        assert_eq!(taken(&queue, AT_ONCE), [1, 2]);
+        queue.push(6);
+        assert_eq!(taken(&queue, AT_ONCE), [6], "there is room again");
+    }
+
+    #[test]
+    fn a_full_batch_does_not_linger() {
+        let queue = Arc::new(Queue::new(10, 3));
+        let reader = {
+            let queue = Arc::clone(&queue);
+            std::thread::spawn(move || taken(&queue, AGES))
+        };
+        (1..=3).for_each(|entry| queue.push(entry));
+        assert_eq!(reader.join().unwrap(), [1, 2, 3]);
+    }
+
+    #[test]
+    fn a_closed_queue_gives_what_it_has_and_then_says_so() {
+        let queue = Queue::new(10, 10);
+        queue.push(1);
+        queue.close();
+        queue.push(2);
+        let mut out = Vec::new();
+        assert!(queue.take(&mut out, AGES, None), "there was something");
+        assert_eq!(out, [1]);
+        out.clear();
+        assert!(!queue.take(&mut out, AGES, None));
+        assert_eq!(queue.lost(), 1, "what came too late");
+    }
+
+    #[test]
+    fn a_reader_with_something_else_to_do_is_not_kept() {
+        let queue = Queue::<u32>::new(10, 10);
+        let mut out = Vec::new();
+        assert!(queue.take(&mut out, AGES, Some(Instant::now())));
+        assert!(out.is_empty());
+    }
+}

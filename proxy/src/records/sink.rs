@@ -1,0 +1,64 @@
+//! A thread that records are told to.
+use std::io;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use super::{Queue, Record};
+
+/// The packets' end of a sink; dropped, the thread ends after what it has been told.
+pub(crate) struct Sink {
+    queue: Arc<Queue<Arc<Record>>>,
+    /// Nothing ever comes through; it breaks when the thread ends.
+    alive: Mutex<Receiver<()>>,
+}
+
+impl Sink {
+    /// Starts the thread, which is to read `queue` to its end.
+    ///
+    /// # Errors
+    /// If there can be no thread.
+    pub(crate) fn start(
+        name: &str,
+        queue: Queue<Arc<Record>>,
+        read: impl FnOnce(&Queue<Arc<Record>>) + Send + 'static,
+    ) -> io::Result<Self> {
+        let queue = Arc::new(queue);
+        let (life, alive) = sync_channel(1);
+        let reader = Arc::clone(&queue);
+        std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || {
+                read(&reader);
+                drop(life);
+            })?;
+        Ok(Self {
+            queue,
+            alive: Mutex::new(alive),
+        })
+    }
+
+    /// Tells it of a record, or loses that if the sink does not keep up.
+    pub(crate) fn tell(&self, record: &Arc<Record>) {
+        self.queue.push(Arc::clone(record));
+    }
+
+    /// Records that were lost because the sink did not keep up.
+    pub(crate) fn lost(&self) -> u64 {
+        self.queue.lost()
+    }
+
+    /// Lets the sink finish what it has been told, until `deadline`; what is told later is lost.
+    pub(crate) fn finish(&self, deadline: Instant) {
+        self.queue.close();
+        let alive = self.alive.lock().unwrap_or_else(PoisonError::into_inner);
+        // Either way there is no more to do: it has ended, or its time is up.
+        let _ = alive.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+    }
+}
+
+impl Drop for Sink {
+    fn drop(&mut self) {
+        self.queue.close();
+    }
+}

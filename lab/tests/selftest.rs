@@ -17,9 +17,10 @@ use std::process::{ExitCode, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lab::traffic::{Flags, UdpOutcome, Way, bulk, connect_all, greeting};
+use lab::traffic::{Flags, UdpOutcome, Way, bulk, connect_all, craft, greeting};
 use lab::{
-    Between, Cluster, Dial, Gateway, Kind, Netns, PodSpec, Protocol, RpFilter, Serve, ServiceSpec,
+    Between, Cluster, Dial, Gateway, Kind, Netns, Packet, PodSpec, Protocol, RpFilter, Serve,
+    ServiceSpec,
 };
 use nix::errno::Errno;
 
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         a_pod_with_host_network_is_its_node,
         udp_tells_answered_from_refused_from_dropped,
         a_capture_sees_the_handshake_and_counts_retransmits,
+        packets_made_by_hand_arrive_as_they_were_made,
         a_thousand_dials_at_once_need_no_retransmit,
         bulk_data_arrives_unchanged_and_half_close_works,
         a_reset_is_seen_as_a_reset,
@@ -411,6 +413,42 @@ fn a_capture_sees_the_handshake_and_counts_retransmits() {
             .unwrap();
     }
     assert!(!Flags::default().is_syn());
+}
+
+fn packets_made_by_hand_arrive_as_they_were_made() {
+    let cluster = two_pods();
+    let (a, b) = (cluster.pod("x/a"), cluster.pod("x/b"));
+    b.serve_udp(&[53]).unwrap();
+    let injector = a.injector().unwrap();
+    let capture = b.capture().unwrap();
+    for (from, to) in [
+        (a.addr_v4(1000), b.addr_v4(53)),
+        (a.addr_v6(1000), b.addr_v6(53)),
+    ] {
+        let (source, target) = (from.ip(), to.ip());
+        let whole = craft::udp(from, to, &[7; 1000]);
+        let made = [
+            (6, craft::tcp(from, to, craft::SYN | craft::FIN, 1, &[])),
+            (132, craft::sctp(from, to, 0, craft::SCTP_INIT)),
+            (253, craft::ip(source, target, 253, b"experiment")),
+            (17, craft::udp(from, to, b"question")),
+        ];
+        for (number, (protocol, packet)) in (1..).zip(made) {
+            injector.send(&craft::numbered(packet, number)).unwrap();
+            let such = |it: &Packet| {
+                it.way == Way::In
+                    && (it.protocol, it.number, it.source.ip()) == (protocol, number, source)
+            };
+            capture.wait_for(LIMIT, "the packet", 1, such).unwrap();
+        }
+        for piece in craft::fragment(&whole, &[0..504, 504..1008]) {
+            injector.send(&piece).unwrap();
+        }
+        // The checksums are right: a socket answers, once a datagram.
+        let answer =
+            |it: &Packet| it.way == Way::Out && it.protocol == 17 && it.destination.ip() == source;
+        capture.wait_for(LIMIT, "the answers", 2, answer).unwrap();
+    }
 }
 
 fn a_thousand_dials_at_once_need_no_retransmit() {

@@ -14,7 +14,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::netns::{Netns, NetnsError};
 use crate::process::Command;
 use crate::traffic::server::Server;
-use crate::traffic::{self, Capture, Dial, Outcome, Serve, UdpOutcome};
+use crate::traffic::{self, Capture, Dial, Injector, Outcome, Serve, UdpOutcome};
 
 /// A pod, a node or the outside host; clones mean the same one.
 #[derive(Debug, Clone)]
@@ -171,6 +171,15 @@ impl Host {
     /// `ENODEV` if there is no such interface.
     pub fn capture_on(&self, interface: &str) -> io::Result<Capture> {
         Capture::start(&self.0.netns, interface)
+    }
+
+    /// A way to put made packets on `eth0`, to the neighbour that this host knows there: a pod has
+    /// one, its gateway.
+    ///
+    /// # Errors
+    /// `NotFound` without a neighbour; what the kernel answers.
+    pub fn injector(&self) -> io::Result<Injector> {
+        Injector::open(&self.0.netns, "eth0")
     }
 
     /// A socket of this host, blocking, not bound: IPv4 or IPv6 after `family`'s address.

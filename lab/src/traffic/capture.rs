@@ -81,6 +81,8 @@ pub struct Packet {
     pub flags: Flags,
     /// TCP sequence number; 0 for other protocols.
     pub sequence: u32,
+    /// IPv4 identification or IPv6 flow label.
+    pub number: u32,
 }
 
 impl Packet {
@@ -255,6 +257,10 @@ fn decode(way: Way, packet: &[u8]) -> Option<Packet> {
         sequence: tcp.map_or(0, |tcp| {
             u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]])
         }),
+        number: match source {
+            IpAddr::V4(_) => u32::from(u16::from_be_bytes([packet[4], packet[5]])),
+            IpAddr::V6(_) => u32::from_be_bytes([0, packet[1] & 0xf, packet[2], packet[3]]),
+        },
     })
 }
 

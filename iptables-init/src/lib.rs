@@ -3,6 +3,7 @@
 //! The init step puts it in and takes it out; the daemon changes its sets. Knows no policies.
 pub mod command;
 pub mod inspect;
+pub mod links;
 pub mod marks;
 pub mod netlink;
 pub mod probe;

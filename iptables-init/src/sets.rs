@@ -27,6 +27,15 @@ pub struct Sets {
     pub selves: BTreeSet<IpAddr>,
 }
 
+/// One nft transaction after which the links in `links` are those that pods hang on, and no others.
+#[must_use]
+pub fn pod_links_script(links: &BTreeSet<String>) -> String {
+    let quoted = links.iter().map(|link| format!("\"{link}\"")).collect();
+    let mut script = String::new();
+    replace(&mut script, POD_LINKS, &quoted);
+    script
+}
+
 /// Why the sets could not be changed; they are as before.
 #[derive(Debug, thiserror::Error)]
 pub enum SetsError {
@@ -128,6 +137,7 @@ const PODS: &str = "pods";
 const EGRESS_RELEASED: &str = "egress_released";
 const INGRESS_RELEASED: &str = "ingress_released";
 const SELF: &str = "self";
+const POD_LINKS: &str = "pod_links";
 
 type IsFamily = fn(&IpAddr) -> bool;
 const FAMILIES: [(&str, IsFamily); 2] = [("4", IpAddr::is_ipv4), ("6", IpAddr::is_ipv6)];
@@ -214,6 +224,15 @@ mod tests {
         delete element inet portreeve egress_released4 { 10.1.2.4 }
         add element inet portreeve egress_released4 { 10.1.2.6 }
         ");
+    }
+
+    #[test]
+    fn links_are_replaced_as_a_whole_and_may_have_any_name() {
+        let links = ["cali0a@x", "eth0.100"].map(str::to_owned).into();
+        insta::assert_snapshot!(pod_links_script(&links), @r#"
+        flush set inet portreeve pod_links
+        add element inet portreeve pod_links { "cali0a@x", "eth0.100" }
+        "#);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The nft table in the kernel: which one is there, and how one takes the place of another.
 //!
 //! A chain with one commented rule tells what was loaded, so that loading it again can be left out.
+use std::net::IpAddr;
+
 use serde_json::Value;
 
 use crate::command::{self, CommandError, Program};
@@ -188,8 +190,14 @@ fn declares_set(script: &str, name: &str) -> bool {
 
 /// An element of a set from `nft -j` to the nft language.
 fn element(value: &Value) -> Option<String> {
-    if let Some(address) = value.as_str() {
-        return Some(address.to_owned());
+    if let Some(text) = value.as_str() {
+        // The name of a link may hold anything.
+        let address = text.parse::<IpAddr>().is_ok();
+        return Some(if address {
+            text.to_owned()
+        } else {
+            format!("\"{text}\"")
+        });
     }
     if let Some(parts) = value["concat"].as_array() {
         return Some(
@@ -314,6 +322,7 @@ mod tests {
     fn elements_of_every_kind_are_written_as_nft_reads_them() {
         for (listed, expected) in [
             (r#""10.0.0.1""#, Some("10.0.0.1")),
+            (r#""1veth@x""#, Some(r#""1veth@x""#)),
             (
                 r#"{"prefix": {"addr": "10.0.0.0", "len": 24}}"#,
                 Some("10.0.0.0/24"),

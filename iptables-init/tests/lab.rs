@@ -656,6 +656,8 @@ fn some_sets() -> Sets {
 
 fn fill_sets(netns: &Netns) {
     load(netns, &some_sets().replace_script());
+    let links = ["cali0a@x", "1veth"].map(str::to_owned).into();
+    load(netns, &iptables_init::sets::pod_links_script(&links));
 }
 
 fn load(netns: &Netns, script: &str) {

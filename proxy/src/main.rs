@@ -11,6 +11,7 @@ mod enforcer;
 mod flows;
 mod gate;
 mod limits;
+mod links;
 mod metrics;
 mod readiness;
 mod records;

@@ -21,6 +21,7 @@ use crate::admin;
 use crate::enforcer::Enforcer;
 use crate::flows::Flows;
 use crate::limits::{Bounds, Limits};
+use crate::links::{Changes, PodLinks};
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 use crate::records::Recorder;
@@ -92,6 +93,9 @@ async fn enforce(args: &RunArgs, source: ManifestSource, first: Batch) -> anyhow
             "which addresses are pods of node {node} is not known: there is no Node object of that name with spec.podCIDRs; name the node by --node, or give --pod-cidr"
         );
     }
+    let changes = Changes::listen().context("cannot listen for changes of routes (rtnetlink)")?;
+    let links = PodLinks::new(Arc::clone(&table), Arc::clone(&node), args.pod_cidr.clone())?;
+    tokio::spawn(links.follow(changes));
     let enforcer = enforcer(args, node, table)?;
     let readiness = Readiness::new();
     let (stop, stopped) = watch::channel(false);

@@ -16,6 +16,7 @@ mod policies;
 mod ports;
 mod restart;
 mod sever;
+mod spoof;
 mod startup;
 mod streams;
 mod support;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
     let tests: Vec<_> = [
         policies::TESTS,
         carried::TESTS,
+        spoof::TESTS,
         changes::TESTS,
         likeness::TESTS,
         streams::TESTS,

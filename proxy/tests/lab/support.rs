@@ -410,6 +410,19 @@ pub(crate) fn metric(node: &Host, name: &str) -> u64 {
     series.sum()
 }
 
+/// How many packets a counter of the redirect has seen.
+pub(crate) fn counter(node: &Host, name: &str) -> u64 {
+    let mut nft = node.command("nft");
+    nft.args(["-j", "list", "counter", "inet", "portreeve", name]);
+    let said = nft.output().unwrap();
+    let listing: Value = serde_json::from_slice(&said.stdout).unwrap();
+    let objects = listing["nftables"].as_array().unwrap();
+    objects
+        .iter()
+        .find_map(|object| object["counter"]["packets"].as_u64())
+        .unwrap()
+}
+
 fn split_labels(series: &str) -> (&str, Vec<&str>) {
     match series.trim_end_matches('}').split_once('{') {
         Some((name, labels)) => (name, labels.split(',').collect()),

@@ -72,6 +72,13 @@ pub(crate) struct Isolation {
     pub(crate) distinct: Box<[Arc<Rules>]>,
 }
 
+impl Identity {
+    /// Whether both are one and the same pod: another uid is another pod, whatever its name.
+    pub fn is_same_pod(&self, other: &Self) -> bool {
+        self.uid == other.uid && self.key == other.key
+    }
+}
+
 impl Endpoint {
     /// Whether any policy isolates the pod in `direction`.
     pub fn isolated(&self, direction: Direction) -> bool {

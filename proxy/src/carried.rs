@@ -10,7 +10,7 @@ use controller::Judgement;
 use policy::Protocol;
 
 use crate::conntrack::{self, Entry};
-use crate::decision::{Decision, Way};
+use crate::decision::{Decision, Severance, Way};
 use crate::enforcer::Enforcer;
 use crate::records::Subject;
 
@@ -61,7 +61,8 @@ fn is_denied(enforcer: &Enforcer, entry: &Entry) -> bool {
             opened: SystemTime::now(),
             attempt: 0,
         };
-        enforcer.severed(subject, &Arc::new(Decision { verdict, from, to }));
+        let decision = Arc::new(Decision { verdict, from, to });
+        enforcer.severed(subject, Severance::denied(decision));
     }
     denied
 }

@@ -5,11 +5,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use controller::{Judgement, Table};
+use controller::Table;
 use iptables_init::marks::Marks;
 use policy::{Endpoint, Protocol};
 
-use crate::decision::{Decision, Way};
+use crate::decision::{Decision, Severance, Way};
 use crate::flows::{Flow, FlowKey, Flows};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
@@ -52,27 +52,22 @@ impl Enforcer {
             .is_some_and(|node| node.name == self.node)
     }
 
-    /// Judges every connection of these addresses again and cuts those that are now denied.
+    /// Judges every connection of these addresses again and cuts those that are now denied, or one
+    /// of whose pods is no longer the one behind its address.
     ///
     /// To be called after the table has changed: what is judged from then on is judged by it, and
     /// what was judged before is in the flow table already.
     pub(crate) fn judge_again(&self, touched: &BTreeSet<IpAddr>) {
-        let concerned = |flow: &Arc<Flow>| {
-            touched.contains(&flow.key.client.ip()) || touched.contains(&flow.key.server.ip())
-        };
-        for flow in self.flows.all().into_iter().filter(concerned) {
-            let FlowKey { client, server } = flow.key;
-            let judgement =
-                self.table
-                    .judge(client.ip(), server.ip(), Some(server.port()), Protocol::Tcp);
-            // A pod that is gone takes its connections with it; nobody is told anything by us.
-            let Judgement::Settled { verdict, from, to } = judgement else {
+        for flow in self.flows.of(touched) {
+            let Some(rests_on) = flow.decision().filter(|it| it.verdict.allowed()) else {
                 continue;
             };
-            if !verdict.allowed() && flow.decision().is_some() {
-                let decision = Arc::new(Decision { verdict, from, to });
-                self.metrics.severed(&decision, Way::Spliced);
-                self.flows.sever(&flow, decision);
+            let FlowKey { client, server } = flow.key;
+            let (client, server, port) = (client.ip(), server.ip(), Some(server.port()));
+            let now = self.table.judge(client, server, port, Protocol::Tcp);
+            if let Some(severance) = rests_on.overturned(client, server, now) {
+                self.metrics.severed(&severance.decision, Way::Spliced);
+                self.flows.sever(&flow, severance);
             }
         }
     }
@@ -99,8 +94,8 @@ impl Enforcer {
     }
 
     /// Counts and records a flow that the kernel carried and that is now denied.
-    pub(crate) fn severed(&self, subject: Subject, severance: &Arc<Decision>) {
-        self.metrics.severed(severance, subject.way);
+    pub(crate) fn severed(&self, subject: Subject, severance: Severance) {
+        self.metrics.severed(&severance.decision, subject.way);
         self.recorder.severed(subject, severance);
     }
 
@@ -118,7 +113,7 @@ impl Enforcer {
         if let Some(decision) = flow.decision() {
             self.metrics.moved(&flow.moved);
             match flow.severance() {
-                Some(severance) => self.recorder.severed(flow.subject(), &severance),
+                Some(severance) => self.recorder.severed(flow.subject(), severance),
                 None => self.recorder.ended(flow.subject(), &decision, outcome),
             }
         }

@@ -2,7 +2,10 @@
 //!
 //! A connection is in the table before its verdict is acted on, so that a change of policy finds
 //! it. Knows no packets and no policy; what a connection was decided by it carries as a value.
-use std::net::SocketAddr;
+mod by_address;
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -13,10 +16,12 @@ use policy::Protocol;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
-use crate::decision::{Decision, Way};
+use crate::decision::{Decision, Severance, Way};
 use crate::limits::Permit;
 use crate::records::Subject;
 use crate::relay::Moved;
+
+pub(crate) use by_address::{ByAddress, Ends};
 
 /// Client and server of a connection, the server after translation of Service addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,8 +45,8 @@ pub(crate) struct Flow {
     pub(crate) started: Instant,
     pub(crate) moved: Moved,
     decision: Mutex<Option<Arc<Decision>>>,
-    /// The later decision that ended the connection, if one did.
-    severance: Mutex<Option<Arc<Decision>>>,
+    /// The later change that ended the connection, if one did.
+    severance: Mutex<Option<Severance>>,
     stage: Mutex<Stage>,
     /// Milliseconds from `started` to the last time the client sent its SYN.
     last_syn: AtomicU32,
@@ -98,6 +103,7 @@ pub(crate) enum Arrival {
 #[derive(Default)]
 pub(crate) struct Flows {
     by_key: DashMap<FlowKey, Arc<Flow>, ahash::RandomState>,
+    by_address: ByAddress<Flow>,
     /// Held attempts by what survives translation: behind a Service, the repeated SYN may be sent
     /// to another pod, because the first one's conntrack entry is not confirmed while it is held.
     attempts: DashMap<(SocketAddr, u32), FlowKey, ahash::RandomState>,
@@ -155,9 +161,14 @@ impl Flows {
             succeeded: AtomicBool::new(false),
             _permit: permit()?,
         });
+        // First, since from the next step on it may be taken out again.
+        self.by_address.insert(&flow);
         match self.by_key.entry(key) {
             // Another core has just entered the same SYN.
-            Entry::Occupied(_) => return Ok(Arrival::Repeated),
+            Entry::Occupied(_) => {
+                self.by_address.remove(&flow);
+                return Ok(Arrival::Repeated);
+            }
             Entry::Vacant(place) => {
                 place.insert(Arc::clone(&flow));
             }
@@ -194,6 +205,7 @@ impl Flows {
         self.no_longer_held(flow);
         self.by_key
             .remove_if(&flow.key, |_, held| Arc::ptr_eq(held, flow));
+        self.by_address.remove(flow);
     }
 
     /// Forgets the SYN of a connection that is past it.
@@ -221,6 +233,11 @@ impl Flows {
         self.by_key.iter().map(|entry| Arc::clone(&entry)).collect()
     }
 
+    /// Every connection with an end among these addresses, in no order.
+    pub(crate) fn of(&self, addresses: &BTreeSet<IpAddr>) -> Vec<Arc<Flow>> {
+        self.by_address.of(addresses)
+    }
+
     /// Ends what nobody waits for any more: attempts whose client stopped repeating its SYN, and
     /// admitted connections whose client never completed the handshake. Returns how many.
     pub(crate) fn expire(&self, now: Instant) -> usize {
@@ -228,12 +245,12 @@ impl Flows {
         abandoned.map(|flow| self.end(&flow)).count()
     }
 
-    /// Ends a connection that `decision` no longer allows.
-    pub(crate) fn sever(&self, flow: &Arc<Flow>, decision: Arc<Decision>) {
+    /// Ends a connection that a change no longer lets be.
+    pub(crate) fn sever(&self, flow: &Arc<Flow>, severance: Severance) {
         *flow
             .severance
             .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(decision);
+            .unwrap_or_else(PoisonError::into_inner) = Some(severance);
         self.end(flow);
     }
 
@@ -253,6 +270,16 @@ impl Flows {
     }
 }
 
+impl Ends for Flow {
+    fn id(&self) -> u64 {
+        self.id
+    }
+
+    fn ends(&self) -> [IpAddr; 2] {
+        [self.key.client.ip(), self.key.server.ip()]
+    }
+}
+
 impl Flow {
     /// Who decided, once that is known.
     pub(crate) fn decision(&self) -> Option<Arc<Decision>> {
@@ -267,8 +294,8 @@ impl Flow {
         *self.decision.lock().unwrap_or_else(PoisonError::into_inner) = Some(decision);
     }
 
-    /// Who ended it by a later change of policy, if somebody did.
-    pub(crate) fn severance(&self) -> Option<Arc<Decision>> {
+    /// Which later change ended it, if one did.
+    pub(crate) fn severance(&self) -> Option<Severance> {
         self.severance
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

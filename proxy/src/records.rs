@@ -17,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime};
 use policy::{Endpoint, Protocol};
 use serde_json::{Map, Value, json};
 
-use crate::decision::{Decision, Way};
+use crate::decision::{Decision, Severance, Way};
 
 pub(crate) use queue::Queue;
 pub(crate) use sink::Sink;
@@ -64,7 +64,10 @@ pub(crate) enum Fate {
     /// Allowed, and over or handed to the kernel.
     Allowed(Outcome),
     /// Allowed once, and cut by a later change.
-    Severed,
+    Severed {
+        /// If no policy did it: what became of the pod at one of its ends.
+        replaced: Option<String>,
+    },
 }
 
 /// A connection and what became of it.
@@ -133,8 +136,11 @@ impl Recorder {
     }
 
     /// Records a connection that was allowed once and cut by a later change.
-    pub(crate) fn severed(&self, subject: Subject, severance: &Arc<Decision>) {
-        self.tell(subject, Fate::Severed, severance);
+    pub(crate) fn severed(&self, subject: Subject, severance: Severance) {
+        let fate = Fate::Severed {
+            replaced: severance.replaced,
+        };
+        self.tell(subject, fate, &severance.decision);
     }
 
     fn tell(&self, subject: Subject, fate: Fate, decision: &Arc<Decision>) {
@@ -191,7 +197,7 @@ impl Fate {
         match self {
             Self::Denied => "deny",
             Self::Allowed(_) => "allow",
-            Self::Severed => "sever",
+            Self::Severed { .. } => "sever",
         }
     }
 }
@@ -199,9 +205,13 @@ impl Fate {
 impl Record {
     /// Why, in sentences: the verdict's, and how an allowed connection came to its end.
     pub(crate) fn reason(&self) -> String {
-        let reason = self.decision.verdict.reason();
-        let Fate::Allowed(outcome) = &self.fate else {
-            return reason;
+        let reason = || self.decision.verdict.reason();
+        let (reason, outcome) = match &self.fate {
+            Fate::Severed {
+                replaced: Some(replaced),
+            } => return replaced.clone(),
+            Fate::Denied | Fate::Severed { .. } => return reason(),
+            Fate::Allowed(outcome) => (reason(), outcome),
         };
         match outcome {
             Outcome::Closed | Outcome::Carried => reason,

@@ -28,12 +28,13 @@ impl Word {
 const WORDS: [Word; 3] = [Word::Allow, Word::Deny, Word::Sever];
 const SPOKE: [Spoke; 3] = [Spoke::Egress, Spoke::Ingress, Spoke::Both];
 const WAYS: [Way; 2] = [Way::Spliced, Way::Kernel];
-const GROUNDS: [Ground; 5] = [
+const GROUNDS: [Ground; 6] = [
     Ground::Open,
     Ground::Rule,
     Ground::Exempt,
     Ground::NoRule,
     Ground::Contested,
+    Ground::Replaced,
 ];
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -87,6 +88,7 @@ fn can_be(word: Word, spoke: Spoke, ground: Ground) -> bool {
         Ground::Open => word == Word::Allow && spoke == Spoke::Both,
         Ground::Rule | Ground::Exempt => word == Word::Allow,
         Ground::NoRule | Ground::Contested => word != Word::Allow,
+        Ground::Replaced => word == Word::Sever && spoke != Spoke::Both,
     }
 }
 

@@ -1,6 +1,6 @@
 //! Live connections that a change no longer allows are cut; the others lose nothing.
 use std::fs;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
@@ -8,67 +8,153 @@ use lab::runner::Test;
 use lab::wait_for;
 use serde_json::{Value, json};
 
-use crate::support::{Bed, DEADLINE, connected, deny_ingress, echoes, policy, small};
+use crate::support::{Bed, DEADLINE, connected, deny_egress, deny_ingress, echoes, policy, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_change_that_denies_a_live_connection_cuts_it_and_no_other,
+    each_kind_of_change_cuts_what_it_denies_and_nothing_else,
     a_severed_connection_is_recorded_with_the_policies_that_did_it,
 ];
 
 /// From the change on disk to the reset at the client.
 const CUT_WITHIN: Duration = Duration::from_secs(1);
 
-/// Lets pods with `access: yes` of namespaces with `open: yes` come to `pod`.
+/// Lets pods with `access: yes` of namespaces with `open: yes` come to the port `http` of `pod`.
 fn allow_access(pod: &str) -> Value {
     let yes = |key: &str| json!({ "matchLabels": { key: "yes" } });
-    let from =
-        json!([{ "from": [{ "namespaceSelector": yes("open"), "podSelector": yes("access") }] }]);
+    let from = json!([{ "from": [{ "namespaceSelector": yes("open"), "podSelector": yes("access") }], "ports": [{ "port": "http" }] }]);
     let spec = json!({ "podSelector": { "matchLabels": { "pod": pod } }, "policyTypes": ["Ingress"], "ingress": from });
     policy(&format!("access-{pod}"), &spec)
 }
 
-/// What is changed, whether it leaves d's connections allowed, and how.
-type Change = (&'static str, bool, fn(&mut Bed));
+/// What the daemons are told, to be edited object by object.
+#[derive(Clone)]
+struct Told {
+    cluster: Value,
+    policies: Vec<Value>,
+}
 
-fn a_change_that_denies_a_live_connection_cuts_it_and_no_other() {
-    let changes: &[Change] = &[
-        ("the policy is edited", false, |bed| {
-            bed.write_policies(&[allow_access("b"), deny_ingress("c")]);
-        }),
-        ("the client pod is relabelled", true, |bed| {
-            bed.lab.relabel_pod("x/a", [("pod", "a")]).unwrap();
-            bed.write_cluster();
-        }),
-        ("the server pod comes under another policy", false, |bed| {
-            bed.lab.relabel_pod("x/c", [("pod", "closed")]).unwrap();
-            bed.write_cluster();
-        }),
-        ("the client's namespace is relabelled", true, |bed| {
-            bed.lab.relabel_namespace("x", [("open", "no")]);
-            bed.write_cluster();
-        }),
-    ];
-    for (what, spares, change) in changes {
-        let mut bed = open_bed(&[]);
-        let (a, d) = (bed.lab.pod("x/a"), bed.lab.pod("x/d"));
-        let to = bed.lab.pod("x/c").addrs(80);
-        let mut doomed = to.map(|to| connected(&a, to));
-        // d is allowed by its address, whatever labels say.
-        let others = to.map(|to| connected(&d, to));
-        let changed = Instant::now();
-        change(&mut bed);
-        for stream in &mut doomed {
-            assert_eq!(
-                reset_after(stream),
-                Some(std::io::ErrorKind::ConnectionReset),
-                "{what}"
-            );
+impl Told {
+    fn objects(&mut self) -> &mut Vec<Value> {
+        self.cluster["items"].as_array_mut().unwrap()
+    }
+
+    fn object(&mut self, kind: &str, name: &str) -> &mut Value {
+        let mut objects = self.objects().iter_mut();
+        objects
+            .find(|it| it["kind"] == kind && it["metadata"]["name"] == name)
+            .unwrap()
+    }
+
+    fn pod(&mut self, name: &str) -> &mut Value {
+        self.object("Pod", name)
+    }
+
+    fn remove_pod(&mut self, name: &str) {
+        self.objects()
+            .retain(|it| it["kind"] != "Pod" || it["metadata"]["name"] != name);
+    }
+
+    fn policy(&mut self, name: &str) -> &mut Value {
+        let mut policies = self.policies.iter_mut();
+        policies.find(|it| it["metadata"]["name"] == name).unwrap()
+    }
+
+    fn write(&self, bed: &Bed) -> String {
+        bed.write("cluster.json", &self.cluster);
+        bed.write_policies(&self.policies)
+    }
+}
+
+/// What is changed, whose streams to c it cuts, and how. Those of a and d are allowed before.
+type Change = (&'static str, &'static [&'static str], fn(&mut Told));
+
+const CHANGES: &[Change] = &[
+    ("a policy is created", &["a"], |told| {
+        told.policies.push(deny_egress("a"));
+    }),
+    ("a policy is edited", &["a"], |told| {
+        told.policy("access-c")["spec"]["ingress"] = json!([]);
+    }),
+    ("a policy is deleted", &["a"], |told| {
+        let access = |policy: &Value| policy["metadata"]["name"] == "access-c";
+        told.policies.retain(|policy| !access(policy));
+    }),
+    ("an ipBlock is edited", &["d"], |told| {
+        let block = json!([{ "from": [{ "ipBlock": { "cidr": "192.0.2.0/24" } }] }]);
+        told.policy("d-by-address")["spec"]["ingress"] = block;
+    }),
+    ("the client pod is relabelled", &["a"], |told| {
+        told.pod("a")["metadata"]["labels"] = json!({ "pod": "a" });
+    }),
+    (
+        "the server pod comes under another policy",
+        &["a", "d"],
+        |told| {
+            told.pod("c")["metadata"]["labels"] = json!({ "pod": "closed" });
+        },
+    ),
+    ("the client's namespace is relabelled", &["a"], |told| {
+        told.object("Namespace", "x")["metadata"]["labels"] = json!({ "open": "no" });
+    }),
+    ("the server's port is renamed", &["a"], |told| {
+        let containers = &mut told.pod("c")["spec"]["containers"];
+        containers[0]["ports"][0]["name"] = json!("web");
+    }),
+    ("the client pod has finished", &["a"], |told| {
+        told.pod("a")["status"]["phase"] = json!("Succeeded");
+    }),
+    ("the client pod is gone", &["a"], |told| {
+        told.remove_pod("a");
+    }),
+    ("the server pod is gone", &["a", "d"], |told| {
+        told.remove_pod("c");
+    }),
+    (
+        "a pod that may do the same has the client's address",
+        &["a"],
+        |told| {
+            let metadata = &mut told.pod("a")["metadata"];
+            metadata["name"] = json!("a2");
+            metadata["uid"] = json!("another");
+        },
+    ),
+    ("the client pod is deleted and made anew", &["a"], |told| {
+        told.pod("a")["metadata"]["uid"] = json!("another");
+    }),
+    ("the client pod is terminating", &[], |told| {
+        told.pod("a")["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    }),
+];
+
+fn each_kind_of_change_cuts_what_it_denies_and_nothing_else() {
+    let bed = open_bed(&[]);
+    let told = told(&bed);
+    let to = bed.lab.pod("x/c").addrs(80);
+    for (what, cut, change) in CHANGES {
+        let streams = ["a", "d"].map(|name| {
+            let pod = bed.lab.pod(&format!("x/{name}"));
+            (name, to.map(|to| connected(&pod, to)))
+        });
+        let mut changed = told.clone();
+        change(&mut changed);
+        let at = Instant::now();
+        let mark = changed.write(&bed);
+        for (_, streams) in streams.iter().filter(|(name, _)| cut.contains(name)) {
+            for stream in streams {
+                let end = reset_after(stream);
+                assert_eq!(end, Some(ErrorKind::ConnectionReset), "{what}");
+            }
+            let took = at.elapsed();
+            assert!(took < CUT_WITHIN, "{what}: cut only after {took:?}");
         }
-        let took = changed.elapsed();
-        assert!(took < CUT_WITHIN, "{what}: cut only after {took:?}");
-        for stream in others.iter().filter(|_| *spares) {
-            echoes(stream, "still here");
+        bed.wait_in_force(&mark);
+        for (_, streams) in streams.iter().filter(|(name, _)| !cut.contains(name)) {
+            for stream in streams {
+                echoes(stream, what);
+            }
         }
+        drop(streams);
+        bed.wait_in_force(&told.write(&bed));
     }
 }
 
@@ -77,12 +163,9 @@ fn a_severed_connection_is_recorded_with_the_policies_that_did_it() {
     let path = records.path().to_str().unwrap().to_owned();
     let bed = open_bed(&["--trace-file", &path]);
     let to: SocketAddr = bed.lab.pod("x/c").addr_v4(80);
-    let mut stream = connected(&bed.lab.pod("x/a"), to);
+    let stream = connected(&bed.lab.pod("x/a"), to);
     bed.apply(&[deny_ingress("c")]);
-    assert_eq!(
-        reset_after(&mut stream),
-        Some(std::io::ErrorKind::ConnectionReset)
-    );
+    assert_eq!(reset_after(&stream), Some(ErrorKind::ConnectionReset));
     let severed = wait_for(DEADLINE, "a record of it", || {
         let text = fs::read_to_string(&path).unwrap();
         let mut records = text
@@ -97,16 +180,19 @@ fn a_severed_connection_is_recorded_with_the_policies_that_did_it() {
     assert_eq!(severed["destination.k8s.pod.name"], "c");
 }
 
-/// Namespace x is open and a has access to c; d comes by its address.
+/// Namespace x is open and a has access to c by its port's name; d comes by its address.
 fn open_bed(flags: &[&str]) -> Bed {
-    let cluster = small().namespace("x", [("open", "yes")]);
-    let mut bed = Bed::bare(cluster);
-    bed.lab
-        .relabel_pod("x/a", [("pod", "a"), ("access", "yes")])
-        .unwrap();
-    bed.write_cluster();
-    let d = bed.lab.pod("x/d").addresses();
-    let blocks: Vec<_> = d
+    let mut bed = Bed::bare(small());
+    told(&bed).write(&bed);
+    bed.enforce(flags);
+    bed
+}
+
+fn told(bed: &Bed) -> Told {
+    let blocks: Vec<_> = bed
+        .lab
+        .pod("x/d")
+        .addresses()
         .iter()
         .map(|address| {
             let length = if address.is_ipv4() { 32 } else { 128 };
@@ -115,17 +201,21 @@ fn open_bed(flags: &[&str]) -> Bed {
         .collect();
     let spec = json!({ "podSelector": { "matchLabels": { "pod": "c" } }, "policyTypes": ["Ingress"], "ingress": [{ "from": blocks }] });
     let closed = json!({ "podSelector": { "matchLabels": { "pod": "closed" } }, "policyTypes": ["Ingress"] });
-    bed.write_policies(&[
-        allow_access("c"),
-        policy("d-by-address", &spec),
-        policy("closed", &closed),
-    ]);
-    bed.enforce(flags);
-    bed
+    let mut told = Told {
+        cluster: bed.lab.manifests(),
+        policies: vec![
+            allow_access("c"),
+            policy("d-by-address", &spec),
+            policy("closed", &closed),
+        ],
+    };
+    told.pod("a")["metadata"]["labels"]["access"] = json!("yes");
+    told.object("Namespace", "x")["metadata"]["labels"] = json!({ "open": "yes" });
+    told
 }
 
 /// Reads until the stream ends, and how it ended; `None`: by a plain close.
-fn reset_after(stream: &mut TcpStream) -> Option<std::io::ErrorKind> {
+fn reset_after(mut stream: &TcpStream) -> Option<ErrorKind> {
     stream.set_read_timeout(Some(DEADLINE)).unwrap();
     let mut rest = Vec::new();
     stream

@@ -6,7 +6,7 @@ CARGO ?= cargo
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
 # Program needed, Debian package that has it.
-TOOLS := nft:nftables ip:iproute2 setpriv:util-linux cc:gcc
+TOOLS := nft:nftables ip:iproute2 setpriv:util-linux cc:gcc bwrap:bubblewrap
 # What it takes to build the programs of other projects.
 TOOLS_TOOLS := curl:curl unzip:unzip
 BENCH_TOOLS := haproxy:haproxy

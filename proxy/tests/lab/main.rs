@@ -11,6 +11,7 @@ mod bounds;
 mod carried;
 mod cases;
 mod changes;
+mod image;
 mod likeness;
 mod policies;
 mod ports;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         restart::TESTS,
         admin::TESTS,
         startup::TESTS,
+        image::TESTS,
     ]
     .concat();
     lab::runner::main(&tests)

@@ -160,6 +160,11 @@ impl Bed {
 
     /// Starts the daemon of a node and waits until it enforces.
     pub(crate) fn start(&mut self, node: usize, flags: &[&str]) {
+        self.start_command(node, self.run_command(node, flags));
+    }
+
+    /// Starts `command` as the daemon of a node and waits until it enforces.
+    pub(crate) fn start_command(&mut self, node: usize, mut command: lab::Command) {
         let host = self.lab.node(node);
         let log = self.file(&format!("{}.log", host.name()));
         let written = File::options()
@@ -167,7 +172,6 @@ impl Bed {
             .append(true)
             .open(&log)
             .unwrap();
-        let mut command = self.run_command(node, flags);
         command.stdout(written.try_clone().unwrap()).stderr(written);
         let mut child = command.spawn().unwrap();
         let ready = wait_for(DEADLINE, "the daemon to be ready", || {

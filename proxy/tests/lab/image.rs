@@ -1,0 +1,305 @@
+//! The image and the DaemonSet without a container engine: the root file system is made by the script
+//! that the Containerfile runs, and its programs run in it with what the DaemonSet grants: uid,
+//! capabilities, read-only root, settings, mounts, and nothing of the node but its network.
+//!
+//! `bwrap` plays the container runtime; only the API server is played by a directory of manifests.
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use lab::runner::Test;
+use nix::errno::Errno;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::support::{
+    Bed, PORTREEVE, SEVERAL_SYNS, SOON, allow_all, connected, deny_ingress, echoes, small,
+};
+
+pub(crate) const TESTS: &[Test] = &lab::tests![
+    the_images_programs_enforce_with_what_the_daemonset_grants,
+    every_capability_of_the_daemonset_is_needed,
+];
+
+/// Where the daemon in the container finds its manifests.
+const MANIFESTS: &str = "/manifests";
+/// linux/capability.h
+const CAPABILITIES: &[(&str, u32)] = &[("NET_ADMIN", 12), ("NET_RAW", 13), ("SYS_RESOURCE", 24)];
+
+fn the_images_programs_enforce_with_what_the_daemonset_grants() {
+    let image = Image::build();
+    let mut bed = Bed::bare(small());
+    bed.write_policies(&[allow_all(), deny_ingress("d")]);
+    for node in 0..2 {
+        let said = image.install(&bed, node, &image.granted("iptables-init"));
+        assert!(said.status.success(), "{said:?}");
+        image.run(&mut bed, node, &image.granted("portreeve"));
+    }
+    let (a, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"));
+    for to in c.addrs(80) {
+        echoes(&connected(&a, to), "through both nodes' daemons");
+    }
+    bed.apply(&[deny_ingress("c")]);
+    for to in c.addrs(80) {
+        let outcome = a.connect(to, SOON).unwrap();
+        assert_eq!(outcome.errno(), Some(Errno::ETIMEDOUT), "{to}");
+    }
+    let granted = image.granted("portreeve");
+    assert_eq!(privilege(bed.daemon(0).child.id()), Privilege::of(&granted));
+}
+
+fn every_capability_of_the_daemonset_is_needed() {
+    let image = Image::build();
+    let mut bed = Bed::bare(small());
+    bed.write_policies(&[allow_all()]);
+    for container in ["iptables-init", "portreeve"] {
+        let granted = image.granted(container);
+        for capability in &granted {
+            let without: Vec<_> = granted
+                .iter()
+                .filter(|it| it != &capability)
+                .cloned()
+                .collect();
+            match (container, capability.as_str()) {
+                ("iptables-init", "NET_ADMIN") => refused(&image.install(&bed, 0, &without)),
+                ("portreeve", "NET_ADMIN") => {
+                    image.install(&bed, 0, &image.granted("iptables-init"));
+                    refused(&image.daemon(&bed, 0, &without).output().unwrap());
+                }
+                ("portreeve", "NET_RAW") => {
+                    image.install(&bed, 1, &image.granted("iptables-init"));
+                    image.run(&mut bed, 0, &granted);
+                    image.run(&mut bed, 1, &without);
+                    assert_eq!(unreachable(&bed, "x/a"), Errno::EHOSTUNREACH);
+                    assert_eq!(unreachable(&bed, "x/c"), Errno::ETIMEDOUT);
+                }
+                _ => panic!("no test shows what {container} needs {capability} for"),
+            }
+        }
+    }
+}
+
+/// Expects that a program names the capability that it lacks.
+fn refused(output: &Output) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("CAP_NET_ADMIN"), "{said}");
+}
+
+/// What a pod hears of a host to which no way leads.
+fn unreachable(bed: &Bed, pod: &str) -> Errno {
+    let [to, _] = bed.lab.unreachable(80);
+    let outcome = bed.lab.pod(pod).connect(to, SEVERAL_SYNS).unwrap();
+    outcome.errno().unwrap()
+}
+
+/// The image's root file system, and the pod that the DaemonSet makes of it.
+struct Image {
+    root: TempDir,
+    /// The mounts that a container may write to, one below the other.
+    volumes: TempDir,
+    pod: Value,
+    settings: String,
+    recipe: String,
+}
+
+impl Image {
+    /// Makes the root file system as the Containerfile does.
+    fn build() -> Self {
+        let read = |path: &str| fs::read_to_string(deploy(path)).unwrap();
+        let daemonset: Value = serde_saphyr::from_str(&read("base/daemonset.yaml")).unwrap();
+        let image = Self {
+            root: TempDir::new().unwrap(),
+            volumes: TempDir::new().unwrap(),
+            pod: daemonset["spec"]["template"]["spec"].clone(),
+            settings: read("base/portreeve.env"),
+            recipe: read("image/Containerfile"),
+        };
+        assert!(
+            image
+                .recipe
+                .contains("RUN /rootfs /image /programs/portreeve /programs/iptables-init")
+        );
+        let mut rootfs = Command::new(deploy("image/rootfs"));
+        rootfs.arg(image.root.path()).arg(PORTREEVE);
+        rootfs.arg(Path::new(PORTREEVE).with_file_name("iptables-init"));
+        let said = rootfs.output().unwrap();
+        assert!(said.status.success(), "{said:?}");
+        // The place for the manifests, which the DaemonSet has no use for.
+        fs::create_dir(image.root.path().join("manifests")).unwrap();
+        image
+    }
+
+    fn container(&self, name: &str) -> &Value {
+        let lists = ["initContainers", "containers"].map(|list| self.pod[list].as_array());
+        let mut all = lists.into_iter().flatten().flatten();
+        all.find(|it| it["name"] == name).unwrap()
+    }
+
+    /// The capabilities of a container, all others being dropped.
+    fn granted(&self, container: &str) -> Vec<String> {
+        let capabilities = &self.container(container)["securityContext"]["capabilities"];
+        assert_eq!(capabilities["drop"], serde_json::json!(["ALL"]));
+        serde_json::from_value(capabilities["add"].clone()).unwrap()
+    }
+
+    /// The init container, to its end.
+    fn install(&self, bed: &Bed, node: usize, capabilities: &[String]) -> Output {
+        let command = self.command(bed, node, "iptables-init", capabilities);
+        command.output().unwrap()
+    }
+
+    /// Starts the daemon's container and waits until the daemon enforces.
+    fn run(&self, bed: &mut Bed, node: usize, capabilities: &[String]) {
+        let command = self.daemon(bed, node, capabilities);
+        bed.start_command(node, command);
+    }
+
+    fn daemon(&self, bed: &Bed, node: usize, capabilities: &[String]) -> lab::Command {
+        let mut command = self.command(bed, node, "portreeve", capabilities);
+        command.args(["--cluster", &format!("dir:{MANIFESTS}")]);
+        command
+    }
+
+    /// A container's command as its pod has it, on a node.
+    fn command(&self, bed: &Bed, node: usize, name: &str, capabilities: &[String]) -> lab::Command {
+        let container = self.container(name);
+        let context = &container["securityContext"];
+        assert_eq!(context["readOnlyRootFilesystem"], true);
+        // bwrap sets no_new_privs and keeps the uid.
+        assert_eq!(context["allowPrivilegeEscalation"], false);
+        assert_eq!(self.pod["securityContext"]["runAsUser"], 0);
+        assert_eq!(self.pod["hostNetwork"], true);
+
+        let host = bed.lab.node(node);
+        let mut command = host.command("bwrap");
+        command.args(["--die-with-parent", "--unshare-pid", "--unshare-ipc"]);
+        command
+            .arg("--ro-bind")
+            .args([self.root.path(), Path::new("/")]);
+        // As container runtimes have it: the node's parameters can be read and not written.
+        command.args(["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys"]);
+        command.args(["--dev", "/dev", "--ro-bind", "/sys", "/sys"]);
+        command
+            .arg("--ro-bind")
+            .args([&bed.manifests(), Path::new(MANIFESTS)]);
+        for mount in container["volumeMounts"].as_array().into_iter().flatten() {
+            let volume = format!("{}-{}", host.name(), mount["name"].as_str().unwrap());
+            let volume = self.volumes.path().join(volume);
+            fs::create_dir_all(&volume).unwrap();
+            let at = mount["mountPath"].as_str().unwrap();
+            command.arg("--bind").args([&volume, Path::new(at)]);
+        }
+        command.args(["--cap-drop", "ALL"]);
+        for capability in capabilities {
+            command.args(["--cap-add", &format!("CAP_{capability}")]);
+        }
+        command.arg("--clearenv");
+        for (key, value) in self.environment(container, host.name()) {
+            command.args(["--setenv", &key, &value]);
+        }
+        let program: Vec<String> = serde_json::from_value(container["command"].clone()).unwrap();
+        command.arg("--").args(program);
+        command
+    }
+
+    /// The image's variables, then the ConfigMap's, then the container's own.
+    fn environment(&self, container: &Value, node: &str) -> Vec<(String, String)> {
+        let pair = |line: &str| {
+            line.split_once('=')
+                .map(|(k, v)| (k.to_owned(), v.to_owned()))
+        };
+        let of_image = self
+            .recipe
+            .lines()
+            .filter_map(|line| line.strip_prefix("ENV "));
+        let of_map = self.settings.lines().filter(|line| !line.starts_with('#'));
+        let mut all: Vec<_> = of_image.chain(of_map).filter_map(pair).collect();
+        for own in container["env"].as_array().into_iter().flatten() {
+            let value = match own["valueFrom"]["fieldRef"]["fieldPath"].as_str() {
+                Some("spec.nodeName") => node,
+                Some(other) => panic!("this test does not know the field {other}"),
+                None => own["value"].as_str().unwrap(),
+            };
+            all.push((own["name"].as_str().unwrap().into(), value.into()));
+        }
+        all
+    }
+}
+
+fn deploy(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../deploy")
+        .join(path)
+}
+
+/// What a process may do.
+#[derive(Debug, PartialEq, Eq)]
+struct Privilege {
+    effective: u64,
+    permitted: u64,
+    /// No program that it starts can have more.
+    no_new_privileges: bool,
+}
+
+impl Privilege {
+    /// These capabilities, and no way to others.
+    fn of(capabilities: &[String]) -> Self {
+        let bit = |name: &String| CAPABILITIES.iter().find(|(it, _)| it == name).unwrap().1;
+        let mask = capabilities.iter().map(|name| 1 << bit(name)).sum();
+        Self {
+            effective: mask,
+            permitted: mask,
+            no_new_privileges: true,
+        }
+    }
+}
+
+/// What the daemon below `bwrap` may do.
+fn privilege(bwrap: u32) -> Privilege {
+    let daemon = descendants(bwrap).into_iter().find(|pid| {
+        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|it| it == "portreeve\n")
+    });
+    let status = fs::read_to_string(format!("/proc/{}/status", daemon.unwrap())).unwrap();
+    let field = |name: &str| {
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .unwrap();
+        u64::from_str_radix(line.trim(), 16).unwrap()
+    };
+    Privilege {
+        effective: field("CapEff:"),
+        permitted: field("CapPrm:"),
+        no_new_privileges: field("NoNewPrivs:") == 1,
+    }
+}
+
+fn descendants(parent: u32) -> Vec<u32> {
+    let parent_of = |pid: u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // pid (comm) state ppid; a comm may have spaces and parentheses.
+        stat.rsplit_once(')')?
+            .1
+            .split_whitespace()
+            .nth(1)?
+            .parse::<u32>()
+            .ok()
+    };
+    let all = fs::read_dir("/proc").unwrap();
+    let all: Vec<u32> = all
+        .filter_map(|it| it.unwrap().file_name().to_str()?.parse().ok())
+        .collect();
+    let mut found = vec![parent];
+    let mut next = 0;
+    while next < found.len() {
+        let of = found[next];
+        found.extend(
+            all.iter()
+                .copied()
+                .filter(|pid| parent_of(*pid) == Some(of)),
+        );
+        next += 1;
+    }
+    found
+}

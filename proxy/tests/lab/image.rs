@@ -1,9 +1,11 @@
 //! The image and the DaemonSet without a container engine: the root file system is made by the script
 //! that the Containerfile runs, and its programs run in it with what the DaemonSet grants: uid,
-//! capabilities, read-only root, settings, mounts, and nothing of the node but its network.
+//! capabilities, system calls, read-only root, settings, mounts, and nothing of the node but its
+//! network.
 //!
-//! `bwrap` plays the container runtime; only the API server is played by a directory of manifests.
-use std::fs;
+//! `bwrap` plays the container runtime, with containerd's default seccomp filter (lab/tools/seccomp);
+//! the API server is played by a directory of manifests.
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -98,6 +100,8 @@ struct Image {
     root: TempDir,
     /// The mounts that a container may write to, one below the other.
     volumes: TempDir,
+    /// Makes the runtime's default filter.
+    seccomp: PathBuf,
     pod: Value,
     settings: String,
     recipe: String,
@@ -111,6 +115,7 @@ impl Image {
         let image = Self {
             root: TempDir::new().unwrap(),
             volumes: TempDir::new().unwrap(),
+            seccomp: tool("seccomp"),
             pod: daemonset["spec"]["template"]["spec"].clone(),
             settings: read("base/portreeve.env"),
             recipe: read("image/Containerfile"),
@@ -190,6 +195,13 @@ impl Image {
             let at = mount["mountPath"].as_str().unwrap();
             command.arg("--bind").args([&volume, Path::new(at)]);
         }
+        assert_eq!(
+            self.pod["securityContext"]["seccompProfile"]["type"],
+            "RuntimeDefault"
+        );
+        command
+            .args(["--seccomp", "0"])
+            .stdin(self.filter(capabilities));
         command.args(["--cap-drop", "ALL"]);
         for capability in capabilities {
             command.args(["--cap-add", &format!("CAP_{capability}")]);
@@ -201,6 +213,17 @@ impl Image {
         let program: Vec<String> = serde_json::from_value(container["command"].clone()).unwrap();
         command.arg("--").args(program);
         command
+    }
+
+    /// The runtime's default filter for a container with these capabilities.
+    fn filter(&self, capabilities: &[String]) -> File {
+        let mut seccomp = Command::new(&self.seccomp);
+        seccomp.args(capabilities.iter().map(|name| format!("CAP_{name}")));
+        let said = seccomp.output().unwrap();
+        assert!(said.status.success(), "{said:?}");
+        let path = self.volumes.path().join("filter");
+        fs::write(&path, said.stdout).unwrap();
+        File::open(path).unwrap()
     }
 
     /// The image's variables, then the ConfigMap's, then the container's own.
@@ -233,6 +256,18 @@ fn deploy(path: &str) -> PathBuf {
         .join(path)
 }
 
+/// The only program of a module of lab/tools.
+fn tool(module: &str) -> PathBuf {
+    let mut build = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("../lab/tools/build"));
+    let said = build.args(["--where", module]).output().unwrap();
+    assert!(
+        said.status.success(),
+        "{}",
+        String::from_utf8_lossy(&said.stderr)
+    );
+    Path::new(String::from_utf8(said.stdout).unwrap().trim()).join(module)
+}
+
 /// What a process may do.
 #[derive(Debug, PartialEq, Eq)]
 struct Privilege {
@@ -240,6 +275,7 @@ struct Privilege {
     permitted: u64,
     /// No program that it starts can have more.
     no_new_privileges: bool,
+    filtered: bool,
 }
 
 impl Privilege {
@@ -251,6 +287,7 @@ impl Privilege {
             effective: mask,
             permitted: mask,
             no_new_privileges: true,
+            filtered: true,
         }
     }
 }
@@ -272,6 +309,8 @@ fn privilege(bwrap: u32) -> Privilege {
         effective: field("CapEff:"),
         permitted: field("CapPrm:"),
         no_new_privileges: field("NoNewPrivs:") == 1,
+        // SECCOMP_MODE_FILTER
+        filtered: field("Seccomp:") == 2,
     }
 }
 

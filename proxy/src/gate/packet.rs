@@ -1,8 +1,12 @@
 //! The few header fields of a held packet that a verdict rests on.
 use std::net::{IpAddr, SocketAddr};
 
-use etherparse::{LaxNetSlice, LaxSlicedPacket, TransportSlice};
+use etherparse::{IpNumber, LaxIpPayloadSlice, LaxNetSlice, LaxSlicedPacket, TransportSlice};
 use policy::Protocol;
+
+/// Protocol number of the authentication header.
+const AUTHENTICATION: u8 = 51;
+const FRAGMENT: u8 = 44;
 
 /// What a held packet is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,26 +52,21 @@ impl Packet {
         let Ok(sliced) = LaxSlicedPacket::from_ip(bytes) else {
             return Self::Unreadable;
         };
-        let (from, to, payload): (IpAddr, IpAddr, _) = match &sliced.net {
-            Some(LaxNetSlice::Ipv4(v4)) => {
-                let header = v4.header();
-                (
-                    header.source_addr().into(),
-                    header.destination_addr().into(),
-                    v4.payload(),
-                )
-            }
-            Some(LaxNetSlice::Ipv6(v6)) => {
-                let header = v6.header();
-                (
-                    header.source_addr().into(),
-                    header.destination_addr().into(),
-                    v6.payload(),
-                )
-            }
-            _ => return Self::Unreadable,
+        let Some(Network {
+            from,
+            to,
+            payload,
+            authenticated,
+        }) = sliced.net.as_ref().and_then(network)
+        else {
+            return Self::Unreadable;
         };
-        let protocol = Protocol::from_ip_number(payload.ip_number.0);
+        // To the kernel it is a protocol of its own: what it wraps is no connection that we relay.
+        let protocol = Protocol::from_ip_number(if authenticated {
+            AUTHENTICATION
+        } else {
+            payload.ip_number.0
+        });
         let flow = |source, destination| {
             let (client, server) = (
                 SocketAddr::new(from, source),
@@ -100,6 +99,58 @@ impl Packet {
             _ => Self::Odd,
         }
     }
+}
+
+/// What the IP header and its extensions say.
+struct Network<'a> {
+    from: IpAddr,
+    to: IpAddr,
+    payload: &'a LaxIpPayloadSlice<'a>,
+    authenticated: bool,
+}
+
+fn network<'a>(net: &'a LaxNetSlice<'a>) -> Option<Network<'a>> {
+    match net {
+        LaxNetSlice::Ipv4(v4) => Some(Network {
+            from: v4.header().source_addr().into(),
+            to: v4.header().destination_addr().into(),
+            payload: v4.payload(),
+            authenticated: v4.extensions().auth.is_some(),
+        }),
+        LaxNetSlice::Ipv6(v6) => Some(Network {
+            from: v6.header().source_addr().into(),
+            to: v6.header().destination_addr().into(),
+            payload: v6.payload(),
+            authenticated: is_authenticated(
+                v6.extensions().first_header(),
+                v6.extensions().slice(),
+            ),
+        }),
+        LaxNetSlice::Arp(_) => None,
+    }
+}
+
+/// Whether an authentication header (RFC 4302) is among IPv6 extension headers. Not by their
+/// iterator in etherparse, which trusts the lengths of a packet that is cut.
+fn is_authenticated(first: Option<IpNumber>, mut headers: &[u8]) -> bool {
+    let mut kind = first;
+    while let Some(IpNumber(number)) = kind {
+        if number == AUTHENTICATION {
+            return true;
+        }
+        let (Some(next), Some(words)) = (headers.first(), headers.get(1)) else {
+            return false;
+        };
+        // A fragment header is 8 octets, its second one reserved (RFC 8200, 4.5).
+        let words = if number == FRAGMENT {
+            0
+        } else {
+            usize::from(*words)
+        };
+        kind = Some(IpNumber(*next));
+        headers = headers.get(8 * (words + 1)..).unwrap_or_default();
+    }
+    false
 }
 
 /// Source and destination port of the SCTP common header (RFC 9260, section 3.1).
@@ -190,6 +241,7 @@ mod tests {
             )
         };
         let hop_by_hop = [&[6, 0, 1, 4, 0, 0, 0, 0][..], &tcp(ACK)].concat();
+        let wrapped = [&[6, 4, 0, 0][..], &[0; 20], &tcp(SYN)].concat();
         let ports = [0x9c, 0x40, 0, 53, 0, 8, 0, 0];
         for (bytes, expected, why) in [
             (
@@ -248,6 +300,16 @@ mod tests {
                 "behind an extension header",
             ),
             (
+                ipv4(51, 0, &wrapped),
+                v4((0, 0), Protocol::Other(51)),
+                "a SYN in an authentication header",
+            ),
+            (
+                ipv6(51, &wrapped),
+                flow("[fd00::1]:0", "[fd00::2]:0", Protocol::Other(51)),
+                "the same in IPv6",
+            ),
+            (
                 ipv6(59, &[]),
                 flow("[fd00::1]:0", "[fd00::2]:0", Protocol::Other(59)),
                 "no next header",
@@ -295,6 +357,11 @@ mod tests {
             ipv4(6, 0, &tcp(SYN)),
             ipv6(6, &tcp(SYN)),
             ipv6(0, &[6, 0, 1, 4, 0, 0, 0, 0]),
+            ipv6(
+                60,
+                &[&[44, 0, 1, 4, 0, 0, 0, 0][..], &[6; 8], &tcp(SYN)].concat(),
+            ),
+            ipv6(60, &[&[51, 0, 1, 4, 0, 0, 0, 0][..], &[6; 24]].concat()),
         ] {
             for length in 0..packet.len() {
                 Packet::parse(&packet[..length]);

@@ -441,7 +441,7 @@ fn packets_made_by_hand_arrive_as_they_were_made() {
             };
             capture.wait_for(LIMIT, "the packet", 1, such).unwrap();
         }
-        for piece in craft::fragment(&whole, &[0..504, 504..1008]) {
+        for piece in craft::fragment(&whole, &[(0, 504), (504, 1008)]) {
             injector.send(&piece).unwrap();
         }
         // The checksums are right: a socket answers, once a datagram.

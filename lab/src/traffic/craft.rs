@@ -152,29 +152,29 @@ pub fn icmp(from: IpAddr, to: IpAddr, kind: u8, code: u8, rest: &[u8]) -> Vec<u8
     }
 }
 
-/// Cuts a packet without IPv4 options or extension headers into fragments: `pieces` are ranges of
-/// its payload, which begin at multiples of 8 and may overlap.
+/// Cuts a packet without IPv4 options or extension headers into fragments: `pieces` are where
+/// each begins and ends in its payload; they begin at multiples of 8 and may overlap.
 #[must_use]
-pub fn fragment(packet: &[u8], pieces: &[std::ops::Range<usize>]) -> Vec<Vec<u8>> {
+pub fn fragment(packet: &[u8], pieces: &[(usize, usize)]) -> Vec<Vec<u8>> {
     let v4 = packet[0] >> 4 == 4;
     let (header, payload) = packet.split_at(if v4 { 20 } else { 40 });
-    let cut = |piece: &std::ops::Range<usize>| {
-        let end = piece.end.min(payload.len());
+    let cut = |&(start, end): &(usize, usize)| {
+        let end = end.min(payload.len());
         let more = end < payload.len();
-        let offset = u16::try_from(piece.start).unwrap_or(u16::MAX);
+        let offset = u16::try_from(start).unwrap_or(u16::MAX);
         let mut out = header.to_vec();
         if v4 {
             out[6..8].copy_from_slice(&((offset / 8) | (u16::from(more) << 13)).to_be_bytes());
-            out[2..4].copy_from_slice(&length(20 + end - piece.start));
+            out[2..4].copy_from_slice(&length(20 + end - start));
         } else {
-            out[4..6].copy_from_slice(&length(8 + end - piece.start));
+            out[4..6].copy_from_slice(&length(8 + end - start));
             out[6] = FRAGMENT;
             out.extend([header[6], 0]);
             out.extend((offset | u16::from(more)).to_be_bytes());
             out.extend([0, 0, 0, 9]);
         }
         seal(&mut out);
-        out.extend(&payload[piece.start..end]);
+        out.extend(&payload[start..end]);
         out
     };
     pieces.iter().map(cut).collect()
@@ -276,7 +276,7 @@ mod tests {
         for v6 in [false, true] {
             let (from, to) = ends(v6);
             let whole = udp(from, to, &[7; 92]);
-            let pieces = fragment(&whole, &[0..48, 48..100]);
+            let pieces = fragment(&whole, &[(0, 48), (48, 100)]);
             let header = if v6 { 48 } else { 20 };
             let payload = [&pieces[0][header..], &pieces[1][header..]].concat();
             assert_eq!(payload, whole[if v6 { 40 } else { 20 }..]);

@@ -12,6 +12,7 @@ mod carried;
 mod cases;
 mod changes;
 mod image;
+mod isolation;
 mod likeness;
 mod policies;
 mod ports;
@@ -19,6 +20,7 @@ mod restart;
 mod sever;
 mod spoof;
 mod startup;
+mod strange;
 mod streams;
 mod support;
 
@@ -29,6 +31,7 @@ fn main() -> ExitCode {
     let tests: Vec<_> = [
         policies::TESTS,
         carried::TESTS,
+        isolation::TESTS,
         spoof::TESTS,
         changes::TESTS,
         likeness::TESTS,

@@ -3,12 +3,14 @@
 //!
 //! ```text
 //! manifest::ManifestSource --Batch--> Index --publish--> Table <--judge-- gate workers
+//! kube::KubeSource ---------'
 //! ```
 //!
 //! A source turns what it watches into [`Batch`]es and reports what it cannot use as [`Problem`]s;
 //! it never widens access because of them. Knows nothing of the kernel, sockets or packets.
 mod event;
 mod index;
+pub mod kube;
 pub mod manifest;
 mod objects;
 mod problem;

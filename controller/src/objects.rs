@@ -2,7 +2,10 @@
 //!
 //! One JSON value in, one object of the `policy` crate out, or every fault by its field path.
 //! Knows nothing of files, documents or lists. What the API allows to be `null` may be `null`.
+mod network_policy;
 mod pod;
+mod trimmed;
+mod written;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -16,8 +19,12 @@ use serde_json::Value;
 
 use crate::{Object, ObjectKey};
 
+pub(crate) use network_policy::closed_policy;
+pub(crate) use trimmed::Trimmed;
+pub(crate) use written::write;
+
 /// The kinds that are read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
     Namespace,
     Pod,
@@ -43,6 +50,23 @@ impl Kind {
         match self {
             Self::NetworkPolicy => "networking.k8s.io/v1",
             Self::Namespace | Self::Pod | Self::Node => "v1",
+        }
+    }
+
+    /// The API group; empty for the core.
+    pub(crate) fn group(self) -> &'static str {
+        self.api_version()
+            .split_once('/')
+            .map_or("", |(group, _)| group)
+    }
+
+    /// What the API calls its objects in paths and permissions.
+    pub(crate) fn resource(self) -> &'static str {
+        match self {
+            Self::Namespace => "namespaces",
+            Self::Pod => "pods",
+            Self::Node => "nodes",
+            Self::NetworkPolicy => "networkpolicies",
         }
     }
 
@@ -136,7 +160,7 @@ pub(crate) fn read(key: &ObjectKey, value: Value) -> Result<Object, Vec<Fault>> 
         ObjectKey::Namespace(name) => namespace(name, value).map_err(|fault| vec![fault]),
         ObjectKey::Node(name) => node(name, value),
         ObjectKey::Pod(key) => pod::read(key, value),
-        ObjectKey::NetworkPolicy(key) => network_policy(key, value),
+        ObjectKey::NetworkPolicy(key) => network_policy::read(key, value),
     }
 }
 
@@ -282,40 +306,6 @@ fn push_address(into: &mut Vec<IpAddr>, faults: &mut Vec<Fault>, field: String, 
             "write an IPv4 or IPv6 address without a prefix length",
         )),
     }
-}
-
-fn network_policy(key: &PolicyKey, mut value: Value) -> Result<Object, Vec<Fault>> {
-    const FIELDS: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
-    let mut faults: Vec<Fault> = value
-        .as_object()
-        .into_iter()
-        .flat_map(serde_json::Map::keys)
-        .filter(|field| !FIELDS.contains(&field.as_str()))
-        .map(|field| {
-            let remedy = "remove it, or indent it under spec if it belongs there";
-            Fault::new(
-                field,
-                "unknown field: it could change what is allowed",
-                remedy,
-            )
-        })
-        .collect();
-    let spec = value.get_mut("spec").map(Value::take).unwrap_or_default();
-    if spec.is_null() {
-        let remedy = "add it; `spec: {podSelector: {}}` denies all ingress in the namespace";
-        faults.push(Fault::new("spec", "missing", remedy));
-        return Err(faults);
-    }
-    // The labels of a policy mean nothing to enforcement, so they are not looked at.
-    match typed::<policy::v1::NetworkPolicySpec>("networkpolicy", "spec", spec) {
-        Ok(spec) => match policy::NetworkPolicy::new(key.clone(), spec) {
-            Ok(policy) if faults.is_empty() => return Ok(Object::NetworkPolicy(policy)),
-            Ok(_) => {}
-            Err(invalid) => faults.extend(invalid.into_iter().map(Fault::from)),
-        },
-        Err(fault) => faults.push(fault),
-    }
-    Err(faults)
 }
 
 /// Deserializes, and on failure says at which field below `prefix`, and what to do.

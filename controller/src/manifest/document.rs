@@ -4,15 +4,12 @@
 //! document which does not parse says nothing about the others, and its number is the one that a
 //! person counts. Stricter than kubectl in one point: a key given twice is an error, not "the last
 //! one wins". Knows nothing of Kubernetes objects.
-use std::fmt;
 use std::thread;
 
-use serde::de::{
-    Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor,
-};
-use serde_json::{Map, Number, Value};
+use serde_json::Value;
 
 use crate::Problem;
+use crate::objects::Trimmed;
 
 /// One document of a file.
 pub(super) struct Document {
@@ -80,12 +77,12 @@ fn parse(text: &str) -> Vec<Document> {
 }
 
 fn json_documents(text: &str) -> Vec<Document> {
-    let stream = serde_json::Deserializer::from_str(text).into_iter::<Tree>();
+    let stream = serde_json::Deserializer::from_str(text).into_iter::<Trimmed>();
     (1..)
         .zip(stream)
         .map(|(number, value)| Document {
             number,
-            value: value.map(|Tree(value)| value).map_err(|error| {
+            value: value.map(|Trimmed(value)| value).map_err(|error| {
                 Problem::error(
                     format!("not JSON: {error}"),
                     "correct the syntax at that line",
@@ -144,7 +141,7 @@ fn split(text: &str) -> Vec<(u64, &str)> {
 /// Parses one document; several values come out where it holds `...` lines, none if it is empty.
 fn yaml(chunk: &str, lines_before: u64) -> Result<Vec<Value>, Box<Problem>> {
     let error = match parse_yaml(chunk) {
-        Ok(trees) => return Ok(trees.into_iter().map(|Tree(value)| value).collect()),
+        Ok(trees) => return Ok(trees.into_iter().map(|Trimmed(value)| value).collect()),
         Err(error) => error,
     };
     let place = error.location().map_or_else(String::new, |location| {
@@ -165,7 +162,7 @@ fn yaml(chunk: &str, lines_before: u64) -> Result<Vec<Value>, Box<Problem>> {
     )))
 }
 
-fn parse_yaml(chunk: &str) -> Result<Vec<Tree>, serde_saphyr::Error> {
+fn parse_yaml(chunk: &str) -> Result<Vec<Trimmed>, serde_saphyr::Error> {
     // A document cannot hold more nodes than bytes, so what aliases add is the thing to bound.
     let budget = serde_saphyr::budget! {
         max_events: chunk.len().saturating_mul(2).saturating_add(100_000),
@@ -180,140 +177,6 @@ fn parse_yaml(chunk: &str) -> Result<Vec<Tree>, serde_saphyr::Error> {
         with_snippet: false,
     };
     serde_saphyr::from_multiple_with_options(chunk, options)
-}
-
-/// A JSON value, read strictly (no key twice) and sparingly (see [`BULKY`]).
-struct Tree(Value);
-
-/// Keys under which a dump of a cluster keeps most of its bytes and nothing that is read. What they
-/// hold is dropped while parsing if it is a list or mapping; plain values stay, they may be labels.
-const BULKY: [&str; 10] = [
-    "managedFields",
-    "annotations",
-    "env",
-    "volumes",
-    "volumeMounts",
-    "resources",
-    "conditions",
-    "containerStatuses",
-    "initContainerStatuses",
-    "images",
-];
-
-impl<'de> Deserialize<'de> for Tree {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer
-            .deserialize_any(TreeVisitor { keep: true })
-            .map(Self)
-    }
-}
-
-#[derive(Clone, Copy)]
-struct TreeVisitor {
-    /// Whether lists and mappings are kept.
-    keep: bool,
-}
-
-impl<'de> DeserializeSeed<'de> for TreeVisitor {
-    type Value = Value;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
-        deserializer.deserialize_any(self)
-    }
-}
-
-impl<'de> Visitor<'de> for TreeVisitor {
-    type Value = Value;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("any value")
-    }
-
-    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
-        Ok(Value::Bool(value))
-    }
-
-    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_i128<E>(self, value: i128) -> Result<Value, E> {
-        Ok(Value::String(value.to_string()))
-    }
-
-    fn visit_u128<E>(self, value: u128) -> Result<Value, E> {
-        Ok(Value::String(value.to_string()))
-    }
-
-    /// `80.0` and `8e1` are the whole number 80, as for kubectl.
-    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
-        if value.fract() == 0.0 && value.abs() < 1e15 {
-            #[expect(
-                clippy::cast_possible_truncation,
-                reason = "whole and below 2^53, so exact"
-            )]
-            return Ok((value as i64).into());
-        }
-        Ok(Number::from_f64(value).map_or_else(|| Value::String(value.to_string()), Value::Number))
-    }
-
-    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-        Ok(Value::String(value.to_owned()))
-    }
-
-    fn visit_string<E>(self, value: String) -> Result<Value, E> {
-        Ok(Value::String(value))
-    }
-
-    fn visit_bytes<E>(self, value: &[u8]) -> Result<Value, E> {
-        Ok(Value::String(String::from_utf8_lossy(value).into_owned()))
-    }
-
-    fn visit_unit<E>(self) -> Result<Value, E> {
-        Ok(Value::Null)
-    }
-
-    fn visit_none<E>(self) -> Result<Value, E> {
-        Ok(Value::Null)
-    }
-
-    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
-        deserializer.deserialize_any(self)
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
-        if !self.keep {
-            while seq.next_element::<IgnoredAny>()?.is_some() {}
-            return Ok(Value::Null);
-        }
-        let mut items = Vec::new();
-        while let Some(item) = seq.next_element_seed(self)? {
-            items.push(item);
-        }
-        Ok(Value::Array(items))
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
-        if !self.keep {
-            while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-            return Ok(Value::Null);
-        }
-        let mut entries = Map::new();
-        while let Some(key) = map.next_key::<String>()? {
-            let keep = !BULKY.contains(&key.as_str());
-            let value = map.next_value_seed(Self { keep })?;
-            if entries.contains_key(&key) {
-                let message = format_args!("the key {key:?} is given twice");
-                return Err(serde::de::Error::custom(message));
-            }
-            entries.insert(key, value);
-        }
-        Ok(Value::Object(entries))
-    }
 }
 
 #[cfg(test)]

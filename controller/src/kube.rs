@@ -1,0 +1,275 @@
+//! The Kubernetes API server as a source of cluster state.
+//!
+//! Pods, Namespaces, NetworkPolicies and Nodes are watched; what they mean is read by the same code as
+//! from manifests. While the API server is away the last known state stays in force; after a restart
+//! meanwhile, the state that was kept on disk is, and is said to be.
+mod backoff;
+mod connect;
+mod error;
+mod snapshot;
+mod state;
+mod status;
+mod told;
+mod watch;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{Notify, mpsc};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, sleep_until};
+use tracing::{info, warn};
+
+use self::connect::Connector;
+use self::snapshot::{Snapshot, Unusable};
+use self::state::State;
+use self::told::Teller;
+use self::watch::{News, Patience, Watch};
+use crate::objects::Kind;
+use crate::{Batch, Problem};
+
+pub use error::ApiError;
+pub use status::{KindStatus, WatchStatus};
+
+/// How long the API server has for the first full state before the one on disk is used, if it has not
+/// failed before.
+const FIRST_WITHIN: Duration = Duration::from_secs(5);
+/// The state is written to disk at most this often ...
+const WRITE_EVERY: Duration = Duration::from_secs(5);
+/// ... and, since a large cluster changes all the time, not faster than this on average.
+const WRITE_BYTES_A_SECOND: u32 = 100_000;
+/// News that may wait; a watch that is faster is slowed down.
+const NEWS: usize = 1024;
+
+/// What an operator decides about the source.
+#[derive(Clone, Debug)]
+pub struct KubeSettings {
+    /// `metadata.name` of this Node.
+    pub node: String,
+    /// Where the last good state is kept (`--state-dir`).
+    pub state_dir: PathBuf,
+    /// How old a kept state may be to be used (`--state-max-age`).
+    pub state_max_age: Duration,
+}
+
+/// Follows the API server.
+///
+/// Dropping it ends its tasks.
+#[derive(Debug)]
+pub struct KubeSource {
+    news: mpsc::Receiver<(Kind, News)>,
+    state: State,
+    status: Arc<WatchStatus>,
+    teller: Teller,
+    keeper: Keeper,
+    /// When the state on disk is used instead; `None` once it was looked at.
+    fall_back: Option<Instant>,
+    _tasks: JoinSet<()>,
+}
+
+impl KubeSource {
+    /// Begins to watch. The first batch is the full state, and may be long in coming.
+    ///
+    /// Must be called on a runtime of tokio.
+    ///
+    /// # Errors
+    /// If there is no usable client configuration. That the API server is away is no error.
+    pub async fn start(settings: KubeSettings) -> Result<Self, ApiError> {
+        Self::start_with(settings, Connector::Found, Patience::default()).await
+    }
+
+    async fn start_with(
+        settings: KubeSettings,
+        connector: Connector,
+        patience: Patience,
+    ) -> Result<Self, ApiError> {
+        let snapshot = Snapshot {
+            folder: settings.state_dir,
+            node: settings.node,
+            cluster: connector.identity().await?,
+            max_age: settings.state_max_age,
+        };
+        let (sender, news) = mpsc::channel(NEWS);
+        let status = Arc::new(WatchStatus::new());
+        let back = Arc::new(Notify::new());
+        let mut tasks = JoinSet::new();
+        for kind in Kind::ALL {
+            let watch = Watch {
+                kind,
+                connector: connector.clone(),
+                news: sender.clone(),
+                status: Arc::clone(&status),
+                back: Arc::clone(&back),
+                patience,
+            };
+            tasks.spawn(watch.run());
+        }
+        let (teller, telling) = Teller::new(&snapshot.node, connector);
+        tasks.spawn(telling);
+        Ok(Self {
+            news,
+            state: State::default(),
+            status,
+            teller,
+            keeper: Keeper::new(snapshot),
+            fall_back: Some(Instant::now() + FIRST_WITHIN),
+            _tasks: tasks,
+        })
+    }
+
+    /// How the watches are doing.
+    #[must_use]
+    pub fn status(&self) -> Arc<WatchStatus> {
+        Arc::clone(&self.status)
+    }
+
+    /// Waits for the next change and returns it. Cancel safe.
+    ///
+    /// The first batch is the full state: the API server's, or the one on disk while that is away; the
+    /// API server's follows then as a change.
+    pub async fn next(&mut self) -> Batch {
+        loop {
+            if let Some(batch) = self.ready() {
+                return batch;
+            }
+            let now = Instant::now();
+            let due = [self.state.due(now), self.fall_back, self.keeper.due()];
+            let due = due.into_iter().flatten().min();
+            tokio::select! {
+                news = self.news.recv() => {
+                    let Some((kind, news)) = news else {
+                        // Every watch has panicked. What is in force stays so.
+                        return std::future::pending().await;
+                    };
+                    self.state.take(kind, news, now);
+                    // What is there already comes into force together.
+                    while let Ok((kind, news)) = self.news.try_recv() {
+                        self.state.take(kind, news, now);
+                    }
+                }
+                () = sleep_until(due.unwrap_or(now)), if due.is_some() => {}
+            }
+        }
+    }
+
+    /// Puts an Event on each policy that one of `problems` is about, once.
+    pub fn tell(&mut self, problems: &[Problem]) {
+        // What is known from disk only may be mended long since.
+        if self.state.is_complete() {
+            self.teller.tell(problems, |key| self.state.written(key));
+        }
+    }
+
+    /// What can be sent now.
+    fn ready(&mut self) -> Option<Batch> {
+        let now = Instant::now();
+        if let Some(batch) = self.state.changes(now) {
+            if self.fall_back.take().is_none() && self.status.restored().is_some() {
+                info!("the API server's state replaces the one from disk");
+            }
+            self.status.set_restored(None);
+            self.keeper.changed |= !batch.events.is_empty();
+            return Some(batch);
+        }
+        self.keeper.keep(&self.state, now);
+        let late = self
+            .fall_back
+            .is_some_and(|at| at <= now || self.status.away().is_some());
+        if !late {
+            return None;
+        }
+        self.fall_back = None;
+        let (objects, written) = self.keeper.kept()?;
+        self.status.set_restored(Some(written));
+        Some(self.state.restore(objects))
+    }
+}
+
+/// Keeps the state on disk, not too often, and never on the runtime's thread.
+#[derive(Debug)]
+struct Keeper {
+    snapshot: Arc<Snapshot>,
+    /// The disk is behind the state.
+    changed: bool,
+    not_before: Instant,
+    writing: Option<JoinHandle<bool>>,
+}
+
+impl Keeper {
+    fn new(snapshot: Snapshot) -> Self {
+        Self {
+            snapshot: Arc::new(snapshot),
+            changed: false,
+            not_before: Instant::now(),
+            writing: None,
+        }
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.changed.then_some(self.not_before)
+    }
+
+    fn keep(&mut self, state: &State, now: Instant) {
+        if !self.changed || now < self.not_before {
+            return;
+        }
+        self.not_before = now + WRITE_EVERY;
+        if self
+            .writing
+            .as_ref()
+            .is_some_and(|writing| !writing.is_finished())
+        {
+            return;
+        }
+        let body = snapshot::body(state.objects());
+        let bytes = u32::try_from(body.len()).unwrap_or(u32::MAX);
+        let pause = Duration::from_secs((bytes / WRITE_BYTES_A_SECOND).into());
+        self.not_before = now + pause.max(WRITE_EVERY);
+        self.changed = false;
+        let snapshot = Arc::clone(&self.snapshot);
+        self.writing = Some(tokio::task::spawn_blocking(move || {
+            let written = snapshot.write(&body, SystemTime::now());
+            if let Err(error) = &written {
+                let path = snapshot.path();
+                warn!(
+                    "the state cannot be kept in {}, so a restart while the API server is away finds none: {error}",
+                    path.display()
+                );
+            }
+            written.is_ok()
+        }));
+    }
+
+    /// The state on disk, if it can be used; says so in the log either way.
+    fn kept(&self) -> Option<(Vec<serde_json::Value>, SystemTime)> {
+        let path = self.snapshot.path();
+        match self.snapshot.read(SystemTime::now()) {
+            Ok((objects, written)) => {
+                let age = SystemTime::now()
+                    .duration_since(written)
+                    .unwrap_or_default();
+                warn!(
+                    "the API server is away: the state of {} ago in {} comes into force",
+                    humantime::format_duration(Duration::from_secs(age.as_secs())),
+                    path.display()
+                );
+                Some((objects, written))
+            }
+            Err(Unusable::Missing) => {
+                info!(
+                    "no state is kept in {}: nothing is released before the API server answers",
+                    path.display()
+                );
+                None
+            }
+            Err(reason) => {
+                warn!("the state kept in {} is not used: {reason}", path.display());
+                None
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,330 @@
+//! The last good state of every object of the API server, and how it differs from what was sent.
+//!
+//! The invariants: nothing leaves the state because it could not be read or listed; nothing is sent
+//! before every kind was listed in full; after an outage the kinds come into force together, since
+//! pods of now under policies of then are a state that never was. Knows no network; time is passed in.
+use std::collections::{BTreeMap, BTreeSet};
+use std::mem;
+use std::sync::Arc;
+use std::time::Duration;
+
+use policy::PolicyKey;
+use serde_json::Value;
+use tokio::time::Instant;
+
+use super::watch::News;
+use crate::objects::{self, Fault, Kind};
+use crate::{Batch, Event, Object, ObjectKey, Problem};
+
+/// How long after an outage the first kinds that are back wait for the others.
+const TOGETHER: Duration = Duration::from_secs(10);
+
+/// What the API server says, and what of it was sent.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    progress: [Progress; 4],
+    sent: BTreeMap<ObjectKey, Object>,
+    /// What is to be sent; `None`: the object is gone.
+    waiting: BTreeMap<ObjectKey, Option<Object>>,
+    policies: BTreeMap<PolicyKey, Written>,
+    faults: BTreeMap<ObjectKey, Vec<Problem>>,
+    problems: Arc<Vec<Problem>>,
+    /// Until when what is back waits for what is not.
+    hold: Option<Instant>,
+    /// The first full state was sent.
+    complete: bool,
+}
+
+/// How far one kind is.
+#[derive(Debug, Default)]
+struct Progress {
+    listed: bool,
+    lost: bool,
+    list: Option<List>,
+}
+
+/// A list that is being read.
+#[derive(Debug, Default)]
+struct List {
+    seen: BTreeSet<ObjectKey>,
+    /// Something in it could not be named, so what is missing may be in it.
+    nameless: bool,
+    problems: Vec<Problem>,
+}
+
+/// A policy as the API server has it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Written {
+    pub(super) uid: String,
+    pub(super) resource_version: String,
+    /// `spec` as JSON, of the state that is in force.
+    spec: String,
+    /// What is in force is not the policy but what stands for it.
+    stand_in: bool,
+}
+
+impl State {
+    /// Takes one thing in.
+    pub(super) fn take(&mut self, kind: Kind, news: News, now: Instant) {
+        let progress = &mut self.progress[kind as usize];
+        match news {
+            News::Lost => {
+                (progress.lost, progress.list) = (true, None);
+            }
+            News::Resumed => self.back(kind, now),
+            News::ListBegins => progress.list = Some(List::default()),
+            News::Listed(value) => {
+                let key = self.upsert(kind, value);
+                let list = self.progress[kind as usize].list.get_or_insert_default();
+                match key {
+                    Ok(key) => drop(list.seen.insert(key)),
+                    Err(problem) => {
+                        list.nameless = true;
+                        list.problems.push(*problem);
+                    }
+                }
+            }
+            News::ListEnds => self.list_ends(kind, now),
+            News::Changed(value) => {
+                // What cannot be named cannot be kept either; the next list says it again.
+                if let Err(problem) = self.upsert(kind, value) {
+                    tracing::warn!(%problem, "watch");
+                }
+            }
+            News::Gone(value) => {
+                if let Ok(key) = objects::key_of(kind, &value) {
+                    self.remove(key);
+                }
+            }
+        }
+    }
+
+    /// Takes objects of the last run as the state in force, and returns them as the first batch.
+    pub(super) fn restore(&mut self, objects: Vec<Value>) -> Batch {
+        for value in objects {
+            let kind = Kind::ALL
+                .into_iter()
+                .find(|kind| value["kind"] == kind.name());
+            if let Some(kind) = kind {
+                // What cannot be named is not ours: we have named it ourselves.
+                let _ = self.upsert(kind, value);
+            }
+        }
+        self.difference().unwrap_or_default()
+    }
+
+    /// What has changed since the last call, or `None` if nothing has or it must wait.
+    pub(super) fn changes(&mut self, now: Instant) -> Option<Batch> {
+        if !self.progress.iter().all(|kind| kind.listed) {
+            return None;
+        }
+        if self.hold.is_some_and(|until| now < until) {
+            return None;
+        }
+        let first = !mem::replace(&mut self.complete, true);
+        self.difference().or_else(|| first.then(Batch::default))
+    }
+
+    /// When what waits is due even if nothing more comes.
+    pub(super) fn due(&self, now: Instant) -> Option<Instant> {
+        let waits = !self.waiting.is_empty() && self.complete;
+        self.hold.filter(|until| waits && *until > now)
+    }
+
+    /// Whether every kind was listed in full at least once.
+    pub(super) fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// The policy as the API server has it, if it has.
+    pub(super) fn written(&self, key: &PolicyKey) -> Option<&Written> {
+        self.policies.get(key)
+    }
+
+    /// Every object in force, in the API's form, reduced to what is read.
+    pub(super) fn objects(&self) -> impl Iterator<Item = Value> {
+        self.sent.values().map(|object| match object {
+            Object::NetworkPolicy(policy) => {
+                let key = policy.key();
+                let spec = self
+                    .policies
+                    .get(key)
+                    .map_or("null", |written| &written.spec);
+                let mut value = objects::write(object);
+                value["spec"] = serde_json::from_str(spec).unwrap_or(Value::Null);
+                value
+            }
+            _ => objects::write(object),
+        })
+    }
+
+    fn difference(&mut self) -> Option<Batch> {
+        let waiting = mem::take(&mut self.waiting);
+        let mut events = Vec::with_capacity(waiting.len());
+        for (key, object) in waiting {
+            match object {
+                Some(object) => {
+                    self.sent.insert(key, object.clone());
+                    events.push(Event::Upsert(object));
+                }
+                None => {
+                    self.sent.remove(&key);
+                    events.push(Event::Delete(key));
+                }
+            }
+        }
+        let lists = self.progress.iter().filter_map(|kind| kind.list.as_ref());
+        let nameless = lists.flat_map(|list| list.problems.iter().cloned());
+        let problems = self.faults.values().flatten().cloned().chain(nameless);
+        let problems: Vec<Problem> = problems.collect();
+        if events.is_empty() && problems == *self.problems {
+            return None;
+        }
+        self.problems = Arc::new(problems);
+        Some(Batch {
+            events,
+            problems: Arc::clone(&self.problems),
+        })
+    }
+
+    /// Takes in an object as it is now.
+    fn upsert(&mut self, kind: Kind, value: Value) -> Result<ObjectKey, Box<Problem>> {
+        let key = match objects::key_of(kind, &value) {
+            Ok(key) => key,
+            Err(fault) => return Err(Box::new(problem(fault, kind.name()))),
+        };
+        let object = match &key {
+            ObjectKey::NetworkPolicy(policy) => self.policy(policy, value),
+            _ => self.plain(&key, value),
+        };
+        if let Some(object) = object {
+            if self.sent.get(&key) == Some(&object) {
+                self.waiting.remove(&key);
+            } else {
+                self.waiting.insert(key.clone(), Some(object));
+            }
+        }
+        Ok(key)
+    }
+
+    /// `None`: it cannot be read, and keeps its last good state if it has one.
+    fn plain(&mut self, key: &ObjectKey, value: Value) -> Option<Object> {
+        let read = objects::read(key, value);
+        self.note(key, read)
+    }
+
+    fn note(&mut self, key: &ObjectKey, read: Result<Object, Vec<Fault>>) -> Option<Object> {
+        match read {
+            Ok(object) => {
+                self.faults.remove(key);
+                Some(object)
+            }
+            Err(faults) => {
+                let problems = faults.into_iter().map(|fault| problem(fault, key));
+                self.faults.insert(key.clone(), problems.collect());
+                None
+            }
+        }
+    }
+
+    /// As [`Self::plain`]; a policy that never was good is not left out, which would widen what its
+    /// author meant to narrow, but closed.
+    fn policy(&mut self, key: &PolicyKey, value: Value) -> Option<Object> {
+        let metadata = |field: &str| {
+            value["metadata"][field]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned()
+        };
+        let mut written = self.policies.get(key).cloned().unwrap_or_default();
+        written.uid = metadata("uid");
+        written.resource_version = metadata("resourceVersion");
+        let object_key = ObjectKey::NetworkPolicy(key.clone());
+        let read = self.plain(&object_key, value.clone());
+        let good_before = !written.spec.is_empty() && !written.stand_in;
+        let object = match read {
+            Some(object) => {
+                (written.spec, written.stand_in) = (value["spec"].to_string(), false);
+                Some(object)
+            }
+            None if good_before => None,
+            None => {
+                (written.spec, written.stand_in) = (value["spec"].to_string(), true);
+                self.say_closed(&object_key);
+                objects::closed_policy(key, &value).map(Object::NetworkPolicy)
+            }
+        };
+        self.policies.insert(key.clone(), written);
+        object
+    }
+
+    fn say_closed(&mut self, key: &ObjectKey) {
+        for problem in self.faults.get_mut(key).into_iter().flatten() {
+            let closed = "; until then the pods that it selects are closed";
+            problem.remedy.push_str(closed);
+        }
+    }
+
+    fn remove(&mut self, key: ObjectKey) {
+        self.faults.remove(&key);
+        if let ObjectKey::NetworkPolicy(policy) = &key {
+            self.policies.remove(policy);
+        }
+        if self.sent.contains_key(&key) {
+            self.waiting.insert(key, None);
+        } else {
+            self.waiting.remove(&key);
+        }
+    }
+
+    /// What was not listed is gone, unless something in the list had no name.
+    fn list_ends(&mut self, kind: Kind, now: Instant) {
+        let progress = &mut self.progress[kind as usize];
+        progress.listed = true;
+        let list = progress.list.get_or_insert_default();
+        let seen = mem::take(&mut list.seen);
+        if !list.nameless {
+            let known = self
+                .sent
+                .keys()
+                .chain(self.waiting.keys())
+                .chain(self.faults.keys());
+            let gone = known.filter(|key| kind_of(key) == kind && !seen.contains(*key));
+            for key in gone.cloned().collect::<Vec<_>>() {
+                self.remove(key);
+            }
+        }
+        self.back(kind, now);
+    }
+
+    /// The kind is heard again: it waits for the others, but not for ever.
+    fn back(&mut self, kind: Kind, now: Instant) {
+        let was_lost = mem::take(&mut self.progress[kind as usize].lost);
+        if self.progress.iter().all(|kind| !kind.lost) {
+            self.hold = None;
+        } else if was_lost {
+            self.hold.get_or_insert(now + TOGETHER);
+        }
+    }
+}
+
+fn kind_of(key: &ObjectKey) -> Kind {
+    match key {
+        ObjectKey::Node(_) => Kind::Node,
+        ObjectKey::Namespace(_) => Kind::Namespace,
+        ObjectKey::NetworkPolicy(_) => Kind::NetworkPolicy,
+        ObjectKey::Pod(_) => Kind::Pod,
+    }
+}
+
+fn problem(fault: Fault, object: impl std::fmt::Display) -> Problem {
+    let problem = Problem::error(fault.problem, fault.remedy).of(object);
+    if fault.field.is_empty() {
+        problem
+    } else {
+        problem.at(fault.field)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,227 @@
+//! When what comes into force, with time in the test's hands.
+use serde_json::json;
+
+use super::*;
+
+fn pod(name: &str) -> Value {
+    json!({"metadata": {"name": name, "namespace": "x"}, "status": {"podIP": "10.0.0.1"}})
+}
+
+fn policy(name: &str, spec: Value) -> Value {
+    json!({"metadata": {"name": name, "namespace": "x", "uid": "u", "resourceVersion": "1"}, "spec": spec})
+}
+
+fn list(state: &mut State, kind: Kind, objects: Vec<Value>, now: Instant) {
+    state.take(kind, News::ListBegins, now);
+    for object in objects {
+        state.take(kind, News::Listed(object), now);
+    }
+    state.take(kind, News::ListEnds, now);
+}
+
+/// Pod a and policy p, in force.
+fn listed(now: Instant) -> State {
+    let mut state = State::default();
+    list(&mut state, Kind::Pod, vec![pod("a")], now);
+    list(
+        &mut state,
+        Kind::NetworkPolicy,
+        vec![policy("p", json!({"podSelector": {}}))],
+        now,
+    );
+    list(&mut state, Kind::Namespace, vec![], now);
+    assert!(state.changes(now).is_none(), "nodes are not listed yet");
+    list(&mut state, Kind::Node, vec![], now);
+    assert_eq!(state.changes(now).expect("the full state").events.len(), 2);
+    state
+}
+
+fn lose_all(state: &mut State, now: Instant) {
+    for kind in Kind::ALL {
+        state.take(kind, News::Lost, now);
+    }
+}
+
+#[test]
+fn an_empty_cluster_has_a_first_state_too() {
+    let now = Instant::now();
+    let mut state = State::default();
+    for kind in Kind::ALL {
+        assert!(state.changes(now).is_none());
+        list(&mut state, kind, vec![], now);
+    }
+    assert!(state.changes(now).is_some());
+    assert!(state.changes(now).is_none());
+}
+
+#[test]
+fn kinds_that_are_back_wait_for_the_others() {
+    let now = Instant::now();
+    let mut state = listed(now);
+    lose_all(&mut state, now);
+    list(&mut state, Kind::Pod, vec![pod("b")], now);
+    assert!(
+        state.changes(now).is_none(),
+        "pods of now, policies of then"
+    );
+    list(&mut state, Kind::NetworkPolicy, vec![], now);
+    state.take(Kind::Namespace, News::Resumed, now);
+    assert!(state.changes(now).is_none());
+    state.take(Kind::Node, News::Resumed, now);
+    assert_eq!(state.changes(now).expect("all at once").events.len(), 3);
+}
+
+#[test]
+fn but_they_do_not_wait_for_ever() {
+    let now = Instant::now();
+    let mut state = listed(now);
+    lose_all(&mut state, now);
+    list(&mut state, Kind::Pod, vec![pod("b")], now);
+    let due = state.due(now).expect("something waits");
+    assert_eq!(due, now + TOGETHER);
+    assert!(state.changes(due - Duration::from_millis(1)).is_none());
+    assert!(state.changes(due).is_some());
+    assert!(state.due(due).is_none());
+    state.take(Kind::Pod, News::Changed(pod("c")), due);
+    assert!(
+        state.changes(due).is_some(),
+        "nor is every later change held up"
+    );
+}
+
+#[test]
+fn one_kind_that_is_lost_holds_up_none_of_the_others() {
+    let now = Instant::now();
+    let mut state = listed(now);
+    state.take(Kind::Node, News::Lost, now);
+    state.take(Kind::Pod, News::Changed(pod("b")), now);
+    assert!(state.changes(now).is_some());
+}
+
+#[test]
+fn a_list_that_breaks_off_deletes_nothing() {
+    let now = Instant::now();
+    let mut state = listed(now);
+    state.take(Kind::Pod, News::ListBegins, now);
+    state.take(Kind::Pod, News::Listed(pod("b")), now);
+    state.take(Kind::Pod, News::Lost, now);
+    state.take(Kind::Pod, News::Resumed, now);
+    let batch = state.changes(now).expect("b is real");
+    assert!(matches!(batch.events.as_slice(), [Event::Upsert(_)]));
+}
+
+#[test]
+fn a_list_with_a_nameless_object_deletes_nothing_and_says_why() {
+    let now = Instant::now();
+    let mut state = listed(now);
+    list(&mut state, Kind::Pod, vec![json!({"metadata": {}})], now);
+    let batch = state.changes(now).expect("a problem");
+    assert_eq!((batch.events.len(), batch.problems.len()), (0, 1));
+    list(&mut state, Kind::Pod, vec![], now);
+    let batch = state
+        .changes(now)
+        .expect("the pod is gone, so is the problem");
+    assert_eq!((batch.events.len(), batch.problems.len()), (1, 0));
+}
+
+#[test]
+fn what_was_made_and_deleted_in_between_is_not_told() {
+    let now = Instant::now();
+    let mut state = listed(now);
+    state.take(Kind::Pod, News::Changed(pod("b")), now);
+    state.take(Kind::Pod, News::Gone(pod("b")), now);
+    assert!(state.changes(now).is_none());
+    state.take(Kind::Pod, News::Gone(pod("a")), now);
+    state.take(Kind::Pod, News::Changed(pod("a")), now);
+    assert!(state.changes(now).is_none(), "back as it was");
+}
+
+#[test]
+fn a_bad_version_of_a_good_policy_changes_nothing_but_a_bad_new_one_is_closed() {
+    let now = Instant::now();
+    let mut state = listed(now);
+    let bad = json!({"podSelector": {}, "ingress": [{"fron": []}]});
+    state.take(
+        Kind::NetworkPolicy,
+        News::Changed(policy("p", bad.clone())),
+        now,
+    );
+    state.take(Kind::NetworkPolicy, News::Changed(policy("q", bad)), now);
+    let batch = state.changes(now).expect("q");
+    let [Event::Upsert(Object::NetworkPolicy(q))] = batch.events.as_slice() else {
+        panic!("{:?}", batch.events);
+    };
+    assert_eq!(&*q.key().name, "q");
+    assert_eq!(q.rule_count(policy::Direction::Ingress), 0);
+    assert_eq!(batch.problems.len(), 2);
+    state.take(Kind::NetworkPolicy, News::Gone(policy("q", json!({}))), now);
+    assert_eq!(state.changes(now).expect("gone").problems.len(), 1);
+}
+
+#[test]
+fn what_stands_for_a_bad_policy_is_no_wider_than_what_can_be_read_of_it() {
+    use policy::Direction::{Egress, Ingress};
+    for (spec, ingress, egress) in [
+        (
+            json!({"podSelector": {}, "policyTypes": ["Egress"], "odd": 1}),
+            false,
+            true,
+        ),
+        (
+            json!({"podSelector": {}, "ingress": [{"odd": 1}]}),
+            true,
+            false,
+        ),
+        (
+            json!({"podSelector": {}, "egress": [{"odd": 1}]}),
+            true,
+            true,
+        ),
+        (
+            json!({"podSelector": {}, "policyTypes": ["Sideways"]}),
+            true,
+            true,
+        ),
+        (
+            json!({"podSelector": {"odd": 1}, "policyTypes": ["Ingress"]}),
+            true,
+            false,
+        ),
+        (json!("odd"), true, true),
+        (Value::Null, true, true),
+    ] {
+        let now = Instant::now();
+        let mut state = listed(now);
+        state.take(
+            Kind::NetworkPolicy,
+            News::Changed(policy("q", spec.clone())),
+            now,
+        );
+        let batch = state.changes(now).expect("q");
+        let [Event::Upsert(Object::NetworkPolicy(q))] = batch.events.as_slice() else {
+            panic!("{spec}: {:?}", batch.events);
+        };
+        assert_eq!(
+            (q.isolates(Ingress), q.isolates(Egress)),
+            (ingress, egress),
+            "{spec}"
+        );
+    }
+}
+
+#[test]
+fn the_kept_objects_give_the_same_state_again() {
+    let now = Instant::now();
+    let mut state = listed(now);
+    let bad = json!({"podSelector": {"matchLabels": {"a": "b"}}, "odd": 1});
+    state.take(Kind::NetworkPolicy, News::Changed(policy("q", bad)), now);
+    state.changes(now).expect("q");
+    let mut restored = State::default();
+    let batch = restored.restore(state.objects().collect());
+    assert_eq!(batch.events.len(), 3);
+    assert_eq!(restored.sent, state.sent);
+    assert!(
+        restored.changes(now).is_none(),
+        "the API server has said nothing yet"
+    );
+}

@@ -1,0 +1,466 @@
+//! The source against an API server that does what a real one may do, and worse.
+mod server;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use policy::Direction;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use self::server::Api;
+use super::*;
+use crate::{Event, Index, Object, Table, TableSettings};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// An API server with a small cluster, and where to keep its state.
+struct Bed {
+    api: Api,
+    folder: TempDir,
+}
+
+impl Bed {
+    async fn new() -> Self {
+        let api = Api::start().await;
+        api.put("nodes", node());
+        api.put("namespaces", json!({"metadata": {"name": "x"}}));
+        for (name, last) in [("a", 1), ("b", 2), ("c", 3)] {
+            api.put("pods", pod(name, last));
+        }
+        api.put(
+            "networkpolicies",
+            policy("deny", json!({"podSelector": {}})),
+        );
+        Self {
+            api,
+            folder: TempDir::new().expect("a folder"),
+        }
+    }
+
+    fn settings(&self) -> KubeSettings {
+        KubeSettings {
+            node: "n1".to_owned(),
+            state_dir: self.folder.path().join("state"),
+            state_max_age: Duration::from_secs(3600),
+        }
+    }
+
+    async fn source(&self) -> KubeSource {
+        self.source_with(patience()).await
+    }
+
+    async fn source_with(&self, patience: Patience) -> KubeSource {
+        let connector = Connector::Plain(self.api.address);
+        let source = KubeSource::start_with(self.settings(), connector, patience).await;
+        let mut source = source.expect("a configuration");
+        // A slow machine must not make a test take what is on disk.
+        source.fall_back = None;
+        source
+    }
+}
+
+fn patience() -> Patience {
+    Patience {
+        retry: (Duration::from_millis(5), Duration::from_millis(50)),
+        resume: Duration::from_secs(60),
+        answer: Duration::from_secs(10),
+        watch: Duration::from_secs(60),
+    }
+}
+
+fn node() -> Value {
+    json!({"metadata": {"name": "n1"}, "spec": {"podCIDR": "10.0.1.0/24"}})
+}
+
+fn pod(name: &str, last: u8) -> Value {
+    json!({
+        "metadata": {"name": name, "namespace": "x", "uid": name, "labels": {"app": name}},
+        "spec": {"nodeName": "n1", "containers": [{"name": "c"}]},
+        "status": {"phase": "Running", "podIP": format!("10.0.1.{last}")}
+    })
+}
+
+fn policy(name: &str, spec: Value) -> Value {
+    let metadata = json!({"name": name, "namespace": "x", "uid": name});
+    json!({"metadata": metadata, "spec": spec})
+}
+
+async fn next(source: &mut KubeSource) -> Batch {
+    tokio::time::timeout(DEADLINE, source.next())
+        .await
+        .expect("a batch within the deadline")
+}
+
+/// What a batch does, a line an event, sorted.
+fn lines(batch: &Batch) -> Vec<String> {
+    let lines: BTreeSet<String> = batch
+        .events
+        .iter()
+        .map(|event| match event {
+            Event::Upsert(object) => format!("+{}", object.key()),
+            Event::Delete(key) => format!("-{key}"),
+        })
+        .collect();
+    lines.into_iter().collect()
+}
+
+const FULL: [&str; 6] = [
+    "+Namespace x",
+    "+NetworkPolicy x/deny",
+    "+Node n1",
+    "+Pod x/a",
+    "+Pod x/b",
+    "+Pod x/c",
+];
+
+/// Waits until the watches say so.
+async fn until(source: &KubeSource, what: &str, holds: impl Fn(&WatchStatus) -> bool) {
+    let deadline = Instant::now() + DEADLINE;
+    while !holds(&source.status) {
+        assert!(Instant::now() < deadline, "{what}: {:?}", source.status);
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+fn all_connected(status: &WatchStatus) -> bool {
+    status.kinds().iter().all(|kind| kind.connected)
+}
+
+#[tokio::test]
+async fn the_first_batch_is_the_full_state_of_all_four_kinds() {
+    for streams in [Some(true), Some(false)] {
+        let bed = Bed::new().await;
+        bed.api.world().streams = streams;
+        let mut source = bed.source().await;
+        assert_eq!(lines(&next(&mut source).await), FULL, "{streams:?}");
+        assert!(all_connected(&source.status));
+        assert!(source.status.kinds().iter().all(|kind| kind.lists == 1));
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_ignores_streamed_lists_is_asked_for_pages() {
+    let bed = Bed::new().await;
+    bed.api.world().streams = None;
+    let answer = Duration::from_millis(100);
+    let mut source = bed
+        .source_with(Patience {
+            answer,
+            ..patience()
+        })
+        .await;
+    assert_eq!(lines(&next(&mut source).await), FULL);
+    assert!(
+        bed.api.asked(&["/pods", "continue="]) > 0,
+        "pods come in two pages"
+    );
+}
+
+#[tokio::test]
+async fn changes_arrive_one_by_one_and_only_those_that_matter() {
+    let bed = Bed::new().await;
+    let mut source = bed.source().await;
+    next(&mut source).await;
+    bed.api.put("pods", pod("d", 4));
+    assert_eq!(lines(&next(&mut source).await), ["+Pod x/d"]);
+    let mut same = pod("d", 4);
+    same["status"]["conditions"] = json!([{"type": "Ready"}]);
+    same["metadata"]["annotations"] = json!({"seen": "now"});
+    bed.api.put("pods", same);
+    bed.api.delete("pods", "x/a");
+    assert_eq!(lines(&next(&mut source).await), ["-Pod x/a"]);
+    bed.api.put(
+        "namespaces",
+        json!({"metadata": {"name": "x", "labels": {"team": "t"}}}),
+    );
+    assert_eq!(lines(&next(&mut source).await), ["+Namespace x"]);
+}
+
+#[tokio::test]
+async fn a_cut_watch_is_resumed_where_it_was() {
+    let bed = Bed::new().await;
+    let mut source = bed.source().await;
+    next(&mut source).await;
+    bed.api.cut();
+    bed.api.put("pods", pod("d", 4));
+    assert_eq!(lines(&next(&mut source).await), ["+Pod x/d"]);
+    assert!(
+        source.status.kinds().iter().all(|kind| kind.lists == 1),
+        "nothing is listed again"
+    );
+}
+
+#[tokio::test]
+async fn what_happened_during_an_outage_comes_into_force_as_one_batch() {
+    let bed = Bed::new().await;
+    let mut source = bed
+        .source_with(Patience {
+            resume: Duration::ZERO,
+            ..patience()
+        })
+        .await;
+    next(&mut source).await;
+    bed.api.set_up(false);
+    until(&source, "away", |status| status.away().is_some()).await;
+    bed.api.delete("pods", "x/a");
+    bed.api.put("pods", pod("d", 4));
+    bed.api.delete("networkpolicies", "x/deny");
+    bed.api.put(
+        "networkpolicies",
+        policy("other", json!({"podSelector": {}})),
+    );
+    bed.api.set_up(true);
+    let expected = [
+        "+NetworkPolicy x/other",
+        "+Pod x/d",
+        "-NetworkPolicy x/deny",
+        "-Pod x/a",
+    ];
+    assert_eq!(lines(&next(&mut source).await), expected);
+    assert!(source.status.away().is_none());
+}
+
+#[tokio::test]
+async fn an_expired_version_is_listed_anew_and_what_vanished_is_found_out() {
+    let bed = Bed::new().await;
+    let mut source = bed.source().await;
+    next(&mut source).await;
+    bed.api.set_up(false);
+    until(&source, "away", |status| status.away().is_some()).await;
+    bed.api.delete("pods", "x/b");
+    bed.api.world().floor = u64::MAX;
+    bed.api.set_up(true);
+    assert_eq!(lines(&next(&mut source).await), ["-Pod x/b"]);
+    let kinds = source.status.kinds();
+    let pods = kinds
+        .iter()
+        .find(|kind| kind.resource == "pods")
+        .expect("pods");
+    assert_eq!(
+        (pods.lists, pods.errors.get("expired").copied()),
+        (2, Some(1))
+    );
+}
+
+#[tokio::test]
+async fn a_missing_permission_is_named_and_nothing_is_in_force_until_it_is_granted() {
+    let bed = Bed::new().await;
+    bed.api.world().refuse.insert("networkpolicies", 403);
+    let mut source = bed.source().await;
+    until(&source, "refused", |status| status.away().is_some()).await;
+    let (_, why) = source.status.away().expect("away");
+    let line = "{apiGroups: [\"networking.k8s.io\"], resources: [\"networkpolicies\"], verbs: [\"watch\"]}";
+    assert!(why.to_string().contains(line), "{why}");
+    let early = tokio::time::timeout(Duration::from_millis(100), source.next()).await;
+    assert!(early.is_err(), "three kinds are not the full state");
+    bed.api.world().refuse.clear();
+    assert_eq!(lines(&next(&mut source).await), FULL);
+}
+
+#[tokio::test]
+async fn credentials_that_expired_are_tried_again_until_they_are_good() {
+    let bed = Bed::new().await;
+    for resource in ["pods", "nodes", "namespaces", "networkpolicies"] {
+        bed.api.world().refuse.insert(resource, 401);
+    }
+    let mut source = bed.source().await;
+    until(&source, "refused", |status| {
+        status
+            .away()
+            .is_some_and(|(_, why)| why.cause() == "unauthorized")
+    })
+    .await;
+    bed.api.world().refuse.clear();
+    assert_eq!(lines(&next(&mut source).await), FULL);
+}
+
+#[tokio::test]
+async fn garbage_on_a_watch_loses_no_change() {
+    let bed = Bed::new().await;
+    let mut source = bed.source().await;
+    next(&mut source).await;
+    for garbage in [
+        "{\"type\":\"ADDED\",\"object\":",
+        "no json",
+        "{\"type\":\"SUNG\"}",
+        "[]",
+    ] {
+        bed.api.babble("pods", garbage);
+        bed.api.put("pods", pod("d", 4));
+        assert_eq!(lines(&next(&mut source).await), ["+Pod x/d"], "{garbage}");
+        bed.api.delete("pods", "x/d");
+        assert_eq!(lines(&next(&mut source).await), ["-Pod x/d"], "{garbage}");
+    }
+}
+
+#[tokio::test]
+async fn an_object_that_cannot_be_read_keeps_its_last_good_state_and_is_reported() {
+    let bed = Bed::new().await;
+    let mut source = bed.source().await;
+    next(&mut source).await;
+    let mut bad = pod("a", 1);
+    bad["status"]["podIP"] = "10.0.1.999".into();
+    bed.api.put("pods", bad);
+    let batch = next(&mut source).await;
+    assert_eq!(lines(&batch), [""; 0]);
+    let told = batch.problems.first().expect("a problem").to_string();
+    assert!(told.starts_with("Pod x/a, status.podIP: "), "{told}");
+    bed.api.put("pods", pod("a", 9));
+    let batch = next(&mut source).await;
+    assert_eq!(
+        (lines(&batch).as_slice(), batch.problems.len()),
+        (["+Pod x/a".to_owned()].as_slice(), 0)
+    );
+}
+
+#[tokio::test]
+async fn a_policy_that_never_could_be_read_closes_the_pods_that_it_selects() {
+    let bed = Bed::new().await;
+    bed.api.delete("networkpolicies", "x/deny");
+    let spec = json!({
+        "podSelector": {"matchLabels": {"app": "a"}},
+        "policyTypes": ["Ingress"],
+        "ingress": [{"from": [{"moonPhase": "full"}]}]
+    });
+    bed.api.put("networkpolicies", policy("new", spec));
+    let mut source = bed.source().await;
+    let table = Table::new(TableSettings::default());
+    let mut index = Index::new(Arc::clone(&table));
+    index.apply(next(&mut source).await);
+    let endpoint = |last: u8| {
+        table
+            .endpoint(format!("10.0.1.{last}").parse().expect("an address"))
+            .expect("a pod")
+    };
+    assert!(endpoint(1).isolated(Direction::Ingress));
+    assert!(!endpoint(1).isolated(Direction::Egress));
+    assert!(
+        !endpoint(2).isolated(Direction::Ingress),
+        "it selects a alone"
+    );
+    let told = table.problems().first().expect("a problem").to_string();
+    assert!(
+        told.contains("NetworkPolicy x/new, spec.ingress[0].from[0]"),
+        "{told}"
+    );
+    assert!(told.contains("are closed"), "{told}");
+}
+
+#[tokio::test]
+async fn a_start_while_the_server_is_away_takes_the_kept_state_and_then_what_is_different() {
+    let bed = Bed::new().await;
+    {
+        let mut source = bed.source().await;
+        next(&mut source).await;
+        // The state is kept while the source waits for more.
+        let kept = source.keeper.snapshot.path();
+        let write = async {
+            while !kept.exists() {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        tokio::select! {
+            batch = source.next() => panic!("nothing has changed: {batch:?}"),
+            done = tokio::time::timeout(DEADLINE, write) => done.expect("it is kept"),
+        }
+    }
+    bed.api.set_up(false);
+    bed.api.delete("pods", "x/b");
+    let mut source = bed.source().await;
+    source.fall_back = Some(Instant::now() + DEADLINE);
+    assert_eq!(
+        lines(&next(&mut source).await),
+        FULL,
+        "as soon as the first request has failed"
+    );
+    assert!(source.status.restored().is_some());
+    assert!(source.status.away().is_some());
+    bed.api.set_up(true);
+    assert_eq!(lines(&next(&mut source).await), ["-Pod x/b"]);
+    assert!(source.status.restored().is_none());
+}
+
+#[tokio::test]
+async fn a_start_while_the_server_is_away_and_nothing_is_kept_waits() {
+    let bed = Bed::new().await;
+    bed.api.set_up(false);
+    let mut source = bed.source().await;
+    source.fall_back = Some(Instant::now());
+    let early = tokio::time::timeout(Duration::from_millis(200), source.next()).await;
+    assert!(early.is_err(), "there is no state");
+    bed.api.set_up(true);
+    assert_eq!(lines(&next(&mut source).await), FULL);
+}
+
+#[tokio::test]
+async fn a_policy_gets_its_event_once_from_all_nodes_together() {
+    let bed = Bed::new().await;
+    let (mut one, mut two) = (bed.source().await, bed.source().await);
+    let problems = [Problem::warning("selects a host", "do not")
+        .of("NetworkPolicy x/deny")
+        .at("spec.podSelector")];
+    for source in [&mut one, &mut two] {
+        next(source).await;
+        source.tell(&problems);
+        source.tell(&problems);
+    }
+    let deadline = Instant::now() + DEADLINE;
+    while bed
+        .api
+        .asked(&["POST", "/apis/events.k8s.io/v1/namespaces/x/events"])
+        < 2
+    {
+        assert!(Instant::now() < deadline, "{:?}", bed.api.world().requests);
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let events = bed.api.world().events.clone();
+    assert_eq!(events.len(), 1, "{events:?}");
+    assert_eq!(events[0]["regarding"]["name"], "deny");
+    assert_eq!(
+        events[0]["note"],
+        "spec.podSelector: selects a host; do not"
+    );
+}
+
+#[tokio::test]
+async fn the_same_objects_give_the_same_events_as_manifests() {
+    let bed = Bed::new().await;
+    let mut source = bed.source().await;
+    let from_api = next(&mut source).await;
+    let mut items = Vec::new();
+    for (kind, mut object) in [
+        ("Node", node()),
+        ("Namespace", json!({"metadata": {"name": "x"}})),
+        ("Pod", pod("a", 1)),
+        ("Pod", pod("b", 2)),
+        ("Pod", pod("c", 3)),
+        ("NetworkPolicy", policy("deny", json!({"podSelector": {}}))),
+    ] {
+        object["kind"] = kind.into();
+        object["apiVersion"] = if kind == "NetworkPolicy" {
+            "networking.k8s.io/v1"
+        } else {
+            "v1"
+        }
+        .into();
+        items.push(object);
+    }
+    let file = bed.folder.path().join("state.json");
+    let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
+    std::fs::write(&file, list.to_string()).expect("written");
+    let (_, from_file) = crate::manifest::ManifestSource::open(&file).expect("valid");
+    let objects = |batch: Batch| {
+        let mut objects: Vec<Object> = batch
+            .events
+            .into_iter()
+            .map(|event| match event {
+                Event::Upsert(object) => object,
+                Event::Delete(key) => panic!("{key} is gone from a first batch"),
+            })
+            .collect();
+        objects.sort_by_key(Object::key);
+        objects
+    };
+    assert_eq!(objects(from_api), objects(from_file));
+}

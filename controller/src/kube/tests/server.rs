@@ -1,0 +1,341 @@
+//! An API server for tests: lists, streamed lists, watches, and every way in which they go wrong.
+//!
+//! Speaks just enough HTTP/1.1 itself, so that a test can cut a connection at any byte. Knows nothing
+//! of what is under test.
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+/// Objects of a page.
+const PAGE: usize = 2;
+
+/// The server; it ends with the test's runtime.
+pub(crate) struct Api {
+    pub(crate) address: SocketAddr,
+    world: Arc<Mutex<World>>,
+    /// Changes whenever the world does.
+    stir: watch::Sender<u64>,
+}
+
+pub(crate) struct World {
+    version: u64,
+    /// Watches from before this version are gone (410).
+    pub(crate) floor: u64,
+    objects: BTreeMap<(&'static str, String), Value>,
+    log: Vec<(u64, &'static str, &'static str, Value)>,
+    /// Text to be sent on watches of a resource as it is.
+    raw: HashMap<&'static str, String>,
+    /// Whether lists can be streamed; `None`: the server does not know the parameter.
+    pub(crate) streams: Option<bool>,
+    /// Answers every request for a resource with this status.
+    pub(crate) refuse: HashMap<&'static str, u16>,
+    pub(crate) requests: Vec<String>,
+    pub(crate) events: Vec<Value>,
+    up: bool,
+    /// Connections of another epoch are cut.
+    epoch: u64,
+}
+
+const RESOURCES: [&str; 4] = ["pods", "namespaces", "nodes", "networkpolicies"];
+
+impl Api {
+    pub(crate) async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let world = Arc::new(Mutex::new(World {
+            version: 10,
+            floor: 0,
+            objects: BTreeMap::new(),
+            log: Vec::new(),
+            raw: HashMap::new(),
+            streams: Some(true),
+            refuse: HashMap::new(),
+            requests: Vec::new(),
+            events: Vec::new(),
+            up: true,
+            epoch: 0,
+        }));
+        let stir = watch::Sender::new(0);
+        let (shared, changed) = (Arc::clone(&world), stir.subscribe());
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let (world, changed) = (Arc::clone(&shared), changed.clone());
+                tokio::spawn(async move {
+                    // A connection that ends early is what many tests are about.
+                    let _ = serve(stream, &world, changed).await;
+                });
+            }
+        });
+        Self {
+            address,
+            world,
+            stir,
+        }
+    }
+
+    pub(crate) fn world(&self) -> MutexGuard<'_, World> {
+        lock(&self.world)
+    }
+
+    fn stir(&self) {
+        self.stir.send_modify(|count| *count += 1);
+    }
+
+    /// Creates or replaces an object.
+    pub(crate) fn put(&self, resource: &'static str, mut object: Value) {
+        {
+            let mut world = self.world();
+            world.version += 1;
+            let version = world.version;
+            object["metadata"]["resourceVersion"] = version.to_string().into();
+            let key = (resource, name(&object));
+            let old = world.objects.insert(key, object.clone());
+            let what = if old.is_some() { "MODIFIED" } else { "ADDED" };
+            world.log.push((version, resource, what, object));
+        }
+        self.stir();
+    }
+
+    pub(crate) fn delete(&self, resource: &'static str, key: &str) {
+        {
+            let mut world = self.world();
+            world.version += 1;
+            let version = world.version;
+            let mut object = world
+                .objects
+                .remove(&(resource, key.to_owned()))
+                .expect("it exists");
+            object["metadata"]["resourceVersion"] = version.to_string().into();
+            world.log.push((version, resource, "DELETED", object));
+        }
+        self.stir();
+    }
+
+    /// Sends `text` as a line on the watches of a resource, once.
+    pub(crate) fn babble(&self, resource: &'static str, text: &str) {
+        self.world().raw.insert(resource, format!("{text}\n"));
+        self.stir();
+    }
+
+    /// Cuts every connection.
+    pub(crate) fn cut(&self) {
+        self.world().epoch += 1;
+        self.stir();
+    }
+
+    /// Cuts every connection, and each new one until it is back up.
+    pub(crate) fn set_up(&self, up: bool) {
+        self.world().up = up;
+        self.cut();
+    }
+
+    /// Requests whose line has all of `words`.
+    pub(crate) fn asked(&self, words: &[&str]) -> usize {
+        let world = self.world();
+        let requests = world.requests.iter();
+        requests
+            .filter(|line| words.iter().all(|word| line.contains(word)))
+            .count()
+    }
+}
+
+fn lock(world: &Mutex<World>) -> MutexGuard<'_, World> {
+    world.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn name(object: &Value) -> String {
+    let metadata = &object["metadata"];
+    match metadata["namespace"].as_str() {
+        Some(namespace) => format!("{namespace}/{}", metadata["name"].as_str().unwrap_or("")),
+        None => metadata["name"].as_str().unwrap_or("").to_owned(),
+    }
+}
+
+async fn serve(
+    mut stream: TcpStream,
+    world: &Mutex<World>,
+    mut changed: watch::Receiver<u64>,
+) -> std::io::Result<()> {
+    let epoch = lock(world).epoch;
+    let alive = |world: &Mutex<World>| {
+        let world = lock(world);
+        world.up && world.epoch == epoch
+    };
+    while alive(world) {
+        let Some((line, body)) = request(&mut stream).await? else {
+            return Ok(());
+        };
+        if !alive(world) {
+            return Ok(());
+        }
+        let target = line.split(' ').nth(1).unwrap_or("").to_owned();
+        let (path, query) = target.split_once('?').unwrap_or((&target, ""));
+        let resource = RESOURCES
+            .into_iter()
+            .find(|resource| path.ends_with(resource));
+        let answer = {
+            let mut world = lock(world);
+            world.requests.push(line.clone());
+            world.answer(resource, query, &body)
+        };
+        match answer {
+            Answer::Whole(code, value) => whole(&mut stream, code, &value).await?,
+            Answer::Watch(resource, version, listing) => {
+                let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n";
+                stream.write_all(head.as_bytes()).await?;
+                for line in listing {
+                    chunk(&mut stream, &format!("{line}\n")).await?;
+                }
+                let mut at = version;
+                while alive(world) {
+                    let news = lock(world).news(resource, &mut at);
+                    for text in news {
+                        chunk(&mut stream, &text).await?;
+                    }
+                    if changed.changed().await.is_err() {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+enum Answer {
+    Whole(u16, Value),
+    /// Of a resource, from a version on, after these events.
+    Watch(&'static str, u64, Vec<Value>),
+}
+
+impl World {
+    fn answer(&mut self, resource: Option<&'static str>, query: &str, body: &[u8]) -> Answer {
+        let query: HashMap<&str, &str> = query
+            .split('&')
+            .filter_map(|pair| pair.split_once('='))
+            .collect();
+        let status = |code: u16, message: &str| {
+            let status =
+                json!({"kind": "Status", "status": "Failure", "code": code, "message": message});
+            Answer::Whole(code, status)
+        };
+        let Some(resource) = resource else {
+            let event: Value = serde_json::from_slice(body).unwrap_or_default();
+            let name = |event: &Value| event["metadata"]["name"].clone();
+            if self.events.iter().any(|known| name(known) == name(&event)) {
+                return status(409, "exists");
+            }
+            self.events.push(event.clone());
+            return Answer::Whole(201, event);
+        };
+        if let Some(code) = self.refuse.get(resource) {
+            return status(*code, "refused by the test");
+        }
+        let all: Vec<Value> = self
+            .objects
+            .iter()
+            .filter(|((of, _), _)| *of == resource)
+            .map(|(_, object)| object.clone())
+            .collect();
+        if query.get("watch") != Some(&"true") {
+            let at: usize = query
+                .get("continue")
+                .and_then(|at| at.parse().ok())
+                .unwrap_or(0);
+            let items: Vec<_> = all.iter().skip(at).take(PAGE).collect();
+            let more = (at + PAGE < all.len()).then(|| (at + PAGE).to_string());
+            let metadata = json!({"resourceVersion": self.version.to_string(), "continue": more});
+            return Answer::Whole(200, json!({"metadata": metadata, "items": items}));
+        }
+        if query.get("sendInitialEvents") == Some(&"true") {
+            return match self.streams {
+                Some(true) => {
+                    let mut lines: Vec<_> = all
+                        .iter()
+                        .map(|object| json!({"type": "ADDED", "object": object}))
+                        .collect();
+                    lines.push(bookmark(self.version, true));
+                    Answer::Watch(resource, self.version, lines)
+                }
+                Some(false) => status(422, "sendInitialEvents is forbidden"),
+                None => {
+                    let lines = all
+                        .iter()
+                        .map(|object| json!({"type": "ADDED", "object": object}));
+                    Answer::Watch(resource, self.version, lines.collect())
+                }
+            };
+        }
+        let version: u64 = query
+            .get("resourceVersion")
+            .and_then(|v| v.parse().ok())
+            .unwrap_or(0);
+        if version < self.floor {
+            return status(410, "too old resource version");
+        }
+        Answer::Watch(resource, version, Vec::new())
+    }
+
+    fn news(&mut self, resource: &'static str, at: &mut u64) -> Vec<String> {
+        let mut lines: Vec<String> = self.raw.remove(resource).into_iter().collect();
+        for (version, of, what, object) in &self.log {
+            if *of == resource && version > at {
+                lines.push(format!("{}\n", json!({"type": what, "object": object})));
+            }
+        }
+        *at = self.version;
+        lines.push(format!("{}\n", bookmark(self.version, false)));
+        lines
+    }
+}
+
+fn bookmark(version: u64, end: bool) -> Value {
+    let mut annotations = serde_json::Map::new();
+    if end {
+        annotations.insert("k8s.io/initial-events-end".to_owned(), "true".into());
+    }
+    let metadata = json!({"resourceVersion": version.to_string(), "annotations": annotations});
+    json!({"type": "BOOKMARK", "object": {"kind": "X", "apiVersion": "v1", "metadata": metadata}})
+}
+
+/// The request line and the body; `None` at the end of the connection.
+async fn request(stream: &mut TcpStream) -> std::io::Result<Option<(String, Vec<u8>)>> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        if stream.read(&mut byte).await? == 0 {
+            return Ok(None);
+        }
+        head.push(byte[0]);
+    }
+    let head = String::from_utf8_lossy(&head).into_owned();
+    let length = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("content-length")
+            .then(|| value.trim().parse().ok())?
+    });
+    let mut body = vec![0; length.unwrap_or(0)];
+    stream.read_exact(&mut body).await?;
+    Ok(Some((head.lines().next().unwrap_or("").to_owned(), body)))
+}
+
+async fn whole(stream: &mut TcpStream, code: u16, value: &Value) -> std::io::Result<()> {
+    let body = value.to_string();
+    let head = format!(
+        "HTTP/1.1 {code} X\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await?;
+    stream.write_all(body.as_bytes()).await
+}
+
+async fn chunk(stream: &mut TcpStream, text: &str) -> std::io::Result<()> {
+    stream
+        .write_all(format!("{:x}\r\n{text}\r\n", text.len()).as_bytes())
+        .await
+}

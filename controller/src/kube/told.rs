@@ -1,0 +1,246 @@
+//! Tells the authors of policies what is wrong with them: a Kubernetes Event on the object, once.
+//!
+//! The Event's name is made of the policy's uid and version and of the fault's kind, so every node
+//! arrives at the same one and all but the first are told that it exists. Knows nothing of how faults
+//! are found.
+use std::collections::{BTreeMap, BTreeSet};
+
+use kube::Client;
+use kube::api::PostParams;
+use kube::core::Request;
+use policy::PolicyKey;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tracing::{debug, warn};
+
+use super::connect::{Connector, fingerprint};
+use super::error::{ApiError, Asked};
+use super::state::Written;
+use crate::objects::Kind;
+use crate::{Problem, Severity};
+
+/// Events that wait for the API server; more are told at the next change.
+const WAITING: usize = 256;
+/// What the API allows for a note (`events.k8s.io/v1` Event, `note`).
+const NOTE_BYTES: usize = 1024;
+
+/// Hands Events to a task that sends them one by one.
+#[derive(Debug)]
+pub(super) struct Teller {
+    events: mpsc::Sender<Value>,
+    /// Names of those that were handed over, by the policy that they are about.
+    told: BTreeMap<PolicyKey, BTreeSet<String>>,
+    node: String,
+}
+
+impl Teller {
+    /// A teller for `node`, and the task's work.
+    pub(super) fn new(
+        node: &str,
+        connector: Connector,
+    ) -> (Self, impl Future<Output = ()> + use<>) {
+        let (events, waiting) = mpsc::channel(WAITING);
+        let teller = Self {
+            events,
+            told: BTreeMap::new(),
+            node: node.to_owned(),
+        };
+        (teller, send(waiting, connector))
+    }
+
+    /// Tells what stands against policies that the API server has; `written` finds them.
+    pub(super) fn tell<'a>(
+        &mut self,
+        problems: &[Problem],
+        written: impl Fn(&PolicyKey) -> Option<&'a Written>,
+    ) {
+        self.told.retain(|key, _| written(key).is_some());
+        for problem in problems {
+            let key = problem.object.as_deref().and_then(policy_key);
+            let Some((key, written)) = key.and_then(|key| Some((key.clone(), written(&key)?)))
+            else {
+                continue;
+            };
+            let event = event(&key, written, problem, &self.node);
+            let name = event["metadata"]["name"]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned();
+            let told = self.told.entry(key).or_default();
+            if !told.contains(&name) && self.events.try_send(event).is_ok() {
+                told.insert(name);
+            }
+        }
+    }
+}
+
+/// The key in `NetworkPolicy x/deny`.
+fn policy_key(object: &str) -> Option<PolicyKey> {
+    let (kind, key) = object.split_once(' ')?;
+    let (namespace, name) = key.split_once('/')?;
+    (kind == Kind::NetworkPolicy.name()).then(|| PolicyKey {
+        namespace: namespace.into(),
+        name: name.into(),
+    })
+}
+
+fn event(key: &PolicyKey, written: &Written, problem: &Problem, node: &str) -> Value {
+    let reason = match problem.severity {
+        Severity::Error => "NotEnforcedAsWritten",
+        Severity::Warning => "NotInFullEffect",
+    };
+    let place = problem
+        .field
+        .as_deref()
+        .map_or_else(String::new, |field| format!("{field}: "));
+    let mut note = format!("{place}{}; {}", problem.problem, problem.remedy);
+    note.truncate(note.floor_char_boundary(NOTE_BYTES));
+    let (uid, version) = (&written.uid, &written.resource_version);
+    let field = problem.field.as_deref().unwrap_or_default();
+    let digest = fingerprint(format!("{uid} {version} {reason} {field}").as_bytes());
+    let stem = &key.name[..key.name.floor_char_boundary(200)];
+    let now = humantime::format_rfc3339_micros(std::time::SystemTime::now()).to_string();
+    json!({
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {
+            "name": format!("{}.{}", stem.trim_end_matches(['.', '-']), &digest[..16]),
+            "namespace": &*key.namespace,
+        },
+        "eventTime": now,
+        "type": "Warning",
+        "reason": reason,
+        "action": "Enforce",
+        "note": note,
+        "reportingController": "portreeve",
+        "reportingInstance": format!("portreeve-{node}"),
+        "regarding": {
+            "apiVersion": Kind::NetworkPolicy.api_version(),
+            "kind": Kind::NetworkPolicy.name(),
+            "namespace": &*key.namespace,
+            "name": &*key.name,
+            "uid": uid,
+            "resourceVersion": version,
+        },
+    })
+}
+
+async fn send(mut events: mpsc::Receiver<Value>, connector: Connector) {
+    let mut client = None;
+    // A missing permission is said once, not for each Event.
+    let mut last = None;
+    while let Some(event) = events.recv().await {
+        let sent = send_one(&mut client, &connector, &event).await;
+        let cause = sent.as_ref().err().map(ApiError::cause);
+        match sent {
+            Ok(()) => debug!(%event, "told"),
+            Err(error) => {
+                client = None;
+                if last != cause {
+                    warn!(
+                        "an Event could not be sent, the policy's fault stands in the log only: {error}"
+                    );
+                }
+            }
+        }
+        last = cause;
+    }
+}
+
+async fn send_one(
+    client: &mut Option<Client>,
+    connector: &Connector,
+    event: &Value,
+) -> Result<(), ApiError> {
+    let client = match client {
+        Some(client) => client,
+        None => client.insert(connector.client().await?),
+    };
+    let namespace = event["metadata"]["namespace"].as_str().unwrap_or_default();
+    let request = Request::new(format!(
+        "/apis/events.k8s.io/v1/namespaces/{namespace}/events"
+    ));
+    let request = request.create(&PostParams::default(), event.to_string().into_bytes());
+    let request = request.map_err(|error| ApiError::config(&error))?;
+    match client.request_text(request).await {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+        Err(error) => Err(ApiError::from_client(
+            &error,
+            Asked {
+                verb: "create",
+                group: "events.k8s.io",
+                resource: "events",
+            },
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key() -> PolicyKey {
+        policy_key("NetworkPolicy x/deny").expect("a key")
+    }
+
+    fn written(version: &str) -> Written {
+        let mut written = Written::default();
+        written.uid = "u".to_owned();
+        written.resource_version = version.to_owned();
+        written
+    }
+
+    #[test]
+    fn every_node_arrives_at_the_same_name_and_a_new_version_at_another() {
+        let problem = Problem::warning("selects a, and 3 more", "...").at("spec.podSelector");
+        let name = |version: &str, problem: &Problem, node: &str| {
+            event(&key(), &written(version), problem, node)["metadata"]["name"].to_string()
+        };
+        let first = name("1", &problem, "n1");
+        assert_eq!(first, name("1", &problem, "n2"));
+        let reworded = Problem {
+            problem: "selects b".to_owned(),
+            ..problem.clone()
+        };
+        assert_eq!(
+            first,
+            name("1", &reworded, "n1"),
+            "the words may change with the pods"
+        );
+        assert_ne!(first, name("2", &problem, "n1"));
+        let error = Problem {
+            severity: Severity::Error,
+            ..problem
+        };
+        assert_ne!(first, name("1", &error, "n1"));
+    }
+
+    #[test]
+    fn a_fault_is_handed_over_once_for_each_version_of_its_policy() {
+        let (mut teller, _task) = Teller::new("n1", Connector::default());
+        let faults = [
+            Problem::error("bad", "mend")
+                .of("NetworkPolicy x/deny")
+                .at("spec"),
+            Problem::warning("two claim it", "...").of("Pod x/a"),
+            Problem::error("unknown", "...").of("NetworkPolicy x/other"),
+        ];
+        let (old, new) = (written("1"), written("2"));
+        let known = |written| move |asked: &PolicyKey| (*asked == key()).then_some(written);
+        let before = teller.events.capacity();
+        teller.tell(&faults, known(&old));
+        teller.tell(&faults, known(&old));
+        assert_eq!(teller.events.capacity(), before - 1);
+        teller.tell(&faults, known(&new));
+        assert_eq!(teller.events.capacity(), before - 2);
+    }
+
+    #[test]
+    fn a_note_fits_into_what_the_api_allows() {
+        let problem = Problem::error("ö".repeat(2000), "mend");
+        let event = event(&key(), &written("1"), &problem, "n1");
+        let note = event["note"].as_str().expect("a note");
+        assert!(note.len() <= NOTE_BYTES && note.len() > NOTE_BYTES - 4);
+    }
+}

@@ -1,0 +1,388 @@
+//! Follows the objects of one kind: a full list, then its changes, again and again.
+//!
+//! The list is a streamed one where the server has that (`sendInitialEvents`, KEP-3157), else it comes in
+//! pages; both are reads of the newest state, so that a relist never goes back in time. A watch that
+//! ends or breaks is resumed where it was, unless the server was away for longer: what a resumed watch
+//! brings has no end mark, a list has one. Knows nothing of what the objects mean.
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{Stream, TryStreamExt};
+use kube::Client;
+use kube::api::{ListParams, WatchParams};
+use kube::core::{Request, WatchEvent};
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{Instant, timeout};
+
+use super::backoff::Backoff;
+use super::connect::Connector;
+use super::error::{ApiError, Asked};
+use super::status::WatchStatus;
+use crate::objects::{Kind, Trimmed};
+
+/// Objects of a page.
+const PAGE: u32 = 500;
+/// A watch that ends sooner without a word counts as a failure, so that it is not asked for at once.
+const TOO_SHORT: Duration = Duration::from_secs(1);
+
+/// What a watch has to tell, in the order in which it happened.
+#[derive(Debug)]
+pub(super) enum News {
+    /// The server is not heard any more.
+    Lost,
+    /// It is heard again, from where it was lost.
+    Resumed,
+    /// A full list begins.
+    ListBegins,
+    /// An object of the list.
+    Listed(Value),
+    /// The list is complete: what was not in it does not exist.
+    ListEnds,
+    /// An object is new or has changed.
+    Changed(Value),
+    /// An object is gone; this is what it was.
+    Gone(Value),
+}
+
+/// How patient a watch is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// Before the first retry, before the last.
+    pub(super) retry: (Duration, Duration),
+    /// For how long a lost watch may be resumed instead of listing anew.
+    pub(super) resume: Duration,
+    /// For the head of an answer, a page, or the next object of a streamed list.
+    pub(super) answer: Duration,
+    /// How long one watch lasts; the server ends it then.
+    pub(super) watch: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            retry: (Duration::from_millis(800), Duration::from_secs(30)),
+            resume: Duration::from_secs(10),
+            answer: Duration::from_secs(20),
+            watch: Duration::from_secs(280),
+        }
+    }
+}
+
+/// Nobody listens to the news any more.
+struct Unheard;
+
+/// Why a round ended.
+enum Ended {
+    Failed(ApiError),
+    Unheard,
+}
+
+impl From<ApiError> for Ended {
+    fn from(error: ApiError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<Unheard> for Ended {
+    fn from(Unheard: Unheard) -> Self {
+        Self::Unheard
+    }
+}
+
+/// The watch of one kind.
+pub(super) struct Watch {
+    pub(super) kind: Kind,
+    pub(super) connector: Connector,
+    pub(super) news: mpsc::Sender<(Kind, News)>,
+    pub(super) status: Arc<WatchStatus>,
+    /// Wakes the watches that wait for their next try when one of them has got through.
+    pub(super) back: Arc<Notify>,
+    pub(super) patience: Patience,
+}
+
+/// Where a watch stands.
+struct Position {
+    /// The resource version to go on from; `None`: a list is needed.
+    version: Option<String>,
+    /// Whether the server is thought to stream lists.
+    streams: bool,
+    /// Since when nothing was heard.
+    lost: Option<Instant>,
+    client: Option<Client>,
+}
+
+impl Watch {
+    /// Follows until nobody listens any more.
+    pub(super) async fn run(self) {
+        let mut backoff = Backoff::new(self.patience.retry);
+        let mut position = Position {
+            version: None,
+            streams: true,
+            lost: None,
+            client: None,
+        };
+        loop {
+            let began = Instant::now();
+            let error = match self.round(&mut position).await {
+                Ok(()) => continue,
+                Err(Ended::Unheard) => return,
+                Err(Ended::Failed(error)) => error,
+            };
+            if matches!(error, ApiError::Expired(_)) && position.version.take().is_some() {
+                self.status.expired(self.kind, &error);
+                continue;
+            }
+            if position.version.is_none() && position.streams && refuses_to_stream(&error) {
+                position.streams = false;
+                continue;
+            }
+            if began.elapsed() > self.patience.resume {
+                backoff.reset();
+            }
+            position.client = None;
+            if position.lost.is_none() {
+                position.lost = Some(Instant::now());
+            }
+            self.status.failed(self.kind, error);
+            if self.tell(News::Lost).await.is_err() {
+                return;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(backoff.next()) => {}
+                () = self.back.notified() => {}
+            }
+        }
+    }
+
+    /// One list, or one watch.
+    async fn round(&self, position: &mut Position) -> Result<(), Ended> {
+        let client = match &position.client {
+            Some(client) => client.clone(),
+            None => position
+                .client
+                .insert(self.connector.client().await?)
+                .clone(),
+        };
+        if position
+            .lost
+            .is_some_and(|lost| lost.elapsed() > self.patience.resume)
+        {
+            position.version = None;
+        }
+        match (position.version.is_some(), position.streams) {
+            (true, _) => self.watch(&client, position).await,
+            (false, true) => self.list_as_stream(&client, position).await,
+            (false, false) => self.list_in_pages(&client, position).await,
+        }
+    }
+
+    /// Notes that the server answers.
+    async fn heard(&self, position: &mut Position) -> Result<(), Unheard> {
+        if self.status.connected(self.kind) {
+            self.back.notify_waiters();
+        }
+        if position.lost.take().is_some() && position.version.is_some() {
+            self.tell(News::Resumed).await?;
+        }
+        Ok(())
+    }
+
+    /// Follows changes from the position on, until the server ends the watch.
+    async fn watch(&self, client: &Client, position: &mut Position) -> Result<(), Ended> {
+        let version = position.version.clone().unwrap_or_default();
+        let began = Instant::now();
+        let mut events = self.open(client, &self.params(), &version).await?;
+        self.heard(position).await?;
+        let silence = self.patience.watch + self.patience.answer;
+        while let Some(event) = self.next(&mut events, silence).await? {
+            self.change(event, position).await?;
+        }
+        if began.elapsed() < TOO_SHORT && position.version.as_ref() == Some(&version) {
+            return Err(ApiError::Unreachable("a watch ended as it began".to_owned()).into());
+        }
+        Ok(())
+    }
+
+    async fn change(
+        &self,
+        event: WatchEvent<Trimmed>,
+        position: &mut Position,
+    ) -> Result<(), Ended> {
+        let (version, news) = match event {
+            WatchEvent::Added(Trimmed(object)) | WatchEvent::Modified(Trimmed(object)) => {
+                (version_of(&object), News::Changed(object))
+            }
+            WatchEvent::Deleted(Trimmed(object)) => (version_of(&object), News::Gone(object)),
+            WatchEvent::Bookmark(bookmark) => {
+                position.version = Some(bookmark.metadata.resource_version);
+                return Ok(());
+            }
+            WatchEvent::Error(status) => return Err(self.refusal(&status).into()),
+        };
+        self.tell(news).await?;
+        position.version = version;
+        Ok(())
+    }
+
+    /// A list and the changes after it, in one stream.
+    async fn list_as_stream(&self, client: &Client, position: &mut Position) -> Result<(), Ended> {
+        let params = self.params().initial_events();
+        let mut events = self.open(client, &params, "").await?;
+        self.heard(position).await?;
+        self.tell(News::ListBegins).await?;
+        while let Some(event) = self.next(&mut events, self.patience.answer).await? {
+            match event {
+                WatchEvent::Bookmark(bookmark)
+                    if bookmark
+                        .metadata
+                        .annotations
+                        .contains_key("k8s.io/initial-events-end") =>
+                {
+                    self.list_ends(position, bookmark.metadata.resource_version)
+                        .await?;
+                    let silence = self.patience.watch + self.patience.answer;
+                    while let Some(event) = self.next(&mut events, silence).await? {
+                        self.change(event, position).await?;
+                    }
+                    return Ok(());
+                }
+                WatchEvent::Added(Trimmed(object)) | WatchEvent::Modified(Trimmed(object)) => {
+                    self.tell(News::Listed(object)).await?;
+                }
+                WatchEvent::Deleted(_) | WatchEvent::Bookmark(_) => {}
+                WatchEvent::Error(status) => return Err(self.refusal(&status).into()),
+            }
+        }
+        Err(ApiError::Unreachable("the connection ended within a list".to_owned()).into())
+    }
+
+    async fn list_in_pages(&self, client: &Client, position: &mut Position) -> Result<(), Ended> {
+        let mut params = ListParams::default().limit(PAGE);
+        let asked = Asked::of("list", self.kind);
+        loop {
+            let request = self.request().list(&params);
+            let request = request.map_err(|error| ApiError::config(&error))?;
+            let text = self.within(client.request_text(request)).await?;
+            let text = text.map_err(|error| ApiError::from_client(&error, asked))?;
+            let page: Page = serde_json::from_str(&text)
+                .map_err(|error| ApiError::Malformed(error.to_string()))?;
+            drop(text);
+            if params.continue_token.is_none() {
+                self.heard(position).await?;
+                self.tell(News::ListBegins).await?;
+            }
+            for Trimmed(object) in page.items.unwrap_or_default() {
+                self.tell(News::Listed(object)).await?;
+            }
+            params.continue_token = page.metadata.r#continue.filter(|token| !token.is_empty());
+            if params.continue_token.is_none() {
+                let version = page.metadata.resource_version.unwrap_or_default();
+                return self.list_ends(position, version).await;
+            }
+        }
+    }
+
+    async fn list_ends(&self, position: &mut Position, version: String) -> Result<(), Ended> {
+        if version.is_empty() {
+            let problem = "a list has no resourceVersion".to_owned();
+            return Err(ApiError::Malformed(problem).into());
+        }
+        position.version = Some(version);
+        self.status.listed(self.kind);
+        Ok(self.tell(News::ListEnds).await?)
+    }
+
+    async fn open(
+        &self,
+        client: &Client,
+        params: &WatchParams,
+        version: &str,
+    ) -> Result<
+        impl Stream<Item = Result<WatchEvent<Trimmed>, kube::Error>> + Unpin + use<>,
+        ApiError,
+    > {
+        let request = self.request().watch(params, version);
+        let request = request.map_err(|error| ApiError::config(&error))?;
+        let opened = self.within(client.request_events(request)).await?;
+        let events = opened.map_err(|error| self.failure(&error))?;
+        Ok(Box::pin(events))
+    }
+
+    /// The next event; `None` when the server has ended the stream.
+    async fn next(
+        &self,
+        events: &mut (impl Stream<Item = Result<WatchEvent<Trimmed>, kube::Error>> + Unpin),
+        silence: Duration,
+    ) -> Result<Option<WatchEvent<Trimmed>>, ApiError> {
+        let next = timeout(silence, events.try_next()).await;
+        let next = next.map_err(|_| ApiError::Silent(silence.as_secs()))?;
+        next.map_err(|error| self.failure(&error))
+    }
+
+    async fn within<T>(&self, answer: impl Future<Output = T>) -> Result<T, ApiError> {
+        let patience = self.patience.answer;
+        let answer = timeout(patience, answer).await;
+        answer.map_err(|_| ApiError::Silent(patience.as_secs()))
+    }
+
+    fn request(&self) -> Request {
+        let group = match self.kind.group() {
+            "" => "api",
+            _ => "apis",
+        };
+        let (version, resource) = (self.kind.api_version(), self.kind.resource());
+        Request::new(format!("/{group}/{version}/{resource}"))
+    }
+
+    fn params(&self) -> WatchParams {
+        let seconds = self.patience.watch.as_secs().clamp(1, 290);
+        WatchParams::default().timeout(u32::try_from(seconds).unwrap_or(290))
+    }
+
+    fn failure(&self, error: &kube::Error) -> ApiError {
+        ApiError::from_client(error, Asked::of("watch", self.kind))
+    }
+
+    fn refusal(&self, status: &kube::core::Status) -> ApiError {
+        ApiError::from_status(status, Asked::of("watch", self.kind))
+    }
+
+    async fn tell(&self, news: News) -> Result<(), Unheard> {
+        let told = self.news.send((self.kind, news)).await;
+        told.map_err(|_| Unheard)
+    }
+}
+
+/// A page of a list.
+#[derive(Deserialize)]
+struct Page {
+    metadata: PageMetadata,
+    items: Option<Vec<Trimmed>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PageMetadata {
+    resource_version: Option<String>,
+    r#continue: Option<String>,
+}
+
+/// Servers without the feature refuse the parameter; older ones ignore it and never say that the
+/// list is complete.
+fn refuses_to_stream(error: &ApiError) -> bool {
+    matches!(
+        error,
+        ApiError::Refused {
+            code: 400 | 404 | 405 | 422,
+            ..
+        } | ApiError::Silent(_)
+    )
+}
+
+fn version_of(object: &Value) -> Option<String> {
+    object["metadata"]["resourceVersion"]
+        .as_str()
+        .map(str::to_owned)
+}

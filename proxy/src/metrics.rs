@@ -3,6 +3,7 @@
 mod decisions;
 mod queues;
 mod text;
+mod watch;
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;

@@ -17,6 +17,8 @@ pub(crate) struct Released {
     /// `--pod-cidr`; empty: the Node object's.
     pod_cidrs: Vec<IpNet>,
     loaded: Option<Sets>,
+    /// The addresses of this node's pods when they were last known.
+    known: Vec<IpNet>,
 }
 
 impl Released {
@@ -27,6 +29,7 @@ impl Released {
             node,
             pod_cidrs,
             loaded: None,
+            known: Vec::new(),
         }
     }
 
@@ -58,7 +61,12 @@ impl Released {
         Ok(())
     }
 
-    fn wanted(&self) -> Sets {
+    fn wanted(&mut self) -> Sets {
+        // A Node object that is gone, or has lost its CIDRs, takes no pod out from under policy.
+        let cidrs = self.pod_cidrs();
+        if !cidrs.is_empty() {
+            self.known = cidrs;
+        }
         let local = self.table.local(&self.node);
         let addresses = |keep: &dyn Fn(&controller::LocalPod) -> bool| {
             local
@@ -68,7 +76,7 @@ impl Released {
                 .collect::<BTreeSet<_>>()
         };
         Sets {
-            pods: self.pod_cidrs().into_iter().collect(),
+            pods: self.known.iter().copied().collect(),
             egress_released: addresses(&|pod| !pod.egress_isolated),
             ingress_released: addresses(&|pod| !pod.ingress_isolated),
             selves: addresses(&|_| true),

@@ -1,18 +1,21 @@
 //! `portreeve run`: builds the parts, runs them, and takes them down.
 mod follow;
 mod settings;
+mod source;
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use controller::manifest::ManifestSource;
+use controller::kube::WatchStatus;
 use controller::{Batch, Index, Table, TableSettings};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal as Signals, SignalKind, signal};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
@@ -30,6 +33,7 @@ use crate::worker::Worker;
 
 use follow::Follower;
 pub(crate) use settings::RunArgs;
+use source::Source;
 
 /// A worker's thread.
 type Thread = std::thread::JoinHandle<std::io::Result<()>>;
@@ -43,12 +47,6 @@ const EXPIRE_EVERY: Duration = Duration::from_secs(1);
 
 /// Enforces until SIGTERM or SIGINT. Exit code 2: flags or manifests are wrong; 1: the node is.
 pub(crate) fn run(args: &RunArgs) -> ExitCode {
-    let Some(path) = args.manifests() else {
-        eprintln!(
-            "portreeve: the Kubernetes API as a source is not in this version; give --cluster dir:PATH"
-        );
-        return ExitCode::from(2);
-    };
     let runtime = match tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -60,14 +58,14 @@ pub(crate) fn run(args: &RunArgs) -> ExitCode {
         }
     };
     runtime.block_on(async {
-        let (source, first) = match ManifestSource::open(&path) {
-            Ok(opened) => opened,
+        let source = match Source::open(args).await {
+            Ok(source) => source,
             Err(refused) => {
                 eprintln!("portreeve: {refused}");
                 return ExitCode::from(2);
             }
         };
-        match enforce(args, source, first).await {
+        match enforce(args, source).await {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("portreeve: {error:#}");
@@ -77,32 +75,43 @@ pub(crate) fn run(args: &RunArgs) -> ExitCode {
     })
 }
 
-async fn enforce(args: &RunArgs, source: ManifestSource, first: Batch) -> anyhow::Result<()> {
+async fn enforce(args: &RunArgs, mut source: Source) -> anyhow::Result<()> {
     in_place(args)?;
+    let mut signals = StopSignals::listen()?;
     let node: Arc<str> = args.node()?.into();
     let table = Table::new(TableSettings {
         cluster_cidrs: args.cluster_cidr.clone(),
         own_node: args.own_node.into(),
     });
-    let mut index = Index::new(Arc::clone(&table));
-    follow::announce(&first);
-    let touched = index.apply(first);
     let released = Released::new(Arc::clone(&table), Arc::clone(&node), args.pod_cidr.clone());
-    if released.pod_cidrs().is_empty() {
-        bail!(
-            "which addresses are pods of node {node} is not known: there is no Node object of that name with spec.podCIDRs; name the node by --node, or give --pod-cidr"
-        );
-    }
-    let changes = Changes::listen().context("cannot listen for changes of routes (rtnetlink)")?;
-    let links = PodLinks::new(Arc::clone(&table), Arc::clone(&node), args.pod_cidr.clone())?;
-    tokio::spawn(links.follow(changes));
-    let enforcer = enforcer(args, node, table)?;
-    let readiness = Readiness::new();
+    let readiness = Readiness::new(source.status());
+    let enforcer = enforcer(args, node, Arc::clone(&table), source.status())?;
     let (stop, stopped) = watch::channel(false);
-    let workers = start_workers(args, &enforcer, &stopped)?;
+    // Before the first state is there, which can take long: who waits wants to know for what.
     let admin = admin::bind(args.admin).await?;
-    let serving = admin::serve(admin, Arc::clone(&enforcer), readiness.clone(), stopped);
+    let serving = admin::serve(
+        admin,
+        Arc::clone(&enforcer),
+        readiness.clone(),
+        stopped.clone(),
+    );
     let serving = tokio::spawn(serving);
+    let mut index = Index::new(Arc::clone(&table));
+    let first = first_state(
+        &mut source,
+        &mut index,
+        &released,
+        &readiness,
+        &enforcer.node,
+    );
+    let touched = tokio::select! {
+        () = signals.received() => return Ok(()),
+        touched = first => touched?,
+    };
+    let changes = Changes::listen().context("cannot listen for changes of routes (rtnetlink)")?;
+    let links = PodLinks::new(table, Arc::clone(&enforcer.node), args.pod_cidr.clone())?;
+    tokio::spawn(links.follow(changes));
+    let workers = start_workers(args, &enforcer, &stopped)?;
     tokio::spawn(expire(Arc::clone(&enforcer)));
     let following = Follower {
         source,
@@ -118,7 +127,7 @@ async fn enforce(args: &RunArgs, source: ManifestSource, first: Batch) -> anyhow
     });
     info!(node = %enforcer.node, admin = %args.admin, "enforcing");
 
-    let ended = until_told(workers, || {
+    let ended = until_told(workers, signals, || {
         following.abort();
         stop.send_replace(true);
     });
@@ -129,7 +138,48 @@ async fn enforce(args: &RunArgs, source: ManifestSource, first: Batch) -> anyhow
     result
 }
 
-fn enforcer(args: &RunArgs, node: Arc<str>, table: Arc<Table>) -> anyhow::Result<Arc<Enforcer>> {
+/// Waits until there is a full state that says which addresses are this node's pods; until then
+/// nothing is judged and nothing released. Returns the addresses whose verdicts have changed.
+///
+/// # Errors
+/// If manifests do not say it. The API server may yet: a Node gets its CIDRs some time after it has
+/// joined.
+async fn first_state(
+    source: &mut Source,
+    index: &mut Index,
+    released: &Released,
+    readiness: &Readiness,
+    node: &str,
+) -> anyhow::Result<BTreeSet<IpAddr>> {
+    let mut touched = BTreeSet::new();
+    let mut said = false;
+    loop {
+        let batch: Batch = source.next().await;
+        follow::announce(&batch);
+        touched.extend(index.apply(batch));
+        if !released.pod_cidrs().is_empty() {
+            return Ok(touched);
+        }
+        let reason = format!(
+            "which addresses are pods of node {node} is not known: there is no Node object of that name with spec.podCIDRs; name the node by --node, or give --pod-cidr"
+        );
+        if matches!(source, Source::Manifests { .. }) {
+            bail!(reason);
+        }
+        if !said {
+            warn!("{reason}");
+            said = true;
+        }
+        readiness.not_ready(reason);
+    }
+}
+
+fn enforcer(
+    args: &RunArgs,
+    node: Arc<str>,
+    table: Arc<Table>,
+    watches: Option<Arc<WatchStatus>>,
+) -> anyhow::Result<Arc<Enforcer>> {
     let recorder = recorder(args.trace_file.as_ref(), &node)?;
     Ok(Arc::new(Enforcer {
         node,
@@ -139,20 +189,46 @@ fn enforcer(args: &RunArgs, node: Arc<str>, table: Arc<Table>) -> anyhow::Result
         marks: args.redirect.mark_mask,
         deny: args.deny,
         hold: args.hold.into(),
-        metrics: Metrics::new(),
+        metrics: Metrics::watching(watches),
         queues: args.redirect.queue..args.redirect.queue + args.redirect.queue_count(),
         recorder,
     }))
 }
 
+/// The signals that end the daemon.
+struct StopSignals {
+    terminate: Signals,
+    interrupt: Signals,
+    _hangup: Signals,
+}
+
+impl StopSignals {
+    fn listen() -> anyhow::Result<Self> {
+        // Whoever started us may have blocked them, and a blocked signal is inherited.
+        SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]).thread_unblock()?;
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            // State is watched; a hang-up must not end the daemon.
+            _hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// Waits for SIGTERM or SIGINT.
+    async fn received(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
 /// Waits for SIGTERM, SIGINT or the failure of a worker; then calls `stop` and waits for the workers.
-async fn until_told(workers: Vec<Thread>, stop: impl FnOnce()) -> anyhow::Result<()> {
-    // Whoever started us may have blocked them, and a blocked signal is inherited.
-    SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]).thread_unblock()?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    // State is watched; a hang-up must not end the daemon.
-    let _hangup = signal(SignalKind::hangup())?;
+async fn until_told(
+    workers: Vec<Thread>,
+    mut signals: StopSignals,
+    stop: impl FnOnce(),
+) -> anyhow::Result<()> {
     let (failed, mut failure) = tokio::sync::mpsc::channel(workers.len());
     for worker in workers {
         let failed = failed.clone();
@@ -165,8 +241,7 @@ async fn until_told(workers: Vec<Thread>, stop: impl FnOnce()) -> anyhow::Result
     }
     drop(failed);
     let early = tokio::select! {
-        _ = terminate.recv() => None,
-        _ = interrupt.recv() => None,
+        () = signals.received() => None,
         ended = failure.recv() => ended,
     };
     stop();

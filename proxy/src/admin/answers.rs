@@ -21,6 +21,9 @@ pub(super) fn readyz(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
             format!("not ready: {reason}\n"),
         ),
     };
+    for note in readiness.notes() {
+        body.push_str(&format!("{note}\n"));
+    }
     for problem in enforcer.table.problems().iter() {
         body.push_str(&format!("{problem}\n"));
     }

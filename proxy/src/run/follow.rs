@@ -5,7 +5,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use controller::manifest::ManifestSource;
 use controller::{Batch, Index};
 use tracing::{error, info, warn};
 
@@ -14,12 +13,14 @@ use crate::enforcer::Enforcer;
 use crate::readiness::Readiness;
 use crate::released::Released;
 
+use super::source::Source;
+
 /// How soon what the kernel refused is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// What a change passes through, in this order.
 pub(super) struct Follower {
-    pub(super) source: ManifestSource,
+    pub(super) source: Source,
     pub(super) index: Index,
     pub(super) enforcer: Arc<Enforcer>,
     pub(super) released: Released,
@@ -75,6 +76,7 @@ impl Follower {
             announce(&batch);
         }
         let touched = self.index.apply(batch);
+        self.source.tell(&self.enforcer.table.problems());
         self.enforcer.judge_again(&touched);
         self.touched.extend(touched);
     }

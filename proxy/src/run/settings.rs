@@ -37,6 +37,22 @@ pub(crate) struct RunArgs {
         env = "PORTREEVE_CLUSTER"
     )]
     pub(crate) cluster: String,
+    /// Where the last good state is kept for a start while the API server is away.
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "/var/lib/portreeve",
+        env = "PORTREEVE_STATE_DIR"
+    )]
+    pub(crate) state_dir: PathBuf,
+    /// How old a kept state may be to be used.
+    #[arg(
+        long,
+        value_name = "DURATION",
+        default_value = "24h",
+        env = "PORTREEVE_STATE_MAX_AGE"
+    )]
+    pub(crate) state_max_age: humantime::Duration,
     /// Name of this Node object [default: $NODE_NAME, else the host name].
     #[arg(long, value_name = "NAME", env = "PORTREEVE_NODE")]
     node: Option<String>,
@@ -96,11 +112,6 @@ pub(crate) struct RunArgs {
 }
 
 impl RunArgs {
-    /// The path of a `dir:` source; `None` for `kube`.
-    pub(crate) fn manifests(&self) -> Option<PathBuf> {
-        self.cluster.strip_prefix("dir:").map(PathBuf::from)
-    }
-
     /// The Node's name, as told or as the host has it.
     pub(crate) fn node(&self) -> anyhow::Result<String> {
         if let Some(name) = self

@@ -21,6 +21,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_port_in_use_is_named,
     wrong_flags_and_manifests_are_usage_errors,
     a_node_without_pod_addresses_is_named,
+    a_source_that_cannot_be_used_is_refused,
     a_trace_file_that_cannot_be_opened_is_named,
 ];
 
@@ -80,7 +81,7 @@ fn a_second_daemon_is_refused_and_disturbs_nothing() {
     refused(second, 1, &["NFQUEUE 100", "another daemon", "--queue"]);
     echoes(&live, "undisturbed");
     connected(&a, b.addr_v6(80));
-    refused(bed.run_command(1, &[]), 1, &["NFQUEUE 100"]);
+    refused(bed.run_command(1, &[]), 1, &["127.0.0.1:15020", "in use"]);
 }
 
 fn a_port_in_use_is_named() {
@@ -179,6 +180,35 @@ fn a_node_without_pod_addresses_is_named() {
         &format!("dir:{}", bed.manifests().display()),
     ]);
     refused(command, 1, &["stranger", "--node", "--pod-cidr"]);
+}
+
+fn a_source_that_cannot_be_used_is_refused() {
+    let bed = Bed::bare(small());
+    bed.install(0, &[]);
+    let absent = bed.file("no-kubeconfig");
+    let broken = bed.file("kubeconfig");
+    fs::write(&broken, "clusters: [").unwrap();
+    for (source, kubeconfig, words) in [
+        (
+            "kube",
+            &absent,
+            ["no usable client configuration", "no-kubeconfig"],
+        ),
+        (
+            "kube",
+            &broken,
+            ["no usable client configuration", "kubeconfig"],
+        ),
+        (
+            "file:x",
+            &absent,
+            ["\"file:x\" is not known", "--cluster dir:PATH"],
+        ),
+    ] {
+        let mut command = bed.run_command(0, &["--cluster", source]);
+        command.env("KUBECONFIG", kubeconfig);
+        refused(command, 2, &words);
+    }
 }
 
 fn a_trace_file_that_cannot_be_opened_is_named() {

@@ -19,6 +19,7 @@ mod ports;
 mod restart;
 mod sever;
 mod spoof;
+mod stage;
 mod startup;
 mod strange;
 mod streams;

@@ -1,0 +1,487 @@
+//! A lab with a pod in every place of the cases' cluster: every pod to every pod, by address and
+//! through a ClusterIP, in both families, on one node and across.
+//!
+//! How the daemons come to know a case's state is a [`Source`]'s business.
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use lab::traffic::greeting;
+use lab::{Cluster, Host, Netns, PodSpec, ServiceSpec, traffic::Greeting};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde_json::{Value, json};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::cases::case::{Case, Family, Grid, Probe};
+use crate::cases::world::{self, Change, World};
+use crate::support::{Bed, DEADLINE};
+
+/// Places for pods; the loader allows no more.
+const SLOTS: usize = 9;
+/// How long a denied connection may still turn out to be let through once all allowed ones stand:
+/// they were all sent before the first of these was answered.
+const GRACE: Duration = Duration::from_millis(400);
+
+/// How the daemons come to know the state of a case. Each call returns once it is in force.
+pub(crate) trait Source {
+    /// Makes `world` the state that the first step of a case starts from, if steps are told as changes.
+    fn begin(&mut self, _: &Bed, _: &[Value], _: &World) {}
+
+    /// Makes `world` the state: the one before with `changes`.
+    fn step(&mut self, bed: &Bed, nodes: &[Value], world: &World, changes: &[Change]);
+}
+
+/// The cases of a directory that have a TCP probe.
+pub(crate) fn tcp_cases(directory: &str, at_least: usize) -> Vec<Case> {
+    let mut cases = load(directory);
+    cases.retain(|case| case.steps.iter().flat_map(|step| &step.probes).any(is_tcp));
+    assert!(
+        cases.len() >= at_least,
+        "{directory}: {} cases",
+        cases.len()
+    );
+    cases
+}
+
+/// The state of a case as Kubernetes objects.
+pub(crate) fn objects(nodes: &[Value], world: &World) -> Vec<Value> {
+    let mut items = nodes.to_vec();
+    items.extend(world.namespaces.iter().map(|(name, labels)| {
+        json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name, "labels": labels } })
+    }));
+    items.extend(world.pods.values().map(manifest));
+    items.extend(world.policies.values().map(policy_object));
+    items
+}
+
+/// A policy of a case as it is written to the API.
+pub(crate) fn policy_object(policy: &Value) -> Value {
+    let (namespace, _) = world::policy_key(policy);
+    let mut policy = policy.clone();
+    policy["apiVersion"] = "networking.k8s.io/v1".into();
+    policy["kind"] = "NetworkPolicy".into();
+    policy["metadata"]["namespace"] = namespace.into();
+    policy
+}
+
+fn is_tcp(probe: &Probe) -> bool {
+    probe.protocol == "TCP"
+}
+
+fn load(directory: &str) -> Vec<Case> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../policy/tests/cases")
+        .join(directory);
+    let entries = fs::read_dir(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    files.retain(|file| {
+        file.extension()
+            .is_some_and(|extension| extension == "yaml")
+    });
+    files.sort();
+    let read = |file: &PathBuf| Case::parse(file, &fs::read_to_string(file).unwrap());
+    files.iter().map(read).collect()
+}
+
+/// The lab, used by one case after the other.
+pub(crate) struct Stage<S> {
+    bed: Bed,
+    source: S,
+    nodes: Vec<Value>,
+    /// Sockets that listen in the fabric, for the external host that is there.
+    _fabric: Vec<TcpListener>,
+}
+
+/// Where the fabric's own address is an external host of a case.
+const FABRIC: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(172, 18, 0, 1));
+
+impl<S: Source> Stage<S> {
+    /// Builds the lab for `cases`, with the daemons on an empty state.
+    pub(crate) fn new(cases: &[Case], source: impl FnOnce(&mut Bed) -> S) -> Self {
+        let probes = cases
+            .iter()
+            .flat_map(|case| &case.steps)
+            .flat_map(|step| &step.probes);
+        let ports: BTreeSet<u16> = probes
+            .filter(|probe| is_tcp(probe))
+            .map(|probe| probe.port)
+            .collect();
+        let ports: Vec<u16> = ports.into_iter().collect();
+        // The cases count their nodes from 1.
+        let mut builder = Cluster::builder().nodes(3);
+        for slot in 0..SLOTS {
+            let [IpAddr::V4(v4), IpAddr::V6(v6)] = world::addresses(slot) else {
+                panic!("a place has an address of each family");
+            };
+            let name = format!("slot-{slot}");
+            let pod = PodSpec::new("lab", &name)
+                .label("slot", &name)
+                .node(1 + slot % 2);
+            let mut service = ServiceSpec::new("lab", &name).selects("slot", &name);
+            for port in &ports {
+                service = service.port(*port, *port);
+            }
+            builder = builder.pod(pod.ipv4(v4).ipv6(v6)).service(service);
+        }
+        let mut bed = Bed::of(builder.build().unwrap());
+        bed.lab
+            .pods()
+            .chain([bed.lab.outside()])
+            .for_each(|host| host.serve(&ports).unwrap());
+        let externals: BTreeSet<IpAddr> = cases
+            .iter()
+            .flat_map(|case| case.externals.values().copied())
+            .collect();
+        let fabric = externals.contains(&FABRIC);
+        for external in externals.iter().filter(|address| **address != FABRIC) {
+            place_outside(&bed.lab, *external);
+        }
+        let listeners = if fabric {
+            listen_in_fabric(&bed.lab, &ports)
+        } else {
+            Vec::new()
+        };
+        let manifests = bed.lab.manifests();
+        let nodes = manifests["items"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|it| it["kind"] == "Node");
+        let nodes = nodes.cloned().collect();
+        let source = source(&mut bed);
+        let mut stage = Self {
+            bed,
+            source,
+            nodes,
+            _fabric: listeners,
+        };
+        for node in [1, 2] {
+            stage.bed.install(node, &[]);
+        }
+        stage
+            .source
+            .step(&stage.bed, &stage.nodes, &World::default(), &[]);
+        for node in [1, 2] {
+            stage.bed.start(node, &[]);
+        }
+        stage
+    }
+
+    /// Plays the cases; fails with every grid of any that differs from what was asked for.
+    pub(crate) fn play_all(&mut self, cases: &[Case]) {
+        let failures: Vec<String> = cases.iter().flat_map(|case| self.play(case)).collect();
+        assert!(
+            failures.is_empty(),
+            "{}\n{}",
+            failures.join("\n"),
+            self.bed.logs()
+        );
+    }
+
+    fn play(&mut self, case: &Case) -> Vec<String> {
+        let mut world = case.start.clone();
+        let mut failures = Vec::new();
+        self.source.begin(&self.bed, &self.nodes, &world);
+        for step in &case.steps {
+            step.changes.iter().for_each(|change| world.apply(change));
+            self.source
+                .step(&self.bed, &self.nodes, &world, &step.changes);
+            for probe in step.probes.iter().filter(|probe| is_tcp(probe)) {
+                for failure in self.observe(case, probe) {
+                    failures.push(format!(
+                        "{}\n  {}\n  because: {}\n  after: {}\n  {failure}",
+                        case.file.display(),
+                        case.title,
+                        case.reason,
+                        step.does
+                    ));
+                }
+            }
+        }
+        failures
+    }
+
+    /// Fills the grid of `probe` by every way there is, all dials at once.
+    fn observe(&self, case: &Case, probe: &Probe) -> Vec<String> {
+        let mut dials = Vec::new();
+        let families = [Family::IPv4, Family::IPv6];
+        for family in families
+            .into_iter()
+            .filter(|it| probe.family.is_none_or(|only| only == *it))
+        {
+            for by in [By::Address, By::Service] {
+                self.dials_of(case, probe, family, by, &mut dials);
+            }
+        }
+        let seen = dial_all(&dials);
+        let mut problems = Vec::new();
+        for family in families {
+            for by in [By::Address, By::Service] {
+                let mut grid = probe.expected.clone();
+                let ours = dials
+                    .iter()
+                    .zip(&seen)
+                    .filter(|(dial, _)| dial.family == family && dial.by == by);
+                for (dial, stream) in ours {
+                    grid.cells[dial.row][dial.column] = Some(stream.is_some());
+                    problems.extend(
+                        stream
+                            .as_ref()
+                            .and_then(|stream| dial.misled(stream, &probe.expected)),
+                    );
+                }
+                if grid != probe.expected {
+                    problems.push(format!(
+                        "{}/TCP over {family:?} by {by:?}, observed (differences in brackets):\n{}",
+                        probe.port,
+                        grid.draw(&probe.expected)
+                    ));
+                }
+            }
+        }
+        problems
+    }
+
+    fn dials_of(&self, case: &Case, probe: &Probe, family: Family, by: By, dials: &mut Vec<Dial>) {
+        let parties = &probe.expected.parties;
+        let ends: Vec<_> = parties
+            .iter()
+            .map(|party| self.end(case, party, family))
+            .collect();
+        for (row, from) in ends.iter().enumerate() {
+            for (column, to) in ends.iter().enumerate() {
+                let (Some(from), Some(to), Some(expected)) =
+                    (from, to, probe.expected.cells[row][column])
+                else {
+                    continue;
+                };
+                let address = match (by, &to.pod) {
+                    (By::Address, _) => to.address,
+                    // Only pods are behind Services, and only pods and nodes reach them.
+                    (By::Service, Some(pod)) if from.pod.is_some() => self.cluster_ip(pod, family),
+                    (By::Service, _) => continue,
+                };
+                dials.push(Dial {
+                    row,
+                    column,
+                    family,
+                    by,
+                    expected,
+                    netns: from.netns.clone(),
+                    source: from.address,
+                    to: (address, probe.port).into(),
+                    server: to.pod.as_ref().map(|pod| pod.name().to_owned()),
+                });
+            }
+        }
+    }
+
+    /// Where a party of a case is in the lab, if it has an address of the family.
+    fn end(&self, case: &Case, party: &str, family: Family) -> Option<End> {
+        let address = *case
+            .addresses(party)
+            .iter()
+            .find(|it| Family::of(**it) == family)?;
+        let pod = self
+            .bed
+            .lab
+            .pods()
+            .find(|pod| pod.addresses().contains(&address));
+        let netns = match &pod {
+            Some(pod) => pod.netns().clone(),
+            None if address == FABRIC => self.bed.lab.fabric().clone(),
+            None => self.bed.lab.outside().netns().clone(),
+        };
+        Some(End {
+            address,
+            netns,
+            pod,
+        })
+    }
+
+    fn cluster_ip(&self, pod: &Host, family: Family) -> IpAddr {
+        let service = self.bed.lab.service(pod.name());
+        match family {
+            Family::IPv4 => service.addr_v4(0).ip(),
+            Family::IPv6 => service.addr_v6(0).ip(),
+        }
+    }
+}
+
+struct End {
+    address: IpAddr,
+    netns: Netns,
+    pod: Option<Host>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    Address,
+    Service,
+}
+
+/// One cell of a grid, as a connection.
+struct Dial {
+    row: usize,
+    column: usize,
+    family: Family,
+    by: By,
+    expected: bool,
+    netns: Netns,
+    source: IpAddr,
+    to: SocketAddr,
+    /// The pod that is to answer; `None` for an external host.
+    server: Option<String>,
+}
+
+impl Dial {
+    fn start(&self) -> Socket {
+        let socket = Socket::new(
+            Domain::for_address(self.to),
+            Type::STREAM.nonblocking(),
+            Some(Protocol::TCP),
+        )
+        .unwrap();
+        // The outside host has several addresses.
+        socket
+            .bind(&SocketAddr::from((self.source, 0)).into())
+            .unwrap();
+        // What it answers is read off the socket later.
+        let _ = socket.connect(&self.to.into());
+        socket
+    }
+
+    /// Says so if another server answered, or if it saw another client.
+    fn misled(&self, stream: &TcpStream, grid: &Grid) -> Option<String> {
+        let server = self.server.as_ref()?;
+        let (from, to) = (&grid.parties[self.row], &grid.parties[self.column]);
+        match greeting(stream, DEADLINE) {
+            Err(error) => Some(format!(
+                "{from} to {to} ({}) is connected to nobody: {error}",
+                self.to
+            )),
+            Ok(Greeting { server: other, .. }) if other != *server => {
+                Some(format!("{from} to {to} ({}) reached {other}", self.to))
+            }
+            // A pod that reaches itself by its Service is hidden behind its node.
+            Ok(Greeting { client, .. })
+                if self.row != self.column && client.ip() != self.source =>
+            {
+                Some(format!("{to} saw {from} ({}) as {client}", self.source))
+            }
+            Ok(_) => None,
+        }
+    }
+}
+
+/// Dials all at once; waits until all that are expected to stand do (or the deadline), and then a
+/// grace for those that must not. `None` is what did not connect.
+fn dial_all(dials: &[Dial]) -> Vec<Option<TcpStream>> {
+    let mut sockets: Vec<Socket> = Vec::with_capacity(dials.len());
+    for group in dials.chunk_by(|one, other| one.netns.inode() == other.netns.inode()) {
+        let started = group[0]
+            .netns
+            .run(|| group.iter().map(Dial::start).collect::<Vec<_>>());
+        sockets.extend(started.unwrap());
+    }
+    let expected: Vec<bool> = dials.iter().map(|dial| dial.expected).collect();
+    settle(&sockets, &expected, DEADLINE);
+    let others: Vec<bool> = expected.iter().map(|it| !it).collect();
+    settle(&sockets, &others, GRACE);
+    sockets.into_iter().map(stream).collect()
+}
+
+/// Waits until the chosen sockets have an answer, for at most `limit`.
+fn settle(sockets: &[Socket], chosen: &[bool], limit: Duration) {
+    let deadline = Instant::now() + limit;
+    let mut waiting: Vec<&Socket> = sockets
+        .iter()
+        .zip(chosen)
+        .filter(|(_, chosen)| **chosen)
+        .map(|(socket, _)| socket)
+        .collect();
+    while !waiting.is_empty() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return;
+        }
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+        let mut polled: Vec<_> = waiting
+            .iter()
+            .map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLOUT))
+            .collect();
+        poll(&mut polled, timeout).unwrap();
+        let ready: Vec<bool> = polled.iter().map(|fd| fd.any().unwrap()).collect();
+        let mut ready = ready.into_iter();
+        waiting.retain(|_| !ready.next().unwrap());
+    }
+}
+
+fn stream(socket: Socket) -> Option<TcpStream> {
+    socket.peer_addr().ok()?;
+    socket.set_nonblocking(false).unwrap();
+    Some(socket.into())
+}
+
+/// Gives the outside host one more address, and the fabric a way to it.
+fn place_outside(lab: &Cluster, address: IpAddr) {
+    let outside = lab.outside();
+    let (length, via) = match address {
+        IpAddr::V4(_) => (32, IpAddr::from(outside.ipv4())),
+        IpAddr::V6(_) => (128, IpAddr::from(outside.ipv6())),
+    };
+    outside
+        .ip(&format!("addr add {address}/{length} dev lo\n"))
+        .unwrap();
+    let mut route = lab.fabric().command("ip");
+    route.args([
+        "route",
+        "add",
+        &format!("{address}/{length}"),
+        "via",
+        &via.to_string(),
+    ]);
+    let said = route.output().unwrap();
+    assert!(said.status.success(), "{said:?}");
+}
+
+/// Listeners that nobody accepts from: the kernel finishes the handshakes.
+fn listen_in_fabric(lab: &Cluster, ports: &[u16]) -> Vec<TcpListener> {
+    let listen = || {
+        ports
+            .iter()
+            .map(|port| TcpListener::bind((FABRIC, *port)).unwrap())
+            .collect()
+    };
+    lab.fabric().run(listen).unwrap()
+}
+
+fn manifest(pod: &world::Pod) -> Value {
+    let ports: Vec<Value> = pod
+        .ports
+        .iter()
+        .map(|port| {
+            let mut object = json!({ "containerPort": port.number, "protocol": port.protocol });
+            if let Some(name) = &port.name {
+                object["name"] = name.as_str().into();
+            }
+            object
+        })
+        .collect();
+    let addresses: Vec<Value> = pod.addresses.iter().map(|ip| json!({ "ip": ip })).collect();
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "namespace": pod.namespace, "name": pod.name, "labels": pod.labels,
+            "uid": format!("uid-of-{}-{}", pod.namespace, pod.name),
+        },
+        "spec": { "nodeName": pod.node, "containers": [{ "name": "main", "image": "lab", "ports": ports }] },
+        "status": {
+            "phase": "Running", "podIP": pod.addresses[0], "podIPs": addresses, "startTime": pod.started,
+        },
+    })
+}

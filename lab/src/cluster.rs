@@ -13,7 +13,7 @@ mod build;
 mod error;
 pub(crate) mod host;
 mod manifests;
-mod plan;
+pub(crate) mod plan;
 mod pods;
 mod services;
 mod spec;

@@ -8,7 +8,8 @@
 //! with the process that started them, and [`enter`] moves the whole program into namespaces of its
 //! own before anything is built.
 //!
-//! Depends on `ip` (iproute2), `nft` (nftables) and `setpriv` (util-linux).
+//! Depends on `ip` (iproute2), `nft` (nftables) and `setpriv` (util-linux); [`kubernetes`] on the
+//! programs of `make tools` too.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -30,6 +31,7 @@
 //! ```
 
 mod cluster;
+pub mod kubernetes;
 mod netns;
 mod privilege;
 mod process;

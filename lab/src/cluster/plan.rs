@@ -12,9 +12,9 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use super::spec::{Between, Gateway};
 
 /// All pods of all nodes, IPv4.
-pub(super) const CLUSTER_V4: &str = "10.244.0.0/16";
+pub(crate) const CLUSTER_V4: &str = "10.244.0.0/16";
 /// All pods of all nodes, IPv6; node N has fd00:10:244:N::/64.
-pub(super) const CLUSTER_V6: &str = "fd00:10:244::/48";
+pub(crate) const CLUSTER_V6: &str = "fd00:10:244::/48";
 /// The fabric's addresses: the nodes' gateway and the outside host's.
 const FABRIC: (&str, &str) = ("172.18.0.1", "fd00:172:18::1");
 const FABRIC_OUTSIDE: (&str, &str) = ("203.0.113.1", "2001:db8:113::1");

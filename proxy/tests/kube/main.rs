@@ -1,0 +1,22 @@
+//! The daemon beside a real Kubernetes: its API server, `kubectl` and kube-proxy, in the lab.
+//!
+//! One control plane serves all tests, one after the other; every test has a cluster of its own.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test panics at what it cannot do; clippy knows no tests without libtest"
+)]
+mod api;
+mod control;
+#[expect(dead_code, reason = "the lab's other tests use more")]
+#[path = "../lab/support.rs"]
+mod support;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    support::raise_descriptor_limit();
+    let tests: Vec<_> = [api::TESTS].concat();
+    let code = lab::runner::main(&tests);
+    control::stop();
+    code
+}

@@ -7,6 +7,7 @@
 )]
 mod api;
 mod control;
+mod services;
 #[expect(dead_code, reason = "the lab's other tests use more")]
 #[path = "../lab/support.rs"]
 mod support;
@@ -15,7 +16,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     support::raise_descriptor_limit();
-    let tests: Vec<_> = [api::TESTS].concat();
+    let tests: Vec<_> = [api::TESTS, services::TESTS].concat();
     let code = lab::runner::main(&tests);
     control::stop();
     code

@@ -4,7 +4,7 @@
 //! a sequence number stands beside the map, odd while entries are being swapped: who read under an
 //! odd or a changed number reads again. Writing is map operations only, everything is built before.
 //! No guard of the map leaves this module. Knows nothing of sources, files or Kubernetes objects.
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -78,6 +78,7 @@ pub struct Table {
     settings: TableSettings,
     map: DashMap<IpAddr, Arc<Endpoint>, ahash::RandomState>,
     surroundings: RwLock<Arc<Surroundings>>,
+    gateways: RwLock<Arc<BTreeSet<IpAddr>>>,
     /// Twice the generation; one more while the next one is being swapped in.
     sequence: AtomicU64,
     generation: watch::Sender<u64>,
@@ -131,6 +132,7 @@ impl Table {
             settings,
             map: DashMap::default(),
             surroundings: RwLock::new(Arc::new(surroundings)),
+            gateways: RwLock::default(),
             sequence: AtomicU64::new(0),
             generation: watch::Sender::new(0),
             problems: RwLock::default(),
@@ -159,7 +161,10 @@ impl Table {
                     let bare = [(from, &ends.0), (to, &ends.1)].into_iter();
                     bare.filter(|(_, end)| end.is_none())
                         .map(|(address, _)| address)
-                        .find(|address| surroundings.is_unexplained(*address))
+                        .find(|address| {
+                            surroundings.is_unexplained(*address)
+                                && !read_lock(&self.gateways).contains(address)
+                        })
                 }
             };
             unexplained.map_or(Ok(ends), Err)
@@ -288,6 +293,14 @@ impl Table {
     /// The cluster that is published; the index alone writes to it.
     pub(crate) fn cluster(&self) -> MutexGuard<'_, Cluster> {
         self.cluster.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says which addresses in the cluster's CIDRs are this host's own, and so no pod's.
+    pub fn set_gateways(&self, gateways: BTreeSet<IpAddr>) {
+        *self
+            .gateways
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = Arc::new(gateways);
     }
 
     pub(crate) fn set_problems(&self, problems: Vec<Problem>) {

@@ -9,12 +9,22 @@ use serde_json::Value;
 
 use crate::command::{self, CommandError, Program};
 
-/// The links that routes within `pods` lead to, without those of the node itself: the ones with a
-/// default route or with one of the addresses in `node`. Runs `ip` twice.
+/// What the routing table says of pods' addresses.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Links {
+    /// The links that routes to pods lead to, without those of the node itself: the ones with a
+    /// default route or with one of its addresses.
+    pub pods: BTreeSet<String>,
+    /// Addresses among the pods' that are this host's own: what its pods have as their gateway.
+    pub gateways: BTreeSet<IpAddr>,
+}
+
+/// Reads the routing table for pods within `pods` on a node with the addresses `node`. Runs `ip`
+/// twice.
 ///
 /// # Errors
 /// [`CommandError`] if `ip` is missing or refuses.
-pub fn of_pods(pods: &[IpNet], node: &[IpAddr]) -> Result<BTreeSet<String>, CommandError> {
+pub fn of_pods(pods: &[IpNet], node: &[IpAddr]) -> Result<Links, CommandError> {
     let mut routes = Vec::new();
     for family in ["-4", "-6"] {
         let listing = command::run(
@@ -38,23 +48,33 @@ fn parse(listing: &str) -> Result<Vec<Value>, serde_json::Error> {
     serde_json::from_str(listing)
 }
 
-fn choose(routes: &[Value], pods: &[IpNet], node: &[IpAddr]) -> BTreeSet<String> {
+fn choose(routes: &[Value], pods: &[IpNet], node: &[IpAddr]) -> Links {
     let of_node: BTreeSet<&str> = routes
         .iter()
         .filter(|route| leads_out(route) || holds(route, node))
         .flat_map(links)
         .collect();
+    let within = |net: IpNet| pods.iter().any(|pods| pods.contains(&net));
     let to_pods = |route: &&Value| {
-        let destination = destination(route);
-        let within = |net: IpNet| pods.iter().any(|pods| pods.contains(&net));
-        kind(route) == "unicast" && route["gateway"].is_null() && destination.is_some_and(within)
+        kind(route) == "unicast"
+            && route["gateway"].is_null()
+            && destination(route).is_some_and(within)
     };
-    let all = routes.iter().filter(to_pods).flat_map(links);
-    all.filter(|link| !of_node.contains(link))
+    let links = routes
+        .iter()
+        .filter(to_pods)
+        .flat_map(links)
+        .filter(|link| !of_node.contains(link))
         // Nothing that makes links for pods calls them so, and nft could not be told.
-        .filter(|link| !link.contains('"'))
-        .map(str::to_owned)
-        .collect()
+        .filter(|link| !link.contains('"'));
+    let own = routes.iter().filter(|route| kind(route) == "local");
+    let gateways = own
+        .filter_map(destination)
+        .filter(|net| within(*net) && net.prefix_len() == net.max_prefix_len());
+    Links {
+        pods: links.map(str::to_owned).collect(),
+        gateways: gateways.map(|net| net.addr()).collect(),
+    }
 }
 
 fn leads_out(route: &Value) -> bool {
@@ -95,7 +115,7 @@ mod tests {
         let pods = ["10.244.0.0/24", "fd00:244::/64"].map(|net| net.parse().unwrap());
         let node = ["192.0.2.10".parse().unwrap()];
         let routes = parse(listing).unwrap();
-        choose(&routes, &pods, &node).into_iter().collect()
+        choose(&routes, &pods, &node).pods.into_iter().collect()
     }
 
     #[test]
@@ -147,5 +167,18 @@ mod tests {
         ] {
             assert_eq!(chosen(listing), expected, "{why}");
         }
+    }
+
+    #[test]
+    fn the_hosts_own_addresses_among_the_pods_are_their_gateways() {
+        let listing = r#"[{"type":"local","dst":"10.244.0.1","dev":"cni0","table":"local"},
+            {"type":"local","dst":"fd00:244::1","dev":"cni0","table":"local"},
+            {"type":"broadcast","dst":"10.244.0.255","dev":"cni0","table":"local"},
+            {"type":"local","dst":"192.0.2.10","dev":"eth0","table":"local"},
+            {"type":"local","dst":"default","dev":"lo","table":"15001"}]"#;
+        let pods = ["10.244.0.0/24", "fd00:244::/64"].map(|net| net.parse().unwrap());
+        let links = choose(&parse(listing).unwrap(), &pods, &[]);
+        let expected = ["10.244.0.1", "fd00:244::1"].map(|ip| ip.parse().unwrap());
+        assert_eq!(links.gateways, expected.into());
     }
 }

@@ -25,6 +25,8 @@ pub struct Sets {
     pub ingress_released: BTreeSet<IpAddr>,
     /// Pods that may talk to themselves: all that are known.
     pub selves: BTreeSet<IpAddr>,
+    /// Whether what a pod sends to its own node is judged (`--own-node judge`).
+    pub own_node_judged: bool,
 }
 
 /// One nft transaction after which the links in `links` are those that pods hang on, and no others.
@@ -112,6 +114,11 @@ impl Sets {
                 selves.map(|a| format!("{a} . {a}")).collect(),
             ));
         }
+        let judged = ["ipv4", "ipv6"].iter().filter(|_| self.own_node_judged);
+        sets.push((
+            OWN_NODE_JUDGED.to_owned(),
+            judged.map(ToString::to_string).collect(),
+        ));
         sets
     }
 }
@@ -137,6 +144,7 @@ const PODS: &str = "pods";
 const EGRESS_RELEASED: &str = "egress_released";
 const INGRESS_RELEASED: &str = "ingress_released";
 const SELF: &str = "self";
+const OWN_NODE_JUDGED: &str = "own_node_judged";
 const POD_LINKS: &str = "pod_links";
 
 type IsFamily = fn(&IpAddr) -> bool;
@@ -176,6 +184,7 @@ mod tests {
             egress_released: addresses(egress),
             ingress_released: addresses(ingress),
             selves: addresses(selves),
+            own_node_judged: false,
         }
     }
 
@@ -203,6 +212,7 @@ mod tests {
         add element inet portreeve ingress_released6 { fd00:1::4 }
         flush set inet portreeve self6
         add element inet portreeve self6 { fd00:1::4 . fd00:1::4 }
+        flush set inet portreeve own_node_judged
         ");
     }
 
@@ -224,6 +234,16 @@ mod tests {
         delete element inet portreeve egress_released4 { 10.1.2.4 }
         add element inet portreeve egress_released4 { 10.1.2.6 }
         ");
+    }
+
+    #[test]
+    fn judging_what_goes_to_the_own_node_is_a_change_of_one_set() {
+        let from = Sets::default();
+        let to = Sets {
+            own_node_judged: true,
+            ..Sets::default()
+        };
+        insta::assert_snapshot!(to.change_script(&from).unwrap(), @"add element inet portreeve own_node_judged { ipv4, ipv6 }");
     }
 
     #[test]

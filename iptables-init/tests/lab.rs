@@ -651,6 +651,7 @@ fn some_sets() -> Sets {
         egress_released: addresses(&["10.1.2.3", "10.1.2.4", "fd00:1::3"]),
         ingress_released: addresses(&["10.1.2.3", "fd00:1::4"]),
         selves: addresses(&["10.1.2.3", "fd00:1::3"]),
+        own_node_judged: true,
     }
 }
 

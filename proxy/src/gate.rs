@@ -79,6 +79,11 @@ impl Gate {
 
     fn arrived(self: &Rc<Self>, queued: &Queued<'_>) {
         match Packet::parse(queued.payload) {
+            // Only what the rules have handed to the listener can be relayed; to this node itself the
+            // kernel carries a connection.
+            Packet::Syn(syn) if queued.mark & self.enforcer.marks.divert() == 0 => {
+                self.flow(queued.id, syn.into());
+            }
             Packet::Syn(syn) => self.syn(queued.id, syn),
             Packet::Flow(packet) => self.flow(queued.id, packet),
             Packet::Odd => self.refuse(queued.id, Cause::Odd),

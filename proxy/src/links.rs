@@ -1,8 +1,8 @@
 //! Tells the kernel which links pods hang on, as soon as a route to a pod comes or goes: what comes
-//! in on one must come from an address that is routed to it.
+//! in on one must come from an address that is routed to it. The table hears which addresses among
+//! the pods' are the host's own.
 //!
 //! A pod's route is made before the pod runs, so its first packet finds the set filled.
-use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use controller::Table;
 use ipnet::IpNet;
-use iptables_init::{links, sets};
+use iptables_init::links::{self, Links};
+use iptables_init::sets;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
@@ -42,7 +43,7 @@ pub(crate) struct PodLinks {
 struct Loaded {
     pods: Vec<IpNet>,
     node: Vec<IpAddr>,
-    links: BTreeSet<String>,
+    links: Links,
 }
 
 /// Notices of links and routes that come or go; what they say is not read.
@@ -113,7 +114,8 @@ impl PodLinks {
         let wanted = Loaded { pods, node, links };
         if self.loaded.as_ref().map(|loaded| &loaded.links) != Some(&wanted.links) {
             self.loaded = None;
-            sets::load(&sets::pod_links_script(&wanted.links))?;
+            self.table.set_gateways(wanted.links.gateways.clone());
+            sets::load(&sets::pod_links_script(&wanted.links.pods))?;
         }
         self.loaded = Some(wanted);
         Ok(())

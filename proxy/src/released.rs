@@ -80,6 +80,7 @@ impl Released {
             egress_released: addresses(&|pod| !pod.egress_isolated),
             ingress_released: addresses(&|pod| !pod.ingress_isolated),
             selves: addresses(&|_| true),
+            own_node_judged: self.table.settings().own_node == policy::OwnNode::Judge,
         }
     }
 }

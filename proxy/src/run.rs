@@ -254,11 +254,6 @@ async fn until_told(
 
 /// Says what is missing on this node before anything is started.
 fn in_place(args: &RunArgs) -> anyhow::Result<()> {
-    if args.own_node == settings::OwnNode::Judge {
-        bail!(
-            "--own-node judge is not in this version of `run`; leave it out, or use it with `check` and `matrix`"
-        );
-    }
     let mut fatal = Vec::new();
     for finding in iptables_init::inspect(&args.redirect) {
         if finding.fatal {

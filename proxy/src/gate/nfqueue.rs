@@ -50,6 +50,8 @@ pub(crate) struct PacketId(u32);
 #[derive(Debug)]
 pub(crate) struct Queued<'a> {
     pub(crate) id: PacketId,
+    /// As the rules have marked it.
+    pub(crate) mark: u32,
     /// The packet from its IP header on, cut to what was copied.
     pub(crate) payload: &'a [u8],
 }
@@ -213,16 +215,20 @@ fn queued<'a>(message: &Message<'a>) -> Option<Queued<'a>> {
     if message.kind != PACKET {
         return None;
     }
-    let (mut id, mut payload) = (None, &[][..]);
+    let (mut id, mut mark, mut payload) = (None, 0, &[][..]);
     for attribute in netlink::attributes(message.attributes()) {
         match attribute.kind {
             NFQA_PACKET_HDR => id = netlink::chunk(attribute.value, 0),
+            NFQA_MARK => {
+                mark = netlink::chunk(attribute.value, 0).map_or(0, u32::from_be_bytes);
+            }
             NFQA_PAYLOAD => payload = attribute.value,
             _ => {}
         }
     }
     Some(Queued {
         id: PacketId(u32::from_be_bytes(id?)),
+        mark,
         payload,
     })
 }
@@ -255,6 +261,20 @@ mod tests {
     fn every_packet_of_a_datagram_is_found() {
         let both = [packet_message(1, b"one"), packet_message(2, b"second")].concat();
         assert_eq!(read(&both), [(1, b"one".to_vec()), (2, b"second".to_vec())]);
+    }
+
+    #[test]
+    fn a_packet_has_the_mark_that_the_rules_gave_it_or_none() {
+        let marks = |bytes: &[u8]| -> Vec<u32> {
+            let queued = messages(bytes).filter_map(|message| queued(&message));
+            queued.map(|queued| queued.mark).collect()
+        };
+        let mut out = packet_message(1, b"one");
+        netlink::write(&mut out, header(PACKET, 0, 100), |m| {
+            m.bytes(NFQA_PACKET_HDR, &[0, 0, 0, 2, 8, 0, 1]);
+            m.bytes(NFQA_MARK, &0xc00u32.to_be_bytes());
+        });
+        assert_eq!(marks(&out), [0, 0xc00]);
     }
 
     #[test]

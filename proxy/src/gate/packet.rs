@@ -39,6 +39,16 @@ pub(crate) struct FlowPacket {
     pub(crate) protocol: Protocol,
 }
 
+impl From<Syn> for FlowPacket {
+    fn from(syn: Syn) -> Self {
+        Self {
+            client: syn.client,
+            server: syn.server,
+            protocol: Protocol::Tcp,
+        }
+    }
+}
+
 impl FlowPacket {
     /// The port that policy asks for; protocols without ports have none.
     pub(crate) fn port(&self) -> Option<u16> {

@@ -14,6 +14,7 @@ mod changes;
 mod image;
 mod isolation;
 mod likeness;
+mod own_node;
 mod policies;
 mod ports;
 mod restart;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         policies::TESTS,
         carried::TESTS,
         isolation::TESTS,
+        own_node::TESTS,
         spoof::TESTS,
         changes::TESTS,
         likeness::TESTS,

@@ -1,0 +1,249 @@
+//! A pod and the node that it runs on, a node and the pods of others, pods on the host's network,
+//! and a pod with itself.
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use lab::runner::Test;
+use lab::traffic::UdpOutcome;
+use lab::{Cluster, Gateway, Host, Kind, PodSpec, Protocol, ServiceSpec, wait_until};
+use serde_json::{Value, json};
+
+use crate::support::{
+    Bed, DEADLINE, SOON, ask, connected, counter, deny_egress, deny_ingress, echoes, greeted,
+    metric, policy, small,
+};
+
+pub(crate) const TESTS: &[Test] = &lab::tests![
+    a_pod_reaches_its_own_node_and_no_other_whatever_policy_says,
+    judged_the_own_node_is_one_more_destination_of_a_pod,
+    judged_a_change_stops_what_a_pod_has_with_its_node,
+    a_node_reaches_its_pods_and_no_others_whatever_policy_says,
+    pods_on_the_hosts_network_are_the_node_as_target_and_as_peer,
+    a_pod_reaches_itself_and_by_its_own_service_whatever_policy_says,
+];
+
+const ASK: Duration = Duration::from_millis(400);
+
+/// A cluster whose nodes and pods answer TCP 80 and 81 and UDP 53.
+fn bed(flags: &[&str], policies: &[Value]) -> Bed {
+    let mut bed = Bed::bare(small().gateway(Gateway::NodeAddress));
+    for node in bed.lab.nodes() {
+        node.serve(&[80, 81]).unwrap();
+        node.serve_udp(&[53]).unwrap();
+    }
+    for pod in bed.lab.pods() {
+        pod.serve_udp(&[53]).unwrap();
+    }
+    bed.write_policies(policies);
+    bed.enforce(flags);
+    bed
+}
+
+#[track_caller]
+fn reaches(from: &Host, to: SocketAddr) -> bool {
+    match from.connect(to, SOON).unwrap().kind() {
+        Kind::Connected => true,
+        Kind::TimedOut => false,
+        other => panic!("{} to {to}: {other}", from.name()),
+    }
+}
+
+#[track_caller]
+fn is_answered(from: &Host, to: SocketAddr) -> bool {
+    match from.ask_udp(to, b"who?", ASK).unwrap() {
+        UdpOutcome::Answered { .. } => true,
+        UdpOutcome::TimedOut => false,
+        other => panic!("{} to {to}: {other}", from.name()),
+    }
+}
+
+/// The first addresses of a node's pod CIDRs; the IPv4 one is the node's in this cluster.
+fn gateway() -> SocketAddr {
+    "10.244.0.1:80".parse().unwrap()
+}
+
+fn a_pod_reaches_its_own_node_and_no_other_whatever_policy_says() {
+    let bed = bed(&[], &[deny_egress("a"), deny_ingress("a")]);
+    let (a, own, other) = (bed.lab.pod("x/a"), bed.lab.node(0), bed.lab.node(1));
+    // As NodePorts have it: one leads to the node itself, one to a pod.
+    own.nft(&format!(
+        "table ip ports {{\nchain in {{\ntype nat hook prerouting priority dstnat;\n\
+         ip daddr {node} tcp dport 30080 dnat to {node}:80\n\
+         ip daddr {node} tcp dport 30081 dnat to {pod}:80\n}}\n}}\n",
+        node = own.ipv4(),
+        pod = bed.lab.pod("x/b").ipv4()
+    ))
+    .unwrap();
+    for to in own.addrs(80).into_iter().chain([gateway()]) {
+        assert_eq!(greeted(&a, to).server, own.name());
+    }
+    for to in own.addrs(53) {
+        assert!(is_answered(&a, to), "{to}");
+    }
+    assert_eq!(greeted(&a, own.addr_v4(30_080)).server, own.name());
+    assert!(!reaches(&a, own.addr_v4(30_081)), "behind it is a pod");
+    for to in other.addrs(80) {
+        assert!(!reaches(&a, to), "{to} is another node's");
+    }
+    for to in other.addrs(53) {
+        assert!(!is_answered(&a, to), "{to} is another node's");
+    }
+    assert_eq!(ask(&own, "/connections").unwrap().json(), json!([]));
+}
+
+/// Lets one pod go to TCP 80 and UDP 53 of these addresses.
+fn to_blocks(pod: &str, blocks: &[IpAddr]) -> Value {
+    let whole = |ip: &IpAddr| format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 });
+    let to: Vec<_> = blocks
+        .iter()
+        .map(|ip| json!({ "ipBlock": { "cidr": whole(ip) } }))
+        .collect();
+    let ports = json!([{ "port": 80 }, { "port": 53, "protocol": "UDP" }]);
+    let spec = json!({ "podSelector": { "matchLabels": { "pod": pod } }, "policyTypes": ["Egress"], "egress": [{ "to": to, "ports": ports }] });
+    policy(&format!("to-blocks-{pod}"), &spec)
+}
+
+fn judged_the_own_node_is_one_more_destination_of_a_pod() {
+    let bed = bed(&["--own-node", "judge"], &[deny_egress("a")]);
+    let (a, d, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/d"), bed.lab.node(0));
+    let ways: Vec<_> = node.addrs(80).into_iter().chain([gateway()]).collect();
+    for &to in &ways {
+        assert!(!reaches(&a, to), "{to}: no rule");
+        assert_eq!(greeted(&d, to).server, node.name(), "d is under no policy");
+    }
+    for to in node.addrs(53) {
+        assert!(!is_answered(&a, to), "{to}: no rule");
+    }
+    let blocks: Vec<_> = ways.iter().map(SocketAddr::ip).collect();
+    bed.apply(&[to_blocks("a", &blocks)]);
+    for &to in &ways {
+        assert_eq!(greeted(&a, to).server, node.name());
+        assert!(
+            !reaches(&a, (to.ip(), 81).into()),
+            "another port than the rule's"
+        );
+    }
+    for to in node.addrs(53) {
+        assert!(is_answered(&a, to), "{to}");
+    }
+    // The node's own probes go on, and neither way is ever relayed.
+    for to in a.addrs(80) {
+        assert_eq!(greeted(&node, to).server, "x/a");
+    }
+    let allowed = r#"portreeve_decisions_total{verdict="allow",direction="egress",path="kernel"}"#;
+    assert!(metric(&node, allowed) > 0);
+    assert_eq!(
+        metric(&node, r#"portreeve_decisions_total{path="spliced"}"#),
+        0
+    );
+}
+
+fn judged_a_change_stops_what_a_pod_has_with_its_node() {
+    let bed = bed(&["--own-node", "judge"], &[]);
+    let (a, node) = (bed.lab.pod("x/a"), bed.lab.node(0));
+    let ways: Vec<_> = node.addrs(80).into_iter().chain([gateway()]).collect();
+    let blocks: Vec<_> = ways.iter().map(SocketAddr::ip).collect();
+    let from_before = connected(&a, ways[0]);
+    bed.apply(&[to_blocks("a", &blocks)]);
+    echoes(&from_before, "still allowed");
+    let live: Vec<_> = ways.iter().map(|to| connected(&a, *to)).collect();
+    bed.apply(&[deny_egress("a")]);
+    for mut stream in live.into_iter().chain([from_before]) {
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        // What has been acknowledged is no proof: an answer would be.
+        let _ = stream.write_all(b"anyone?");
+        let heard = std::io::Read::read(&mut stream, &mut [0; 16]);
+        assert!(heard.is_err(), "{:?}: {heard:?}", stream.peer_addr());
+    }
+    assert!(counter(&node, "stray") > 0, "without a beginning");
+}
+
+fn a_node_reaches_its_pods_and_no_others_whatever_policy_says() {
+    let bed = bed(&[], &[deny_ingress("b"), deny_egress("b")]);
+    let (own, other, b) = (bed.lab.node(0), bed.lab.node(1), bed.lab.pod("x/b"));
+    for to in b.addrs(80) {
+        let probe = connected(&own, to);
+        echoes(&probe, "GET /healthz HTTP/1.1\r\nHost: probe\r\n\r\n");
+        assert!(!reaches(&other, to), "{to} from another node");
+    }
+    for to in b.addrs(53) {
+        assert!(is_answered(&own, to), "{to}");
+        assert!(!is_answered(&other, to), "{to} from another node");
+    }
+}
+
+fn pods_on_the_hosts_network_are_the_node_as_target_and_as_peer() {
+    let on_host = PodSpec::new("x", "h")
+        .node(1)
+        .label("pod", "h")
+        .host_network();
+    let mut bed = Bed::of(small().pod(on_host).build().unwrap());
+    let (a, b, h) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/h"));
+    for pod in [&b, &h] {
+        pod.serve(&[80]).unwrap();
+    }
+    let from = |peer: Value| {
+        let spec = json!({ "podSelector": { "matchLabels": { "pod": "b" } }, "policyTypes": ["Ingress"], "ingress": [{ "from": [peer] }] });
+        policy("to-b", &spec)
+    };
+    bed.write_policies(&[
+        deny_ingress("h"),
+        from(json!({ "podSelector": { "matchLabels": { "pod": "h" } } })),
+    ]);
+    bed.enforce(&[]);
+    for to in h.addrs(80) {
+        assert!(reaches(&a, to), "no policy selects what is a node's: {to}");
+    }
+    let said = ask(&bed.lab.node(0), "/readyz").unwrap();
+    assert!(
+        said.body.contains("selects x/h") && said.body.contains("hostNetwork"),
+        "{said:?}"
+    );
+    for to in b.addrs(80) {
+        assert!(!reaches(&h, to), "its labels do not count: {to}");
+    }
+    let block = |ip: IpAddr, length| json!({ "ipBlock": { "cidr": format!("{ip}/{length}") } });
+    for (to, block) in b
+        .addrs(80)
+        .into_iter()
+        .zip([block(h.ipv4().into(), 32), block(h.ipv6().into(), 128)])
+    {
+        bed.apply(&[from(block)]);
+        assert!(reaches(&h, to), "its node's address does: {to}");
+    }
+}
+
+fn a_pod_reaches_itself_and_by_its_own_service_whatever_policy_says() {
+    let service = ServiceSpec::new("x", "self")
+        .selects("pod", "a")
+        .port(80, 80)
+        .port_of(53, 53, Protocol::Udp);
+    let a = PodSpec::new("x", "a").label("pod", "a");
+    let b = PodSpec::new("x", "b").label("pod", "b");
+    let mut bed = Bed::bare(Cluster::builder().nodes(1).pods([a, b]).service(service));
+    let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
+    a.serve_udp(&[53]).unwrap();
+    bed.write_policies(&[deny_ingress("a"), deny_egress("a")]);
+    bed.enforce(&[]);
+    let service = bed.lab.service("x/self");
+    for to in a.addrs(80).into_iter().chain(service.addrs(80)) {
+        echoes(&connected(&a, to), "to myself");
+        assert!(!reaches(&b, to), "{to} from another pod");
+    }
+    for to in a.addrs(53) {
+        assert!(is_answered(&a, to), "{to}");
+    }
+    // Behind the Service the node answers in its own name first: masqueraded there and back.
+    for to in service.addrs(53) {
+        assert!(is_answered(&a, to), "{to}");
+        assert!(!is_answered(&b, to), "{to} from another pod");
+    }
+    wait_until(DEADLINE, "what b tried to be counted", || {
+        metric(
+            &bed.lab.node(0),
+            r#"portreeve_decisions_total{verdict="deny",direction="ingress"}"#,
+        ) > 0
+    })
+    .unwrap();
+}

@@ -97,13 +97,7 @@ async fn enforce(args: &RunArgs, mut source: Source) -> anyhow::Result<()> {
     );
     let serving = tokio::spawn(serving);
     let mut index = Index::new(Arc::clone(&table));
-    let first = first_state(
-        &mut source,
-        &mut index,
-        &released,
-        &readiness,
-        &enforcer.node,
-    );
+    let first = first_state(&mut source, &mut index, &released, &readiness, &enforcer);
     let touched = tokio::select! {
         () = signals.received() => return Ok(()),
         touched = first => touched?,
@@ -149,7 +143,7 @@ async fn first_state(
     index: &mut Index,
     released: &Released,
     readiness: &Readiness,
-    node: &str,
+    enforcer: &Enforcer,
 ) -> anyhow::Result<BTreeSet<IpAddr>> {
     let mut touched = BTreeSet::new();
     let mut said = false;
@@ -157,11 +151,13 @@ async fn first_state(
         let batch: Batch = source.next().await;
         follow::announce(&batch);
         touched.extend(index.apply(batch));
+        source.tell(&enforcer.table.problems());
         if !released.pod_cidrs().is_empty() {
             return Ok(touched);
         }
         let reason = format!(
-            "which addresses are pods of node {node} is not known: there is no Node object of that name with spec.podCIDRs; name the node by --node, or give --pod-cidr"
+            "which addresses are pods of node {} is not known: there is no Node object of that name with spec.podCIDRs; name the node by --node, or give --pod-cidr",
+            enforcer.node
         );
         if matches!(source, Source::Manifests { .. }) {
             bail!(reason);

@@ -6,7 +6,9 @@
     reason = "a test panics at what it cannot do; clippy knows no tests without libtest"
 )]
 mod api;
+mod away;
 mod control;
+mod daemons;
 mod services;
 #[expect(dead_code, reason = "the lab's other tests use more")]
 #[path = "../lab/support.rs"]
@@ -16,7 +18,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     support::raise_descriptor_limit();
-    let tests: Vec<_> = [api::TESTS, services::TESTS].concat();
+    let tests: Vec<_> = [api::TESTS, away::TESTS, services::TESTS].concat();
     let code = lab::runner::main(&tests);
     control::stop();
     code

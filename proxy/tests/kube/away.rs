@@ -1,0 +1,238 @@
+//! When the API server is away, forbids, forgets or comes back: what stays in force, and what is said.
+use std::fs;
+
+use lab::runner::Test;
+use lab::{Host, PodSpec, wait_until};
+use serde_json::{Value, json};
+
+use crate::daemons::{Daemons, NAMESPACE, PATIENCE};
+use crate::support::{
+    DEADLINE, SOON, allow_ingress, connected, deny_ingress, echoes, greeted, metric, policy,
+};
+
+pub(crate) const TESTS: &[Test] = &lab::tests![
+    while_the_api_server_is_away_the_last_state_stays_in_force,
+    a_restart_without_the_api_server_goes_on_with_the_kept_state,
+    a_first_start_without_the_api_server_releases_nothing,
+    what_was_deleted_while_the_server_forgot_us_is_found_out,
+    a_missing_permission_is_named_until_it_is_granted,
+    a_node_that_does_not_exist_is_named_until_it_does,
+    a_policy_on_a_host_network_pod_gets_one_event_from_two_nodes,
+];
+
+#[track_caller]
+fn reaches(from: &Host, to: &Host) {
+    greeted(from, to.addr_v4(80));
+}
+
+#[track_caller]
+fn is_kept_from(from: &Host, to: &Host) {
+    let outcome = from.connect(to.addr_v4(80), SOON).unwrap();
+    assert!(!outcome.is_connected(), "{outcome}");
+}
+
+fn while_the_api_server_is_away_the_last_state_stays_in_force() {
+    let mut daemons = Daemons::enforced(&[deny_ingress("b"), allow_ingress("c")]);
+    let pod = |daemons: &Daemons, name: &str| daemons.bed.lab.pod(name);
+    let (a, b, c, d) = (
+        pod(&daemons, "x/a"),
+        pod(&daemons, "x/b"),
+        pod(&daemons, "x/c"),
+        pod(&daemons, "x/d"),
+    );
+    let live = connected(&a, c.addr_v4(80));
+    is_kept_from(&a, &b);
+    daemons.control.stop_server();
+    daemons.says(
+        0,
+        200,
+        &["the API server is away since 20", "cannot be reached"],
+    );
+    let node = daemons.bed.lab.node(0);
+    assert_eq!(metric(&node, "portreeve_ready"), 1);
+    assert_eq!(metric(&node, "portreeve_watch_connected"), 0);
+    echoes(&live, "goes on");
+    is_kept_from(&a, &b);
+    reaches(&a, &c);
+    reaches(&a, &d);
+    let e = daemons
+        .bed
+        .lab
+        .add_pod(PodSpec::new("x", "e").node(0))
+        .unwrap();
+    is_kept_from(&e, &d);
+
+    daemons.control.start_server().unwrap();
+    daemons.apply(&[deny_ingress("c")]);
+    daemons.says(0, 200, &["ready"]);
+    reaches(&e, &d);
+    reaches(&a, &b);
+    is_kept_from(&a, &c);
+    assert_eq!(metric(&node, "portreeve_watch_connected"), 4);
+}
+
+fn a_restart_without_the_api_server_goes_on_with_the_kept_state() {
+    let mut daemons = Daemons::enforced(&[deny_ingress("b"), allow_ingress("d")]);
+    let file = daemons.state(0);
+    let kept = || fs::read_to_string(&file).is_ok_and(|text| text.contains("deny-ingress-b"));
+    wait_until(PATIENCE, "the state to be kept", kept).unwrap();
+    daemons.control.leave().unwrap();
+    daemons.bed.kill(0);
+    daemons.start(0);
+    daemons.says(
+        0,
+        200,
+        &["the API server is away", "one kept on disk, of 20"],
+    );
+    let lab = &daemons.bed.lab;
+    let (a, b, d) = (lab.pod("x/a"), lab.pod("x/b"), lab.pod("x/d"));
+    is_kept_from(&a, &b);
+    reaches(&a, &d);
+    assert_eq!(metric(&lab.node(0), "portreeve_watch_restored"), 1);
+
+    daemons.control.join(lab).unwrap();
+    daemons.apply(&[deny_ingress("d")]);
+    reaches(&a, &b);
+    is_kept_from(&a, &d);
+    assert_eq!(metric(&lab.node(0), "portreeve_watch_restored"), 0);
+}
+
+fn a_first_start_without_the_api_server_releases_nothing() {
+    let daemons = Daemons::prepared(&[]);
+    daemons.bed.install(0, &[]);
+    let state = daemons.state(0);
+    fs::create_dir(state.parent().unwrap()).unwrap();
+    fs::write(&state, "# portreeve {\"version\":1}\nnot ours").unwrap();
+    daemons.control.leave().unwrap();
+    let waiting = daemons.start_waiting(
+        0,
+        &["the first state is not in force", "the API server is away"],
+    );
+    let lab = &daemons.bed.lab;
+    let (a, b) = (lab.pod("x/a"), lab.pod("x/b"));
+    let log = || fs::read_to_string(&waiting.log).unwrap();
+    wait_until(DEADLINE, "the reason", || log().contains("it is damaged")).unwrap();
+    daemons.control.join(lab).unwrap();
+    daemons.says(0, 200, &["ready"]);
+    reaches(&a, &b);
+}
+
+fn what_was_deleted_while_the_server_forgot_us_is_found_out() {
+    let mut daemons = Daemons::enforced(&[deny_ingress("b"), allow_ingress("d")]);
+    let node = daemons.bed.lab.node(0);
+    let d = daemons.bed.lab.pod("x/d").ipv4();
+    let address = format!("{d}");
+    daemons.control.leave().unwrap();
+    daemons.bed.lab.remove_pod("x/d").unwrap();
+    daemons.publish(&[deny_ingress("b")]);
+    // The server's memory begins anew, after what the daemons have seen.
+    daemons.control.stop_server();
+    daemons.control.start_server().unwrap();
+    daemons.control.join(&daemons.bed.lab).unwrap();
+    daemons.apply(&[deny_ingress("d")]);
+    let (a, b) = (daemons.bed.lab.pod("x/a"), daemons.bed.lab.pod("x/b"));
+    reaches(&a, &b);
+    let mut nft = node.command("nft");
+    nft.args(["list", "table", "inet", "portreeve"]);
+    let sets = String::from_utf8(nft.output().unwrap().stdout).unwrap();
+    assert!(
+        !sets.contains(&address),
+        "{address} of a pod that is gone\n{sets}"
+    );
+    let expired = metric(&node, "portreeve_watch_errors_total{cause=\"expired\"}");
+    let lists = metric(&node, "portreeve_watch_lists_total");
+    assert!(
+        expired > 0 && lists > 4,
+        "{expired} times 410, {lists} lists"
+    );
+}
+
+fn a_missing_permission_is_named_until_it_is_granted() {
+    let mut daemons = Daemons::prepared(&[deny_ingress("b")]);
+    daemons.bed.install(0, &[]);
+    let rights = |resources: &[&str]| {
+        let role = json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "ClusterRole",
+            "metadata": {"name": "portreeve"},
+            "rules": [
+                {"apiGroups": [""], "resources": ["pods", "namespaces", "nodes"], "verbs": ["list", "watch"]},
+                {"apiGroups": ["networking.k8s.io"], "resources": resources, "verbs": ["list", "watch"]},
+            ]
+        });
+        role.to_string()
+    };
+    let apply = |daemons: &Daemons, role: &str| {
+        daemons
+            .control
+            .kubectl(&["-n", NAMESPACE, "apply", "-f", "-"], role)
+            .unwrap();
+    };
+    apply(&daemons, &rights(&["ingresses"]));
+    {
+        let words = [
+            "not permitted to watch networkpolicies",
+            "{apiGroups: [\"networking.k8s.io\"], resources: [\"networkpolicies\"], verbs: [\"watch\"]}",
+        ];
+        let _waiting = daemons.start_waiting(0, &words);
+        apply(&daemons, &rights(&["networkpolicies"]));
+        daemons.says(0, 200, &["ready"]);
+    }
+    daemons.start(0);
+    let lab = &daemons.bed.lab;
+    is_kept_from(&lab.pod("x/a"), &lab.pod("x/b"));
+}
+
+fn a_node_that_does_not_exist_is_named_until_it_does() {
+    let daemons = Daemons::prepared(&[]);
+    daemons.bed.install(0, &[]);
+    let path = "/api/v1/nodes/node-0";
+    let mut node = daemons.control.request("GET", path, None).unwrap();
+    daemons.control.request("DELETE", path, None).unwrap();
+    let words = ["no Node object of that name", "--node", "--pod-cidr"];
+    let _waiting = daemons.start_waiting(0, &words);
+    node["metadata"] = json!({"name": "node-0"});
+    daemons
+        .control
+        .request("POST", "/api/v1/nodes", Some(&node))
+        .unwrap();
+    daemons.says(0, 200, &["ready"]);
+}
+
+fn a_policy_on_a_host_network_pod_gets_one_event_from_two_nodes() {
+    let on_host = json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"namespace": "x", "name": "host", "labels": {"on": "host"}},
+        "spec": {
+            "nodeName": "node-0", "hostNetwork": true,
+            "containers": [{"name": "c", "image": "none"}]
+        },
+        "status": {"phase": "Running"}
+    });
+    let selecting = policy(
+        "host",
+        &json!({"podSelector": {"matchLabels": {"on": "host"}}}),
+    );
+    let daemons = Daemons::enforced(&[on_host, selecting]);
+    let events = || {
+        let path = "/apis/events.k8s.io/v1/namespaces/x/events";
+        let list = daemons.control.request("GET", path, None).unwrap();
+        let events: Vec<Value> = list["items"].as_array().unwrap().clone();
+        events
+            .into_iter()
+            .filter(|it| it["reportingController"] == "portreeve")
+            .collect::<Vec<_>>()
+    };
+    wait_until(DEADLINE, "an Event", || !events().is_empty()).unwrap();
+    // Both daemons have it in force, and tell before they say that they have the next.
+    daemons.apply(&[deny_ingress("b")]);
+    let told = events();
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert_eq!(told[0]["regarding"]["name"], "host");
+    assert_eq!(told[0]["reason"], "NotInFullEffect");
+    assert!(
+        told[0]["note"].as_str().unwrap().contains("hostNetwork"),
+        "{told:?}"
+    );
+}

@@ -105,11 +105,12 @@ impl KubeSource {
             };
             tasks.spawn(watch.run());
         }
+        let state = State::new(&snapshot.node);
         let (teller, telling) = Teller::new(&snapshot.node, connector);
         tasks.spawn(telling);
         Ok(Self {
             news,
-            state: State::default(),
+            state,
             status,
             teller,
             keeper: Keeper::new(snapshot),

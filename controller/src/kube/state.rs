@@ -22,6 +22,8 @@ const TOGETHER: Duration = Duration::from_secs(10);
 /// What the API server says, and what of it was sent.
 #[derive(Debug, Default)]
 pub(super) struct State {
+    /// The Node that we run on.
+    node: Arc<str>,
     progress: [Progress; 4],
     sent: BTreeMap<ObjectKey, Object>,
     /// What is to be sent; `None`: the object is gone.
@@ -64,6 +66,14 @@ pub(super) struct Written {
 }
 
 impl State {
+    /// Nothing yet, for a daemon on this Node.
+    pub(super) fn new(node: &str) -> Self {
+        Self {
+            node: node.into(),
+            ..Self::default()
+        }
+    }
+
     /// Takes one thing in.
     pub(super) fn take(&mut self, kind: Kind, news: News, now: Instant) {
         let progress = &mut self.progress[kind as usize];
@@ -265,7 +275,15 @@ impl State {
         }
     }
 
+    /// This node's own object stays: while we run on it the node is there, and without its CIDRs its
+    /// pods would not be known as pods.
     fn remove(&mut self, key: ObjectKey) {
+        if matches!(&key, ObjectKey::Node(name) if *name == self.node) {
+            tracing::warn!(
+                "the object of this very {key} was deleted; what it said stays in force"
+            );
+            return;
+        }
         self.faults.remove(&key);
         if let ObjectKey::NetworkPolicy(policy) = &key {
             self.policies.remove(policy);

@@ -244,6 +244,23 @@ async fn an_expired_version_is_listed_anew_and_what_vanished_is_found_out() {
 }
 
 #[tokio::test]
+async fn the_object_of_the_own_node_may_be_deleted_and_made_anew() {
+    let bed = Bed::new().await;
+    let mut source = bed.source().await;
+    next(&mut source).await;
+    bed.api.put("nodes", json!({"metadata": {"name": "n2"}}));
+    assert_eq!(lines(&next(&mut source).await), ["+Node n2"]);
+    bed.api.delete("nodes", "n1");
+    bed.api.delete("nodes", "n2");
+    assert_eq!(lines(&next(&mut source).await), ["-Node n2"]);
+    bed.api.put(
+        "nodes",
+        json!({"metadata": {"name": "n1"}, "spec": {"podCIDR": "10.0.2.0/24"}}),
+    );
+    assert_eq!(lines(&next(&mut source).await), ["+Node n1"]);
+}
+
+#[tokio::test]
 async fn a_missing_permission_is_named_and_nothing_is_in_force_until_it_is_granted() {
     let bed = Bed::new().await;
     bed.api.world().refuse.insert("networkpolicies", 403);

@@ -1,5 +1,7 @@
 //! When the API server is away, forbids, forgets or comes back: what stays in force, and what is said.
-use std::fs;
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::process::Command;
 
 use lab::runner::Test;
 use lab::{Host, PodSpec, wait_until};
@@ -7,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::daemons::{Daemons, NAMESPACE, PATIENCE};
 use crate::support::{
-    DEADLINE, SOON, allow_ingress, connected, deny_ingress, echoes, greeted, metric, policy,
+    DEADLINE, SOON, allow_ingress, ask, connected, deny_ingress, echoes, greeted, metric, policy,
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
@@ -16,6 +18,8 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_first_start_without_the_api_server_releases_nothing,
     what_was_deleted_while_the_server_forgot_us_is_found_out,
     a_missing_permission_is_named_until_it_is_granted,
+    credentials_and_authorities_that_are_replaced_on_disk_are_in_use_at_the_next_try,
+    the_watches_metrics_are_those_of_the_page,
     a_node_that_does_not_exist_is_named_until_it_does,
     a_policy_on_a_host_network_pod_gets_one_event_from_two_nodes,
 ];
@@ -150,14 +154,15 @@ fn what_was_deleted_while_the_server_forgot_us_is_found_out() {
 fn a_missing_permission_is_named_until_it_is_granted() {
     let mut daemons = Daemons::prepared(&[deny_ingress("b")]);
     daemons.bed.install(0, &[]);
+    // `watch` is all that is needed where the server streams lists.
     let rights = |resources: &[&str]| {
         let role = json!({
             "apiVersion": "rbac.authorization.k8s.io/v1",
             "kind": "ClusterRole",
             "metadata": {"name": "portreeve"},
             "rules": [
-                {"apiGroups": [""], "resources": ["pods", "namespaces", "nodes"], "verbs": ["list", "watch"]},
-                {"apiGroups": ["networking.k8s.io"], "resources": resources, "verbs": ["list", "watch"]},
+                {"apiGroups": [""], "resources": ["pods", "namespaces", "nodes"], "verbs": ["watch"]},
+                {"apiGroups": ["networking.k8s.io"], "resources": resources, "verbs": ["watch"]},
             ]
         });
         role.to_string()
@@ -181,6 +186,48 @@ fn a_missing_permission_is_named_until_it_is_granted() {
     daemons.start(0);
     let lab = &daemons.bed.lab;
     is_kept_from(&lab.pod("x/a"), &lab.pod("x/b"));
+}
+
+fn credentials_and_authorities_that_are_replaced_on_disk_are_in_use_at_the_next_try() {
+    let daemons = Daemons::prepared(&[]);
+    daemons.bed.install(0, &[]);
+    let good = fs::read_to_string(&daemons.kubeconfig).unwrap();
+    let (before, rest) = good.split_once("token: \"").unwrap();
+    let (_, after) = rest.split_once('"').unwrap();
+    let expired = format!("{before}token: \"not a token\"{after}");
+    let foreign = good.replace("certificate-authority:", "extensions: [] #");
+    fs::write(&daemons.kubeconfig, foreign).unwrap();
+    let words = ["no TLS with the API server", "check that the CA"];
+    let _waiting = daemons.start_waiting(0, &words);
+    fs::write(&daemons.kubeconfig, expired).unwrap();
+    daemons.says(0, 503, &["does not accept our credentials (401"]);
+    fs::write(&daemons.kubeconfig, good).unwrap();
+    daemons.says(0, 200, &["ready"]);
+}
+
+fn the_watches_metrics_are_those_of_the_page() {
+    let daemons = Daemons::enforced(&[]);
+    let text = ask(&daemons.bed.lab.node(0), "/metrics").unwrap().body;
+    let exposed: BTreeSet<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next())
+        .filter(|name| name.starts_with("portreeve_watch_"))
+        .collect();
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
+    let page = fs::read_to_string(page).unwrap();
+    let documented: BTreeSet<&str> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .filter(|name| name.starts_with("portreeve_watch_"))
+        .collect();
+    assert_eq!(exposed, documented);
+    let kept = daemons.bed.file("metrics");
+    fs::write(&kept, &text).unwrap();
+    let promtool = concat!(env!("CARGO_MANIFEST_DIR"), "/../lab/tools/promtool");
+    let mut promtool = Command::new(promtool);
+    promtool.args(["check", "metrics"]);
+    let said = promtool.stdin(File::open(kept).unwrap()).output().unwrap();
+    assert!(said.status.success() && said.stderr.is_empty(), "{said:?}");
 }
 
 fn a_node_that_does_not_exist_is_named_until_it_does() {

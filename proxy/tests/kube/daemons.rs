@@ -21,7 +21,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(45);
 pub(crate) struct Daemons {
     pub(crate) bed: Bed,
     pub(crate) control: Arc<ControlPlane>,
-    kubeconfig: PathBuf,
+    pub(crate) kubeconfig: PathBuf,
 }
 
 impl Daemons {

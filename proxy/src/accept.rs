@@ -103,7 +103,7 @@ async fn live(
             let ended = tokio::select! {
                 biased;
                 () = flow.cut_off() => Outcome::Stopped,
-                ended = relay(&mut client, &mut server, &flow.moved) => match ended {
+                ended = relay(&mut client, &mut server, &flow.moved, flow.trail.get()) => match ended {
                     Ok(()) => Outcome::Closed,
                     Err(error) => Outcome::Broken(error.kind()),
                 },

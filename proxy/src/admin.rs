@@ -2,6 +2,8 @@
 //! a worker's.
 mod answers;
 
+pub(crate) use answers::percent_decoded;
+
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;

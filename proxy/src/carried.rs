@@ -60,6 +60,7 @@ fn is_denied(enforcer: &Enforcer, entry: &Entry) -> bool {
             received: 0,
             opened: SystemTime::now(),
             attempt: 0,
+            seen: None,
         };
         let decision = Arc::new(Decision { verdict, from, to });
         enforcer.severed(subject, Severance::denied(decision));

@@ -14,10 +14,13 @@ use iptables_init::marks::{Answer, Marks};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
+use crate::sys;
+use crate::telemetry::Trail;
+
 /// Source ports of connections to pods of this node.
 const LOCAL_PORTS: RangeInclusive<u16> = 2048..=15999;
 /// Source ports of connections that leave the node.
-const REMOTE_PORTS: RangeInclusive<u16> = 16000..=29999;
+pub(crate) const REMOTE_PORTS: RangeInclusive<u16> = 16000..=29999;
 
 /// Ports tried for one connection before it is refused.
 const PORTS_TRIED: usize = 256;
@@ -89,6 +92,7 @@ pub(crate) async fn connect(
     server: SocketAddr,
     leg: Leg,
     marks: Marks,
+    trail: Option<&Trail>,
 ) -> Result<TcpStream, ConnectError> {
     let refused = |operation| {
         move |source: io::Error| ConnectError::Refused {
@@ -97,7 +101,12 @@ pub(crate) async fn connect(
             source,
         }
     };
-    let socket = started(client, server, leg, marks)?;
+    let (socket, port) = started(client, server, leg, marks)?;
+    if leg == Leg::Remote
+        && let Some(trail) = trail
+    {
+        trail.goes_on(port, stamp(&socket));
+    }
     // A server on this node has often answered before the call returned.
     let answered = leg == Leg::Local
         && match socket.connect(&server.into()) {
@@ -130,7 +139,7 @@ fn started(
     server: SocketAddr,
     leg: Leg,
     marks: Marks,
-) -> Result<Socket, ConnectError> {
+) -> Result<(Socket, u16), ConnectError> {
     for _ in 0..PORTS_TRIED {
         let socket = prepared(server, marks).map_err(|source| ConnectError::Refused {
             operation: "make a transparent socket",
@@ -142,8 +151,8 @@ fn started(
             .bind(&from.into())
             .and_then(|()| socket.connect(&server.into()))
         {
-            Ok(()) => return Ok(socket),
-            Err(error) if still_connecting(&error) => return Ok(socket),
+            Ok(()) => return Ok((socket, from.port())),
+            Err(error) if still_connecting(&error) => return Ok((socket, from.port())),
             // Taken towards this very server, or still in TIME_WAIT: a bound socket cannot be bound
             // again, so the next port wants a new one.
             Err(error)
@@ -155,6 +164,17 @@ fn started(
         }
     }
     Err(ConnectError::NoPort { client, server })
+}
+
+/// The timestamp of the SYN that `socket` has just sent, to the millisecond or a few; none if this
+/// host sends none.
+fn stamp(socket: &Socket) -> Option<u32> {
+    static SENT: LazyLock<bool> = LazyLock::new(|| {
+        let setting = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_timestamps");
+        setting.is_ok_and(|setting| setting.trim() != "0")
+    });
+    let sent = *SENT;
+    sent.then(|| sys::tcp_timestamp(socket).ok()).flatten()
 }
 
 fn prepared(server: SocketAddr, marks: Marks) -> io::Result<Socket> {

@@ -7,7 +7,7 @@ mod by_address;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use dashmap::DashMap;
@@ -20,6 +20,7 @@ use crate::decision::{Decision, Severance, Way};
 use crate::limits::Permit;
 use crate::records::Subject;
 use crate::relay::Moved;
+use crate::telemetry::Trail;
 
 pub(crate) use by_address::{ByAddress, Ends};
 
@@ -44,6 +45,8 @@ pub(crate) struct Flow {
     pub(crate) opened: SystemTime,
     pub(crate) started: Instant,
     pub(crate) moved: Moved,
+    /// Kept if the connection is followed for a span.
+    pub(crate) trail: OnceLock<Trail>,
     decision: Mutex<Option<Arc<Decision>>>,
     /// The later change that ended the connection, if one did.
     severance: Mutex<Option<Severance>>,
@@ -152,6 +155,7 @@ impl Flows {
             opened: SystemTime::now(),
             started: Instant::now(),
             moved: Moved::default(),
+            trail: OnceLock::new(),
             decision: Mutex::new(None),
             severance: Mutex::new(None),
             stage: Mutex::new(Stage::Held),
@@ -323,6 +327,7 @@ impl Flow {
             received: self.moved.received.load(Ordering::Relaxed),
             opened: self.opened,
             attempt: self.sequence,
+            seen: self.trail.get().map(Trail::seen),
         }
     }
 

@@ -25,6 +25,7 @@ use crate::flows::{Arrival, Flow, FlowKey};
 use crate::limits::Full;
 use crate::metrics::Cause;
 use crate::records::Outcome;
+use crate::telemetry::{Moment, Trail};
 
 pub(crate) use nfqueue::Queue;
 use nfqueue::{PacketId, Queued, Ruling};
@@ -107,15 +108,21 @@ impl Gate {
             Ok(Arrival::Successor(last)) => {
                 tokio::task::spawn_local(Rc::clone(self).succeed(id, syn, last));
             }
-            Ok(Arrival::New(flow)) => match self.judge(&flow) {
-                Judged::Denied => self.deny(id, &flow),
-                Judged::Allowed(leg) => {
-                    tokio::task::spawn_local(Rc::clone(self).admit(id, flow, leg));
+            Ok(Arrival::New(flow)) => {
+                if enforcer.recorder.follows() {
+                    flow.trail
+                        .get_or_init(|| Trail::new(flow.started, syn.stamp));
                 }
-                Judged::Unknown => {
-                    tokio::task::spawn_local(Rc::clone(self).hold(id, flow));
+                match self.judge(&flow) {
+                    Judged::Denied => self.deny(id, &flow),
+                    Judged::Allowed(leg) => {
+                        tokio::task::spawn_local(Rc::clone(self).admit(id, flow, leg));
+                    }
+                    Judged::Unknown => {
+                        tokio::task::spawn_local(Rc::clone(self).hold(id, flow));
+                    }
                 }
-            },
+            }
         }
     }
 
@@ -193,11 +200,14 @@ impl Gate {
         let connected = tokio::select! {
             biased;
             () = flow.cut_off() => None,
-            connected = connect::connect(client, server, leg, enforcer.marks) => Some(connected),
+            connected = connect::connect(client, server, leg, enforcer.marks, flow.trail.get()) => Some(connected),
         };
         enforcer.metrics.connected(flow.started.elapsed());
         match connected {
             Some(Ok(upstream)) => {
+                if let Some(trail) = flow.trail.get() {
+                    trail.note(Moment::Connected);
+                }
                 // First the table, then the kernel: the client may be through in no time.
                 enforcer.flows.admit(&flow, upstream, self.worker);
                 self.answer(id, Answer::Accept);

@@ -19,6 +19,7 @@ mod relay;
 mod released;
 mod run;
 mod sys;
+mod telemetry;
 mod worker;
 
 use std::io::IsTerminal;

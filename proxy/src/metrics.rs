@@ -2,6 +2,7 @@
 //! looks up no label: every series has its counter from the start.
 mod decisions;
 mod queues;
+mod spans;
 mod text;
 mod watch;
 
@@ -18,10 +19,12 @@ use prometheus_client::registry::{Registry, Unit};
 
 use crate::decision::{Decision, Way};
 use crate::relay::Moved;
+use crate::telemetry::SpanCounts;
 
 use decisions::Decisions;
 pub(crate) use decisions::Word;
 pub(crate) use queues::Queues;
+use spans::Spans;
 
 /// Why a packet or connection was refused, when it was not policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +98,7 @@ pub(crate) struct Readings {
     pub(crate) policies: usize,
     pub(crate) problems: usize,
     pub(crate) records_lost: u64,
+    pub(crate) spans: SpanCounts,
     pub(crate) queues: Queues,
     pub(crate) ready: bool,
 }
@@ -126,6 +130,7 @@ struct Scraped {
     records_lost: Counter,
     queue_drops: Counter,
     ready: Gauge,
+    spans: Spans,
 }
 
 impl Metrics {
@@ -283,7 +288,10 @@ fn timed(registry: &mut Registry) -> [Histogram; 3] {
 
 impl Scraped {
     fn registered(registry: &mut Registry) -> Self {
-        let all = Self::default();
+        let all = Self {
+            spans: Spans::registered(registry),
+            ..Self::default()
+        };
         registry.register(
             "connections",
             "Relayed connections by stage",
@@ -351,6 +359,7 @@ impl Scraped {
             counter.inner().store(count, Ordering::Relaxed);
         }
         self.ready.set(readings.ready.into());
+        self.spans.set(&readings.spans);
     }
 }
 

@@ -3,9 +3,12 @@
 //! A sink has a thread of its own behind a bounded queue: a slow one costs records, which are
 //! counted, and never delays a packet. The packets' threads only put values together; words are
 //! made of them where they are written.
+mod fields;
 mod file;
 mod queue;
 mod sink;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::collections::{HashSet, VecDeque};
 use std::io;
@@ -14,11 +17,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use policy::{Endpoint, Protocol};
-use serde_json::{Map, Value, json};
+use policy::Protocol;
 
 use crate::decision::{Decision, Severance, Way};
+use crate::telemetry::{Seen, SpanCounts, Spans};
 
+pub(crate) use fields::{Field, shown, timestamp};
 pub(crate) use queue::Queue;
 pub(crate) use sink::Sink;
 
@@ -39,6 +43,8 @@ pub(crate) struct Subject {
     pub(crate) opened: SystemTime,
     /// What tells a repeat of the first packet from a new attempt.
     pub(crate) attempt: u32,
+    /// What a span tells beyond these, if the connection is followed for one.
+    pub(crate) seen: Option<Seen>,
 }
 
 /// How an allowed connection ended.
@@ -83,6 +89,7 @@ pub(crate) struct Record {
 /// Tells every sink.
 pub(crate) struct Recorder {
     file: Option<Sink>,
+    spans: Option<Spans>,
     denied: Mutex<Remembered>,
 }
 
@@ -91,6 +98,7 @@ impl Recorder {
     pub(crate) fn off() -> Self {
         Self {
             file: None,
+            spans: None,
             denied: Mutex::default(),
         }
     }
@@ -102,6 +110,22 @@ impl Recorder {
     pub(crate) fn with_file(mut self, path: &Path, node: Arc<str>) -> io::Result<Self> {
         self.file = Some(file::open(path, node)?);
         Ok(self)
+    }
+
+    /// Makes spans too.
+    pub(crate) fn with_spans(mut self, spans: Option<Spans>) -> Self {
+        self.spans = spans;
+        self
+    }
+
+    /// Whether connections are to be followed for spans.
+    pub(crate) fn follows(&self) -> bool {
+        self.spans.is_some()
+    }
+
+    /// Spans sent and lost so far.
+    pub(crate) fn spans(&self) -> SpanCounts {
+        self.spans.as_ref().map(Spans::counts).unwrap_or_default()
     }
 
     /// Lets every sink finish what it has been told, for at most `limit` in all.
@@ -144,7 +168,9 @@ impl Recorder {
     }
 
     fn tell(&self, subject: Subject, fate: Fate, decision: &Arc<Decision>) {
-        if self.is_off() {
+        let spans = self.spans.as_ref();
+        let spans = spans.filter(|spans| spans.wants(&subject, &fate));
+        if self.file.is_none() && spans.is_none() {
             return;
         }
         let record = Arc::new(Record {
@@ -153,7 +179,8 @@ impl Recorder {
             decision: Arc::clone(decision),
             ended: SystemTime::now(),
         });
-        self.sinks().for_each(|sink| sink.tell(&record));
+        let sinks = self.file.iter().chain(spans.map(Spans::sink));
+        sinks.for_each(|sink| sink.tell(&record));
     }
 
     fn is_off(&self) -> bool {
@@ -161,7 +188,7 @@ impl Recorder {
     }
 
     fn sinks(&self) -> impl Iterator<Item = &Sink> {
-        self.file.iter()
+        self.file.iter().chain(self.spans.as_ref().map(Spans::sink))
     }
 }
 
@@ -191,17 +218,6 @@ impl Remembered {
     }
 }
 
-impl Fate {
-    /// As records name it (`verdict`).
-    pub(crate) fn verdict(&self) -> &'static str {
-        match self {
-            Self::Denied => "deny",
-            Self::Allowed(_) => "allow",
-            Self::Severed { .. } => "sever",
-        }
-    }
-}
-
 impl Record {
     /// Why, in sentences: the verdict's, and how an allowed connection came to its end.
     pub(crate) fn reason(&self) -> String {
@@ -220,77 +236,6 @@ impl Record {
             Outcome::Unanswered(why) => format!("{reason} Not connected: {why}."),
         }
     }
-
-    /// The keys that users rely on, in JSON.
-    pub(crate) fn json(&self, node: &str) -> Value {
-        let mut fields = keys(&self.subject, &self.decision, self.reason(), node);
-        let mut put = |key: &str, value: Value| fields.insert(key.to_owned(), value);
-        put("verdict", self.fate.verdict().into());
-        put("end_time", timestamp(self.ended).into());
-        Value::Object(fields)
-    }
-}
-
-/// The keys of a connection whatever becomes of it.
-pub(crate) fn keys(
-    subject: &Subject,
-    decision: &Decision,
-    reason: String,
-    node: &str,
-) -> Map<String, Value> {
-    let mut fields = Map::new();
-    let mut put = |key: &str, value: Value| fields.insert(key.to_owned(), value);
-    put("direction", decision.direction().into());
-    put(
-        "policies",
-        decision
-            .policies()
-            .iter()
-            .map(|key| Value::from(key.to_string()))
-            .collect(),
-    );
-    put("reason", reason.into());
-    put("protocol", subject.protocol.to_string().into());
-    for (side, address, endpoint) in subject.ends(decision) {
-        put(&format!("{side}.address"), json!(address.ip()));
-        put(&format!("{side}.port"), json!(address.port()));
-        if let Some(endpoint) = endpoint {
-            let identity = &endpoint.identity;
-            put(
-                &format!("{side}.k8s.namespace.name"),
-                Value::from(&*identity.key.namespace),
-            );
-            put(
-                &format!("{side}.k8s.pod.name"),
-                Value::from(&*identity.key.name),
-            );
-            put(&format!("{side}.k8s.pod.uid"), Value::from(&*identity.uid));
-        }
-    }
-    put("k8s.node.name", node.into());
-    put("bytes.sent", subject.sent.into());
-    put("bytes.received", subject.received.into());
-    put("start_time", timestamp(subject.opened).into());
-    put("path", subject.way.name().into());
-    fields
-}
-
-impl Subject {
-    /// Both ends, as records name them, with the pods behind them.
-    pub(crate) fn ends<'a>(
-        &self,
-        decision: &'a Decision,
-    ) -> [(&'static str, SocketAddr, Option<&'a Endpoint>); 2] {
-        [
-            ("source", self.client, decision.from.as_deref()),
-            ("destination", self.server, decision.to.as_deref()),
-        ]
-    }
-}
-
-/// RFC 3339 in UTC, to the microsecond.
-pub(crate) fn timestamp(time: SystemTime) -> String {
-    humantime::format_rfc3339_micros(time).to_string()
 }
 
 #[cfg(test)]
@@ -313,13 +258,5 @@ mod tests {
         }
         assert!(remembered.insert(client(1)), "forgotten by now");
         assert!(remembered.known.len() <= REMEMBERED && remembered.order.len() <= REMEMBERED);
-    }
-
-    #[test]
-    fn times_are_rfc_3339_in_utc() {
-        assert_eq!(
-            timestamp(SystemTime::UNIX_EPOCH),
-            "1970-01-01T00:00:00.000000Z"
-        );
     }
 }

@@ -17,6 +17,8 @@ use tokio::io::{AsyncWriteExt, Interest, Ready};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
+use crate::telemetry::{Moment, Trail};
+
 use pipe::Pipe;
 
 /// Bytes that one read through the shared buffer can take.
@@ -58,6 +60,7 @@ pub(crate) async fn relay(
     client: &mut TcpStream,
     server: &mut TcpStream,
     moved: &Moved,
+    trail: Option<&Trail>,
 ) -> io::Result<()> {
     let (from_client, to_client) = client.split();
     let (from_server, to_server) = server.split();
@@ -65,14 +68,24 @@ pub(crate) async fn relay(
     let mut up = pin!(direction(
         from_client,
         to_server,
-        &moved.sent,
+        Side {
+            moved: &moved.sent,
+            trail,
+            first: Moment::Sent,
+            last: Moment::ClientEnded,
+        },
         &client_ended,
         &server_ended
     ));
     let mut down = pin!(direction(
         from_server,
         to_client,
-        &moved.received,
+        Side {
+            moved: &moved.received,
+            trail,
+            first: Moment::Received,
+            last: Moment::ServerEnded,
+        },
         &server_ended,
         &client_ended
     ));
@@ -92,23 +105,49 @@ pub(crate) async fn relay(
     .await
 }
 
+/// What one direction has to tell while the connection lives.
+#[derive(Clone, Copy)]
+struct Side<'a> {
+    moved: &'a AtomicU64,
+    trail: Option<&'a Trail>,
+    /// Its first byte.
+    first: Moment,
+    /// Its end before the other's.
+    last: Moment,
+}
+
+impl Side<'_> {
+    fn took(&self, bytes: usize) {
+        if self.moved.fetch_add(bytes as u64, Ordering::Relaxed) == 0 && bytes > 0 {
+            self.note(self.first);
+        }
+    }
+
+    fn note(&self, moment: Moment) {
+        if let Some(trail) = self.trail {
+            trail.note(moment);
+        }
+    }
+}
+
 /// Moves bytes until `from` has ended, says so in `ended`, and ends itself only by an error: a side
 /// that has said its last word can still be reset while the other speaks.
 async fn direction(
     from: ReadHalf<'_>,
     mut to: WriteHalf<'_>,
-    moved: &AtomicU64,
+    side: Side<'_>,
     ended: &Cell<bool>,
     other_ended: &Cell<bool>,
 ) -> io::Error {
-    if let Err(error) = one_way(&from, &mut to, moved).await {
+    if let Err(error) = one_way(&from, &mut to, side).await {
         return error;
     }
     // After the last word of both, the caller's close says the same at no cost.
-    if !other_ended.get()
-        && let Err(error) = to.shutdown().await
-    {
-        return error;
+    if !other_ended.get() {
+        side.note(side.last);
+        if let Err(error) = to.shutdown().await {
+            return error;
+        }
     }
     ended.set(true);
     match from
@@ -122,7 +161,7 @@ async fn direction(
     }
 }
 
-async fn one_way(from: &ReadHalf<'_>, to: &mut WriteHalf<'_>, moved: &AtomicU64) -> io::Result<()> {
+async fn one_way(from: &ReadHalf<'_>, to: &mut WriteHalf<'_>, side: Side<'_>) -> io::Result<()> {
     let mut full_reads = 0;
     let mut rest = Vec::new();
     loop {
@@ -136,7 +175,7 @@ async fn one_way(from: &ReadHalf<'_>, to: &mut WriteHalf<'_>, moved: &AtomicU64)
             }
             other => other?,
         };
-        moved.fetch_add(taken as u64, Ordering::Relaxed);
+        side.took(taken);
         if !rest.is_empty() {
             to.write_all(&rest).await?;
             rest = Vec::new();
@@ -147,7 +186,7 @@ async fn one_way(from: &ReadHalf<'_>, to: &mut WriteHalf<'_>, moved: &AtomicU64)
         full_reads = if taken == BUFFER { full_reads + 1 } else { 0 };
         if full_reads >= FULL_READS_OF_BULK {
             full_reads = 0;
-            if splice_while_bulk(from, to, moved).await? == Source::Ended {
+            if splice_while_bulk(from, to, side.moved).await? == Source::Ended {
                 return Ok(());
             }
         }

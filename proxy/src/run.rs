@@ -29,6 +29,7 @@ use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 use crate::records::Recorder;
 use crate::released::Released;
+use crate::telemetry::Spans;
 use crate::worker::Worker;
 
 use follow::Follower;
@@ -176,7 +177,8 @@ fn enforcer(
     table: Arc<Table>,
     watches: Option<Arc<WatchStatus>>,
 ) -> anyhow::Result<Arc<Enforcer>> {
-    let recorder = recorder(args.trace_file.as_ref(), &node)?;
+    let spans = Spans::start(&args.telemetry, Arc::clone(&node))?;
+    let recorder = recorder(args.trace_file.as_ref(), &node)?.with_spans(spans);
     Ok(Arc::new(Enforcer {
         node,
         table,

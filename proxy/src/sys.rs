@@ -1,7 +1,7 @@
-//! The only unsafe code of the daemon: a call that no safe crate wraps.
+//! The only unsafe code of the daemon: calls that no safe crate wraps.
 #![expect(unsafe_code, reason = "the one place for calls without a safe wrapper")]
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use tokio::io::unix::AsyncFd;
 
@@ -16,4 +16,30 @@ pub(crate) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is open, stays so until it is dropped, and always gives the same
     // descriptor; the AsyncFd owns it, so nobody else can close it meanwhile.
     unsafe { AsyncFd::register(fd) }.map_err(|error| error.into_parts().1)
+}
+
+/// The clock by which `socket` stamps what it sends now (RFC 7323, TSval). The lowest bit says only
+/// how fine that clock is.
+///
+/// # Errors
+/// `ENOPROTOOPT` if it is no TCP socket.
+pub(crate) fn tcp_timestamp(socket: impl AsFd) -> io::Result<u32> {
+    let fd = socket.as_fd();
+    let mut stamp = 0u32;
+    let mut length: libc::socklen_t = 4;
+    // SAFETY: the borrow keeps `fd` open; `stamp` and `length` are valid for writes during the
+    // call, `length` is the size of `stamp`, and the kernel keeps neither pointer.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_TIMESTAMP,
+            std::ptr::from_mut(&mut stamp).cast(),
+            &raw mut length,
+        )
+    };
+    match result {
+        0 => Ok(stamp),
+        _ => Err(io::Error::last_os_error()),
+    }
 }

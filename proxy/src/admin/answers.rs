@@ -10,7 +10,7 @@ use crate::enforcer::Enforcer;
 use crate::flows::{Flow, StageName};
 use crate::metrics::{Queues, Readings};
 use crate::readiness::Readiness;
-use crate::records::{keys, timestamp};
+use crate::records::{shown, timestamp};
 
 /// Ready or why not, and every fault of the cluster's objects that stands.
 pub(super) fn readyz(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
@@ -38,6 +38,7 @@ pub(super) fn metrics(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
         policies,
         problems: enforcer.table.problems().len(),
         records_lost: enforcer.recorder.lost(),
+        spans: enforcer.recorder.spans(),
         queues: Queues::read(&enforcer.queues),
         ready: readiness.check().is_ok(),
         ..Readings::default()
@@ -129,8 +130,8 @@ fn question(query: &str) -> Result<Question, String> {
     })
 }
 
-/// Undoes `%XX`; what is not UTF-8 then is replaced, and names no pod.
-fn percent_decoded(text: &str) -> String {
+/// Undoes `%XX` (RFC 3986); what is not UTF-8 then is replaced.
+pub(crate) fn percent_decoded(text: &str) -> String {
     let mut out = Vec::with_capacity(text.len());
     let mut bytes = text.as_bytes().iter();
     while let Some(&byte) = bytes.next() {
@@ -153,7 +154,7 @@ fn connection(node: &str, flow: &Flow) -> serde_json::Value {
     let mut shown = match flow.decision() {
         Some(decision) => {
             let reason = decision.verdict.reason();
-            keys(&flow.subject(), &decision, reason, node).into()
+            shown(&flow.subject(), &decision, reason, node).into()
         }
         None => json!({
             "source.address": flow.key.client.ip(), "source.port": flow.key.client.port(),

@@ -99,5 +99,6 @@ fn subject(packet: &FlowPacket) -> Subject {
         received: 0,
         opened: SystemTime::now(),
         attempt: 0,
+        seen: None,
     }
 }

@@ -1,7 +1,10 @@
 //! The few header fields of a held packet that a verdict rests on.
 use std::net::{IpAddr, SocketAddr};
 
-use etherparse::{IpNumber, LaxIpPayloadSlice, LaxNetSlice, LaxSlicedPacket, TransportSlice};
+use etherparse::{
+    IpNumber, LaxIpPayloadSlice, LaxNetSlice, LaxSlicedPacket, TcpOptionElement, TcpSlice,
+    TransportSlice,
+};
 use policy::Protocol;
 
 /// Protocol number of the authentication header.
@@ -28,6 +31,8 @@ pub(crate) struct Syn {
     pub(crate) server: SocketAddr,
     /// The initial sequence number: a repeated SYN has the same, a new attempt another.
     pub(crate) sequence: u32,
+    /// TSval of its timestamps option (RFC 7323), if it has one.
+    pub(crate) stamp: Option<u32>,
 }
 
 /// A packet in a flow's original direction: UDP, SCTP, ICMP, another protocol, or TCP that ran
@@ -95,6 +100,7 @@ impl Packet {
                         client: SocketAddr::new(from, tcp.source_port()),
                         server: SocketAddr::new(to, tcp.destination_port()),
                         sequence: tcp.sequence_number(),
+                        stamp: stamp(tcp),
                     }),
                     (false, true, _) => flow(tcp.source_port(), tcp.destination_port()),
                     _ => Self::Odd,
@@ -161,6 +167,14 @@ fn is_authenticated(first: Option<IpNumber>, mut headers: &[u8]) -> bool {
         headers = headers.get(8 * (words + 1)..).unwrap_or_default();
     }
     false
+}
+
+/// The sender's timestamp.
+fn stamp(tcp: &TcpSlice<'_>) -> Option<u32> {
+    tcp.options_iterator().find_map(|option| match option {
+        Ok(TcpOptionElement::Timestamp(stamp, _)) => Some(stamp),
+        _ => None,
+    })
 }
 
 /// Source and destination port of the SCTP common header (RFC 9260, section 3.1).
@@ -236,9 +250,24 @@ mod tests {
                 client: client.parse().unwrap(),
                 server: server.parse().unwrap(),
                 sequence: 7,
+                stamp: None,
             };
             assert_eq!(Packet::parse(&bytes), Packet::Syn(syn));
         }
+    }
+
+    #[test]
+    fn the_timestamp_of_a_syn_is_found_among_its_options() {
+        let mut segment = tcp(SYN);
+        // MSS, SACK permitted, timestamps, padding: as Linux has them.
+        segment.extend([
+            2, 4, 5, 0xb4, 4, 2, 8, 10, 0, 1, 2, 3, 0, 0, 0, 0, 1, 1, 1, 0,
+        ]);
+        segment[12] = 10 << 4;
+        let Packet::Syn(syn) = Packet::parse(&ipv4(6, 0, &segment)) else {
+            panic!("a SYN");
+        };
+        assert_eq!(syn.stamp, Some(0x0001_0203));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use ipnet::IpNet;
 use iptables_init::settings::Settings;
 
 use crate::enforcer::Deny;
+use crate::telemetry::TelemetryArgs;
 
 /// Traffic between a pod and the node that it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -107,6 +108,8 @@ pub(crate) struct RunArgs {
         env = "PORTREEVE_MAX_CONNECTIONS_PER_SOURCE"
     )]
     pub(crate) max_connections_per_source: Option<usize>,
+    #[command(flatten)]
+    pub(crate) telemetry: TelemetryArgs,
     #[command(flatten)]
     pub(crate) redirect: Settings,
 }

@@ -1,0 +1,136 @@
+//! Many denials, few tellings.
+use std::net::SocketAddr;
+use std::time::UNIX_EPOCH;
+
+use super::*;
+use crate::decision::Way;
+use crate::records::testing::decision;
+use crate::records::{Outcome, Subject};
+
+fn record(port: u16, server: u8, fate: Fate) -> Arc<Record> {
+    Arc::new(Record {
+        subject: Subject {
+            client: SocketAddr::from(([10, 0, 0, 1], port)),
+            server: SocketAddr::from(([10, 0, 1, server], 80)),
+            protocol: Protocol::Tcp,
+            way: Way::Spliced,
+            sent: 0,
+            received: 0,
+            opened: UNIX_EPOCH + Duration::from_secs(port.into()),
+            attempt: 0,
+            seen: None,
+        },
+        fate,
+        decision: decision("node-1", true),
+        ended: UNIX_EPOCH + Duration::from_secs(port.into()),
+    })
+}
+
+fn denied(port: u16) -> Arc<Record> {
+    record(port, 2, Fate::Denied)
+}
+
+fn counts(told: impl IntoIterator<Item = Folded>) -> Vec<u64> {
+    told.into_iter().map(|folded| folded.count).collect()
+}
+
+#[test]
+fn the_first_denial_is_told_at_once_and_its_repeats_as_one_with_their_count() {
+    let (mut fold, now) = (Fold::default(), Instant::now());
+    assert_eq!(counts(fold.add(denied(1), now)), [1]);
+    for port in 2..=200 {
+        assert_eq!(counts(fold.add(denied(port), now)), [0; 0], "port {port}");
+    }
+    assert_eq!(
+        counts(fold.due(now + WINDOW / 2)),
+        [0; 0],
+        "its window goes on"
+    );
+    let told = fold.due(now + WINDOW);
+    assert_eq!(told.len(), 1);
+    assert_eq!(told[0].count, 199);
+    assert_eq!(
+        told[0].since,
+        UNIX_EPOCH + Duration::from_secs(2),
+        "since the first repeat"
+    );
+    assert_eq!(
+        told[0].record.subject.client.port(),
+        200,
+        "as the last one was"
+    );
+}
+
+#[test]
+fn who_keeps_trying_is_told_of_once_a_window_and_who_paused_at_once_again() {
+    let (mut fold, now) = (Fold::default(), Instant::now());
+    let at = |windows| now + WINDOW * windows;
+    assert_eq!(counts(fold.add(denied(1), at(0))), [1]);
+    assert_eq!(counts(fold.add(denied(2), at(0))), [0; 0]);
+    assert_eq!(counts(fold.due(at(1))), [1]);
+    assert_eq!(
+        counts(fold.add(denied(3), at(1))),
+        [0; 0],
+        "a new window runs"
+    );
+    assert_eq!(counts(fold.due(at(2))), [1]);
+    assert_eq!(counts(fold.due(at(3))), [0; 0], "nothing came: forgotten");
+    assert_eq!(fold.next_due(), None);
+    assert_eq!(counts(fold.add(denied(4), at(3))), [1]);
+}
+
+#[test]
+fn only_denials_that_are_alike_are_folded() {
+    let (mut fold, now) = (Fold::default(), Instant::now());
+    assert_eq!(counts(fold.add(denied(1), now)), [1]);
+    assert_eq!(
+        counts(fold.add(record(1, 3, Fate::Denied), now)),
+        [1],
+        "another server"
+    );
+    for _ in 0..2 {
+        let closed = record(1, 2, Fate::Allowed(Outcome::Closed));
+        assert_eq!(
+            counts(fold.add(closed, now)),
+            [1],
+            "allowed ones are told each"
+        );
+    }
+}
+
+#[test]
+fn memory_is_bounded_and_what_is_pushed_out_is_told() {
+    let (mut fold, now) = (Fold::default(), Instant::now());
+    let scan = |n: usize| {
+        let [high, low] = u16::try_from(n).unwrap().to_be_bytes();
+        let mut record = Arc::into_inner(denied(1)).unwrap();
+        record.subject.server = SocketAddr::from(([10, 1, high, low], 80));
+        Arc::new(record)
+    };
+    assert_eq!(counts(fold.add(denied(1), now)), [1]);
+    assert_eq!(counts(fold.add(denied(2), now)), [0; 0]);
+    for n in 0..ROOM - 1 {
+        assert_eq!(counts(fold.add(scan(n), now)), [1]);
+    }
+    assert_eq!(
+        counts(fold.add(scan(ROOM), now)),
+        [1, 1],
+        "the first one's repeat, and its own"
+    );
+    for n in ROOM + 1..3 * ROOM {
+        assert_eq!(counts(fold.add(scan(n), now)), [1]);
+    }
+    assert!(fold.windows.len() <= ROOM && fold.ends.len() <= ROOM);
+}
+
+#[test]
+fn at_the_end_nothing_is_left_untold() {
+    let (mut fold, now) = (Fold::default(), Instant::now());
+    assert_eq!(
+        (1..=5)
+            .flat_map(|port| counts(fold.add(denied(port), now)))
+            .sum::<u64>(),
+        1
+    );
+    assert_eq!(counts(fold.rest()), [4]);
+}

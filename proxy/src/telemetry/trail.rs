@@ -1,0 +1,115 @@
+//! What a connection's span tells beyond its record, noted while the connection goes its way.
+//!
+//! Noting costs one reading of the clock and one store. Knows neither spans nor sockets.
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Something that happens once in a connection's life, after its first packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Moment {
+    /// The server has answered our SYN.
+    Connected,
+    /// The first byte of the client's has come.
+    Sent,
+    /// The first byte of the server's has come.
+    Received,
+    /// The client has said its last word, and the server has not.
+    ClientEnded,
+    /// The server has said its last word, and the client has not.
+    ServerEnded,
+}
+
+impl Moment {
+    pub(super) const ALL: [Self; 5] = [
+        Self::Connected,
+        Self::Sent,
+        Self::Received,
+        Self::ClientEnded,
+        Self::ServerEnded,
+    ];
+}
+
+/// How the connection left for another node: its source port there, and the SYN's timestamp.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Onward {
+    pub(super) port: u16,
+    pub(super) stamp: Option<u32>,
+}
+
+/// The notes on one connection.
+#[derive(Debug)]
+pub(crate) struct Trail {
+    started: Instant,
+    /// Timestamp of the client's SYN (RFC 7323, TSval), if it has one.
+    stamp: Option<u32>,
+    onward: OnceLock<Onward>,
+    /// Nanoseconds since `started`, and one; 0 as long as it has not happened.
+    moments: [AtomicU64; Moment::ALL.len()],
+}
+
+/// What a [`Trail`] says at one time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Seen {
+    pub(super) stamp: Option<u32>,
+    pub(super) onward: Option<Onward>,
+    /// In the order of [`Moment::ALL`], since the first packet.
+    pub(super) moments: [Option<Duration>; Moment::ALL.len()],
+}
+
+impl Trail {
+    /// Begins with the first packet.
+    pub(crate) fn new(started: Instant, stamp: Option<u32>) -> Self {
+        Self {
+            started,
+            stamp,
+            onward: OnceLock::new(),
+            moments: Default::default(),
+        }
+    }
+
+    /// Notes that it happens now, unless it has happened before.
+    pub(crate) fn note(&self, moment: Moment) {
+        let place = &self.moments[moment as usize];
+        if place.load(Ordering::Relaxed) == 0 {
+            let since = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX - 1);
+            place.store(since + 1, Ordering::Relaxed);
+        }
+    }
+
+    /// Notes the leg to another node.
+    pub(crate) fn goes_on(&self, port: u16, stamp: Option<u32>) {
+        // A connection leaves once.
+        let _ = self.onward.set(Onward { port, stamp });
+    }
+
+    /// What has been noted so far.
+    pub(crate) fn seen(&self) -> Seen {
+        let read = |noted: &AtomicU64| {
+            let nanos = noted.load(Ordering::Relaxed).checked_sub(1)?;
+            Some(Duration::from_nanos(nanos))
+        };
+        Seen {
+            stamp: self.stamp,
+            onward: self.onward.get().copied(),
+            moments: self.moments.each_ref().map(read),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_moment_is_noted_once_and_what_has_not_happened_has_no_time() {
+        let trail = Trail::new(Instant::now(), None);
+        assert!(trail.seen().moments.iter().all(Option::is_none));
+        trail.note(Moment::Sent);
+        let first = trail.seen().moments[Moment::Sent as usize];
+        trail.note(Moment::Sent);
+        assert!(first.is_some());
+        assert_eq!(trail.seen().moments[Moment::Sent as usize], first);
+        assert_eq!(trail.seen().moments[Moment::Received as usize], None);
+    }
+}

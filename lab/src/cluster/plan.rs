@@ -238,13 +238,13 @@ pub(super) fn tunnel_ends(others: &[&NodePlan]) -> String {
 }
 
 /// The bridge that a node's pods hang on. Its own address is fixed, or it would change with its
-/// ports; CNI plugins do the same.
+/// ports; CNI plugins do the same. A router solicits its neighbours from a link-local address.
 pub(super) fn bridge(node: &NodePlan) -> String {
     let (v4, v6) = node.first();
     format!(
         "link add {BRIDGE} address 0a:58:0a:f4:{:02x}:01 type bridge\n\
          link set {BRIDGE} addrgenmode none up\naddr add {v4}/24 dev {BRIDGE}\n\
-         addr add {v6}/64 dev {BRIDGE} nodad\n",
+         addr add {v6}/64 dev {BRIDGE} nodad\naddr add {GATEWAY_V6}/64 dev {BRIDGE} nodad\n",
         node.index
     )
 }

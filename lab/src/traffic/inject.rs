@@ -39,6 +39,13 @@ impl Injector {
         })
     }
 
+    /// The same way to another neighbour, or to a group of them: an address of IEEE 802.
+    #[must_use]
+    pub fn towards(mut self, neighbour: [u8; 6]) -> Self {
+        self.addresses[..6].copy_from_slice(&neighbour);
+        self
+    }
+
     /// Sends a packet that begins with its IP header.
     ///
     /// # Errors

@@ -4,12 +4,13 @@
 use std::fmt;
 use std::path::Path;
 
+use crate::bridges::{self, BridgeError};
 use crate::command::{CommandError, Program};
-use crate::probe::{FEATURES, Feature, MODULE_PACKAGES, ProbeError, probe_queue_rule};
+use crate::probe::{FEATURES, Feature, MODULE_PACKAGES, ProbeError, probe_kernel};
 use crate::queue_target;
 use crate::redirect;
 use crate::routes::{Family, State};
-use crate::ruleset::{QUEUE_CHAIN, Ruleset, TABLE};
+use crate::ruleset::{Kernel, QUEUE_CHAIN, Ruleset, TABLE};
 use crate::settings::Settings;
 use crate::table::{Loaded, Stamp};
 
@@ -70,12 +71,8 @@ impl Findings {
         });
     }
 
-    /// An error of this crate reads "problem; remedy".
     fn error(&mut self, error: impl fmt::Display) {
-        let text = error.to_string();
-        let (problem, remedy) = text
-            .split_once("; ")
-            .unwrap_or((&text, "see `iptables-init print`"));
+        let (problem, remedy) = split(error);
         self.fatal(problem, remedy);
     }
 
@@ -129,14 +126,20 @@ impl Findings {
     }
 
     fn table(&mut self, settings: &Settings) {
-        let queue_rule = match probe_queue_rule() {
-            Ok(queue_rule) => queue_rule,
+        let kernel = match probe_kernel() {
+            Ok(kernel) => kernel,
             Err(error @ (ProbeError::NoQueue { .. } | ProbeError::Command(_))) => {
                 return self.error(error);
             }
         };
-        let ruleset = Ruleset::new(settings, queue_rule);
-        match Loaded::read() {
+        let ruleset = Ruleset::new(settings, kernel);
+        let loaded = Loaded::read();
+        self.bridges(
+            settings,
+            kernel,
+            loaded.as_ref().ok().and_then(Option::as_ref),
+        );
+        match loaded {
             Err(error) => return self.error(error),
             Ok(None) => {
                 let problem = format!("nft table inet {TABLE} is not there");
@@ -149,9 +152,9 @@ impl Findings {
                 format!("{INSTALL} with the flags that are given here, or give its flags here"),
             ),
             Ok(Some(loaded)) => {
-                if let Some(chain) = loaded.tampered_chain(&ruleset) {
+                if let Some((family, chain)) = loaded.tampered_chain(&ruleset) {
                     self.fatal(
-                        format!("chain {chain} of nft table inet {TABLE} was changed since"),
+                        format!("chain {chain} of nft table {family} {TABLE} was changed since"),
                         format!("find out who changes foreign tables, and {INSTALL}"),
                     );
                 }
@@ -167,6 +170,44 @@ impl Findings {
                 Err(error) => self.fatal(
                     format!("chain {QUEUE_CHAIN} of nft table inet {TABLE} cannot be read: {error}"),
                     "run as root or with CAP_NET_ADMIN",
+                ),
+            }
+        }
+    }
+
+    /// What must be for pods on a Linux bridge, where there are any.
+    fn bridges(&mut self, settings: &Settings, kernel: Kernel, loaded: Option<&Loaded>) {
+        if !kernel.bridges {
+            let (problem, remedy) = split(BridgeError::NoFamily);
+            return if settings.bridge.is_empty() {
+                self.note(problem, remedy);
+            } else {
+                self.fatal(problem, remedy);
+            };
+        }
+        if settings.bridge.is_empty() && !loaded.is_some_and(bridges::has_ports) {
+            return;
+        }
+        for sysctl in bridges::switched_on() {
+            self.fatal(
+                format!("sysctl {sysctl} is 1: the bridge takes intercepted packets from their sockets, so connections of policed pods time out"),
+                format!("run `iptables-init install --bridge NAME`, or `sysctl -w {sysctl}=0`"),
+            );
+        }
+        let found = match bridges::find(&settings.bridge, &[]) {
+            Ok(found) => found,
+            Err(error) => return self.error(error),
+        };
+        for name in &settings.bridge {
+            match found.iter().find(|bridge| bridge.name == *name) {
+                Some(bridge) if bridge.looks_into_ip => self.fatal(
+                    format!("bridge {name} itself looks into IP packets, whatever the sysctls say"),
+                    format!("`ip link set {name} type bridge nf_call_iptables 0 nf_call_ip6tables 0`"),
+                ),
+                Some(_) => {}
+                None => self.note(
+                    format!("there is no bridge {name}"),
+                    "nothing to do if it comes with the first pod, as flannel's does; else correct --bridge",
                 ),
             }
         }
@@ -244,6 +285,15 @@ impl Findings {
     }
 }
 
+/// An error of this crate reads "problem; remedy".
+fn split(error: impl fmt::Display) -> (String, String) {
+    let text = error.to_string();
+    let (problem, remedy) = text
+        .split_once("; ")
+        .unwrap_or((&text, "see `iptables-init print`"));
+    (problem.to_owned(), remedy.to_owned())
+}
+
 const INSTALL: &str = "run `iptables-init install`";
 
 /// `all`, `default` and every interface, sorted.
@@ -290,7 +340,7 @@ mod tests {
         findings.error(CommandError::NotPermitted {
             program: Program::Ip,
         });
-        findings.error(redirect::RedirectError::Bridge("cni0".into()));
+        findings.error(BridgeError::NoFamily);
         findings.error(redirect::RedirectError::QueueRange {
             first: 65535,
             count: 2,
@@ -303,7 +353,7 @@ mod tests {
         insta::assert_snapshot!(remedies.join("\n"), @r"
         install the package `nftables` (apt-get install nftables)
         run as root or with CAP_NET_ADMIN
-        leave the flag away for routed pods (a veth a pod, as kindnet, Calico, AWS)
+        install the kernel's full set of modules (Ubuntu: linux-modules-extra-$(uname -r); Debian: linux-image-amd64 instead of the cloud kernel)
         take a lower --queue
         ");
     }

@@ -1,6 +1,7 @@
 //! The redirect: what the node's kernel must hold so that pods' packets come to the gate.
 //!
 //! The init step puts it in and takes it out; the daemon changes its sets. Knows no policies.
+pub mod bridges;
 pub mod command;
 pub mod inspect;
 pub mod links;
@@ -16,4 +17,4 @@ pub mod settings;
 mod table;
 
 pub use inspect::{Finding, inspect};
-pub use probe::probe_queue_rule;
+pub use probe::{probe_kernel, probe_queue_rule};

@@ -4,9 +4,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use iptables_init::inspect;
-use iptables_init::probe::{ProbeError, probe_queue_rule};
+use iptables_init::probe::{ProbeError, probe_kernel};
 use iptables_init::redirect::{self, Families, Outcome};
-use iptables_init::ruleset::QueueRule;
+use iptables_init::ruleset::{Kernel, QueueRule};
 use iptables_init::settings::Settings;
 
 /// Puts Portreeve's redirect into this network namespace, or takes it out.
@@ -62,16 +62,16 @@ fn run(call: Call) -> anyhow::Result<ExitCode> {
 }
 
 fn print(settings: &Settings) -> anyhow::Result<()> {
-    let queue_rule = match probe_queue_rule() {
-        Ok(queue_rule) => queue_rule,
+    let kernel = match probe_kernel() {
+        Ok(kernel) => kernel,
         // Only a privileged process can ask the kernel.
-        Err(ProbeError::Command(_)) => QueueRule::Native,
+        Err(ProbeError::Command(_)) => Kernel {
+            queue_rule: QueueRule::Native,
+            bridges: true,
+        },
         Err(error) => return Err(error.into()),
     };
-    print!(
-        "{}",
-        redirect::script(settings, queue_rule, Families::here())
-    );
+    print!("{}", redirect::script(settings, kernel, Families::here()));
     Ok(())
 }
 

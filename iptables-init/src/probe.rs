@@ -4,7 +4,7 @@ use std::io;
 
 use crate::command::{self, CommandError, Program};
 use crate::queue_target;
-use crate::ruleset::QueueRule;
+use crate::ruleset::{BRIDGE, Kernel, QueueRule};
 
 /// Something that the redirect needs from the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,7 +15,8 @@ pub(crate) struct Feature {
     pub(crate) options: &'static str,
     /// The modules that bring it.
     pub(crate) modules: &'static str,
-    /// The chain that it is tried in, and the rule.
+    /// The family of the table that it is tried in, the chain, and the rule.
+    family: &'static str,
     chain: &'static str,
     rule: &'static str,
 }
@@ -26,6 +27,7 @@ pub(crate) const FEATURES: [Feature; 7] = [
         name: "nf_tables with the family inet",
         options: "CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET",
         modules: "nf_tables",
+        family: "inet",
         chain: "type filter hook prerouting priority -99;",
         rule: "accept",
     },
@@ -33,6 +35,7 @@ pub(crate) const FEATURES: [Feature; 7] = [
         name: "nft tproxy",
         options: "CONFIG_NFT_TPROXY",
         modules: "nft_tproxy",
+        family: "inet",
         chain: "type filter hook prerouting priority -99;",
         rule: "meta l4proto tcp tproxy to :15001",
     },
@@ -40,6 +43,7 @@ pub(crate) const FEATURES: [Feature; 7] = [
         name: "nft socket",
         options: "CONFIG_NFT_SOCKET",
         modules: "nft_socket",
+        family: "inet",
         chain: "type filter hook prerouting priority -99;",
         rule: "socket transparent 1",
     },
@@ -47,6 +51,7 @@ pub(crate) const FEATURES: [Feature; 7] = [
         name: "nft fib",
         options: "CONFIG_NFT_FIB_INET, CONFIG_NFT_FIB_IPV4, CONFIG_NFT_FIB_IPV6",
         modules: "nft_fib_inet",
+        family: "inet",
         chain: "type filter hook prerouting priority -99;",
         rule: "fib daddr type local",
     },
@@ -54,6 +59,7 @@ pub(crate) const FEATURES: [Feature; 7] = [
         name: "connection tracking with marks and zones in nft",
         options: "CONFIG_NFT_CT, CONFIG_NF_CONNTRACK_MARK, CONFIG_NF_CONNTRACK_ZONES",
         modules: "nf_conntrack nft_ct",
+        family: "inet",
         chain: "type filter hook output priority raw;",
         rule: "ct original zone set 15001 ct mark set ct mark or 0x400",
     },
@@ -61,6 +67,7 @@ pub(crate) const FEATURES: [Feature; 7] = [
         name: "nft nat",
         options: "CONFIG_NFT_NAT, CONFIG_NF_NAT",
         modules: "nft_chain_nat",
+        family: "inet",
         chain: "type nat hook postrouting priority srcnat;",
         rule: "accept",
     },
@@ -68,10 +75,21 @@ pub(crate) const FEATURES: [Feature; 7] = [
         name: "nft reject",
         options: "CONFIG_NFT_REJECT_INET",
         modules: "nft_reject_inet",
+        family: "inet",
         chain: "type filter hook input priority 102;",
         rule: "reject with icmpx admin-prohibited",
     },
 ];
+
+/// What pods on a Linux bridge need on top.
+pub(crate) const BRIDGES: Feature = Feature {
+    name: "nf_tables with the family bridge",
+    options: "CONFIG_NF_TABLES_BRIDGE",
+    modules: "bridge nf_tables",
+    family: BRIDGE,
+    chain: "type filter hook prerouting priority dstnat;",
+    rule: "meta iifkind \"veth\" ether daddr set 02:00:00:00:00:01 meta pkttype set host",
+};
 
 /// Why no way to hand packets to user space was found.
 #[derive(Debug, thiserror::Error)]
@@ -94,12 +112,30 @@ pub enum ProbeError {
 /// Where distributions put netfilter modules that their small kernels lack.
 pub(crate) const MODULE_PACKAGES: &str = "Ubuntu: linux-modules-extra-$(uname -r); Debian: linux-image-amd64 instead of the cloud kernel";
 
+/// Finds out what this kernel can do.
+///
+/// # Errors
+/// As [`probe_queue_rule`]: a kernel without nft's family `bridge` is none.
+pub fn probe_kernel() -> Result<Kernel, ProbeError> {
+    let queue_rule = probe_queue_rule()?;
+    let bridges = match BRIDGES.probe() {
+        Ok(()) => true,
+        Err(CommandError::Refused { .. }) => false,
+        Err(error) => return Err(error.into()),
+    };
+    Ok(Kernel {
+        queue_rule,
+        bridges,
+    })
+}
+
 /// Finds out which way to hand packets to user space this kernel has: nft's own `queue` if it can.
 ///
 /// # Errors
 /// [`ProbeError`] with kernel options, modules and packages if there is none.
 pub fn probe_queue_rule() -> Result<QueueRule, ProbeError> {
     let native = match ask(
+        "inet",
         "type filter hook input priority 101;",
         "queue flags fanout,bypass num 100-101",
     ) {
@@ -125,13 +161,13 @@ impl Feature {
     /// # Errors
     /// [`CommandError::Refused`] with what nft said if not.
     pub(crate) fn probe(&self) -> Result<(), CommandError> {
-        ask(self.chain, self.rule)
+        ask(self.family, self.chain, self.rule)
     }
 }
 
-fn ask(chain: &str, rule: &str) -> Result<(), CommandError> {
+fn ask(family: &str, chain: &str, rule: &str) -> Result<(), CommandError> {
     let script = format!(
-        "table inet portreeve_probe {{\n\tchain probe {{\n\t\t{chain} policy accept;\n\t\t{rule}\n\t}}\n}}\n"
+        "table {family} portreeve_probe {{\n\tchain probe {{\n\t\t{chain} policy accept;\n\t\t{rule}\n\t}}\n}}\n"
     );
     command::run(Program::Nft, &["-c", "-f", "-"], &script).map(drop)
 }

@@ -5,11 +5,12 @@
 use std::fmt::Write;
 use std::io;
 
+use crate::bridges::{self, BridgeError};
 use crate::command::{self, CommandError, Program};
-use crate::probe::{ProbeError, probe_queue_rule};
+use crate::probe::{ProbeError, probe_kernel};
 use crate::queue_target::{self, QueueTarget};
 use crate::routes::{self, Family};
-use crate::ruleset::{QUEUE_CHAIN, QueueRule, Ruleset, TABLE};
+use crate::ruleset::{Kernel, QUEUE_CHAIN, QueueRule, Ruleset, TABLE};
 use crate::settings::Settings;
 pub use crate::table::UnknownElement;
 use crate::table::{self, Loaded, Stamp};
@@ -17,11 +18,9 @@ use crate::table::{self, Loaded, Stamp};
 /// Why the redirect could not be put in or taken out.
 #[derive(Debug, thiserror::Error)]
 pub enum RedirectError {
-    /// `--bridge` was given.
-    #[error(
-        "--bridge {0} is not supported yet: pods on a Linux bridge would not be policed; leave the flag away for routed pods (a veth a pod, as kindnet, Calico, AWS)"
-    )]
-    Bridge(String),
+    /// The bridge of `--bridge` cannot be policed.
+    #[error(transparent)]
+    Bridge(#[from] BridgeError),
     /// The last queue number would not fit into 16 bits.
     #[error("--queue {first} with {count} queues goes beyond 65535; take a lower --queue")]
     QueueRange {
@@ -64,13 +63,20 @@ pub enum Outcome {
 /// [`RedirectError`]; what was put in until then stays and is closed, never open.
 pub fn install(settings: &Settings) -> Result<Outcome, RedirectError> {
     validate(settings)?;
-    let ruleset = Ruleset::new(settings, probe_queue_rule()?);
+    let kernel = probe_kernel()?;
+    if !settings.bridge.is_empty() && !kernel.bridges {
+        return Err(BridgeError::NoFamily.into());
+    }
+    let ruleset = Ruleset::new(settings, kernel);
     let mut changed = false;
     for family in routes::enabled_families() {
         changed |= routes::install(family, settings.mark_mask)?;
     }
     changed |= load_table(&ruleset)?;
     changed |= load_queue_target(&ruleset)?;
+    if !settings.bridge.is_empty() {
+        changed |= bridges::switch_off()?;
+    }
     Ok(if changed {
         Outcome::Changed
     } else {
@@ -84,9 +90,11 @@ pub fn install(settings: &Settings) -> Result<Outcome, RedirectError> {
 /// [`RedirectError`]; running it again goes on where it stopped.
 pub fn uninstall() -> Result<Outcome, RedirectError> {
     let mut changed = false;
-    // The table goes first: without it nothing is marked any more.
-    if Loaded::read()?.is_some() {
-        command::run(Program::Nft, &["delete", "table", "inet", TABLE], "")?;
+    // The tables go first: without them nothing is marked any more. What they tell of a sysctl is
+    // brought about before it is forgotten.
+    if let Some(loaded) = Loaded::read()? {
+        bridges::switch_on_again(&loaded)?;
+        command::run(Program::Nft, &["-f", "-"], &loaded.delete_script())?;
         changed = true;
     }
     for family in Family::ALL {
@@ -101,8 +109,8 @@ pub fn uninstall() -> Result<Outcome, RedirectError> {
 
 /// What [`install`] loads where nothing is, as a shell script.
 #[must_use]
-pub fn script(settings: &Settings, queue_rule: QueueRule, families: Families) -> String {
-    let ruleset = Ruleset::new(settings, queue_rule);
+pub fn script(settings: &Settings, kernel: Kernel, families: Families) -> String {
+    let ruleset = Ruleset::new(settings, kernel);
     let mut script = String::from("#!/bin/sh -e\n");
     let families = match families {
         Families::Both => &Family::ALL[..],
@@ -127,6 +135,9 @@ pub fn script(settings: &Settings, queue_rule: QueueRule, families: Families) ->
             script,
             "# Then, by netlink since nft cannot write it, into chain {QUEUE_CHAIN}:\n# {target}"
         );
+    }
+    if !settings.bridge.is_empty() {
+        script += &bridges::switch_off_script();
     }
     script
 }
@@ -164,9 +175,6 @@ pub(crate) fn queue_target(ruleset: &Ruleset) -> Option<QueueTarget> {
 
 /// Whether `settings` ask for something that can be.
 pub(crate) fn validate(settings: &Settings) -> Result<(), RedirectError> {
-    if let Some(bridge) = settings.bridge.first() {
-        return Err(RedirectError::Bridge(bridge.clone()));
-    }
     let (first, count) = (settings.queue, settings.queue_count());
     if first.checked_add(count - 1).is_none() {
         return Err(RedirectError::QueueRange { first, count });

@@ -2,14 +2,20 @@
 //!
 //! Chains are made once: deleting or re-creating a hooked base chain flushes every packet that
 //! waits in any queue of the namespace. The daemon changes only the sets. The rules themselves stand
-//! in `ruleset.nft`.
+//! in `ruleset.nft`, and in `bridges.nft` those below IP.
 use std::fmt;
 
 use crate::marks::{Answer, Marks};
 use crate::settings::{Fail, Settings};
 
-/// Name of our table, of family `inet`.
+/// Name of our tables.
 pub const TABLE: &str = "portreeve";
+
+/// The families of our tables.
+pub(crate) const FAMILIES: [&str; 2] = ["inet", BRIDGE];
+
+/// The family of the table for pods on Linux bridges.
+pub(crate) const BRIDGE: &str = "bridge";
 
 /// The chain that holds nothing but the rule that hands packets to the queue.
 pub const QUEUE_CHAIN: &str = "to_gate";
@@ -27,7 +33,16 @@ pub enum QueueRule {
     Target,
 }
 
-/// All of our nft table.
+/// What this kernel can do, of what kernels differ in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    /// Its way to hand packets to user space.
+    pub queue_rule: QueueRule,
+    /// Whether it has nft's family `bridge` (`CONFIG_NF_TABLES_BRIDGE`).
+    pub bridges: bool,
+}
+
+/// All of our nft tables.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ruleset {
     proxy_port: u16,
@@ -35,27 +50,27 @@ pub struct Ruleset {
     queue_count: u16,
     marks: Marks,
     fail: Fail,
-    queue_rule: QueueRule,
+    kernel: Kernel,
 }
 
 impl Ruleset {
-    /// The table that `settings` ask for on a kernel that can do `queue_rule`.
+    /// The tables that `settings` ask for on such a kernel.
     #[must_use]
-    pub fn new(settings: &Settings, queue_rule: QueueRule) -> Self {
+    pub fn new(settings: &Settings, kernel: Kernel) -> Self {
         Self {
             proxy_port: settings.proxy_port,
             first_queue: settings.queue,
             queue_count: settings.queue_count(),
             marks: settings.mark_mask,
             fail: settings.fail,
-            queue_rule,
+            kernel,
         }
     }
 
     /// The way this table hands packets to user space.
     #[must_use]
     pub fn queue_rule(&self) -> QueueRule {
-        self.queue_rule
+        self.kernel.queue_rule
     }
 
     /// First queue, how many, and whether a packet passes when nobody listens.
@@ -66,9 +81,18 @@ impl Ruleset {
 }
 
 impl fmt::Display for Ruleset {
-    /// Writes the table as `nft -f` reads it.
+    /// Writes the tables as `nft -f` reads them.
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut rest = include_str!("ruleset.nft");
+        self.fill_in(include_str!("ruleset.nft"), out)?;
+        if self.kernel.bridges {
+            self.fill_in(include_str!("bridges.nft"), out)?;
+        }
+        Ok(())
+    }
+}
+
+impl Ruleset {
+    fn fill_in(&self, mut rest: &str, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         while let Some((before, after)) = rest.split_once('$') {
             let end = after.find(|c: char| c != '_' && !c.is_ascii_lowercase());
             let (name, behind) = after.split_at(end.unwrap_or(after.len()));
@@ -78,10 +102,8 @@ impl fmt::Display for Ruleset {
         }
         out.write_str(rest)
     }
-}
 
-impl Ruleset {
-    /// Writes what `$name` stands for in `ruleset.nft`.
+    /// Writes what `$name` stands for.
     fn value(&self, name: &str, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let marks = self.marks;
         let mark = match name {
@@ -119,7 +141,7 @@ impl Ruleset {
     fn queue_statement(&self) -> String {
         let (first, count, bypass) = self.queue();
         let last = first.saturating_add(count - 1);
-        match (self.queue_rule, count, bypass) {
+        match (self.kernel.queue_rule, count, bypass) {
             (QueueRule::Target, ..) => "# The NFQUEUE target, which nft cannot write.".to_owned(),
             // nft takes neither a range of one nor a fan-out over it.
             (QueueRule::Native, 1, true) => format!("queue flags bypass num {first}"),

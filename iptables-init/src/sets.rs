@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::command::{self, CommandError, Program};
-use crate::ruleset::TABLE;
+use crate::ruleset::{BRIDGE, TABLE};
 
 /// Elements in one `add element`, so that no line of a script grows without bound.
 const CHUNK: usize = 512;
@@ -27,6 +27,17 @@ pub struct Sets {
     pub selves: BTreeSet<IpAddr>,
     /// Whether what a pod sends to its own node is judged (`--own-node judge`).
     pub own_node_judged: bool,
+    /// What the table for bridges shall hold; `None` where the kernel has no such table.
+    pub bridged: Option<Groups>,
+}
+
+/// Broadcasts and multicasts between pods on one bridge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Groups {
+    /// Pass as on any bridge.
+    Pass,
+    /// Are dropped: who hears them cannot be told, so they cannot be judged.
+    Stay,
 }
 
 /// One nft transaction after which the links in `links` are those that pods hang on, and no others.
@@ -34,7 +45,7 @@ pub struct Sets {
 pub fn pod_links_script(links: &BTreeSet<String>) -> String {
     let quoted = links.iter().map(|link| format!("\"{link}\"")).collect();
     let mut script = String::new();
-    replace(&mut script, POD_LINKS, &quoted);
+    replace(&mut script, &format!("inet {TABLE} {POD_LINKS}"), &quoted);
     script
 }
 
@@ -43,7 +54,7 @@ pub fn pod_links_script(links: &BTreeSet<String>) -> String {
 pub enum SetsError {
     /// There is no redirect in this network namespace, or another one.
     #[error(
-        "the sets of nft table inet {TABLE} are not there; run `iptables-init install` first ({message})"
+        "the sets of nft table {TABLE} are not there; run `iptables-init install` first ({message})"
     )]
     NotInstalled {
         /// What nft said.
@@ -73,7 +84,7 @@ impl Sets {
             if new == old {
                 continue;
             }
-            if name.starts_with(PODS) {
+            if name.contains(PODS) {
                 // The kernel holds these merged: taking out one CIDR would tear a hole into
                 // another that covers it.
                 replace(&mut script, &name, &new);
@@ -85,9 +96,10 @@ impl Sets {
         (!script.is_empty()).then_some(script)
     }
 
-    /// Every set of the table by its name, with its elements as nft writes them.
+    /// Every set by its table and name, with its elements as nft writes them.
     fn by_name(&self) -> Vec<(String, BTreeSet<String>)> {
         let mut sets = Vec::new();
+        let inet = |name: &str, family: &str| format!("inet {TABLE} {name}{family}");
         for (family, is_ours) in FAMILIES {
             let of = |set: &BTreeSet<IpAddr>| -> BTreeSet<String> {
                 set.iter()
@@ -96,27 +108,28 @@ impl Sets {
                     .collect()
             };
             let pods = self.pods.iter().filter(|n| is_ours(&n.addr()));
-            sets.push((
-                format!("{PODS}{family}"),
-                pods.map(|n| n.trunc().to_string()).collect(),
-            ));
-            sets.push((
-                format!("{EGRESS_RELEASED}{family}"),
-                of(&self.egress_released),
-            ));
-            sets.push((
-                format!("{INGRESS_RELEASED}{family}"),
-                of(&self.ingress_released),
-            ));
+            let pods: BTreeSet<_> = pods.map(|n| n.trunc().to_string()).collect();
+            if self.bridged.is_some() {
+                sets.push((format!("{BRIDGE} {TABLE} {PODS}{family}"), pods.clone()));
+            }
+            sets.push((inet(PODS, family), pods));
+            sets.push((inet(EGRESS_RELEASED, family), of(&self.egress_released)));
+            sets.push((inet(INGRESS_RELEASED, family), of(&self.ingress_released)));
             let selves = self.selves.iter().filter(|a| is_ours(a));
-            sets.push((
-                format!("{SELF}{family}"),
-                selves.map(|a| format!("{a} . {a}")).collect(),
-            ));
+            let selves = selves.map(|a| format!("{a} . {a}")).collect();
+            sets.push((inet(SELF, family), selves));
+        }
+        if let Some(groups) = self.bridged {
+            let all = ["ip", "ip6"].map(String::from).into();
+            let pass = match groups {
+                Groups::Pass => all,
+                Groups::Stay => BTreeSet::new(),
+            };
+            sets.push((format!("{BRIDGE} {TABLE} {GROUPS}"), pass));
         }
         let judged = ["ipv4", "ipv6"].iter().filter(|_| self.own_node_judged);
         sets.push((
-            OWN_NODE_JUDGED.to_owned(),
+            format!("inet {TABLE} {OWN_NODE_JUDGED}"),
             judged.map(ToString::to_string).collect(),
         ));
         sets
@@ -141,6 +154,7 @@ pub fn load(script: &str) -> Result<(), SetsError> {
 }
 
 const PODS: &str = "pods";
+const GROUPS: &str = "groups";
 const EGRESS_RELEASED: &str = "egress_released";
 const INGRESS_RELEASED: &str = "ingress_released";
 const SELF: &str = "self";
@@ -150,13 +164,14 @@ const POD_LINKS: &str = "pod_links";
 type IsFamily = fn(&IpAddr) -> bool;
 const FAMILIES: [(&str, IsFamily); 2] = [("4", IpAddr::is_ipv4), ("6", IpAddr::is_ipv6)];
 
-fn replace(script: &mut String, name: &str, all: &BTreeSet<String>) {
+/// Makes `all` the only elements of a set, named with its table.
+pub(crate) fn replace(script: &mut String, name: &str, all: &BTreeSet<String>) {
     // Writing to a String cannot fail, here and below.
-    let _ = writeln!(script, "flush set inet {TABLE} {name}");
+    let _ = writeln!(script, "flush set {name}");
     elements(script, "add", name, all.iter());
 }
 
-/// Writes `verb element` for all of `items`; nothing if there are none.
+/// Writes `verb element` of a set, named with its table, for all of `items`; nothing if there are none.
 pub(crate) fn elements<T: Display>(
     script: &mut String,
     verb: &str,
@@ -165,11 +180,7 @@ pub(crate) fn elements<T: Display>(
 ) {
     let items: Vec<_> = items.map(|item| item.to_string()).collect();
     for chunk in items.chunks(CHUNK) {
-        let _ = writeln!(
-            script,
-            "{verb} element inet {TABLE} {set} {{ {} }}",
-            chunk.join(", ")
-        );
+        let _ = writeln!(script, "{verb} element {set} {{ {} }}", chunk.join(", "));
     }
 }
 
@@ -185,6 +196,7 @@ mod tests {
             ingress_released: addresses(ingress),
             selves: addresses(selves),
             own_node_judged: false,
+            bridged: None,
         }
     }
 
@@ -253,6 +265,21 @@ mod tests {
         flush set inet portreeve pod_links
         add element inet portreeve pod_links { "cali0a@x", "eth0.100" }
         "#);
+    }
+
+    #[test]
+    fn where_there_is_a_table_for_bridges_it_knows_the_pods_too() {
+        let mut from = sets(&["10.1.2.0/24"], &[], &[], &[]);
+        from.bridged = Some(Groups::Pass);
+        let mut to = sets(&["10.1.3.0/24"], &[], &[], &[]);
+        to.bridged = Some(Groups::Stay);
+        insta::assert_snapshot!(to.change_script(&from).unwrap(), @r"
+        flush set bridge portreeve pods4
+        add element bridge portreeve pods4 { 10.1.3.0/24 }
+        flush set inet portreeve pods4
+        add element inet portreeve pods4 { 10.1.3.0/24 }
+        delete element bridge portreeve groups { ip, ip6 }
+        ");
     }
 
     #[test]

@@ -1,12 +1,10 @@
-//! The nft table in the kernel: which one is there, and how one takes the place of another.
+//! The nft tables in the kernel: which are there, and how others take their place.
 //!
 //! A chain with one commented rule tells what was loaded, so that loading it again can be left out.
-use std::net::IpAddr;
-
 use serde_json::Value;
 
 use crate::command::{self, CommandError, Program};
-use crate::ruleset::{QUEUE_CHAIN, QueueRule, Ruleset, TABLE};
+use crate::ruleset::{FAMILIES, QUEUE_CHAIN, QueueRule, Ruleset, TABLE};
 use crate::sets::elements;
 
 /// The chain whose one rule never runs and carries the [`Stamp`] as its comment.
@@ -25,7 +23,7 @@ impl Stamp {
     pub(crate) fn of(ruleset: &Ruleset) -> Self {
         let text = format!("{ruleset}\n# {:?}", ruleset.queue());
         let declarations = text.lines().map(str::trim).filter(|line| {
-            ["chain ", "set ", "type "]
+            ["table ", "chain ", "set ", "map ", "type "]
                 .iter()
                 .any(|word| line.starts_with(word))
                 || (line.starts_with("counter ") && line.ends_with('}'))
@@ -58,59 +56,96 @@ impl std::fmt::Display for Stamp {
     }
 }
 
-/// Our table as the kernel lists it.
+/// Our tables as the kernel lists them.
 #[derive(Clone, Debug)]
 pub(crate) struct Loaded {
     /// `None`: made by something else, or tampered with.
     pub(crate) stamp: Option<Stamp>,
+    /// The families that there is a table of.
+    families: Vec<&'static str>,
     objects: Vec<Value>,
 }
 
 impl Loaded {
-    /// Reads it; `None` if there is no such table.
+    /// Reads them; `None` if there is no such table.
     pub(crate) fn read() -> Result<Option<Self>, CommandError> {
-        let listing = match command::run(Program::Nft, &["-j", "list", "table", "inet", TABLE], "")
-        {
-            Ok(listing) => listing,
-            Err(CommandError::Refused { message, .. }) if message.contains("No such file") => {
-                return Ok(None);
+        let (mut families, mut objects) = (Vec::new(), Vec::new());
+        for family in FAMILIES {
+            if let Some(mut listed) = list(family)? {
+                families.push(family);
+                objects.append(&mut listed);
             }
-            Err(error) => return Err(error),
-        };
-        let mut listing: Value =
-            serde_json::from_str(&listing).map_err(|source| CommandError::Run {
-                program: Program::Nft,
-                source: source.into(),
-            })?;
-        let objects: Vec<Value> = match listing["nftables"].take() {
-            Value::Array(objects) => objects,
-            _ => Vec::new(),
-        };
+        }
+        if families.is_empty() {
+            return Ok(None);
+        }
         let stamp = objects
             .iter()
             .map(|object| &object["rule"])
             .filter(|rule| rule["chain"] == STAMP_CHAIN)
             .find_map(|rule| Stamp::parse(rule["comment"].as_str()?));
-        Ok(Some(Self { stamp, objects }))
+        Ok(Some(Self {
+            stamp,
+            families,
+            objects,
+        }))
     }
 
-    /// How many rules each chain of `ruleset` lacks or has too many; the queue chain apart.
-    pub(crate) fn tampered_chain(&self, ruleset: &Ruleset) -> Option<String> {
+    /// The chain, with its table's family, that has other than as many rules as in `ruleset`; the
+    /// queue chain apart.
+    pub(crate) fn tampered_chain(&self, ruleset: &Ruleset) -> Option<(String, String)> {
         let text = ruleset.to_string();
         rules_by_chain(&text)
             .into_iter()
-            .find_map(|(chain, wanted)| {
+            .find_map(|(family, chain, wanted)| {
                 let rules = self.objects.iter().map(|object| &object["rule"]);
-                let there = rules.filter(|rule| rule["chain"] == chain.as_str()).count();
-                (there != wanted && chain != QUEUE_CHAIN).then_some(chain)
+                let there = rules
+                    .filter(|rule| rule["chain"] == chain && rule["family"] == family)
+                    .count();
+                (there != wanted && chain != QUEUE_CHAIN).then_some((family, chain))
             })
     }
 
-    fn names<'a>(&'a self, kind: &'a str) -> impl Iterator<Item = &'a str> {
-        self.objects
-            .iter()
-            .filter_map(move |object| object[kind]["name"].as_str())
+    /// The nft script that takes all out.
+    pub(crate) fn delete_script(&self) -> String {
+        let delete = |family: &&str| format!("delete table {family} {TABLE}\n");
+        self.families.iter().map(delete).collect()
     }
+
+    /// What a set of the table of `family` holds; nothing if there is none.
+    pub(crate) fn strings<'a>(
+        &'a self,
+        family: &'a str,
+        set: &'a str,
+    ) -> impl Iterator<Item = &'a str> {
+        let sets = self.objects.iter().map(|object| &object["set"]);
+        sets.filter(move |it| it["family"] == family && it["name"] == set)
+            .filter_map(|it| it["elem"].as_array())
+            .flatten()
+            .filter_map(Value::as_str)
+    }
+}
+
+/// The objects of our table of a family; `None` if there is none.
+fn list(family: &str) -> Result<Option<Vec<Value>>, CommandError> {
+    let listing = match command::run(Program::Nft, &["-j", "list", "table", family, TABLE], "") {
+        Ok(listing) => listing,
+        Err(CommandError::Refused { message, .. })
+            if message.contains("No such file") || message.contains("not supported") =>
+        {
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    let mut listing: Value =
+        serde_json::from_str(&listing).map_err(|source| CommandError::Run {
+            program: Program::Nft,
+            source: source.into(),
+        })?;
+    Ok(match listing["nftables"].take() {
+        Value::Array(objects) => Some(objects),
+        _ => Some(Vec::new()),
+    })
 }
 
 /// The nft script that loads `ruleset` where there is none.
@@ -137,12 +172,19 @@ pub(crate) fn replace_script(loaded: &Loaded, ruleset: &Ruleset) -> Result<Strin
     }
     // The daemon may change a set between the listing and this; it fills its sets anew when it
     // starts, which an upgrade that changes the layout calls for anyway.
-    let mut script = format!("delete table inet {TABLE}\n{new}");
+    let mut script = loaded.delete_script() + &new;
+    let declared = sets_by_table(&new);
     for object in &loaded.objects {
-        let set = &object["set"];
-        let Some(name) = set["name"].as_str().filter(|name| declares_set(&new, name)) else {
+        let set = [&object["set"], &object["map"]]
+            .into_iter()
+            .find(|set| set.is_object());
+        let Some(name) = set
+            .and_then(set_name)
+            .filter(|name| declared.contains(name))
+        else {
             continue;
         };
+        let set = set.unwrap_or(&Value::Null);
         let listed = set["elem"]
             .as_array()
             .map(Vec::as_slice)
@@ -151,24 +193,47 @@ pub(crate) fn replace_script(loaded: &Loaded, ruleset: &Ruleset) -> Result<Strin
             .iter()
             .map(|value| {
                 let unknown = || UnknownElement {
-                    set: name.to_owned(),
+                    set: name.clone(),
                     element: value.to_string(),
                 };
-                element(value).ok_or_else(unknown)
+                let element = element(value).ok_or_else(unknown)?;
+                Ok(if set["type"] == LINK_NAMES {
+                    // A name can be a word of the language.
+                    quoted(&element)
+                } else {
+                    element
+                })
             })
             .collect();
-        elements(&mut script, "add", name, listed?.into_iter());
+        elements(&mut script, "add", &name, listed?.into_iter());
     }
     Ok(script)
+}
+
+/// The type of a set of links' names.
+const LINK_NAMES: &str = "ifname";
+
+/// `name` or `name : value` with the name in quotes.
+fn quoted(element: &str) -> String {
+    match element.split_once(" : ") {
+        Some((name, value)) => format!("\"{name}\" : {value}"),
+        None => format!("\"{element}\""),
+    }
+}
+
+/// A set's name with its table's, as nft commands have it.
+fn set_name(set: &Value) -> Option<String> {
+    let (family, name) = (set["family"].as_str()?, set["name"].as_str()?);
+    Some(format!("{family} {TABLE} {name}"))
 }
 
 /// A set holds what this version cannot carry over.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "set {set} of nft table inet {TABLE} holds {element}, which cannot be carried over; run `iptables-init uninstall` and install again"
+    "nft set {set} holds {element}, which cannot be carried over; run `iptables-init uninstall` and install again"
 )]
 pub struct UnknownElement {
-    /// The set.
+    /// The set, with its table.
     pub set: String,
     /// The element as nft lists it.
     pub element: String,
@@ -176,28 +241,38 @@ pub struct UnknownElement {
 
 /// Empties every chain in place, so that neither a queued packet nor a set element is lost.
 fn swap_rules(loaded: &Loaded, ruleset: &Ruleset) -> String {
-    loaded
-        .names("chain")
+    let chains = loaded.objects.iter().map(|object| &object["chain"]);
+    chains
+        .filter_map(|chain| Some((chain["family"].as_str()?, chain["name"].as_str()?)))
         // The netlink rule is replaced on its own, at once.
-        .filter(|name| *name != QUEUE_CHAIN || ruleset.queue_rule() == QueueRule::Native)
-        .map(|name| format!("flush chain inet {TABLE} {name}\n"))
+        .filter(|(_, name)| *name != QUEUE_CHAIN || ruleset.queue_rule() == QueueRule::Native)
+        .map(|(family, name)| format!("flush chain {family} {TABLE} {name}\n"))
         .collect()
 }
 
-fn declares_set(script: &str, name: &str) -> bool {
-    script.contains(&format!("\tset {name} {{"))
+/// The sets and maps that a script declares, named with their tables.
+fn sets_by_table(script: &str) -> Vec<String> {
+    let mut table = "";
+    let mut sets = Vec::new();
+    for line in script.lines() {
+        let line = line.trim();
+        if let Some(rest) = line.strip_prefix("table ") {
+            table = rest.trim_end_matches(" {");
+        } else if let Some(rest) = ["set ", "map "].iter().find_map(|it| line.strip_prefix(it)) {
+            let name = rest.split(' ').next().unwrap_or_default();
+            sets.push(format!("{table} {name}"));
+        }
+    }
+    sets
 }
 
 /// An element of a set from `nft -j` to the nft language.
 fn element(value: &Value) -> Option<String> {
     if let Some(text) = value.as_str() {
-        // The name of a link may hold anything.
-        let address = text.parse::<IpAddr>().is_ok();
-        return Some(if address {
-            text.to_owned()
-        } else {
-            format!("\"{text}\"")
-        });
+        return Some(text.to_owned());
+    }
+    if let Some([key, value]) = value.as_array().map(Vec::as_slice) {
+        return Some(format!("{} : {}", element(key)?, element(value)?));
     }
     if let Some(parts) = value["concat"].as_array() {
         return Some(
@@ -219,14 +294,16 @@ fn element(value: &Value) -> Option<String> {
     ))
 }
 
-/// How many rules each chain of a rendered table has.
-fn rules_by_chain(text: &str) -> Vec<(String, usize)> {
-    let mut chains: Vec<(String, usize)> = Vec::new();
-    let mut inside = false;
+/// How many rules each chain of rendered tables has, with its table's family.
+fn rules_by_chain(text: &str) -> Vec<(String, String, usize)> {
+    let mut chains: Vec<(String, String, usize)> = Vec::new();
+    let (mut family, mut inside) = ("", false);
     for line in text.lines().map(str::trim) {
-        if let Some(rest) = line.strip_prefix("chain ") {
+        if let Some(rest) = line.strip_prefix("table ") {
+            family = rest.split(' ').next().unwrap_or_default();
+        } else if let Some(rest) = line.strip_prefix("chain ") {
             let name = rest.split(' ').next().unwrap_or_default();
-            chains.push((name.to_owned(), 0));
+            chains.push((family.to_owned(), name.to_owned(), 0));
             inside = !line.ends_with('}');
         } else if line == "}" {
             inside = false;
@@ -234,7 +311,7 @@ fn rules_by_chain(text: &str) -> Vec<(String, usize)> {
             && !line.is_empty()
             && !line.starts_with("type ")
             && !line.starts_with('#')
-            && let Some((_, count)) = chains.last_mut()
+            && let Some((.., count)) = chains.last_mut()
         {
             *count += 1;
         }
@@ -254,7 +331,17 @@ fn fnv1a(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::marks::Marks;
+    use crate::ruleset::Kernel;
     use crate::settings::{Fail, Settings};
+
+    const KERNEL: Kernel = Kernel {
+        queue_rule: QueueRule::Target,
+        bridges: true,
+    };
+    const NATIVE: Kernel = Kernel {
+        queue_rule: QueueRule::Native,
+        ..KERNEL
+    };
 
     fn settings() -> Settings {
         Settings {
@@ -269,14 +356,14 @@ mod tests {
 
     #[test]
     fn every_setting_is_in_the_stamp_and_none_changes_the_layout() {
-        let default = Stamp::of(&Ruleset::new(&settings(), QueueRule::Target));
-        for (other, rule, what) in [
+        let default = Stamp::of(&Ruleset::new(&settings(), KERNEL));
+        for (other, kernel, what) in [
             (
                 Settings {
                     proxy_port: 1,
                     ..settings()
                 },
-                QueueRule::Target,
+                KERNEL,
                 "port",
             ),
             (
@@ -284,7 +371,7 @@ mod tests {
                     queue: 1,
                     ..settings()
                 },
-                QueueRule::Target,
+                KERNEL,
                 "first queue",
             ),
             (
@@ -292,7 +379,7 @@ mod tests {
                     queues: Some(3),
                     ..settings()
                 },
-                QueueRule::Target,
+                KERNEL,
                 "queues",
             ),
             (
@@ -300,12 +387,12 @@ mod tests {
                     fail: Fail::Open,
                     ..settings()
                 },
-                QueueRule::Target,
+                KERNEL,
                 "fail",
             ),
-            (settings(), QueueRule::Native, "way to queue"),
+            (settings(), NATIVE, "way to queue"),
         ] {
-            let other = Stamp::of(&Ruleset::new(&other, rule));
+            let other = Stamp::of(&Ruleset::new(&other, kernel));
             assert_ne!(other.content, default.content, "{what}");
             assert_eq!(other.layout, default.layout, "{what}");
         }
@@ -313,7 +400,7 @@ mod tests {
 
     #[test]
     fn a_stamp_is_read_as_it_was_written() {
-        let stamp = Stamp::of(&Ruleset::new(&settings(), QueueRule::Target));
+        let stamp = Stamp::of(&Ruleset::new(&settings(), KERNEL));
         assert_eq!(Stamp::parse(&stamp.to_string()), Some(stamp));
         assert_eq!(Stamp::parse("portreeve"), None);
     }
@@ -322,7 +409,6 @@ mod tests {
     fn elements_of_every_kind_are_written_as_nft_reads_them() {
         for (listed, expected) in [
             (r#""10.0.0.1""#, Some("10.0.0.1")),
-            (r#""1veth@x""#, Some(r#""1veth@x""#)),
             (
                 r#"{"prefix": {"addr": "10.0.0.0", "len": 24}}"#,
                 Some("10.0.0.0/24"),
@@ -335,6 +421,10 @@ mod tests {
                 r#"{"concat": ["10.0.0.1", "10.0.0.1"]}"#,
                 Some("10.0.0.1 . 10.0.0.1"),
             ),
+            (
+                r#"["pod0", "0a:58:0a:f4:00:01"]"#,
+                Some("pod0 : 0a:58:0a:f4:00:01"),
+            ),
             (r#"{"unheard": "of"}"#, None),
         ] {
             let value = serde_json::from_str(listed).unwrap();
@@ -343,9 +433,21 @@ mod tests {
     }
 
     #[test]
+    fn names_of_links_are_quoted() {
+        assert_eq!(quoted("1veth@x"), r#""1veth@x""#);
+        assert_eq!(quoted("pod0 : 02::1"), r#""pod0" : 02::1"#);
+    }
+
+    #[test]
     fn rules_are_counted_without_comments_and_chain_types() {
-        let text = "table inet x {\n chain a {\n type filter hook input priority 0;\n # why\n drop\n accept\n }\n chain b { type nat hook input priority 0; }\n chain c {\n }\n}";
-        let expected = [("a", 2), ("b", 0), ("c", 0)].map(|(name, n)| (name.to_owned(), n));
+        let text = "table inet x {\n chain a {\n type filter hook input priority 0;\n # why\n drop\n accept\n }\n chain b { type nat hook input priority 0; }\n chain c {\n }\n}\ntable bridge x {\n chain a {\n drop\n }\n}";
+        let expected = [
+            ("inet", "a", 2),
+            ("inet", "b", 0),
+            ("inet", "c", 0),
+            ("bridge", "a", 1),
+        ]
+        .map(|(family, name, n)| (family.to_owned(), name.to_owned(), n));
         assert_eq!(rules_by_chain(text), expected);
     }
 }

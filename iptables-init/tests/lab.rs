@@ -14,8 +14,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use iptables_init::ruleset::{QueueRule, Ruleset};
-use iptables_init::sets::Sets;
+use iptables_init::bridges::{Bridge, ports_script};
+use iptables_init::ruleset::{Kernel, QueueRule, Ruleset};
+use iptables_init::sets::{Groups, Sets};
 use iptables_init::settings::Settings;
 use lab::traffic::UdpOutcome;
 use lab::{Cluster, Host, Netns, Outcome, PodSpec, wait_until};
@@ -28,6 +29,10 @@ const INIT: &str = env!("CARGO_BIN_EXE_iptables-init");
 /// Longer than a round trip in the lab by far, shorter than a SYN's first retransmit.
 const SOON: Duration = Duration::from_millis(500);
 const DEADLINE: Duration = Duration::from_secs(5);
+const NATIVE: Kernel = Kernel {
+    queue_rule: QueueRule::Native,
+    bridges: true,
+};
 
 fn main() -> ExitCode {
     lab::runner::main(&lab::tests![
@@ -35,6 +40,7 @@ fn main() -> ExitCode {
         installing_again_changes_nothing,
         every_partial_state_is_mended_and_can_be_taken_out,
         other_flags_take_the_place_of_the_table_and_the_sets_keep_their_elements,
+        bridges_look_into_packets_again_after_uninstall_only_if_they_did_before,
         another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements,
         nft_understands_its_own_queue_for_any_number_of_queues,
         sets_in_the_kernel_are_what_the_scripts_say,
@@ -75,6 +81,7 @@ fn uninstall_restores_the_namespace_to_the_byte() {
         "",
         "--fail open",
         "--mark-mask 0xf0000 --proxy-port 7000 --queue 7 --queues 3",
+        "--bridge cni0",
     ] {
         init(&netns, &format!("install {flags}")).ok();
         assert_ne!(dump(&netns), before, "{flags}: install did nothing");
@@ -116,6 +123,9 @@ fn every_partial_state_is_mended_and_can_be_taken_out() {
         "nft flush chain inet portreeve installed_by",
         "nft add rule inet portreeve answer accept",
         "nft flush table inet portreeve",
+        "nft delete table bridge portreeve",
+        "nft flush table bridge portreeve",
+        "nft delete table inet portreeve; nft flush chain bridge portreeve up",
         "nft 'flush ruleset; table inet portreeve { chain intercept { type nat hook output priority 7; }; }'",
         "ip -4 rule del pref 10",
         "ip -6 rule del pref 10",
@@ -144,8 +154,8 @@ fn other_flags_take_the_place_of_the_table_and_the_sets_keep_their_elements() {
     let netns = namespace();
     init(&netns, "install").ok();
     fill_sets(&netns);
-    let sets = sh(&netns, "nft -a list sets inet");
-    let chains = "nft -a list chains inet | grep chain";
+    let sets = sh(&netns, "nft -a list sets; nft -a list maps");
+    let chains = "nft -a list chains | grep chain";
     let before = sh(&netns, chains);
     for flags in [
         "--fail open --queues 5 --queue 9",
@@ -159,7 +169,7 @@ fn other_flags_take_the_place_of_the_table_and_the_sets_keep_their_elements() {
             "{flags}"
         );
         assert_eq!(
-            sh(&netns, "nft -a list sets inet"),
+            sh(&netns, "nft -a list sets; nft -a list maps"),
             sets,
             "{flags}: elements or handles"
         );
@@ -178,7 +188,7 @@ fn another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements(
     let netns = namespace();
     init(&netns, "install").ok();
     fill_sets(&netns);
-    let sets = sh(&netns, "nft list sets inet");
+    let sets = sh(&netns, "nft list sets; nft list maps");
     // As a version with other chains would have left it.
     sh(
         &netns,
@@ -190,7 +200,10 @@ fn another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements(
     init(&netns, "install").ok();
     init(&netns, "check").ok();
     assert!(!sh(&netns, "nft list table inet portreeve").contains("gone"));
-    assert_eq!(sorted(&sh(&netns, "nft list sets inet")), sorted(&sets));
+    assert_eq!(
+        sorted(&sh(&netns, "nft list sets; nft list maps")),
+        sorted(&sets)
+    );
 }
 
 fn nft_understands_its_own_queue_for_any_number_of_queues() {
@@ -198,7 +211,7 @@ fn nft_understands_its_own_queue_for_any_number_of_queues() {
         for fail in ["open", "closed"] {
             let flags = format!("x --queues {queues} --fail {fail}");
             let line = Line::try_parse_from(flags.split_whitespace()).unwrap();
-            let ruleset = Ruleset::new(&line.settings, QueueRule::Native);
+            let ruleset = Ruleset::new(&line.settings, NATIVE);
             let netns = namespace();
             let mut command = netns.command("sh");
             command.args(["-ec", &format!("nft -c -f - <<'END'\n{ruleset}\nEND")]);
@@ -225,14 +238,18 @@ fn sets_in_the_kernel_are_what_the_scripts_say() {
     second.ingress_released.insert(address("fd00:1::9"));
     second.selves.clear();
     load(&netns, &second.change_script(&first).unwrap());
-    let changed = sh(&netns, "nft list sets inet");
-    load(&netns, &Sets::default().replace_script());
+    let changed = sh(&netns, "nft list sets; nft list maps");
+    let nothing = Sets {
+        bridged: Some(Groups::Stay),
+        ..Sets::default()
+    };
+    load(&netns, &nothing.replace_script());
     assert!(
-        !sh(&netns, "nft list sets inet").contains("elements"),
+        !sh(&netns, "nft list sets; nft list maps").contains("elements"),
         "replacing by nothing empties"
     );
     load(&netns, &second.replace_script());
-    assert_eq!(changed, sh(&netns, "nft list sets inet"));
+    assert_eq!(changed, sh(&netns, "nft list sets; nft list maps"));
     assert!(
         changed.contains("10.1.0.0/16"),
         "the CIDR that covered the one taken out:\n{changed}"
@@ -246,6 +263,31 @@ fn sets_without_an_installed_table_are_refused_with_the_remedy() {
         .unwrap();
     let text = refused.unwrap_err().to_string();
     assert!(text.contains("run `iptables-init install` first"), "{text}");
+}
+
+fn bridges_look_into_packets_again_after_uninstall_only_if_they_did_before() {
+    const READ: &str = "cat /proc/sys/net/bridge/bridge-nf-call-iptables /proc/sys/net/bridge/bridge-nf-call-ip6tables";
+    for (before, install, installed) in [
+        ("1\n1\n", "install --bridge cni0", "0\n0\n"),
+        ("0\n1\n", "install --bridge cni0", "0\n0\n"),
+        ("0\n0\n", "install --bridge cni0", "0\n0\n"),
+        ("1\n1\n", "install", "1\n1\n"),
+    ] {
+        let netns = namespace();
+        let values: Vec<_> = before.split_whitespace().collect();
+        for (name, value) in ["iptables", "ip6tables"].iter().zip(values) {
+            let name = format!("bridge/bridge-nf-call-{name}");
+            netns.set_sysctls(&[(&name, value)]).unwrap();
+        }
+        init(&netns, install).ok();
+        assert_eq!(sh(&netns, READ), installed, "{install}, {before}");
+        let again = init(&netns, install).ok();
+        assert_eq!(again, "already installed; nothing changed\n");
+        // What is noted survives other flags and another layout.
+        init(&netns, &format!("{install} --fail open")).ok();
+        init(&netns, "uninstall").ok();
+        assert_eq!(sh(&netns, READ), before, "{install}");
+    }
 }
 
 /// What is made wrong, the flags of `check`, and what it says then.
@@ -275,7 +317,22 @@ const WRONGS: &[(&str, &str, &str)] = &[
     (
         "true",
         "--bridge cni0",
-        "--bridge cni0 is not supported yet",
+        "sysctl net.bridge.bridge-nf-call-iptables is 1",
+    ),
+    (
+        "nft flush chain bridge portreeve raise",
+        "",
+        "chain raise of nft table bridge portreeve was changed",
+    ),
+    (
+        "nft delete table bridge portreeve",
+        "",
+        "of nft table bridge portreeve was changed",
+    ),
+    (
+        "iptables-init install --bridge br7; ip link add br7 type bridge nf_call_ip6tables 1",
+        "--bridge br7",
+        "bridge br7 itself looks into IP packets",
     ),
     ("true", "--queue 65535 --queues 2", "take a lower --queue"),
     (
@@ -652,13 +709,26 @@ fn some_sets() -> Sets {
         ingress_released: addresses(&["10.1.2.3", "fd00:1::4"]),
         selves: addresses(&["10.1.2.3", "fd00:1::3"]),
         own_node_judged: true,
+        bridged: Some(Groups::Pass),
     }
 }
 
 fn fill_sets(netns: &Netns) {
-    load(netns, &some_sets().replace_script());
     let links = ["cali0a@x", "1veth"].map(str::to_owned).into();
     load(netns, &iptables_init::sets::pod_links_script(&links));
+    let bridge = Bridge {
+        name: "cni0".into(),
+        address: "0a:58:0a:f4:00:01".into(),
+        ports: ["pod0", "ip", "3"].map(String::from).into(),
+        looks_into_ip: false,
+    };
+    let script = some_sets().replace_script() + &ports_script(&[bridge]);
+    load(netns, &script);
+    // Where bridges have ports of pods, `check` looks at these.
+    for name in ["iptables", "ip6tables"] {
+        let name = format!("bridge/bridge-nf-call-{name}");
+        netns.set_sysctls(&[(&name, "0")]).unwrap();
+    }
 }
 
 fn load(netns: &Netns, script: &str) {
@@ -716,8 +786,9 @@ fn init(netns: &Netns, arguments: &str) -> Ran {
 }
 
 fn sh(netns: &Netns, script: &str) -> String {
+    let programs = Path::new(INIT).parent().unwrap().display();
     let mut command = netns.command("sh");
-    command.args(["-ec", script]);
+    command.args(["-ec", &format!("PATH=$PATH:{programs}; {script}")]);
     Ran::from(command).ok()
 }
 

@@ -3,7 +3,7 @@
 //! After a wanted change: `INSTA_UPDATE=always cargo test -p iptables-init --test print`.
 use clap::Parser;
 use iptables_init::redirect::{Families, script};
-use iptables_init::ruleset::QueueRule;
+use iptables_init::ruleset::{Kernel, QueueRule};
 use iptables_init::settings::Settings;
 
 #[derive(Parser)]
@@ -21,7 +21,11 @@ fn printed(flags: &str, queue_rule: QueueRule, families: Families) -> String {
     };
     let line = format!("iptables-init {queues} {flags}");
     let line = Line::try_parse_from(line.split_whitespace()).expect("flags of the test");
-    script(&line.settings, queue_rule, families)
+    let kernel = Kernel {
+        queue_rule,
+        bridges: true,
+    };
+    script(&line.settings, kernel, families)
 }
 
 /// The lines that `flags` change, as a diff.
@@ -75,6 +79,23 @@ fn fail_open_lets_through_what_has_no_listener_and_what_has_no_queue() {
     let both = [QueueRule::Target, QueueRule::Native]
         .map(|queue_rule| changed_by("--fail open", queue_rule));
     insta::assert_snapshot!("fail_open", both.join("\nwith nft's own queue:\n"));
+}
+
+#[test]
+fn a_named_bridge_only_adds_what_must_be_switched_off() {
+    insta::assert_snapshot!("bridge", changed_by("--bridge cni0", QueueRule::Target));
+}
+
+#[test]
+fn a_kernel_without_the_family_bridge_gets_all_but_its_table() {
+    let line = Line::try_parse_from(["x", "--queues", "2"]).expect("flags of the test");
+    let kernel = Kernel {
+        queue_rule: QueueRule::Target,
+        bridges: false,
+    };
+    let without = script(&line.settings, kernel, Families::Both);
+    assert!(without.contains("table inet portreeve {"), "{without}");
+    assert!(!without.contains("table bridge"), "{without}");
 }
 
 #[test]

@@ -139,7 +139,7 @@ impl Changes {
     }
 
     /// Waits for a change, and takes all that there are.
-    async fn next(&self) -> io::Result<()> {
+    pub(crate) async fn next(&self) -> io::Result<()> {
         let mut ready = self.0.readable().await?;
         let mut buffer = [0; 4096];
         loop {

@@ -2,6 +2,7 @@
 mod accept;
 mod admin;
 mod ask;
+mod bridges;
 mod carried;
 mod connect;
 mod conntrack;

@@ -7,13 +7,19 @@ use tokio::sync::watch;
 
 use crate::records::timestamp;
 
-/// Shared by who finds out and who is asked.
+/// Shared by those who find out and those who ask; it speaks for one part of the work.
 #[derive(Clone)]
 pub(crate) struct Readiness {
-    state: Arc<watch::Sender<State>>,
+    parts: Arc<watch::Sender<[State; 2]>>,
+    part: usize,
     /// Of the watches of the Kubernetes API, if that is the source.
     watches: Option<Arc<WatchStatus>>,
 }
+
+/// Following the cluster's state.
+const CLUSTER: usize = 0;
+/// Watching the node's bridges.
+const BRIDGES: usize = 1;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct State {
@@ -23,16 +29,28 @@ struct State {
 }
 
 impl Readiness {
-    /// Not ready, since nothing is in force yet.
+    /// Not ready, since nothing is in force yet. Speaks for the cluster's state.
     pub(crate) fn new(watches: Option<Arc<WatchStatus>>) -> Self {
-        let reason = Some("the first state is not in force yet".to_owned());
-        let state = State {
-            reason,
+        let state = |reason: &str| State {
+            reason: Some(reason.to_owned()),
             since: SystemTime::now(),
         };
+        let parts = [
+            state("the first state is not in force yet"),
+            state("the node's bridges have not been looked at yet"),
+        ];
         Self {
-            state: Arc::new(watch::Sender::new(state)),
+            parts: Arc::new(watch::Sender::new(parts)),
+            part: CLUSTER,
             watches,
+        }
+    }
+
+    /// The same, to speak for the node's bridges.
+    pub(crate) fn of_bridges(&self) -> Self {
+        Self {
+            part: BRIDGES,
+            ..self.clone()
         }
     }
 
@@ -46,13 +64,16 @@ impl Readiness {
         self.set(Some(reason.into()));
     }
 
+    /// Asks for all parts.
+    ///
     /// # Errors
-    /// The reason why not, with its time.
+    /// The first reason why not, with its time.
     pub(crate) fn check(&self) -> Result<(), String> {
-        let state = self.state.borrow();
-        match &state.reason {
+        let parts = self.parts.borrow();
+        let why = |state: &State| Some((state.reason.clone()?, state.since));
+        match parts.iter().find_map(why) {
             None => Ok(()),
-            Some(reason) => Err(format!("{reason} (since {})", timestamp(state.since))),
+            Some((reason, since)) => Err(format!("{reason} (since {})", timestamp(since))),
         }
     }
 
@@ -77,7 +98,8 @@ impl Readiness {
 
     /// Keeps the time of a reason that only repeats.
     fn set(&self, reason: Option<String>) {
-        self.state.send_if_modified(|state| {
+        self.parts.send_if_modified(|parts| {
+            let state = &mut parts[self.part];
             let changed = state.reason != reason;
             if changed {
                 *state = State {
@@ -87,5 +109,36 @@ impl Readiness {
             }
             changed
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_parts_must_be_ready_and_the_reason_is_named() {
+        let cluster = Readiness::new(None);
+        let bridges = cluster.of_bridges();
+        cluster.ready();
+        let reason = cluster.check().unwrap_err();
+        assert!(
+            reason.contains("bridges have not been looked at"),
+            "{reason}"
+        );
+        bridges.ready();
+        assert_eq!(cluster.check(), Ok(()));
+        bridges.not_ready("cni0 is gone");
+        assert!(
+            cluster
+                .check()
+                .unwrap_err()
+                .starts_with("cni0 is gone (since ")
+        );
+        cluster.ready();
+        assert!(
+            cluster.check().is_err(),
+            "one part does not speak for the other"
+        );
     }
 }

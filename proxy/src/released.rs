@@ -8,14 +8,38 @@ use std::sync::Arc;
 
 use controller::Table;
 use ipnet::IpNet;
-use iptables_init::sets::{self, Sets, SetsError};
+use iptables_init::ruleset::Kernel;
+use iptables_init::sets::{self, Groups, Sets, SetsError};
 
-/// The sets as the kernel has them, as far as we know.
-pub(crate) struct Released {
+/// Which addresses are pods of this node.
+#[derive(Clone)]
+pub(crate) struct PodCidrs {
     table: Arc<Table>,
     node: Arc<str>,
     /// `--pod-cidr`; empty: the Node object's.
-    pod_cidrs: Vec<IpNet>,
+    told: Vec<IpNet>,
+}
+
+impl PodCidrs {
+    pub(crate) fn new(table: Arc<Table>, node: Arc<str>, told: Vec<IpNet>) -> Self {
+        Self { table, node, told }
+    }
+
+    /// As told, or as the Node object has them by now.
+    pub(crate) fn now(&self) -> Vec<IpNet> {
+        if self.told.is_empty() {
+            self.table.node_pod_cidrs(&self.node)
+        } else {
+            self.told.clone()
+        }
+    }
+}
+
+/// The sets as the kernel has them, as far as we know.
+pub(crate) struct Released {
+    pods: PodCidrs,
+    /// Whether the kernel has a table for bridges.
+    bridges: bool,
     loaded: Option<Sets>,
     /// The addresses of this node's pods when they were last known.
     known: Vec<IpNet>,
@@ -23,22 +47,12 @@ pub(crate) struct Released {
 
 impl Released {
     /// Knows nothing of what the kernel has; the first [`Self::sync`] replaces it.
-    pub(crate) fn new(table: Arc<Table>, node: Arc<str>, pod_cidrs: Vec<IpNet>) -> Self {
+    pub(crate) fn new(pods: PodCidrs, kernel: Kernel) -> Self {
         Self {
-            table,
-            node,
-            pod_cidrs,
+            pods,
+            bridges: kernel.bridges,
             loaded: None,
             known: Vec::new(),
-        }
-    }
-
-    /// The addresses of this node's pods, as told or from the Node object.
-    pub(crate) fn pod_cidrs(&self) -> Vec<IpNet> {
-        if self.pod_cidrs.is_empty() {
-            self.table.node_pod_cidrs(&self.node)
-        } else {
-            self.pod_cidrs.clone()
         }
     }
 
@@ -63,11 +77,11 @@ impl Released {
 
     fn wanted(&mut self) -> Sets {
         // A Node object that is gone, or has lost its CIDRs, takes no pod out from under policy.
-        let cidrs = self.pod_cidrs();
+        let cidrs = self.pods.now();
         if !cidrs.is_empty() {
             self.known = cidrs;
         }
-        let local = self.table.local(&self.node);
+        let local = self.pods.table.local(&self.pods.node);
         let addresses = |keep: &dyn Fn(&controller::LocalPod) -> bool| {
             local
                 .iter()
@@ -75,12 +89,17 @@ impl Released {
                 .map(|pod| pod.address)
                 .collect::<BTreeSet<_>>()
         };
+        let isolated = local
+            .iter()
+            .any(|pod| pod.egress_isolated || pod.ingress_isolated);
+        let groups = if isolated { Groups::Stay } else { Groups::Pass };
         Sets {
             pods: self.known.iter().copied().collect(),
             egress_released: addresses(&|pod| !pod.egress_isolated),
             ingress_released: addresses(&|pod| !pod.ingress_isolated),
             selves: addresses(&|_| true),
-            own_node_judged: self.table.settings().own_node == policy::OwnNode::Judge,
+            own_node_judged: self.pods.table.settings().own_node == policy::OwnNode::Judge,
+            bridged: self.bridges.then_some(groups),
         }
     }
 }

@@ -21,6 +21,7 @@ use tracing::{info, warn};
 
 use crate::accept;
 use crate::admin;
+use crate::bridges::Bridges;
 use crate::enforcer::Enforcer;
 use crate::flows::Flows;
 use crate::limits::{Bounds, Limits};
@@ -28,7 +29,7 @@ use crate::links::{Changes, PodLinks};
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 use crate::records::Recorder;
-use crate::released::Released;
+use crate::released::{PodCidrs, Released};
 use crate::telemetry::Spans;
 use crate::worker::Worker;
 
@@ -84,7 +85,7 @@ async fn enforce(args: &RunArgs, mut source: Source) -> anyhow::Result<()> {
         cluster_cidrs: args.cluster_cidr.clone(),
         own_node: args.own_node.into(),
     });
-    let released = Released::new(Arc::clone(&table), Arc::clone(&node), args.pod_cidr.clone());
+    let pods = PodCidrs::new(Arc::clone(&table), Arc::clone(&node), args.pod_cidr.clone());
     let readiness = Readiness::new(source.status());
     let enforcer = enforcer(args, node, Arc::clone(&table), source.status())?;
     let (stop, stopped) = watch::channel(false);
@@ -98,7 +99,7 @@ async fn enforce(args: &RunArgs, mut source: Source) -> anyhow::Result<()> {
     );
     let serving = tokio::spawn(serving);
     let mut index = Index::new(Arc::clone(&table));
-    let first = first_state(&mut source, &mut index, &released, &readiness, &enforcer);
+    let first = first_state(&mut source, &mut index, &pods, &readiness, &enforcer);
     let touched = tokio::select! {
         () = signals.received() => return Ok(()),
         touched = first => touched?,
@@ -108,11 +109,14 @@ async fn enforce(args: &RunArgs, mut source: Source) -> anyhow::Result<()> {
     tokio::spawn(links.follow(changes));
     let workers = start_workers(args, &enforcer, &stopped)?;
     tokio::spawn(expire(Arc::clone(&enforcer)));
+    let kernel = iptables_init::probe_kernel()?;
+    let bridges = Bridges::new(args.redirect.bridge.clone(), pods.clone(), kernel);
+    tokio::spawn(bridges.watch(Changes::listen()?, readiness.of_bridges()));
     let following = Follower {
         source,
         index,
         enforcer: Arc::clone(&enforcer),
-        released,
+        released: Released::new(pods, kernel),
         readiness: readiness.clone(),
         touched,
     };
@@ -142,7 +146,7 @@ async fn enforce(args: &RunArgs, mut source: Source) -> anyhow::Result<()> {
 async fn first_state(
     source: &mut Source,
     index: &mut Index,
-    released: &Released,
+    pods: &PodCidrs,
     readiness: &Readiness,
     enforcer: &Enforcer,
 ) -> anyhow::Result<BTreeSet<IpAddr>> {
@@ -153,7 +157,7 @@ async fn first_state(
         follow::announce(&batch);
         touched.extend(index.apply(batch));
         source.tell(&enforcer.table.problems());
-        if !released.pod_cidrs().is_empty() {
+        if !pods.now().is_empty() {
             return Ok(touched);
         }
         let reason = format!(

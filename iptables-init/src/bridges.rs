@@ -1,0 +1,312 @@
+//! Linux bridges that pods hang on: which there are, and what must be off for them.
+//!
+//! A bridge that looks into IP packets itself (`br_netfilter`) runs the prerouting chains below IP,
+//! and IP does not run them again: an intercepted packet would lose its socket on the way up. Knows
+//! neither pods nor policies, only links and addresses.
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::{fs, io};
+
+use ipnet::IpNet;
+use serde_json::Value;
+
+use crate::command::{self, CommandError, Program};
+use crate::probe::{BRIDGES, MODULE_PACKAGES};
+use crate::ruleset::{BRIDGE, TABLE};
+use crate::sets::{self, SetsError};
+use crate::table::Loaded;
+
+const PORTS: &str = "ports";
+const SWITCHED_OFF: &str = "switched_off";
+
+/// Why pods on a bridge cannot be policed.
+#[derive(Debug, thiserror::Error)]
+pub enum BridgeError {
+    /// The kernel has no nft for bridges.
+    #[error(
+        "the kernel lacks {} ({}), so pods on a Linux bridge cannot be policed; install the kernel's full set of modules ({MODULE_PACKAGES})",
+        BRIDGES.name,
+        BRIDGES.options
+    )]
+    NoFamily,
+    /// The sysctl cannot be written.
+    #[error(
+        "sysctl {} is 1 and cannot be changed from here ({source}); run `iptables-init install --bridge NAME` with a writable /proc/sys (a privileged container)",
+        sysctl(switch)
+    )]
+    Switch {
+        /// The last part of its name.
+        switch: String,
+        /// What the kernel answered.
+        source: io::Error,
+    },
+    /// What was switched off could not be noted down.
+    #[error(transparent)]
+    Sets(#[from] SetsError),
+}
+
+/// A bridge, as links and addresses tell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bridge {
+    /// Its name.
+    pub name: String,
+    /// Its own address (IEEE 802), as `ip` writes it.
+    pub address: String,
+    /// The links that are its ports.
+    pub ports: Vec<String>,
+    /// Whether the bridge itself is told to look into IP packets (`nf_call_iptables`,
+    /// `nf_call_ip6tables`), whatever the sysctls say.
+    pub looks_into_ip: bool,
+}
+
+/// The bridges of `names`, and those with an address in one of the `pods` networks, or whose own
+/// network holds one of them. Runs `ip`; blocks for some milliseconds.
+///
+/// # Errors
+/// [`CommandError`] if `ip` is missing or fails.
+pub fn find(names: &[String], pods: &[IpNet]) -> Result<Vec<Bridge>, CommandError> {
+    let text = command::run(Program::Ip, &["-j", "-d", "addr", "show"], "")?;
+    let links: Vec<Value> = serde_json::from_str(&text).map_err(|source| CommandError::Run {
+        program: Program::Ip,
+        source: source.into(),
+    })?;
+    Ok(among(&links, names, pods))
+}
+
+fn among(links: &[Value], names: &[String], pods: &[IpNet]) -> Vec<Bridge> {
+    let ours = |link: &&Value| {
+        let named = names.iter().any(|name| link["ifname"] == name.as_str());
+        link["linkinfo"]["info_kind"] == "bridge"
+            && (named || networks(link).any(|net| pods.iter().any(|pods| overlap(&net, pods))))
+    };
+    let bridge = |link: &Value| {
+        let name = link["ifname"].as_str()?;
+        let ports = links.iter().filter(|port| port["master"] == name);
+        let told = &link["linkinfo"]["info_data"];
+        Some(Bridge {
+            name: name.to_owned(),
+            address: link["address"].as_str()?.to_owned(),
+            ports: ports
+                .filter_map(|port| Some(port["ifname"].as_str()?.to_owned()))
+                .collect(),
+            looks_into_ip: SWITCHES.iter().any(|it| told[format!("nf_call_{it}")] == 1),
+        })
+    };
+    links.iter().filter(ours).filter_map(bridge).collect()
+}
+
+/// The networks that a link has an address in.
+fn networks(link: &Value) -> impl Iterator<Item = IpNet> {
+    let addresses = link["addr_info"].as_array().map(Vec::as_slice);
+    addresses.unwrap_or_default().iter().filter_map(|address| {
+        let length = u8::try_from(address["prefixlen"].as_u64()?).ok()?;
+        IpNet::new(address["local"].as_str()?.parse().ok()?, length).ok()
+    })
+}
+
+fn overlap(one: &IpNet, other: &IpNet) -> bool {
+    one.contains(other) || other.contains(one)
+}
+
+/// One nft transaction after which the table knows these bridges' ports and no others.
+#[must_use]
+pub fn ports_script(bridges: &[Bridge]) -> String {
+    let ports: BTreeMap<&str, &str> = bridges
+        .iter()
+        .flat_map(|bridge| bridge.ports.iter().map(|port| (&**port, &*bridge.address)))
+        // What nft would read otherwise than as a name stays unknown, so its pod is cut off.
+        .filter(|(port, _)| !port.contains(['"', '*', '\\']))
+        .collect();
+    let mut script = String::new();
+    let names = ports.keys().map(|port| format!("\"{port}\"")).collect();
+    sets::replace(&mut script, &format!("{BRIDGE} {TABLE} {PORTS}"), &names);
+    let above = ports
+        .iter()
+        .map(|(port, address)| format!("\"{port}\" : {address}"));
+    // A map is flushed as a set is, by another word.
+    let map = format!("{BRIDGE} {TABLE} above");
+    script += &format!("flush map {map}\n");
+    sets::elements(&mut script, "add", &map, above);
+    script
+}
+
+/// Whether `loaded` knows ports of bridges.
+pub(crate) fn has_ports(loaded: &Loaded) -> bool {
+    loaded.strings(BRIDGE, PORTS).next().is_some()
+}
+
+/// The ends of the names of the sysctls that make bridges look into IP packets, and of the bridges'
+/// own parameters (linux Documentation/networking/ip-sysctl: `bridge-nf-call-*`).
+const SWITCHES: [&str; 2] = ["iptables", "ip6tables"];
+
+fn sysctl(switch: &str) -> String {
+    format!("net.bridge.bridge-nf-call-{switch}")
+}
+
+fn file(switch: &str) -> String {
+    format!("/proc/sys/net/bridge/bridge-nf-call-{switch}")
+}
+
+/// The sysctls by which all bridges of this network namespace look into IP packets; none without
+/// the module `br_netfilter`.
+#[must_use]
+pub fn switched_on() -> Vec<String> {
+    let on = SWITCHES.iter().filter(|switch| is_on(switch));
+    on.map(|switch| sysctl(switch)).collect()
+}
+
+fn is_on(switch: &str) -> bool {
+    fs::read_to_string(file(switch)).is_ok_and(|value| value.trim() != "0")
+}
+
+/// Stops bridges from looking into IP packets, and notes in the table what `uninstall` is to switch
+/// on again; whether there was anything to be done.
+///
+/// # Errors
+/// [`BridgeError`]; running it again goes on where it stopped.
+pub fn switch_off() -> Result<bool, BridgeError> {
+    let on: Vec<_> = SWITCHES
+        .into_iter()
+        .filter(|switch| is_on(switch))
+        .collect();
+    if on.is_empty() {
+        return Ok(false);
+    }
+    let mut note = String::new();
+    let names = on.iter().map(|switch| format!("\"{switch}\""));
+    sets::elements(
+        &mut note,
+        "add",
+        &format!("{BRIDGE} {TABLE} {SWITCHED_OFF}"),
+        names,
+    );
+    sets::load(&note)?;
+    on.iter().try_for_each(|switch| write(switch, "0"))?;
+    Ok(true)
+}
+
+/// What [`switch_off`] does, for `print`.
+pub(crate) fn switch_off_script() -> String {
+    let lines = SWITCHES.map(|switch| format!("[ ! -e {0} ] || echo 0 > {0}\n", file(switch)));
+    format!(
+        "# What this changes is noted in the table, for `uninstall`.\n{}",
+        lines.concat()
+    )
+}
+
+/// Undoes [`switch_off`], as `loaded` has it noted.
+pub(crate) fn switch_on_again(loaded: &Loaded) -> Result<(), BridgeError> {
+    let noted: Vec<_> = loaded.strings(BRIDGE, SWITCHED_OFF).collect();
+    let there = SWITCHES
+        .iter()
+        .filter(|switch| noted.contains(switch) && Path::new(&file(switch)).exists());
+    there.into_iter().try_for_each(|switch| write(switch, "1"))
+}
+
+fn write(switch: &str, value: &str) -> Result<(), BridgeError> {
+    fs::write(file(switch), value).map_err(|source| BridgeError::Switch {
+        switch: switch.to_owned(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As `ip -j -d addr show` writes them, without what nobody reads.
+    fn links() -> Vec<Value> {
+        let bridge = |name: &str, address: &str, local: &str, length: u8, looks: u8| {
+            serde_json::json!({
+                "ifname": name, "address": address,
+                "linkinfo": { "info_kind": "bridge", "info_data": { "nf_call_iptables": looks, "nf_call_ip6tables": 0 } },
+                "addr_info": [
+                    { "local": local, "prefixlen": length },
+                    { "local": "fe80::1", "prefixlen": 64 },
+                ],
+            })
+        };
+        let port = |name: &str, master: &str| {
+            serde_json::json!({
+                "ifname": name, "address": "02::9", "master": master,
+                "linkinfo": { "info_kind": "veth" }, "addr_info": [],
+            })
+        };
+        vec![
+            serde_json::json!({ "ifname": "lo", "addr_info": [{ "local": "127.0.0.1", "prefixlen": 8 }] }),
+            bridge("cni0", "0a::1", "10.244.0.1", 24, 0),
+            bridge("docker0", "0a::2", "172.17.0.1", 16, 1),
+            port("pod0", "cni0"),
+            port("pod\"1", "cni0"),
+            port("c0", "docker0"),
+            serde_json::json!({ "ifname": "pod9", "linkinfo": { "info_kind": "veth" }, "addr_info": [{ "local": "10.244.0.1", "prefixlen": 32 }] }),
+        ]
+    }
+
+    fn found(names: &[&str], pods: &[&str]) -> Vec<String> {
+        let names: Vec<_> = names.iter().map(ToString::to_string).collect();
+        let pods: Vec<_> = pods.iter().map(|net| net.parse().unwrap()).collect();
+        let found = among(&links(), &names, &pods);
+        found.into_iter().map(|bridge| bridge.name).collect()
+    }
+
+    #[test]
+    fn a_bridge_is_found_by_its_name_or_by_a_network_that_overlaps_the_pods() {
+        for (names, pods, expected, why) in [
+            (
+                &[][..],
+                &["10.244.0.0/24"][..],
+                &["cni0"][..],
+                "the same network",
+            ),
+            (&[], &["10.244.0.0/16"], &["cni0"], "a part of the pods'"),
+            (
+                &[],
+                &["10.244.0.128/25"],
+                &["cni0"],
+                "a part of the bridge's",
+            ),
+            (&[], &["10.245.0.0/16", "fd00::/64"], &[], "another network"),
+            (
+                &["docker0"],
+                &["10.244.0.0/24"],
+                &["cni0", "docker0"],
+                "named",
+            ),
+            (&["pod0", "cni9"], &[], &[], "no bridge, or not there"),
+        ] {
+            assert_eq!(found(names, pods), expected, "{why}");
+        }
+    }
+
+    #[test]
+    fn a_bridge_has_its_address_its_ports_and_what_it_was_told() {
+        let pods = ["172.17.0.0/24".parse().unwrap()];
+        let expected = Bridge {
+            name: "docker0".into(),
+            address: "0a::2".into(),
+            ports: vec!["c0".into()],
+            looks_into_ip: true,
+        };
+        assert_eq!(among(&links(), &[], &pods), [expected]);
+    }
+
+    #[test]
+    fn ports_are_written_in_quotes_and_one_that_cannot_be_stays_out() {
+        let bridges = among(
+            &links(),
+            &["docker0".into()],
+            &["10.244.0.0/24".parse().unwrap()],
+        );
+        insta::assert_snapshot!(ports_script(&bridges), @r#"
+        flush set bridge portreeve ports
+        add element bridge portreeve ports { "c0", "pod0" }
+        flush map bridge portreeve above
+        add element bridge portreeve above { "c0" : 0a::2, "pod0" : 0a::1 }
+        "#);
+        insta::assert_snapshot!(ports_script(&[]), @r"
+        flush set bridge portreeve ports
+        flush map bridge portreeve above
+        ");
+    }
+}

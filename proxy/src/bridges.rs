@@ -1,0 +1,157 @@
+//! Keeps the kernel's table for bridges in step with the node's links: which are ports of bridges
+//! that pods hang on. Says what makes pods on a bridge unreachable.
+//!
+//! A port that is not known yet is cut off, so nothing is open for being late. Knows no pods, only
+//! their networks.
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use iptables_init::bridges::{self, Bridge, BridgeError};
+use iptables_init::command::CommandError;
+use iptables_init::ruleset::Kernel;
+use iptables_init::sets::{self, SetsError};
+use tokio::time::MissedTickBehavior;
+use tracing::{error, info};
+
+use crate::links::Changes;
+use crate::readiness::Readiness;
+use crate::released::PodCidrs;
+
+/// How often sysctls are read, of which nobody tells.
+const READ_EVERY: Duration = Duration::from_secs(2);
+
+/// The node's bridges as last seen.
+pub(crate) struct Bridges {
+    names: Vec<String>,
+    pods: PodCidrs,
+    kernel: Kernel,
+    seen: Seen,
+}
+
+/// What is known of the node and the kernel.
+#[derive(Default)]
+struct Seen {
+    cidrs: Vec<IpNet>,
+    /// `None`: to be looked for again.
+    bridges: Option<Vec<Bridge>>,
+    /// What the kernel's table was told last.
+    loaded: Option<String>,
+    /// The bridges for which the sysctls have been switched off; who switches them on again is
+    /// reported, not fought.
+    prepared: BTreeSet<String>,
+}
+
+/// What keeps pods on a bridge from being policed or from being reached.
+#[derive(Debug, thiserror::Error)]
+enum Fault {
+    #[error("the node's bridges cannot be looked at: {0}")]
+    Find(#[from] CommandError),
+    #[error(transparent)]
+    Bridge(#[from] BridgeError),
+    #[error("the ports of bridges cannot be told to the kernel: {0}")]
+    Ports(#[from] SetsError),
+    #[error(
+        "sysctl {sysctl} was set to 1, so connections of policed pods on bridge {bridge} time out; set it to 0 (`sysctl -w {sysctl}=0`), and find out who sets it"
+    )]
+    SwitchedOn { sysctl: String, bridge: String },
+    #[error(
+        "bridge {0} itself looks into IP packets, so connections of policed pods on it time out; run `ip link set {0} type bridge nf_call_iptables 0 nf_call_ip6tables 0`"
+    )]
+    LooksIntoIp(String),
+}
+
+impl Bridges {
+    /// Of the `names` given, and those that overlap with the pods' networks.
+    pub(crate) fn new(names: Vec<String>, pods: PodCidrs, kernel: Kernel) -> Self {
+        Self {
+            names,
+            pods,
+            kernel,
+            seen: Seen::default(),
+        }
+    }
+
+    /// Watches without end.
+    pub(crate) async fn watch(mut self, changes: Changes, readiness: Readiness) {
+        let mut every = tokio::time::interval(READ_EVERY);
+        every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut last = None;
+        loop {
+            let looked = tokio::task::spawn_blocking(move || {
+                let fault = self.look().err().map(|fault| fault.to_string());
+                (self, fault)
+            });
+            // If it panicked it took everything with it; the runtime has said where.
+            let Ok((next, fault)) = looked.await else {
+                return readiness
+                    .not_ready("this daemon no longer watches the node's bridges; restart it");
+            };
+            self = next;
+            match &fault {
+                None => readiness.ready(),
+                Some(reason) => {
+                    if last != fault {
+                        error!("{reason}");
+                    }
+                    readiness.not_ready(reason.clone());
+                }
+            }
+            last = fault;
+            tokio::select! {
+                _ = every.tick() => {}
+                _ = changes.next() => self.seen.bridges = None,
+            }
+        }
+    }
+
+    fn look(&mut self) -> Result<(), Fault> {
+        let cidrs = self.pods.now();
+        // A Node object that is gone takes no bridge away.
+        if !cidrs.is_empty() && self.seen.cidrs != cidrs {
+            self.seen.bridges = None;
+            self.seen.cidrs = cidrs;
+        }
+        let found = match self.seen.bridges.take() {
+            Some(bridges) => bridges,
+            None => bridges::find(&self.names, &self.seen.cidrs)?,
+        };
+        self.bring_in_step(&found)?;
+        self.seen.bridges = Some(found);
+        Ok(())
+    }
+
+    /// Until it succeeds all is looked at again.
+    fn bring_in_step(&mut self, found: &[Bridge]) -> Result<(), Fault> {
+        if !self.kernel.bridges {
+            return if found.is_empty() {
+                Ok(())
+            } else {
+                Err(BridgeError::NoFamily.into())
+            };
+        }
+        let names: BTreeSet<_> = found.iter().map(|bridge| bridge.name.clone()).collect();
+        if !names.is_subset(&self.seen.prepared) {
+            info!(bridges = ?names, "pods hang on bridges");
+            bridges::switch_off()?;
+        }
+        self.seen.prepared = names;
+        let script = bridges::ports_script(found);
+        // Until the kernel has said yes we know nothing.
+        if self.seen.loaded.take().as_ref() != Some(&script) {
+            sets::load(&script)?;
+        }
+        self.seen.loaded = Some(script);
+        let Some(bridge) = found.first() else {
+            return Ok(());
+        };
+        if let Some(sysctl) = bridges::switched_on().pop() {
+            let bridge = bridge.name.clone();
+            return Err(Fault::SwitchedOn { sysctl, bridge });
+        }
+        match found.iter().find(|bridge| bridge.looks_into_ip) {
+            Some(bridge) => Err(Fault::LooksIntoIp(bridge.name.clone())),
+            None => Ok(()),
+        }
+    }
+}

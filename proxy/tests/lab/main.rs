@@ -25,6 +25,7 @@ mod startup;
 mod strange;
 mod streams;
 mod support;
+mod topology;
 
 use std::process::ExitCode;
 
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         changes::TESTS,
         likeness::TESTS,
         streams::TESTS,
+        topology::TESTS,
         sever::TESTS,
         ports::TESTS,
         bounds::TESTS,

@@ -416,8 +416,13 @@ pub(crate) fn metric(node: &Host, name: &str) -> u64 {
 
 /// How many packets a counter of the redirect has seen.
 pub(crate) fn counter(node: &Host, name: &str) -> u64 {
+    counter_of(node, "inet", name)
+}
+
+/// The same of the table of another family.
+pub(crate) fn counter_of(node: &Host, family: &str, name: &str) -> u64 {
     let mut nft = node.command("nft");
-    nft.args(["-j", "list", "counter", "inet", "portreeve", name]);
+    nft.args(["-j", "list", "counter", family, "portreeve", name]);
     let said = nft.output().unwrap();
     let listing: Value = serde_json::from_slice(&said.stdout).unwrap();
     let objects = listing["nftables"].as_array().unwrap();

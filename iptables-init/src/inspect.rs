@@ -48,6 +48,7 @@ pub fn inspect(settings: &Settings) -> Vec<Finding> {
     }
     findings.routing(settings);
     findings.sysctls(Path::new("/proc/sys/net"));
+    findings.sctp(Path::new("/proc/sys/net"));
     findings.0
 }
 
@@ -248,6 +249,17 @@ impl Findings {
         }
     }
 
+    /// conntrack shows its knowledge of a protocol by the timeouts that it has for it.
+    fn sctp(&mut self, net: &Path) {
+        let timeouts = net.join("netfilter/nf_conntrack_sctp_timeout_established");
+        if net.join("netfilter/nf_conntrack_max").exists() && !timeouts.exists() {
+            self.note(
+                "connection tracking does not know SCTP (CONFIG_NF_CT_PROTO_SCTP): its packets are judged one by one in user space, and answers are told by addresses only",
+                "use a kernel with it where pods speak SCTP",
+            );
+        }
+    }
+
     /// Found out in network namespaces: which values break what. `rp_filter`, strict or loose, is
     /// none of them.
     fn sysctls(&mut self, net: &Path) {
@@ -329,6 +341,25 @@ mod tests {
             .to_string(),
             "note: x is off; switch it on"
         );
+    }
+
+    #[test]
+    fn a_kernel_whose_conntrack_lacks_sctp_is_noted() {
+        let net = std::env::temp_dir().join(format!("portreeve-inspect-{}", std::process::id()));
+        let netfilter = net.join("netfilter");
+        std::fs::create_dir_all(&netfilter).unwrap();
+        let noted = || {
+            let mut findings = Findings::default();
+            findings.sctp(&net);
+            findings.0.len()
+        };
+        assert_eq!(noted(), 0, "conntrack is not loaded: nothing is known");
+        std::fs::write(netfilter.join("nf_conntrack_max"), "1").unwrap();
+        assert_eq!(noted(), 1);
+        let timeouts = netfilter.join("nf_conntrack_sctp_timeout_established");
+        std::fs::write(timeouts, "1").unwrap();
+        assert_eq!(noted(), 0);
+        std::fs::remove_dir_all(&net).unwrap();
     }
 
     #[test]

@@ -22,7 +22,7 @@ pub(crate) struct Feature {
 }
 
 /// All that is needed but a way to queue.
-pub(crate) const FEATURES: [Feature; 7] = [
+pub(crate) const FEATURES: [Feature; 8] = [
     Feature {
         name: "nf_tables with the family inet",
         options: "CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET",
@@ -53,7 +53,15 @@ pub(crate) const FEATURES: [Feature; 7] = [
         modules: "nft_fib_inet",
         family: "inet",
         chain: "type filter hook prerouting priority -99;",
-        rule: "fib daddr type local",
+        rule: "fib daddr type local fib saddr . iif oif missing",
+    },
+    Feature {
+        name: "nft matches on IPv4 options",
+        options: "CONFIG_NF_TABLES of Linux 5.3 or later",
+        modules: "nf_tables",
+        family: "inet",
+        chain: "type filter hook prerouting priority -99;",
+        rule: "ip option lsrr exists",
     },
     Feature {
         name: "connection tracking with marks and zones in nft",

@@ -14,10 +14,13 @@ mod changes;
 mod image;
 mod isolation;
 mod likeness;
+mod odd;
 mod own_node;
+mod pmtu;
 mod policies;
 mod ports;
 mod restart;
+mod sctp;
 mod sever;
 mod spoof;
 mod stage;
@@ -35,7 +38,10 @@ fn main() -> ExitCode {
         policies::TESTS,
         carried::TESTS,
         isolation::TESTS,
+        odd::TESTS,
         own_node::TESTS,
+        pmtu::TESTS,
+        sctp::TESTS,
         spoof::TESTS,
         changes::TESTS,
         likeness::TESTS,

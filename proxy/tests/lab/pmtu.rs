@@ -1,0 +1,108 @@
+//! Path MTU discovery (RFC 1191, RFC 8201): through the proxy on either of its legs, and beside it.
+use std::io::Read;
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use lab::runner::Test;
+use lab::traffic::{UdpOutcome, Way, bulk};
+use lab::{Host, Packet, Serve};
+
+use crate::support::{Bed, DEADLINE, allow_all, metric};
+
+pub(crate) const TESTS: &[Test] = &lab::tests![
+    bulk_data_finds_the_mtu_of_its_path_on_both_legs,
+    a_datagram_that_is_too_long_for_its_path_is_told_so,
+];
+
+/// Smaller than the link of any pod or node, larger than IPv6's least.
+const SMALL: &str = "1300";
+const BULK: u64 = 2 << 20;
+
+/// The small cluster under policy, with a link to the outside host that takes less than all others,
+/// which that host does not let on.
+fn bed() -> Bed {
+    let bed = Bed::enforced(&[], &[allow_all()]);
+    let mut narrow = bed.lab.fabric().command("ip");
+    narrow.args(["link", "set", "outside", "mtu", SMALL]);
+    assert!(narrow.output().unwrap().status.success());
+    let routes = ["203.0.113.1", "2001:db8:113::1"]
+        .map(|via| format!("route change default via {via} mtu {SMALL} advmss 1440\n"));
+    bed.lab.outside().ip(&routes.concat()).unwrap();
+    bed
+}
+
+/// ICMP "fragmentation needed" (type 3) or ICMPv6 "packet too big" (type 2) come from a router.
+fn too_big(packet: &Packet, family: SocketAddr) -> bool {
+    packet.way == Way::In && packet.protocol == if family.is_ipv4() { 1 } else { 58 }
+}
+
+fn bulk_data_finds_the_mtu_of_its_path_on_both_legs() {
+    let bed = bed();
+    let (a, c, outside) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"), bed.lab.outside());
+    outside.serve_as(&[90], Serve::Sink).unwrap();
+    c.serve_as(&[91], Serve::Source(BULK)).unwrap();
+    let node = bed.lab.node(0);
+    for to in outside.addrs(90) {
+        let capture = node.capture().unwrap();
+        let stream = dial(&a, to);
+        bulk::send(&stream, BULK).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut verdict = String::new();
+        (&stream).read_to_string(&mut verdict).unwrap();
+        assert_eq!(verdict, format!("{BULK} ok\n"), "upstream to {to}");
+        assert!(
+            capture.count(|it| too_big(it, to)) > 0,
+            "{to}: nothing was too big"
+        );
+    }
+    // On the other node, which has not learnt of that path yet.
+    let other = bed.lab.node(1);
+    for to in c.addrs(91) {
+        let capture = other.capture().unwrap();
+        let received = bulk::receive(&dial(&outside, to)).unwrap();
+        assert!(
+            received.is_all_of(BULK),
+            "client's leg from {to}: {received}"
+        );
+        assert!(
+            capture.count(|it| too_big(it, to)) > 0,
+            "{to}: nothing was too big"
+        );
+    }
+    let relayed = r#"portreeve_decisions_total{verdict="allow",path="spliced"}"#;
+    assert_eq!([&node, &other].map(|node| metric(node, relayed)), [2, 2]);
+}
+
+fn dial(from: &Host, to: SocketAddr) -> TcpStream {
+    let outcome = from.connect(to, DEADLINE).unwrap();
+    let stream = outcome
+        .into_stream()
+        .unwrap_or_else(|error| panic!("{to}: {error}"));
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    stream.set_write_timeout(Some(DEADLINE)).unwrap();
+    stream
+}
+
+fn a_datagram_that_is_too_long_for_its_path_is_told_so() {
+    let bed = bed();
+    let (a, outside) = (bed.lab.pod("x/a"), bed.lab.outside());
+    outside.serve_udp(&[53]).unwrap();
+    let capture = a.capture().unwrap();
+    let text = [7; 1400];
+    for to in outside.addrs(53) {
+        // Linux sets DF for datagrams too, and cuts them once it knows the path.
+        let first = a.ask_udp(to, &text, Duration::from_millis(300)).unwrap();
+        assert!(
+            !matches!(first, UdpOutcome::Answered { .. }),
+            "{to}: {first}"
+        );
+        capture
+            .wait_for(DEADLINE, "word from the router", 1, |it| too_big(it, to))
+            .unwrap();
+        let second = a.ask_udp(to, &text, DEADLINE).unwrap();
+        assert!(
+            matches!(second, UdpOutcome::Answered { .. }),
+            "{to}: {second}"
+        );
+    }
+}

@@ -3,7 +3,7 @@
 //! Blocking threads with as few system calls as the work allows, since the load's own cost is
 //! shared by all ways and hides their differences. Knows nothing of what lies between the ends.
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, Scope};
@@ -50,6 +50,10 @@ pub(crate) enum Load {
     ClientCloses,
     /// How long one connect takes while nothing else happens.
     Latency,
+    /// Small datagrams and answers, each client over a flow that stays.
+    Datagrams,
+    /// How long the first datagram of a flow and its answer take, at so many new flows a second.
+    FirstDatagrams(u16),
 }
 
 /// A figure that a load yields.
@@ -68,13 +72,15 @@ pub(crate) struct Measured {
 }
 
 impl Load {
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Streams(1),
         Self::Streams(4),
         Self::Requests,
         Self::ServerCloses,
         Self::ClientCloses,
         Self::Latency,
+        Self::Datagrams,
+        Self::FirstDatagrams(1000),
     ];
 
     /// The name of this load's row for connections of one `path`.
@@ -86,6 +92,8 @@ impl Load {
             Self::ServerCloses => "new connections, server closes",
             Self::ClientCloses => "new connections, client closes",
             Self::Latency => "connect",
+            Self::Datagrams => "UDP request-reply",
+            Self::FirstDatagrams(_) => "first datagram and answer, 1,000 flows a second",
         };
         format!("{path}, {load}")
     }
@@ -104,8 +112,8 @@ impl Load {
         const LATENCY: [Figure; 2] = [figure(", median", "µs", 0), figure(", p99", "µs", 0)];
         match self {
             Self::Streams(_) => &STREAM,
-            Self::Requests | Self::ServerCloses | Self::ClientCloses => &RATE,
-            Self::Latency => &LATENCY,
+            Self::Requests | Self::ServerCloses | Self::ClientCloses | Self::Datagrams => &RATE,
+            Self::Latency | Self::FirstDatagrams(_) => &LATENCY,
         }
     }
 
@@ -113,7 +121,8 @@ impl Load {
     pub(crate) fn cost(self) -> (f64, &'static str) {
         match self {
             Self::Streams(_) => (1e6, "MB"),
-            Self::Requests => (1.0, "request"),
+            Self::Requests | Self::Datagrams => (1.0, "request"),
+            Self::FirstDatagrams(_) => (1.0, "flow"),
             Self::ServerCloses | Self::ClientCloses | Self::Latency => (1.0, "connection"),
         }
     }
@@ -163,7 +172,7 @@ impl Load {
                 values: vec![rate * 8.0 / 1e9],
                 operations: server.received() - before,
             },
-            Self::Latency => Measured {
+            Self::Latency | Self::FirstDatagrams(_) => Measured {
                 values: percentiles(&mut run.connects()),
                 operations: run.done.load(Ordering::Relaxed),
             },
@@ -182,7 +191,7 @@ impl Load {
     ) {
         let clients = match self {
             Self::Streams(streams) => streams,
-            Self::Latency => 1,
+            Self::Latency | Self::FirstDatagrams(_) => 1,
             _ => CLIENTS,
         };
         for number in 0..clients {
@@ -195,6 +204,8 @@ impl Load {
                     Self::ServerCloses => one_shots(spread(SERVER_CLOSES), true, run),
                     Self::ClientCloses => one_shots(spread(CLIENT_CLOSES), false, run),
                     Self::Latency => one_shots(spread(SERVER_CLOSES), true, run),
+                    Self::Datagrams => datagrams(to(ECHO), run),
+                    Self::FirstDatagrams(rate) => first_datagrams(to(ECHO), rate, run),
                 });
             });
         }
@@ -271,6 +282,42 @@ fn one_shots(to: SocketAddr, server_closes: bool, run: &Run) -> io::Result<()> {
     Ok(())
 }
 
+fn datagrams(to: SocketAddr, run: &Run) -> io::Result<()> {
+    let socket = flow(to)?;
+    let mut message = [0x5a; MESSAGE];
+    while run.goes_on() {
+        socket.send(&message)?;
+        socket.recv(&mut message)?;
+        run.done.fetch_add(1, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+/// One flow after the other, each at its time; one that is late delays none but itself.
+fn first_datagrams(to: SocketAddr, rate: u16, run: &Run) -> io::Result<()> {
+    let step = Duration::from_secs(1) / u32::from(rate);
+    let mut message = [0x5a; MESSAGE];
+    let mut next = Instant::now();
+    while run.goes_on() {
+        let socket = flow(to)?;
+        thread::sleep(next.saturating_duration_since(Instant::now()));
+        next += step;
+        let started = Instant::now();
+        socket.send(&message)?;
+        socket.recv(&mut message)?;
+        run.done.fetch_add(1, Ordering::Relaxed);
+        run.connects().push(started.elapsed());
+    }
+    Ok(())
+}
+
+fn flow(to: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.connect(to)?;
+    Ok(socket)
+}
+
 /// The median and the 99th of a hundred, in microseconds.
 fn percentiles(connects: &mut [Duration]) -> Vec<f64> {
     connects.sort_unstable();
@@ -301,6 +348,9 @@ impl Servers {
         serve(&host, ECHO, 1, |stream| {
             thread::spawn(move || echo(stream));
         })?;
+        let bind = || UdpSocket::bind(host.addr_v4(ECHO));
+        let datagrams = host.run(bind).map_err(io::Error::other)??;
+        thread::spawn(move || echo_datagrams(&datagrams));
         serve(&host, WHO, 1, |mut stream| {
             if let Ok(peer) = stream.peer_addr() {
                 let _ = write!(stream, "{peer}");
@@ -377,6 +427,16 @@ fn echo(mut stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     loop {
         answer(&mut stream)?;
+    }
+}
+
+fn echo_datagrams(socket: &UdpSocket) {
+    let mut message = [0; MESSAGE];
+    loop {
+        // What goes wrong with an answer is its client's to report.
+        if let Ok((length, from)) = socket.recv_from(&mut message) {
+            let _ = socket.send_to(&message[..length], from);
+        }
     }
 }
 

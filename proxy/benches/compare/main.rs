@@ -50,7 +50,13 @@ const PLAN: [(Path, &[Load]); 2] = [
     (Path::OneNode, &Load::ALL),
     (
         Path::TwoNodes,
-        &[Load::Streams(1), Load::Requests, Load::ServerCloses],
+        &[
+            Load::Streams(1),
+            Load::Requests,
+            Load::ServerCloses,
+            Load::Datagrams,
+            Load::FirstDatagrams(1000),
+        ],
     ),
 ];
 

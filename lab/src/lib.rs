@@ -47,6 +47,6 @@ pub use cluster::{
 pub use netns::{Netns, NetnsError};
 pub use privilege::{Entered, PrivilegeError, enter};
 pub use process::{Child, Command, ProcessError};
-pub use tools::ToolError;
+pub use tools::{NotBuilt, ToolError, built};
 pub use traffic::{Capture, Dial, Kind, Outcome, Packet, Serve};
 pub use wait::{WaitTimedOut, wait_for, wait_until};

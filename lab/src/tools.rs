@@ -3,7 +3,7 @@
 //! Knows nothing of what the scripts say.
 
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use crate::netns::{Netns, NetnsError};
@@ -44,6 +44,32 @@ pub enum ToolError {
     /// The namespace could not be entered.
     #[error(transparent)]
     Netns(#[from] NetnsError),
+}
+
+/// The programs of a folder of `lab/tools` have not been built.
+#[derive(Debug, thiserror::Error)]
+#[error("the programs of lab/tools/{module} are not there ({complaint}); run `make tools`")]
+pub struct NotBuilt {
+    module: &'static str,
+    complaint: String,
+}
+
+/// The folder of the programs that `lab/tools/build` made of a folder of `lab/tools`.
+///
+/// # Errors
+/// If it has not made them yet.
+pub fn built(module: &'static str) -> Result<PathBuf, NotBuilt> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/build");
+    let not_built = |complaint| NotBuilt { module, complaint };
+    let said = Command::new(script)
+        .args(["--where", module])
+        .output()
+        .map_err(|error| not_built(error.to_string()))?;
+    if !said.status.success() {
+        let complaint = String::from_utf8_lossy(&said.stderr).trim().to_owned();
+        return Err(not_built(complaint));
+    }
+    Ok(PathBuf::from(String::from_utf8_lossy(&said.stdout).trim()))
 }
 
 struct Tool {

@@ -5,20 +5,15 @@ use std::path::PathBuf;
 
 use crate::netns::NetnsError;
 use crate::process::ProcessError;
-use crate::tools::ToolError;
+use crate::tools::{NotBuilt, ToolError};
 use crate::wait::WaitTimedOut;
 
 /// Why the control plane did not start, or did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum KubernetesError {
-    /// `lab/tools/build --where` knows no such programs.
-    #[error("the programs of lab/tools/{module} are not there ({complaint}); run `make tools`")]
-    NotBuilt {
-        /// The folder below `lab/tools`.
-        module: &'static str,
-        /// What the script said.
-        complaint: String,
-    },
+    /// A program of it has not been built.
+    #[error(transparent)]
+    NotBuilt(#[from] NotBuilt),
     /// A namespace could not be made or entered.
     #[error(transparent)]
     Netns(#[from] NetnsError),

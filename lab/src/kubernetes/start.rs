@@ -5,13 +5,13 @@
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::process;
 use std::time::Duration;
 
 use super::error::KubernetesError;
 use super::{API_PORT, API_V4, write};
 use crate::netns::Netns;
 use crate::process::{Child, Command};
+use crate::tools::built;
 use crate::wait::wait_until;
 
 pub(super) const SERVER: &str = "apiserver";
@@ -43,21 +43,6 @@ impl Programs {
             kube_proxy: kubernetes.join("kube-proxy"),
         })
     }
-}
-
-/// The folder of a module's programs.
-fn built(module: &'static str) -> Result<PathBuf, KubernetesError> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/build");
-    let not_built = |complaint| KubernetesError::NotBuilt { module, complaint };
-    let said = process::Command::new(script)
-        .args(["--where", module])
-        .output()
-        .map_err(|error| not_built(error.to_string()))?;
-    if !said.status.success() {
-        let complaint = String::from_utf8_lossy(&said.stderr).trim().to_owned();
-        return Err(not_built(complaint));
-    }
-    Ok(PathBuf::from(String::from_utf8_lossy(&said.stdout).trim()))
 }
 
 pub(super) fn write_tokens(directory: &Path) -> Result<(), KubernetesError> {

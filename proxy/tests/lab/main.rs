@@ -13,6 +13,7 @@ mod cases;
 mod changes;
 mod image;
 mod isolation;
+mod jaeger;
 mod likeness;
 mod odd;
 mod own_node;
@@ -22,6 +23,7 @@ mod ports;
 mod restart;
 mod sctp;
 mod sever;
+mod spans;
 mod spoof;
 mod stage;
 mod startup;
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         bounds::TESTS,
         restart::TESTS,
         admin::TESTS,
+        spans::TESTS,
         startup::TESTS,
         image::TESTS,
     ]

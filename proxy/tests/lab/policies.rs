@@ -34,15 +34,20 @@ fn what_the_known_suites_leave_out_holds_on_real_connections() {
 /// Replays every case that has a TCP probe.
 fn replay(directory: &str, at_least: usize) {
     let cases = stage::tcp_cases(directory, at_least);
-    let mut stage = Stage::new(&cases, |bed| {
-        fs::remove_file(bed.manifests().join("cluster.json")).unwrap();
-        Manifests
-    });
+    let mut stage = Stage::new(&cases, |bed| Manifests::new(bed));
     stage.play_all(&cases);
 }
 
 /// The whole state in one file of the watched directory, so that it comes into force as one.
-struct Manifests;
+pub(crate) struct Manifests(());
+
+impl Manifests {
+    /// In place of the lab's own manifests.
+    pub(crate) fn new(bed: &Bed) -> Self {
+        fs::remove_file(bed.manifests().join("cluster.json")).unwrap();
+        Self(())
+    }
+}
 
 impl Source for Manifests {
     fn step(&mut self, bed: &Bed, nodes: &[Value], world: &World, _: &[Change]) {

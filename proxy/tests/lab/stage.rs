@@ -32,6 +32,22 @@ pub(crate) trait Source {
 
     /// Makes `world` the state: the one before with `changes`.
     fn step(&mut self, bed: &Bed, nodes: &[Value], world: &World, changes: &[Change]);
+
+    /// What the daemons are started with, besides.
+    fn flags(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Hears of every connection that is to be refused, once it has been tried.
+    fn refused(&mut self, _: &World, _: Refused) {}
+}
+
+/// A connection that is to be refused.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Refused {
+    pub(crate) client: IpAddr,
+    /// Behind a Service, the pod that it leads to.
+    pub(crate) server: SocketAddr,
 }
 
 /// The cases of a directory that have a TCP probe.
@@ -164,10 +180,17 @@ impl<S: Source> Stage<S> {
         stage
             .source
             .step(&stage.bed, &stage.nodes, &World::default(), &[]);
+        let flags = stage.source.flags();
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         for node in [1, 2] {
-            stage.bed.start(node, &[]);
+            stage.bed.start(node, &flags);
         }
         stage
+    }
+
+    /// The bed and the source, once all has been played.
+    pub(crate) fn into_parts(self) -> (Bed, S) {
+        (self.bed, self.source)
     }
 
     /// Plays the cases; fails with every grid of any that differs from what was asked for.
@@ -190,7 +213,7 @@ impl<S: Source> Stage<S> {
             self.source
                 .step(&self.bed, &self.nodes, &world, &step.changes);
             for probe in step.probes.iter().filter(|probe| is_tcp(probe)) {
-                for failure in self.observe(case, probe) {
+                for failure in self.observe(case, probe, &world) {
                     failures.push(format!(
                         "{}\n  {}\n  because: {}\n  after: {}\n  {failure}",
                         case.file.display(),
@@ -205,7 +228,7 @@ impl<S: Source> Stage<S> {
     }
 
     /// Fills the grid of `probe` by every way there is, all dials at once.
-    fn observe(&self, case: &Case, probe: &Probe) -> Vec<String> {
+    fn observe(&mut self, case: &Case, probe: &Probe, world: &World) -> Vec<String> {
         let mut dials = Vec::new();
         let families = [Family::IPv4, Family::IPv6];
         for family in families
@@ -217,6 +240,13 @@ impl<S: Source> Stage<S> {
             }
         }
         let seen = dial_all(&dials);
+        for dial in dials.iter().filter(|dial| !dial.expected) {
+            let refused = Refused {
+                client: dial.source,
+                server: dial.server_address,
+            };
+            self.source.refused(world, refused);
+        }
         let mut problems = Vec::new();
         for family in families {
             for by in [By::Address, By::Service] {
@@ -273,6 +303,7 @@ impl<S: Source> Stage<S> {
                     netns: from.netns.clone(),
                     source: from.address,
                     to: (address, probe.port).into(),
+                    server_address: (to.address, probe.port).into(),
                     server: to.pod.as_ref().map(|pod| pod.name().to_owned()),
                 });
             }
@@ -333,6 +364,8 @@ struct Dial {
     netns: Netns,
     source: IpAddr,
     to: SocketAddr,
+    /// Where `to` leads.
+    server_address: SocketAddr,
     /// The pod that is to answer; `None` for an external host.
     server: Option<String>,
 }

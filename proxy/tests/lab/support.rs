@@ -31,6 +31,7 @@ pub(crate) struct Bed {
     directory: TempDir,
     daemons: Vec<Option<Daemon>>,
     applied: Cell<u32>,
+    variables: Vec<(&'static str, &'static str)>,
 }
 
 pub(crate) struct Daemon {
@@ -120,6 +121,7 @@ impl Bed {
             daemons: lab.nodes().map(|_| None).collect(),
             directory: TempDir::new().unwrap(),
             applied: Cell::new(0),
+            variables: Vec::new(),
             lab,
         };
         fs::create_dir(bed.manifests()).unwrap();
@@ -141,6 +143,11 @@ impl Bed {
             self.install(node, &[]);
             self.start(node, flags);
         }
+    }
+
+    /// Starts daemons from now on with this environment variable.
+    pub(crate) fn set_env(&mut self, name: &'static str, value: &'static str) {
+        self.variables.push((name, value));
     }
 
     /// The directory that the daemons watch.
@@ -196,6 +203,9 @@ impl Bed {
         }
         command.args(flags);
         command.env_remove("RUST_LOG");
+        for (name, value) in &self.variables {
+            command.env(name, value);
+        }
         command
     }
 

@@ -1,0 +1,179 @@
+//! A real Jaeger on a host of the lab, and what it was told.
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use lab::{Child, Host, wait_for, wait_until};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::support::DEADLINE;
+
+const OTLP_GRPC: u16 = 4317;
+const OTLP_HTTP: u16 = 4318;
+const QUERY: u16 = 16_686;
+/// More traces than any test makes.
+const ALL: u32 = 100_000;
+
+/// Jaeger with its own memory.
+pub(crate) struct Jaeger {
+    host: Host,
+    _child: Child,
+    _files: TempDir,
+}
+
+/// A span as Jaeger has it.
+#[derive(Clone, Debug)]
+pub(crate) struct Span {
+    pub(crate) trace: String,
+    pub(crate) id: String,
+    pub(crate) parent: Option<String>,
+    pub(crate) tags: BTreeMap<String, Value>,
+    /// Those of the resource that sent it.
+    pub(crate) process: BTreeMap<String, Value>,
+    /// Names of what happened in it, in order.
+    pub(crate) events: Vec<String>,
+}
+
+impl Jaeger {
+    /// Starts it and waits until it answers.
+    pub(crate) fn start(host: Host) -> Self {
+        let program = lab::built("jaeger").unwrap().join("jaeger");
+        let files = TempDir::new().unwrap();
+        let config = files.path().join("config.yaml");
+        fs::write(&config, configuration(&host)).unwrap();
+        let log = files.path().join("log");
+        let mut command = host.command(program);
+        command.args(["--config".as_ref(), config.as_os_str()]);
+        let written = fs::File::create(&log).unwrap();
+        command.stdout(written.try_clone().unwrap()).stderr(written);
+        let jaeger = Self {
+            _child: command.spawn().unwrap(),
+            host,
+            _files: files,
+        };
+        let up = wait_until(DEADLINE * 3, "Jaeger to answer", || {
+            jaeger.get("/api/services").is_some()
+        });
+        if let Err(error) = up {
+            panic!("{error}\n{}", fs::read_to_string(log).unwrap_or_default());
+        }
+        jaeger
+    }
+
+    /// Where it takes spans by gRPC.
+    pub(crate) fn grpc(&self) -> String {
+        format!("http://{}", self.host.addr_v4(OTLP_GRPC))
+    }
+
+    /// Where it takes spans by HTTP, over IPv6.
+    pub(crate) fn http(&self) -> String {
+        format!("http://{}", self.host.addr_v6(OTLP_HTTP))
+    }
+
+    /// Every span of a verdict that it has now.
+    pub(crate) fn spans(&self, verdict: &str) -> Vec<Span> {
+        let path =
+            format!("/api/traces?service=portreeve&operation={verdict}&limit={ALL}&lookback=1h");
+        let answer = self.get(&path).expect("Jaeger answers");
+        let traces = answer["data"].as_array().cloned().unwrap_or_default();
+        let spans = traces.iter().flat_map(spans_of);
+        spans
+            .filter(|span| span.tags["verdict"] == verdict)
+            .collect()
+    }
+
+    /// The spans of a verdict once `enough` says so of them.
+    #[track_caller]
+    pub(crate) fn spans_when(&self, verdict: &str, enough: impl Fn(&[Span]) -> bool) -> Vec<Span> {
+        let mut last = Vec::new();
+        let found = wait_for(DEADLINE * 2, format!("{verdict} in Jaeger"), || {
+            last = self.spans(verdict);
+            enough(&last).then_some(())
+        });
+        assert!(found.is_ok(), "{found:?}; there are {last:#?}");
+        last
+    }
+
+    fn get(&self, path: &str) -> Option<Value> {
+        let connect = || TcpStream::connect(SocketAddr::from((self.host.ipv4(), QUERY)));
+        let mut stream = self.host.run(connect).unwrap().ok()?;
+        stream
+            .set_read_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
+        // HTTP 1.0: the answer ends with the connection.
+        let request = format!("GET {path} HTTP/1.0\r\nHost: jaeger\r\n\r\n");
+        stream.write_all(request.as_bytes()).ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).ok()?;
+        let (head, body) = text.split_once("\r\n\r\n")?;
+        assert!(head.contains(" 200 "), "{path}: {head}\n{body}");
+        serde_json::from_str(body).ok()
+    }
+}
+
+fn configuration(host: &Host) -> String {
+    let (v4, v6) = (host.ipv4(), host.ipv6());
+    format!(
+        r#"
+service:
+  extensions: [jaeger_storage, jaeger_query]
+  pipelines:
+    traces: {{ receivers: [otlp], processors: [], exporters: [jaeger_storage_exporter] }}
+  telemetry:
+    metrics: {{ level: none }}
+    logs: {{ level: warn }}
+extensions:
+  jaeger_query:
+    storage: {{ traces: memory }}
+    http: {{ endpoint: "{v4}:{QUERY}" }}
+    grpc: {{ endpoint: "{v4}:16685" }}
+  jaeger_storage:
+    backends: {{ memory: {{ memory: {{ max_traces: {ALL} }} }} }}
+receivers:
+  otlp:
+    protocols:
+      grpc: {{ endpoint: "{v4}:{OTLP_GRPC}" }}
+      http: {{ endpoint: "[{v6}]:{OTLP_HTTP}" }}
+exporters:
+  jaeger_storage_exporter: {{ trace_storage: memory }}
+"#
+    )
+}
+
+fn spans_of(trace: &Value) -> Vec<Span> {
+    let tags = |holder: &Value| -> BTreeMap<String, Value> {
+        let tags = holder["tags"].as_array().into_iter().flatten();
+        tags.map(|tag| {
+            (
+                tag["key"].as_str().unwrap().to_owned(),
+                tag["value"].clone(),
+            )
+        })
+        .collect()
+    };
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let spans = trace["spans"].as_array().unwrap().iter();
+    spans
+        .map(|span| {
+            let process = &trace["processes"][span["processID"].as_str().unwrap()];
+            let parent = span["references"].as_array().and_then(|it| it.first());
+            let events = span["logs"].as_array().into_iter().flatten();
+            let name = |event: &Value| {
+                let fields = event["fields"].as_array().unwrap();
+                let name = fields.iter().find(|field| field["key"] == "event").unwrap();
+                text(&name["value"])
+            };
+            Span {
+                trace: text(&span["traceID"]),
+                id: text(&span["spanID"]),
+                parent: parent.map(|parent| text(&parent["spanID"])),
+                tags: tags(span),
+                process: tags(process),
+                events: events.map(name).collect(),
+            }
+        })
+        .collect()
+}

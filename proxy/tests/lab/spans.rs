@@ -1,0 +1,337 @@
+//! What the daemon tells a real Jaeger, and what collectors cost that do not take it.
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use lab::runner::Test;
+use lab::{Host, wait_until};
+use serde_json::Value;
+use socket2::SockRef;
+
+use crate::cases::world::{Change, World, policy_key};
+use crate::jaeger::{Jaeger, Span};
+use crate::policies::Manifests;
+use crate::stage::{self, Refused, Source, Stage};
+use crate::support::{
+    Bed, DEADLINE, SOON, allow_all, connected, deny_ingress, echoes, metric, small,
+};
+
+pub(crate) const TESTS: &[Test] = &lab::tests![
+    every_denied_connection_of_the_upstream_cases_is_found_in_jaeger,
+    a_connection_through_two_nodes_is_one_trace_with_both_decisions,
+    what_one_node_allows_and_the_next_denies_is_one_trace_too,
+    a_retrying_client_is_told_once_and_then_counted,
+    no_collector_however_bad_delays_a_packet_and_every_lost_span_is_counted,
+];
+
+/// Spans are sent this soon in tests.
+const PROMPT: &str = "50";
+
+/// The upstream cases, with spans; and what is to be found of them.
+struct Told {
+    manifests: Manifests,
+    jaeger: Jaeger,
+    refused: BTreeMap<Denial, u64>,
+    /// All that ever were, by `namespace/name`.
+    policies: BTreeSet<String>,
+}
+
+/// What tells one denial from another: both ends with the pods' uids.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Denial {
+    client: (IpAddr, Option<String>),
+    server: (SocketAddr, Option<String>),
+}
+
+impl Source for Told {
+    fn step(&mut self, bed: &Bed, nodes: &[Value], world: &World, changes: &[Change]) {
+        let keys = world.policies.values().map(policy_key);
+        self.policies
+            .extend(keys.map(|(namespace, name)| format!("{namespace}/{name}")));
+        self.manifests.step(bed, nodes, world, changes);
+    }
+
+    fn flags(&self) -> Vec<String> {
+        let (endpoint, none) = (self.jaeger.grpc(), "0");
+        let flags = ["--otlp-endpoint", &endpoint, "--trace-allowed", none];
+        flags.map(str::to_owned).into()
+    }
+
+    fn refused(&mut self, world: &World, refused: Refused) {
+        let uid = |address: IpAddr| {
+            let mut pods = world.pods.values();
+            let pod = pods.find(|pod| pod.addresses.contains(&address))?;
+            Some(format!("uid-of-{}-{}", pod.namespace, pod.name))
+        };
+        let Refused { client, server } = refused;
+        let denial = Denial {
+            client: (client, uid(client)),
+            server: (server, uid(server.ip())),
+        };
+        *self.refused.entry(denial).or_default() += 1;
+    }
+}
+
+fn every_denied_connection_of_the_upstream_cases_is_found_in_jaeger() {
+    let cases = stage::tcp_cases("upstream", 42);
+    let mut stage = Stage::new(&cases, |bed| Told {
+        manifests: Manifests::new(bed),
+        jaeger: Jaeger::start(bed.lab.outside()),
+        refused: BTreeMap::new(),
+        policies: BTreeSet::new(),
+    });
+    stage.play_all(&cases);
+    let (mut bed, told) = stage.into_parts();
+    // What is still being counted is told at the end.
+    for node in [1, 2] {
+        let daemon = bed.daemon(node);
+        daemon.child.terminate();
+        daemon.child.wait(DEADLINE).unwrap();
+    }
+    let mut found: BTreeMap<Denial, Vec<Span>> = BTreeMap::new();
+    for span in told.jaeger.spans("deny") {
+        let named = policies(&span);
+        assert!(
+            !named.is_empty() && named.is_subset(&told.policies),
+            "{span:?}"
+        );
+        assert_eq!(span.tags["error"], true, "{span:?}");
+        assert_eq!(span.tags["otel.status_description"], span.tags["reason"]);
+        found.entry(denial(&span)).or_default().push(span);
+    }
+    for (denial, times) in &told.refused {
+        let spans = found.remove(denial).unwrap_or_default();
+        // Behind a Service conntrack may give a repeated SYN another port; then it counts again.
+        assert!(count(&spans) >= *times, "{times} {denial:?}: {spans:#?}");
+    }
+    assert!(found.is_empty(), "nobody tried {found:#?}");
+    assert!(told.refused.len() > 100, "{}", told.refused.len());
+    assert_eq!(told.jaeger.spans("allow").len(), 0, "--trace-allowed 0");
+}
+
+fn denial(span: &Span) -> Denial {
+    let text = |key: &str| span.tags.get(key)?.as_str().map(str::to_owned);
+    let address =
+        |side: &str| -> IpAddr { text(&format!("{side}.address")).unwrap().parse().unwrap() };
+    let port = span.tags["destination.port"].as_u64().unwrap();
+    Denial {
+        client: (address("source"), text("source.k8s.pod.uid")),
+        server: (
+            (address("destination"), u16::try_from(port).unwrap()).into(),
+            text("destination.k8s.pod.uid"),
+        ),
+    }
+}
+
+/// How many connections the spans stand for.
+fn count(spans: &[Span]) -> u64 {
+    let counts = spans
+        .iter()
+        .map(|span| span.tags["count"].as_u64().unwrap());
+    counts.sum()
+}
+
+/// The policies that a span names.
+fn policies(span: &Span) -> BTreeSet<String> {
+    serde_json::from_str(span.tags["policies"].as_str().unwrap()).unwrap()
+}
+
+/// Starts a daemon on each node that sends to `collectors`, one a node.
+fn trace(bed: &mut Bed, policies: &[Value], collectors: [&str; 2], flags: &[&str]) {
+    bed.set_env("OTEL_BSP_SCHEDULE_DELAY", PROMPT);
+    bed.write_policies(policies);
+    for (node, collector) in collectors.iter().enumerate() {
+        bed.install(node, &[]);
+        bed.start(node, &[&["--otlp-endpoint", collector], flags].concat());
+    }
+}
+
+fn node(span: &Span) -> &str {
+    span.process["k8s.node.name"].as_str().unwrap()
+}
+
+fn a_connection_through_two_nodes_is_one_trace_with_both_decisions() {
+    let mut bed = Bed::bare(small());
+    let jaeger = Jaeger::start(bed.lab.outside());
+    // Both transports.
+    trace(
+        &mut bed,
+        &[allow_all()],
+        [&jaeger.grpc(), &jaeger.http()],
+        &[],
+    );
+    let (a, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"));
+    let ways = bed.ways(80);
+    for way in &ways {
+        let stream = connected(&a, way.to);
+        echoes(&stream, "once");
+    }
+    c.serve_udp(&[53]).unwrap();
+    for to in c.addrs(53) {
+        a.ask_udp(to, b"kernel", DEADLINE).unwrap();
+    }
+    let across = ways.iter().filter(|way| way.server == "x/c").count();
+    let expected = ways.len() + across + 2 * 2;
+    let spans = jaeger.spans_when("allow", |spans| spans.len() >= expected);
+    let mut traces: BTreeMap<&str, Vec<&Span>> = BTreeMap::new();
+    for span in &spans {
+        traces.entry(&span.trace).or_default().push(span);
+    }
+    assert_eq!(traces.len(), ways.len() + 2, "{traces:#?}");
+    for spans in traces.values() {
+        let root = spans.iter().find(|span| span.parent.is_none()).unwrap();
+        assert_eq!(node(root), bed.lab.node_of("x/a").name());
+        for (key, value) in [
+            ("source.k8s.pod.name", "a"),
+            ("direction", "both"),
+            ("reason", root.tags["reason"].as_str().unwrap()),
+        ] {
+            assert!(
+                spans.iter().all(|span| span.tags[key] == value),
+                "{key}: {spans:#?}"
+            );
+        }
+        let others: Vec<_> = spans.iter().filter(|span| span.id != root.id).collect();
+        match (root.tags["destination.k8s.pod.name"].as_str(), &others[..]) {
+            (Some("b"), []) => {}
+            (Some("c"), [second]) => {
+                assert_eq!(second.parent.as_ref(), Some(&root.id));
+                assert_eq!(node(second), bed.lab.node_of("x/c").name());
+            }
+            other => panic!("{other:?}: {spans:#?}"),
+        }
+        let events: BTreeSet<_> = root.events.iter().map(String::as_str).collect();
+        let happened: BTreeSet<_> = match root.tags["path"].as_str() {
+            Some("spliced") => ["held", "upstream connected", "first byte", "half-closed"].into(),
+            _ => ["held"].into(),
+        };
+        assert_eq!(events, happened, "{root:#?}");
+    }
+}
+
+fn what_one_node_allows_and_the_next_denies_is_one_trace_too() {
+    let mut bed = Bed::bare(small());
+    let jaeger = Jaeger::start(bed.lab.outside());
+    bed.set_env("OTEL_BSP_SCHEDULE_DELAY", PROMPT);
+    bed.write_policies(&[allow_all()]);
+    // The second node knows of a policy that the first has not heard of yet.
+    let ahead = bed.file("ahead");
+    std::fs::create_dir(&ahead).unwrap();
+    std::fs::copy(
+        bed.manifests().join("cluster.json"),
+        ahead.join("cluster.json"),
+    )
+    .unwrap();
+    std::fs::write(ahead.join("policy.json"), deny_ingress("c").to_string()).unwrap();
+    let source = format!("dir:{}", ahead.display());
+    let sent = ["--otlp-endpoint", &jaeger.grpc()];
+    for node in [0, 1] {
+        bed.install(node, &[]);
+    }
+    bed.start(0, &sent);
+    bed.start(
+        1,
+        &[&sent[..], &["--cluster", &source, "--deny", "reject"]].concat(),
+    );
+    let refused = bed
+        .lab
+        .pod("x/a")
+        .connect(bed.lab.pod("x/c").addr_v4(80), DEADLINE);
+    assert!(refused.unwrap().into_stream().is_err());
+    let denied = jaeger.spans_when("deny", |spans| spans.len() == 1);
+    let allowed = jaeger.spans_when("allow", |spans| spans.len() == 1);
+    assert_eq!(denied[0].trace, allowed[0].trace);
+    // The second node does not know that the first one's policy isolates the client.
+    assert_eq!(denied[0].parent, None);
+    assert_ne!(node(&denied[0]), node(&allowed[0]));
+    assert_eq!(
+        policies(&denied[0]),
+        BTreeSet::from(["x/deny-ingress-c".to_owned()])
+    );
+    let reason = allowed[0].tags["reason"].as_str().unwrap();
+    assert!(reason.contains("Not connected"), "{reason}");
+}
+
+fn a_retrying_client_is_told_once_and_then_counted() {
+    const TRIES: u64 = 60;
+    let mut bed = Bed::bare(small());
+    let jaeger = Jaeger::start(bed.lab.outside());
+    let to = [&*jaeger.grpc(), &*jaeger.grpc()];
+    trace(&mut bed, &[deny_ingress("b")], to, &["--deny", "reject"]);
+    let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b").addr_v4(80));
+    let try_once = || assert!(a.connect(b, DEADLINE).unwrap().into_stream().is_err());
+    try_once();
+    let first = jaeger.spans_when("deny", |spans| !spans.is_empty());
+    assert_eq!(first[0].tags["count"], 1, "seen before its window ends");
+    (1..TRIES).for_each(|_| try_once());
+    let spans = jaeger.spans_when("deny", |spans| count(spans) == TRIES);
+    assert!(spans.len() <= 3, "{spans:#?}");
+}
+
+fn no_collector_however_bad_delays_a_packet_and_every_lost_span_is_counted() {
+    const CONNECTIONS: u64 = 100;
+    let mut bed = Bed::bare(small());
+    let outside = bed.lab.outside();
+    let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b").addr_v4(80));
+    bed.set_env("OTEL_BSP_SCHEDULE_DELAY", PROMPT);
+    bed.set_env("OTEL_BSP_MAX_QUEUE_SIZE", "16");
+    bed.set_env("OTEL_EXPORTER_OTLP_TIMEOUT", "500");
+    bed.write_policies(&[allow_all()]);
+    bed.install(0, &[]);
+    for (port, behaviour, cause) in [
+        (4001, Some(mute as fn(TcpStream)), "timeout"),
+        (4002, Some(resetting as fn(TcpStream)), "refused"),
+        (4003, None, "refused"),
+    ] {
+        let at = outside.addr_v4(port);
+        if let Some(behaviour) = behaviour {
+            collect(&outside, at, behaviour);
+        }
+        bed.start(0, &["--otlp-endpoint", &format!("http://{at}")]);
+        for _ in 0..CONNECTIONS {
+            let began = Instant::now();
+            drop(connected(&a, b));
+            assert!(began.elapsed() < SOON, "{cause}: {:?}", began.elapsed());
+        }
+        let host = bed.lab.node(0);
+        let lost = |labels: &str| metric(&host, &format!("portreeve_spans_lost_total{labels}"));
+        wait_until(
+            DEADLINE * 2,
+            format!("{cause}: every span to be lost"),
+            || lost("") == CONNECTIONS,
+        )
+        .unwrap_or_else(|error| panic!("{error}: {}\n{}", lost(""), bed.logs()));
+        assert!(lost(&format!("{{cause=\"{cause}\"}}")) > 0, "{cause}");
+        assert_eq!(metric(&host, "portreeve_spans_sent_total"), 0);
+        let daemon = bed.daemon(0);
+        let said = daemon.log();
+        let warned = said.matches("spans do not reach the collector").count();
+        assert_eq!(warned, 1, "{said}");
+        daemon.child.terminate();
+        daemon.child.wait(Duration::from_secs(5)).unwrap();
+        std::fs::remove_file(bed.file(&format!("{}.log", host.name()))).unwrap();
+    }
+}
+
+/// A collector that does with each connection what it likes.
+fn collect(host: &Host, at: SocketAddr, behaviour: fn(TcpStream)) {
+    let listener: TcpListener = host.listen(at).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            std::thread::spawn(move || behaviour(stream));
+        }
+    });
+}
+
+/// Reads all and never answers.
+fn mute(mut stream: TcpStream) {
+    let mut bytes = [0; 4096];
+    while stream.read(&mut bytes).is_ok_and(|read| read > 0) {}
+}
+
+fn resetting(stream: TcpStream) {
+    SockRef::from(&stream)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+}

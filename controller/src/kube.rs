@@ -111,9 +111,9 @@ impl KubeSource {
         Ok(Self {
             news,
             state,
-            status,
             teller,
-            keeper: Keeper::new(snapshot),
+            keeper: Keeper::new(snapshot, Arc::clone(&status)),
+            status,
             fall_back: Some(Instant::now() + FIRST_WITHIN),
             _tasks: tasks,
         })
@@ -191,15 +191,17 @@ impl KubeSource {
 #[derive(Debug)]
 struct Keeper {
     snapshot: Arc<Snapshot>,
+    status: Arc<WatchStatus>,
     /// The disk is behind the state.
     changed: bool,
     not_before: Instant,
-    writing: Option<JoinHandle<bool>>,
+    writing: Option<JoinHandle<()>>,
 }
 
 impl Keeper {
-    fn new(snapshot: Snapshot) -> Self {
+    fn new(snapshot: Snapshot, status: Arc<WatchStatus>) -> Self {
         Self {
+            status,
             snapshot: Arc::new(snapshot),
             changed: false,
             not_before: Instant::now(),
@@ -228,17 +230,16 @@ impl Keeper {
         let pause = Duration::from_secs((bytes / WRITE_BYTES_A_SECOND).into());
         self.not_before = now + pause.max(WRITE_EVERY);
         self.changed = false;
-        let snapshot = Arc::clone(&self.snapshot);
+        let (snapshot, status) = (Arc::clone(&self.snapshot), Arc::clone(&self.status));
         self.writing = Some(tokio::task::spawn_blocking(move || {
             let written = snapshot.write(&body, SystemTime::now());
-            if let Err(error) = &written {
+            status.set_unkept(written.err().map(|error| {
                 let path = snapshot.path();
-                warn!(
-                    "the state cannot be kept in {}, so a restart while the API server is away finds none: {error}",
+                format!(
+                    "the state cannot be kept in {}, a restart while the API server is away would find none: {error}; make the directory writable, or choose another by --state-dir",
                     path.display()
-                );
-            }
-            written.is_ok()
+                )
+            }));
         }));
     }
 

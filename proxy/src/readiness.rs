@@ -85,15 +85,24 @@ impl Readiness {
         };
         let away = watches.away().map(|(since, why)| {
             let since = timestamp(since);
-            format!(
-                "the API server is away since {since}, the last known state stays in force: {why}"
-            )
+            let how = match watches.kinds().iter().any(|kind| kind.connected) {
+                true => "heard only in part",
+                false => "away",
+            };
+            let kept = match self.check() {
+                Ok(()) => ", the last known state stays in force",
+                Err(_) => "",
+            };
+            format!("the API server is {how} since {since}{kept}: {why}")
         });
         let restored = watches.restored().map(|written| {
             let written = timestamp(written);
             format!("the state in force is one kept on disk, of {written}")
         });
-        away.into_iter().chain(restored).collect()
+        away.into_iter()
+            .chain(restored)
+            .chain(watches.unkept())
+            .collect()
     }
 
     /// Keeps the time of a reason that only repeats.

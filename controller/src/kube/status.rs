@@ -20,6 +20,7 @@ pub struct WatchStatus {
 struct Inner {
     kinds: [KindStatus; 4],
     restored: Option<SystemTime>,
+    unkept: Option<String>,
 }
 
 /// The watch of one kind.
@@ -54,6 +55,7 @@ impl WatchStatus {
             inner: Mutex::new(Inner {
                 kinds: Kind::ALL.map(kind),
                 restored: None,
+                unkept: None,
             }),
         }
     }
@@ -69,6 +71,12 @@ impl WatchStatus {
     #[must_use]
     pub fn restored(&self) -> Option<SystemTime> {
         self.lock().restored
+    }
+
+    /// Why the state on disk is behind, if it is.
+    #[must_use]
+    pub fn unkept(&self) -> Option<String> {
+        self.lock().unkept.clone()
     }
 
     /// Since when, and why, the API server has not been heard in full; `None` while all is well or
@@ -135,6 +143,14 @@ impl WatchStatus {
 
     pub(super) fn set_restored(&self, written: Option<SystemTime>) {
         self.lock().restored = written;
+    }
+
+    pub(super) fn set_unkept(&self, reason: Option<String>) {
+        let mut inner = self.lock();
+        if let Some(reason) = reason.as_ref().filter(|_| inner.unkept.is_none()) {
+            warn!("{reason}");
+        }
+        inner.unkept = reason;
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

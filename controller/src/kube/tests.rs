@@ -244,6 +244,45 @@ async fn an_expired_version_is_listed_anew_and_what_vanished_is_found_out() {
 }
 
 #[tokio::test]
+async fn a_server_that_forgets_at_once_is_not_asked_without_pause() {
+    let bed = Bed::new().await;
+    bed.api.world().streams = Some(false);
+    bed.api.world().floor = u64::MAX;
+    let retry = (Duration::from_secs(2), Duration::from_secs(2));
+    let mut source = bed
+        .source_with(Patience {
+            retry,
+            ..patience()
+        })
+        .await;
+    next(&mut source).await;
+    let before = bed.api.asked(&["/nodes"]);
+    let calm = tokio::time::timeout(Duration::from_secs(1), source.next()).await;
+    assert!(calm.is_err(), "nothing has changed");
+    // A try is a list of one page and a watch; another watch that gets through may wake this one.
+    let asked = bed.api.asked(&["/nodes"]) - before;
+    assert!(asked < 12, "{asked} requests in a second");
+}
+
+#[tokio::test]
+async fn a_disk_that_does_not_take_the_state_is_named() {
+    let bed = Bed::new().await;
+    std::fs::write(bed.folder.path().join("state"), "a file, not a folder").expect("written");
+    let mut source = bed.source().await;
+    next(&mut source).await;
+    let said = async {
+        while source.status().unkept().is_none() {
+            let _ = tokio::time::timeout(Duration::from_millis(5), source.next()).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, said)
+        .await
+        .expect("it is said");
+    let said = source.status.unkept().expect("said");
+    assert!(said.contains("/state/state.yaml"), "{said}");
+}
+
+#[tokio::test]
 async fn the_object_of_the_own_node_may_be_deleted_and_made_anew() {
     let bed = Bed::new().await;
     let mut source = bed.source().await;

@@ -61,13 +61,13 @@ impl Teller {
             else {
                 continue;
             };
-            let event = event(&key, written, problem, &self.node);
-            let name = event["metadata"]["name"]
-                .as_str()
-                .unwrap_or_default()
-                .to_owned();
-            let told = self.told.entry(key).or_default();
-            if !told.contains(&name) && self.events.try_send(event).is_ok() {
+            let name = name(&key, written, problem);
+            let told = self.told.entry(key.clone()).or_default();
+            if told.contains(&name) {
+                continue;
+            }
+            let event = event(&name, &key, written, problem, &self.node);
+            if self.events.try_send(event).is_ok() {
                 told.insert(name);
             }
         }
@@ -84,32 +84,43 @@ fn policy_key(object: &str) -> Option<PolicyKey> {
     })
 }
 
-fn event(key: &PolicyKey, written: &Written, problem: &Problem, node: &str) -> Value {
-    let reason = match problem.severity {
+fn reason(problem: &Problem) -> &'static str {
+    match problem.severity {
         Severity::Error => "NotEnforcedAsWritten",
         Severity::Warning => "NotInFullEffect",
-    };
+    }
+}
+
+/// Of the Event: the same on every node, and another for another version of the policy.
+fn name(key: &PolicyKey, written: &Written, problem: &Problem) -> String {
+    let (uid, version) = (&written.uid, &written.resource_version);
+    let (reason, field) = (
+        reason(problem),
+        problem.field.as_deref().unwrap_or_default(),
+    );
+    let digest = fingerprint(format!("{uid} {version} {reason} {field}").as_bytes());
+    let stem = &key.name[..key.name.floor_char_boundary(200)];
+    format!("{}.{}", stem.trim_end_matches(['.', '-']), &digest[..16])
+}
+
+fn event(name: &str, key: &PolicyKey, written: &Written, problem: &Problem, node: &str) -> Value {
     let place = problem
         .field
         .as_deref()
         .map_or_else(String::new, |field| format!("{field}: "));
     let mut note = format!("{place}{}; {}", problem.problem, problem.remedy);
     note.truncate(note.floor_char_boundary(NOTE_BYTES));
-    let (uid, version) = (&written.uid, &written.resource_version);
-    let field = problem.field.as_deref().unwrap_or_default();
-    let digest = fingerprint(format!("{uid} {version} {reason} {field}").as_bytes());
-    let stem = &key.name[..key.name.floor_char_boundary(200)];
     let now = humantime::format_rfc3339_micros(std::time::SystemTime::now()).to_string();
     json!({
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
         "metadata": {
-            "name": format!("{}.{}", stem.trim_end_matches(['.', '-']), &digest[..16]),
+            "name": name,
             "namespace": &*key.namespace,
         },
         "eventTime": now,
         "type": "Warning",
-        "reason": reason,
+        "reason": reason(problem),
         "action": "Enforce",
         "note": note,
         "reportingController": "portreeve",
@@ -119,8 +130,8 @@ fn event(key: &PolicyKey, written: &Written, problem: &Problem, node: &str) -> V
             "kind": Kind::NetworkPolicy.name(),
             "namespace": &*key.namespace,
             "name": &*key.name,
-            "uid": uid,
-            "resourceVersion": version,
+            "uid": written.uid,
+            "resourceVersion": written.resource_version,
         },
     })
 }
@@ -192,28 +203,25 @@ mod tests {
     }
 
     #[test]
-    fn every_node_arrives_at_the_same_name_and_a_new_version_at_another() {
+    fn an_event_is_named_for_the_version_of_its_policy_and_the_fault() {
         let problem = Problem::warning("selects a, and 3 more", "...").at("spec.podSelector");
-        let name = |version: &str, problem: &Problem, node: &str| {
-            event(&key(), &written(version), problem, node)["metadata"]["name"].to_string()
-        };
-        let first = name("1", &problem, "n1");
-        assert_eq!(first, name("1", &problem, "n2"));
+        let name = |version: &str, problem: &Problem| name(&key(), &written(version), problem);
+        let first = name("1", &problem);
         let reworded = Problem {
             problem: "selects b".to_owned(),
             ..problem.clone()
         };
         assert_eq!(
             first,
-            name("1", &reworded, "n1"),
+            name("1", &reworded),
             "the words may change with the pods"
         );
-        assert_ne!(first, name("2", &problem, "n1"));
+        assert_ne!(first, name("2", &problem));
         let error = Problem {
             severity: Severity::Error,
             ..problem
         };
-        assert_ne!(first, name("1", &error, "n1"));
+        assert_ne!(first, name("1", &error));
     }
 
     #[test]
@@ -239,7 +247,7 @@ mod tests {
     #[test]
     fn a_note_fits_into_what_the_api_allows() {
         let problem = Problem::error("ö".repeat(2000), "mend");
-        let event = event(&key(), &written("1"), &problem, "n1");
+        let event = event("name", &key(), &written("1"), &problem, "n1");
         let note = event["note"].as_str().expect("a note");
         assert!(note.len() <= NOTE_BYTES && note.len() > NOTE_BYTES - 4);
     }

@@ -106,6 +106,8 @@ pub(super) struct Watch {
 struct Position {
     /// The resource version to go on from; `None`: a list is needed.
     version: Option<String>,
+    /// A watch has begun there. A list whose version is refused at once is no way forward.
+    proven: bool,
     /// Whether the server is thought to stream lists.
     streams: bool,
     /// Since when nothing was heard.
@@ -119,6 +121,7 @@ impl Watch {
         let mut backoff = Backoff::new(self.patience.retry);
         let mut position = Position {
             version: None,
+            proven: false,
             streams: true,
             lost: None,
             client: None,
@@ -130,7 +133,9 @@ impl Watch {
                 Err(Ended::Unheard) => return,
                 Err(Ended::Failed(error)) => error,
             };
-            if matches!(error, ApiError::Expired(_)) && position.version.take().is_some() {
+            let expired =
+                matches!(error, ApiError::Expired(_)) && position.version.take().is_some();
+            if expired && position.proven {
                 self.status.expired(self.kind, &error);
                 continue;
             }
@@ -195,6 +200,7 @@ impl Watch {
         let began = Instant::now();
         let mut events = self.open(client, &self.params(), &version).await?;
         self.heard(position).await?;
+        position.proven = true;
         let silence = self.patience.watch + self.patience.answer;
         while let Some(event) = self.next(&mut events, silence).await? {
             self.change(event, position).await?;
@@ -289,7 +295,7 @@ impl Watch {
             let problem = "a list has no resourceVersion".to_owned();
             return Err(ApiError::Malformed(problem).into());
         }
-        position.version = Some(version);
+        (position.version, position.proven) = (Some(version), false);
         self.status.listed(self.kind);
         Ok(self.tell(News::ListEnds).await?)
     }

@@ -9,9 +9,10 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 TOOLS := nft:nftables ip:iproute2 setpriv:util-linux cc:gcc bwrap:bubblewrap
 # What it takes to build the programs of other projects.
 TOOLS_TOOLS := curl:curl unzip:unzip
+TEST_TOOLS := chromium:chromium chromedriver:chromium-driver
 BENCH_TOOLS := haproxy:haproxy
 
-.PHONY: help demo test tools lint check bench prerequisites bench-prerequisites toolchain
+.PHONY: help demo test tools lint check bench prerequisites test-prerequisites bench-prerequisites toolchain
 
 help: ## What there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -21,7 +22,7 @@ demo: prerequisites ## The main job on this machine: a cluster of network namesp
 	@$(CARGO) build --release --locked --workspace --bins
 	@./target/release/portreeve demo
 
-test: prerequisites tools ## Every test: pure ones, the demo, real packets in network namespaces
+test: prerequisites test-prerequisites tools ## Every test: pure ones, the demo, real packets in network namespaces
 	@echo "==> Building (about 4 minutes from nothing on 2 cores)"
 	@$(CARGO) build --locked --workspace --bins
 	@$(CARGO) test --locked --workspace --no-run --lib --bins --tests
@@ -65,6 +66,9 @@ endef
 
 prerequisites: toolchain
 	@$(call install,$(TOOLS))
+
+test-prerequisites: toolchain
+	@$(call install,$(TEST_TOOLS))
 
 bench-prerequisites:
 	@$(call install,$(BENCH_TOOLS))

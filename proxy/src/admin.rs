@@ -1,18 +1,26 @@
-//! The operators' side: health, metrics and explanations over HTTP, on the control thread: never on
-//! a worker's.
+//! The operators' side: health, metrics, explanations and a page for people over HTTP, on the control
+//! thread: never on a worker's.
+//!
+//! Everything is read-only. Names of pods are whatever their owners call them: they leave here as
+//! JSON or plain text only.
 mod answers;
+mod matrix;
+mod page;
+mod query;
+mod stream;
 
-pub(crate) use answers::percent_decoded;
+pub(crate) use query::percent_decoded;
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use http_body_util::Full;
+use http_body_util::channel::Channel;
+use http_body_util::{Either, Full};
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ALLOW, CONTENT_TYPE};
+use hyper::header::{ALLOW, CONTENT_TYPE, ETAG, HOST, HeaderName, HeaderValue, IF_NONE_MATCH};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
@@ -24,16 +32,42 @@ use tracing::{debug, warn};
 use crate::enforcer::Enforcer;
 use crate::readiness::Readiness;
 
+use page::Page;
+use query::Query;
+
 /// Requests served at a time; more wait.
 const CONNECTIONS: usize = 64;
+/// How many of them may be streams, which have no end.
+const STREAMS: usize = 16;
 /// How long a client may take to send its request.
 const HEADER_WITHIN: Duration = Duration::from_secs(5);
+/// What every answer says to a browser: take it for what it says it is, show it in no frame, give
+/// it to no other site.
+const GUARDS: [(&str, &str); 4] = [
+    ("x-content-type-options", "nosniff"),
+    ("x-frame-options", "DENY"),
+    ("cross-origin-resource-policy", "same-origin"),
+    ("referrer-policy", "no-referrer"),
+];
+
+/// An answer that is there, or one that goes on.
+type Body = Either<Full<Bytes>, Channel<Bytes, Infallible>>;
 
 /// What a path answers with.
 struct Answer {
     status: StatusCode,
     kind: &'static str,
-    body: String,
+    body: Body,
+    /// Names this state of what was asked for; who has it already is told so instead.
+    tag: Option<String>,
+}
+
+/// What the admin port answers from.
+struct Admin {
+    enforcer: Arc<Enforcer>,
+    readiness: Readiness,
+    page: Page,
+    streams: Arc<Semaphore>,
 }
 
 /// Opens the admin port.
@@ -54,6 +88,12 @@ pub(crate) async fn serve(
     mut stop: watch::Receiver<bool>,
 ) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let admin = Arc::new(Admin {
+        enforcer,
+        readiness,
+        page: Page::new(),
+        streams: Arc::new(Semaphore::new(STREAMS)),
+    });
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else {
             return;
@@ -70,12 +110,12 @@ pub(crate) async fn serve(
                 continue;
             }
         };
-        let (enforcer, readiness) = (Arc::clone(&enforcer), readiness.clone());
+        let admin = Arc::clone(&admin);
         tokio::spawn(async move {
             let _place = place;
             let service = service_fn(move |request| {
-                let answer = route(&request, &enforcer, &readiness);
-                async move { Ok::<_, Infallible>(response(answer)) }
+                let admin = Arc::clone(&admin);
+                async move { Ok::<_, Infallible>(admin.respond(&request).await) }
             });
             let served = http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -89,22 +129,104 @@ pub(crate) async fn serve(
     }
 }
 
-fn route(request: &Request<Incoming>, enforcer: &Enforcer, readiness: &Readiness) -> Answer {
-    if request.method() != Method::GET && request.method() != Method::HEAD {
-        return Answer::text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n");
+impl Admin {
+    async fn respond(&self, request: &Request<Incoming>) -> Response<Body> {
+        let answer = if request.method() != Method::GET && request.method() != Method::HEAD {
+            Answer::text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n")
+        } else if !names_an_address(request.headers().get(HOST)) {
+            Answer::text(
+                StatusCode::MISDIRECTED_REQUEST,
+                "ask by an IP address or as localhost: other names may be anybody's\n",
+            )
+        } else {
+            self.answer(request).await
+        };
+        let known = request.headers().get(IF_NONE_MATCH);
+        answer.response(known.and_then(|value| value.to_str().ok()), &self.page)
     }
-    match request.uri().path() {
-        "/livez" => Answer::text(StatusCode::OK, "ok\n"),
-        "/readyz" => answers::readyz(enforcer, readiness),
-        "/metrics" => answers::metrics(enforcer, readiness),
-        "/connections" => answers::connections(enforcer),
-        "/policies" => answers::policies(enforcer),
-        "/explain" => answers::explain(enforcer, request.uri().query().unwrap_or_default()),
-        _ => Answer::text(
-            StatusCode::NOT_FOUND,
-            "there are: /livez /readyz /metrics /connections /policies /explain?from=..&to=..&port=..&protocol=..\n",
-        ),
+
+    async fn answer(&self, request: &Request<Incoming>) -> Answer {
+        let (enforcer, readiness) = (&*self.enforcer, &self.readiness);
+        let query = request.uri().query().unwrap_or_default();
+        match request.uri().path() {
+            "/" => self.page.answer(),
+            "/livez" => Answer::text(StatusCode::OK, "ok\n"),
+            "/readyz" => answers::readyz(enforcer, readiness),
+            "/metrics" => answers::metrics(enforcer, readiness),
+            "/connections" => answers::connections(enforcer, query),
+            "/policies" => answers::policies(enforcer),
+            "/explain" => answers::explain(enforcer, query),
+            "/matrix" => self.matrix(query).await,
+            "/observed" => answers::observed(enforcer),
+            "/observe" => self.observe(query),
+            _ => Answer::text(
+                StatusCode::NOT_FOUND,
+                "there are: / /livez /readyz /metrics /connections /policies /matrix /observed /observe \
+                 /explain?from=..&to=..&port=..&protocol=..\n",
+            ),
+        }
     }
+
+    /// Computed on a thread of its own: neither flows nor changes wait for it.
+    async fn matrix(&self, query: &str) -> Answer {
+        let plan = match matrix::survey(&self.enforcer, query) {
+            Ok(plan) => plan,
+            Err(refused) => return refused,
+        };
+        let json = tokio::task::spawn_blocking(move || {
+            let plan = plan();
+            (plan.generation, serde_json::to_vec(&plan))
+        });
+        match json.await {
+            Ok((generation, Ok(json))) => Answer {
+                status: StatusCode::OK,
+                kind: "application/json",
+                body: Either::Left(json.into()),
+                tag: Some(self.page.tag(generation)),
+            },
+            Ok((_, Err(error))) => Answer::failed(&error),
+            Err(error) => Answer::failed(&error),
+        }
+    }
+
+    fn observe(&self, query: &str) -> Answer {
+        let filter =
+            Query::parse(query, &["pod", "namespace", "verdict"]).and_then(|query| query.filter());
+        let filter = match filter {
+            Ok(filter) => filter,
+            Err(error) => return Answer::refused(&error),
+        };
+        let Ok(place) = Arc::clone(&self.streams).try_acquire_owned() else {
+            return Answer::text(
+                StatusCode::SERVICE_UNAVAILABLE,
+                format!("{STREAMS} observers are here already; end one of them\n"),
+            );
+        };
+        let enforcer = &self.enforcer;
+        let decisions = enforcer.recorder.observed().stream();
+        let body = stream::body(decisions, filter, Arc::clone(&enforcer.node), place);
+        Answer {
+            status: StatusCode::OK,
+            kind: "application/jsonl",
+            body: Either::Right(body),
+            tag: None,
+        }
+    }
+}
+
+/// Whether the client knows us by an address, as `localhost`, or not at all (HTTP/1.0). A browser on
+/// a page whose domain suddenly points at this node (DNS rebinding) says that domain's name.
+fn names_an_address(host: Option<&HeaderValue>) -> bool {
+    let Some(host) = host else { return true };
+    let Ok(host) = host.to_str() else {
+        return false;
+    };
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|it| it.is_ascii_digit()) => name,
+        _ => host,
+    };
+    let bare = name.trim_start_matches('[').trim_end_matches(']');
+    name.eq_ignore_ascii_case("localhost") || bare.parse::<IpAddr>().is_ok()
 }
 
 impl Answer {
@@ -112,7 +234,8 @@ impl Answer {
         Self {
             status,
             kind: "text/plain; charset=utf-8",
-            body: body.into(),
+            body: Either::Left(body.into().into()),
+            tag: None,
         }
     }
 
@@ -120,22 +243,73 @@ impl Answer {
         Self {
             status,
             kind: "application/json",
-            body: format!("{body}\n"),
+            body: Either::Left(format!("{body}\n").into()),
+            tag: None,
         }
+    }
+
+    /// What is wrong with the question.
+    fn refused(error: &str) -> Self {
+        Self::json(
+            StatusCode::BAD_REQUEST,
+            &serde_json::json!({ "error": error }),
+        )
+    }
+
+    fn failed(error: &impl std::fmt::Display) -> Self {
+        Self::text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n"))
+    }
+
+    fn response(self, known: Option<&str>, page: &Page) -> Response<Body> {
+        let unchanged = self.tag.is_some() && self.tag.as_deref() == known;
+        let (status, body) = if unchanged {
+            (StatusCode::NOT_MODIFIED, Either::Left(Full::default()))
+        } else {
+            (self.status, self.body)
+        };
+        let mut response = Response::new(body);
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(self.kind));
+        for (name, value) in GUARDS {
+            headers.insert(
+                HeaderName::from_static(name),
+                HeaderValue::from_static(value),
+            );
+        }
+        page.guard(headers);
+        if let Some(tag) = self.tag.and_then(|tag| tag.try_into().ok()) {
+            headers.insert(ETAG, tag);
+        }
+        if status == StatusCode::METHOD_NOT_ALLOWED {
+            headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+        }
+        response
     }
 }
 
-fn response(answer: Answer) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(answer.body)));
-    *response.status_mut() = answer.status;
-    response.headers_mut().insert(
-        CONTENT_TYPE,
-        hyper::header::HeaderValue::from_static(answer.kind),
-    );
-    if answer.status == StatusCode::METHOD_NOT_ALLOWED {
-        response
-            .headers_mut()
-            .insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_addresses_and_localhost_are_names_that_nobody_can_take() {
+        for (host, ours) in [
+            ("127.0.0.1:15020", true),
+            ("127.0.0.1", true),
+            ("[::1]:15020", true),
+            ("[fd00::1]", true),
+            ("localhost:8080", true),
+            ("LOCALHOST", true),
+            ("10.1.2.3:15020", true),
+            ("attacker.example:15020", false),
+            ("127.0.0.1.attacker.example", false),
+            ("localhost.attacker.example:80", false),
+            ("", false),
+        ] {
+            let value = HeaderValue::from_static(host);
+            assert_eq!(names_an_address(Some(&value)), ours, "{host}");
+        }
+        assert!(names_an_address(None), "HTTP/1.0");
     }
-    response
 }

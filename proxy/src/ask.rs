@@ -5,6 +5,7 @@
 mod check;
 mod matrix;
 mod resolve;
+mod survey;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,8 +14,9 @@ use std::process::ExitCode;
 use controller::manifest::{self, LoadError};
 use policy::{Cluster, Protocol};
 
-pub(crate) use check::{CheckArgs, Question, check, explain};
+pub(crate) use check::{CheckArgs, Question, check, explain, tell};
 pub(crate) use matrix::{MatrixArgs, matrix};
+pub(crate) use survey::{Plan, Port, Scope, Survey};
 
 use resolve::ResolveError;
 
@@ -72,6 +74,6 @@ pub(crate) fn protocol(text: &str) -> Result<Protocol, policy::UnknownProtocol> 
 }
 
 /// Colour only where a person sees it and has not asked for none (<https://no-color.org>).
-fn coloured(terminal: bool) -> bool {
+pub(crate) fn coloured(terminal: bool) -> bool {
     terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }

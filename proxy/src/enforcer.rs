@@ -87,6 +87,7 @@ impl Enforcer {
     pub(crate) fn carried(&self, subject: Subject, decision: &Arc<Decision>, waited: Duration) {
         self.metrics.decided(decision, subject.way, waited);
         if decision.verdict.allowed() {
+            self.recorder.allowed(&subject, decision);
             self.recorder.ended(subject, decision, Outcome::Carried);
         } else {
             self.recorder.denied(subject, decision);
@@ -104,6 +105,7 @@ impl Enforcer {
         if let Some(decision) = flow.decision() {
             let waited = flow.started.elapsed();
             self.metrics.decided(&decision, Way::Spliced, waited);
+            self.recorder.allowed(&flow.subject(), &decision);
         }
     }
 

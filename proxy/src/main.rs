@@ -14,6 +14,7 @@ mod gate;
 mod limits;
 mod links;
 mod metrics;
+mod observed;
 mod readiness;
 mod records;
 mod relay;

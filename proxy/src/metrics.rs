@@ -100,6 +100,7 @@ pub(crate) struct Readings {
     pub(crate) records_lost: u64,
     pub(crate) spans: SpanCounts,
     pub(crate) queues: Queues,
+    pub(crate) observers: usize,
     pub(crate) ready: bool,
 }
 
@@ -129,6 +130,7 @@ struct Scraped {
     problems: Gauge,
     records_lost: Counter,
     queue_drops: Counter,
+    observers: Gauge,
     ready: Gauge,
     spans: Spans,
 }
@@ -329,6 +331,11 @@ impl Scraped {
             all.queue_drops.clone(),
         );
         registry.register(
+            "observers",
+            "Readers of the stream of decisions",
+            all.observers.clone(),
+        );
+        registry.register(
             "ready",
             "Whether this node enforces the newest state",
             all.ready.clone(),
@@ -358,6 +365,7 @@ impl Scraped {
         for (counter, count) in counters {
             counter.inner().store(count, Ordering::Relaxed);
         }
+        self.observers.set(whole(readings.observers as u64));
         self.ready.set(readings.ready.into());
         self.spans.set(&readings.spans);
     }

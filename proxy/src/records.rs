@@ -20,6 +20,8 @@ use std::time::{Duration, Instant, SystemTime};
 use policy::Protocol;
 
 use crate::decision::{Decision, Severance, Way};
+use crate::metrics::Word;
+use crate::observed::Observed;
 use crate::telemetry::{Seen, SpanCounts, Spans};
 
 pub(crate) use fields::{Field, shown, timestamp};
@@ -90,6 +92,7 @@ pub(crate) struct Record {
 pub(crate) struct Recorder {
     file: Option<Sink>,
     spans: Option<Spans>,
+    observed: Observed,
     denied: Mutex<Remembered>,
 }
 
@@ -99,6 +102,7 @@ impl Recorder {
         Self {
             file: None,
             spans: None,
+            observed: Observed::new(),
             denied: Mutex::default(),
         }
     }
@@ -139,19 +143,27 @@ impl Recorder {
         self.file.as_ref().map_or(0, Sink::lost)
     }
 
+    /// What has been decided lately, for people.
+    pub(crate) fn observed(&self) -> &Observed {
+        &self.observed
+    }
+
     /// Records a denied connection, once for all repeats of its first packet.
     pub(crate) fn denied(&self, subject: Subject, decision: &Arc<Decision>) {
-        if self.is_off() {
-            return;
-        }
         let first = self
             .denied
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .insert((subject.client, subject.server, subject.attempt));
         if first {
+            self.observed.saw(Word::Deny, &subject, decision, None);
             self.tell(subject, Fate::Denied, decision);
         }
+    }
+
+    /// Lets people see that a connection is allowed; its record comes when it is over.
+    pub(crate) fn allowed(&self, subject: &Subject, decision: &Arc<Decision>) {
+        self.observed.saw(Word::Allow, subject, decision, None);
     }
 
     /// Records an allowed connection that is over.
@@ -161,10 +173,10 @@ impl Recorder {
 
     /// Records a connection that was allowed once and cut by a later change.
     pub(crate) fn severed(&self, subject: Subject, severance: Severance) {
-        let fate = Fate::Severed {
-            replaced: severance.replaced,
-        };
-        self.tell(subject, fate, &severance.decision);
+        let Severance { decision, replaced } = severance;
+        self.observed
+            .saw(Word::Sever, &subject, &decision, replaced.clone());
+        self.tell(subject, Fate::Severed { replaced }, &decision);
     }
 
     fn tell(&self, subject: Subject, fate: Fate, decision: &Arc<Decision>) {
@@ -181,10 +193,6 @@ impl Recorder {
         });
         let sinks = self.file.iter().chain(spans.map(Spans::sink));
         sinks.for_each(|sink| sink.tell(&record));
-    }
-
-    fn is_off(&self) -> bool {
-        self.sinks().next().is_none()
     }
 
     fn sinks(&self) -> impl Iterator<Item = &Sink> {

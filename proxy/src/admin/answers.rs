@@ -1,14 +1,16 @@
 //! What each path of the admin port says.
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use hyper::StatusCode;
 use serde_json::json;
 
 use super::Answer;
-use crate::ask::{self, Question};
+use super::query::Query;
+use crate::ask;
 use crate::enforcer::Enforcer;
 use crate::flows::{Flow, StageName};
-use crate::metrics::{Queues, Readings};
+use crate::metrics::{Queues, Readings, Word};
 use crate::readiness::Readiness;
 use crate::records::{shown, timestamp};
 
@@ -40,6 +42,7 @@ pub(super) fn metrics(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
         records_lost: enforcer.recorder.lost(),
         spans: enforcer.recorder.spans(),
         queues: Queues::read(&enforcer.queues),
+        observers: enforcer.recorder.observed().readers(),
         ready: readiness.check().is_ok(),
         ..Readings::default()
     };
@@ -54,17 +57,26 @@ pub(super) fn metrics(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
     }
     match enforcer.metrics.render(&readings) {
         Ok(body) => Answer {
-            status: StatusCode::OK,
             kind: "text/plain; version=0.0.4; charset=utf-8",
-            body,
+            ..Answer::text(StatusCode::OK, body)
         },
-        Err(error) => Answer::text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+        Err(error) => Answer::failed(&error),
     }
 }
 
-/// Every connection that stands, oldest first.
-pub(super) fn connections(enforcer: &Enforcer) -> Answer {
+/// Every relayed connection that stands and is asked for, oldest first.
+pub(super) fn connections(enforcer: &Enforcer, query: &str) -> Answer {
+    let filter = Query::parse(query, &["pod", "namespace"]).and_then(|query| query.filter());
+    let filter = match filter {
+        Ok(filter) => filter,
+        Err(error) => return Answer::refused(&error),
+    };
+    let asked_for = |flow: &Arc<Flow>| {
+        let ends = [flow.key.client, flow.key.server].map(|it| enforcer.table.endpoint(it.ip()));
+        filter.admits(Word::Allow, [ends[0].as_deref(), ends[1].as_deref()])
+    };
     let mut flows = enforcer.flows.all();
+    flows.retain(asked_for);
     flows.sort_unstable_by_key(|flow| flow.id);
     let listed: Vec<_> = flows
         .iter()
@@ -77,75 +89,44 @@ pub(super) fn connections(enforcer: &Enforcer) -> Answer {
 pub(super) fn policies(enforcer: &Enforcer) -> Answer {
     match serde_json::to_value(enforcer.table.policies()) {
         Ok(listed) => Answer::json(StatusCode::OK, &listed),
-        Err(error) => Answer::text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+        Err(error) => Answer::failed(&error),
     }
 }
 
 /// May X talk to Y, as `check` answers it, by the table in force.
 pub(super) fn explain(enforcer: &Enforcer, query: &str) -> Answer {
+    let asked = Query::parse(query, &["from", "to", "port", "protocol", "output"])
+        .and_then(|query| Ok((query.question()?, query.is_text()?)));
+    let (question, text) = match asked {
+        Ok(asked) => asked,
+        Err(error) => return Answer::refused(&error),
+    };
     let table = &enforcer.table;
-    let answer = question(query).and_then(|question| {
-        table.with_cluster(|cluster| ask::explain(cluster, question, table.settings().own_node))
+    let own_node = table.settings().own_node;
+    let answer = table.with_cluster(|cluster| {
+        if text {
+            ask::tell(cluster, question, own_node)
+        } else {
+            ask::explain(cluster, question, own_node).map(|json| json + "\n")
+        }
     });
     match answer {
-        Ok(json) => Answer {
-            status: StatusCode::OK,
+        Ok(body) if text => Answer::text(StatusCode::OK, body),
+        Ok(body) => Answer {
             kind: "application/json",
-            body: json + "\n",
+            ..Answer::text(StatusCode::OK, body)
         },
-        Err(error) => Answer::json(StatusCode::BAD_REQUEST, &json!({ "error": error })),
+        Err(error) => Answer::refused(&error),
     }
 }
 
-/// Reads `from=..&to=..&port=..&protocol=..`, percent-encoded where need be (RFC 3986).
-fn question(query: &str) -> Result<Question, String> {
-    let usage = "ask /explain?from=NAMESPACE/POD&to=ADDRESS&port=80&protocol=TCP";
-    let (mut from, mut to, mut port, mut protocol) = (None, None, None, None);
-    for (key, value) in query
-        .split('&')
-        .filter(|pair| !pair.is_empty())
-        .filter_map(|pair| pair.split_once('='))
-    {
-        let value = percent_decoded(value);
-        match key {
-            "from" => from = Some(value),
-            "to" => to = Some(value),
-            "port" => port = Some(value),
-            "protocol" => protocol = Some(value),
-            _ => return Err(format!("unknown parameter {key:?}; {usage}")),
-        }
-    }
-    let missing = |name| format!("{name} is missing; {usage}");
-    let port = port.ok_or_else(|| missing("port"))?;
-    Ok(Question {
-        from: from.ok_or_else(|| missing("from"))?,
-        to: to.ok_or_else(|| missing("to"))?,
-        port: port
-            .parse()
-            .ok()
-            .filter(|port| *port != 0)
-            .ok_or_else(|| format!("{port:?} is no port; use a number from 1 to 65535"))?,
-        protocol: ask::protocol(protocol.as_deref().unwrap_or("TCP"))
-            .map_err(|error| error.to_string())?,
-    })
-}
-
-/// Undoes `%XX` (RFC 3986); what is not UTF-8 then is replaced.
-pub(crate) fn percent_decoded(text: &str) -> String {
-    let mut out = Vec::with_capacity(text.len());
-    let mut bytes = text.as_bytes().iter();
-    while let Some(&byte) = bytes.next() {
-        let rest = bytes.as_slice();
-        let code = (byte == b'%').then(|| rest.first_chunk::<2>()).flatten();
-        let code = code.and_then(|hex| u8::from_str_radix(std::str::from_utf8(hex).ok()?, 16).ok());
-        if let Some(code) = code {
-            out.push(code);
-            bytes.nth(1);
-        } else {
-            out.push(byte);
-        }
-    }
-    String::from_utf8_lossy(&out).into_owned()
+/// Who talked to whom, and the last denials.
+pub(super) fn observed(enforcer: &Enforcer) -> Answer {
+    let observed = enforcer.recorder.observed();
+    let told = enforcer
+        .table
+        .with_cluster(|cluster| observed.json(&enforcer.node, |pod| cluster.pod(pod).is_some()));
+    Answer::json(StatusCode::OK, &told)
 }
 
 /// The keys of a record as far as they are known, and the stage.
@@ -169,47 +150,4 @@ fn connection(node: &str, flow: &Flow) -> serde_json::Value {
         }
     }
     shown
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_question_is_read_from_a_query_string_or_refused_with_what_is_missing() {
-        let read =
-            question("from=x/a&to=10.0.0.1&port=80").map(|q| (q.from, q.to, q.port, q.protocol));
-        assert_eq!(
-            read,
-            Ok(("x/a".into(), "10.0.0.1".into(), 80, policy::Protocol::Tcp))
-        );
-        let encoded =
-            question("from=x%2Fa&to=fd00%3a%3A1&port=80&protocol=udp").map(|q| (q.from, q.to));
-        assert_eq!(encoded, Ok(("x/a".into(), "fd00::1".into())));
-        for (query, named) in [
-            ("to=x/a&port=80", "from is missing"),
-            ("from=x/a&port=80", "to is missing"),
-            ("from=x/a&to=x/b", "port is missing"),
-            ("from=x/a&to=x/b&port=0", "\"0\" is no port"),
-            ("from=x/a&to=x/b&port=http", "\"http\" is no port"),
-            ("from=x/a&to=x/b&port=80&protocol=QUIC", "QUIC"),
-            ("form=x/a", "unknown parameter \"form\""),
-        ] {
-            let refused = question(query).map(|_| ()).expect_err(query);
-            assert!(refused.contains(named), "{query}: {refused}");
-        }
-    }
-
-    #[test]
-    fn percent_codes_that_are_none_stay_as_they_are() {
-        for (text, expected) in [
-            ("a%20b", "a b"),
-            ("100%", "100%"),
-            ("%zz", "%zz"),
-            ("%2", "%2"),
-            ("%ff", "\u{fffd}"),
-        ] {
-            assert_eq!(percent_decoded(text), expected);
-        }
-    }
 }

@@ -90,6 +90,22 @@ pub(crate) fn explain(
     Ok(answer.json())
 }
 
+/// Answers one question as `check` does in text; `own_node` as the daemon has it.
+///
+/// # Errors
+/// As [`explain`].
+pub(crate) fn tell(
+    cluster: &Cluster,
+    question: Question,
+    own_node: OwnNode,
+) -> Result<String, String> {
+    let answer = Answer::to(cluster, question, own_node).map_err(|error| error.to_string())?;
+    let mut text = Vec::new();
+    let told = answer.tell(cluster, &mut text, false);
+    told.map_err(|error| error.to_string())?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
 /// Who wants to talk to whom.
 pub(crate) struct Question {
     pub(crate) from: String,

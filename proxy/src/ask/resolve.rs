@@ -48,6 +48,11 @@ pub(super) struct End {
 }
 
 impl End {
+    /// Never empty.
+    pub(super) fn addresses(&self) -> &[IpAddr] {
+        &self.addresses
+    }
+
     /// Finds who `name` is: a `namespace/pod` or an IP address.
     pub(super) fn new(cluster: &Cluster, name: &str) -> Result<Self, ResolveError> {
         if let Ok(address) = name.parse::<IpAddr>() {

@@ -8,6 +8,7 @@
 )]
 mod admin;
 mod bounds;
+mod browser;
 mod carried;
 mod cases;
 mod changes;
@@ -17,6 +18,7 @@ mod jaeger;
 mod likeness;
 mod odd;
 mod own_node;
+mod page;
 mod pmtu;
 mod policies;
 mod ports;
@@ -55,6 +57,7 @@ fn main() -> ExitCode {
         restart::TESTS,
         admin::TESTS,
         spans::TESTS,
+        page::TESTS,
         startup::TESTS,
         image::TESTS,
     ]

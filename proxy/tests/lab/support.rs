@@ -394,10 +394,15 @@ pub(crate) fn ask(node: &Host, path: &str) -> Option<Answer> {
 }
 
 pub(crate) fn ask_by(node: &Host, method: &str, path: &str) -> Option<Answer> {
+    ask_as(node, "localhost", method, path)
+}
+
+/// Asks by another name than the admin port's own.
+pub(crate) fn ask_as(node: &Host, host: &str, method: &str, path: &str) -> Option<Answer> {
     let connect = || TcpStream::connect((Ipv4Addr::LOCALHOST, ADMIN));
     let mut stream = node.run(connect).unwrap().ok()?;
     stream.set_read_timeout(Some(DEADLINE)).unwrap();
-    let request = format!("{method} {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n");
+    let request = format!("{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).ok()?;
     let mut text = String::new();
     stream.read_to_string(&mut text).ok()?;

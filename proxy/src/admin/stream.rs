@@ -1,0 +1,83 @@
+//! `/observe`: decisions as they are made, a JSON line each.
+//!
+//! A reader who is too slow loses decisions and reads `{"lost":N}` in their place; nobody waits.
+use std::convert::Infallible;
+use std::fmt::Write;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::channel::{Channel, Sender};
+use hyper::body::Bytes;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::{RecvError, TryRecvError};
+
+use super::query::Filter;
+use crate::observed::Sighting;
+
+/// Parts of the body that may wait for the reader's socket.
+const WAITING: usize = 8;
+/// Decisions in one part.
+const TOGETHER: usize = 256;
+/// How long there may be silence: then an empty line shows both ends that the other is there.
+const SILENCE: Duration = Duration::from_secs(10);
+
+/// The body of an answer that ends when the reader goes. Holds `_place` until then.
+pub(super) fn body(
+    decisions: Receiver<Arc<Sighting>>,
+    filter: Filter,
+    node: Arc<str>,
+    place: OwnedSemaphorePermit,
+) -> Channel<Bytes, Infallible> {
+    let (sender, body) = Channel::new(WAITING);
+    tokio::spawn(async move {
+        let _place = place;
+        pass_on(decisions, sender, &filter, &node).await;
+    });
+    body
+}
+
+/// Ends when the reader or the daemon's enforcement is gone.
+async fn pass_on(
+    mut decisions: Receiver<Arc<Sighting>>,
+    mut to: Sender<Bytes, Infallible>,
+    filter: &Filter,
+    node: &str,
+) {
+    // Tells the reader that it is connected, before anything is decided.
+    let mut lines = "\n".to_owned();
+    while to
+        .send_data(std::mem::take(&mut lines).into())
+        .await
+        .is_ok()
+    {
+        match tokio::time::timeout(SILENCE, decisions.recv()).await {
+            Err(_) => lines.push('\n'),
+            Ok(Ok(sighting)) => put(&mut lines, &sighting, filter, node),
+            Ok(Err(RecvError::Lagged(lost))) => lose(&mut lines, lost),
+            Ok(Err(RecvError::Closed)) => return,
+        }
+        for _ in 1..TOGETHER {
+            match decisions.try_recv() {
+                Ok(sighting) => put(&mut lines, &sighting, filter, node),
+                Err(TryRecvError::Lagged(lost)) => lose(&mut lines, lost),
+                Err(_) => break,
+            }
+        }
+    }
+}
+
+fn put(lines: &mut String, sighting: &Sighting, filter: &Filter, node: &str) {
+    let decision = &sighting.decision;
+    if filter.admits(
+        sighting.word,
+        [decision.from.as_deref(), decision.to.as_deref()],
+    ) {
+        // A `String` takes all.
+        let _ = writeln!(lines, "{}", sighting.json(node));
+    }
+}
+
+fn lose(lines: &mut String, lost: u64) {
+    let _ = writeln!(lines, "{{\"lost\":{lost}}}");
+}

@@ -1,0 +1,229 @@
+//! What has been decided lately, for people: a live stream, who talked to whom, the last denials.
+//!
+//! Everything here is bounded and in memory. Telling it of a decision never waits: a reader of the
+//! stream who is too slow loses the oldest decisions and is told how many. Knows nothing of HTTP.
+mod denials;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use dashmap::DashMap;
+use policy::{Endpoint, PodKey};
+use serde_json::{Value, json};
+use tokio::sync::broadcast;
+
+use crate::decision::Decision;
+use crate::metrics::Word;
+use crate::records::{Subject, shown, timestamp};
+
+use denials::Denials;
+
+/// Decisions that wait for the slowest reader of the stream.
+const STREAM: usize = 4096;
+/// Pairs of pods whose decisions are counted; what other pairs do is counted together.
+const PAIRS: usize = 16_384;
+
+/// A decision at the time it was made.
+#[derive(Debug)]
+pub(crate) struct Sighting {
+    pub(crate) word: Word,
+    pub(crate) subject: Subject,
+    pub(crate) decision: Arc<Decision>,
+    pub(crate) at: SystemTime,
+    /// What cut it, if no policy did.
+    pub(crate) replaced: Option<String>,
+}
+
+/// Client and server; `None` is whoever is no pod.
+type Pair = (Option<PodKey>, Option<PodKey>);
+
+/// How often a pair was allowed, denied, severed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Tally([u64; 3]);
+
+/// What one node has decided lately.
+pub(crate) struct Observed {
+    since: SystemTime,
+    stream: broadcast::Sender<Arc<Sighting>>,
+    pairs: DashMap<Pair, Tally, ahash::RandomState>,
+    /// Decisions of pairs that found no place.
+    uncounted: AtomicU64,
+    denials: Mutex<Denials>,
+}
+
+impl Observed {
+    /// Nothing yet.
+    pub(crate) fn new() -> Self {
+        Self {
+            since: SystemTime::now(),
+            stream: broadcast::Sender::new(STREAM),
+            pairs: DashMap::default(),
+            uncounted: AtomicU64::new(0),
+            denials: Mutex::default(),
+        }
+    }
+
+    /// Takes note of a decision. Of a denied connection it is to be told once, not for every repeat
+    /// of its first packet; of a severed one `replaced` says what cut it, if no policy did.
+    pub(crate) fn saw(
+        &self,
+        word: Word,
+        subject: &Subject,
+        decision: &Arc<Decision>,
+        replaced: Option<String>,
+    ) {
+        self.count(word, decision);
+        let sighting = || {
+            Arc::new(Sighting {
+                word,
+                subject: subject.clone(),
+                decision: Arc::clone(decision),
+                at: SystemTime::now(),
+                replaced,
+            })
+        };
+        if word == Word::Deny {
+            let sighting = sighting();
+            self.denials
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .note(&sighting);
+            let _ = self.stream.send(sighting);
+        } else if self.stream.receiver_count() > 0 {
+            // It fails only if the last reader has just gone.
+            let _ = self.stream.send(sighting());
+        }
+    }
+
+    /// Follows what is decided from now on.
+    pub(crate) fn stream(&self) -> broadcast::Receiver<Arc<Sighting>> {
+        self.stream.subscribe()
+    }
+
+    /// How many follow it.
+    pub(crate) fn readers(&self) -> usize {
+        self.stream.receiver_count()
+    }
+
+    /// Who talked to whom since when, and the last denials, newest first. Pairs with a pod that
+    /// does not `exist` any more are forgotten.
+    pub(crate) fn json(&self, node: &str, exists: impl Fn(&PodKey) -> bool) -> Value {
+        let stands = |end: &Option<PodKey>| end.as_ref().is_none_or(&exists);
+        self.pairs
+            .retain(|(from, to), _| stands(from) && stands(to));
+        let pairs: Vec<Value> = self
+            .pairs
+            .iter()
+            .map(|entry| {
+                let ((from, to), Tally([allow, deny, sever])) = entry.pair();
+                json!({
+                    "from": from, "to": to, "allow": allow, "deny": deny, "sever": sever,
+                })
+            })
+            .collect();
+        let denials = self.denials.lock().unwrap_or_else(PoisonError::into_inner);
+        json!({
+            "node": node,
+            "since": timestamp(self.since),
+            "pairs": pairs,
+            "uncounted": self.uncounted.load(Ordering::Relaxed),
+            "denials": denials.json(node),
+        })
+    }
+
+    fn count(&self, word: Word, decision: &Decision) {
+        let pod = |end: &Option<Arc<Endpoint>>| end.as_ref().map(|it| it.identity.key.clone());
+        let pair = (pod(&decision.from), pod(&decision.to));
+        if let Some(mut tally) = self.pairs.get_mut(&pair) {
+            tally.0[word as usize] += 1;
+        } else if self.pairs.len() < PAIRS {
+            self.pairs.entry(pair).or_default().0[word as usize] += 1;
+        } else {
+            self.uncounted.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Sighting {
+    /// The keys of a record as far as they are known when it is decided, and `time`.
+    pub(crate) fn json(&self, node: &str) -> Value {
+        let verdict = || self.decision.verdict.reason();
+        let reason = self.replaced.clone().unwrap_or_else(verdict);
+        let mut fields = shown(&self.subject, &self.decision, reason, node);
+        for unknown in ["bytes.sent", "bytes.received"] {
+            fields.remove(unknown);
+        }
+        fields.insert("verdict".to_owned(), self.word.name().into());
+        fields.insert("time".to_owned(), timestamp(self.at).into());
+        Value::Object(fields)
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::net::SocketAddr;
+
+    use policy::{Protocol, Side, Verdict};
+
+    use super::*;
+    use crate::decision::Way;
+
+    pub(crate) fn denied(port: u16) -> (Subject, Arc<Decision>) {
+        let subject = Subject {
+            client: SocketAddr::from(([10, 0, 0, 1], 4711)),
+            server: SocketAddr::from(([10, 0, 0, 2], port)),
+            protocol: Protocol::Tcp,
+            way: Way::Spliced,
+            sent: 0,
+            received: 0,
+            opened: SystemTime::now(),
+            attempt: 0,
+            seen: None,
+        };
+        let side = Side {
+            isolated: true,
+            ..Side::default()
+        };
+        let decision = Decision {
+            verdict: Verdict {
+                egress: side.clone(),
+                ingress: side,
+                exempt: None,
+            },
+            from: None,
+            to: None,
+        };
+        (subject, Arc::new(decision))
+    }
+
+    #[test]
+    fn a_slow_reader_is_told_how_many_it_lost_and_nobody_waits_for_it() {
+        let observed = Observed::new();
+        let mut reader = observed.stream();
+        let (subject, decision) = denied(80);
+        for _ in 0..STREAM + 10 {
+            observed.saw(Word::Allow, &subject, &decision, None);
+        }
+        assert!(matches!(
+            reader.try_recv(),
+            Err(broadcast::error::TryRecvError::Lagged(10))
+        ));
+        assert!(reader.try_recv().is_ok());
+    }
+
+    #[test]
+    fn decisions_are_counted_by_pair_and_verdict_with_or_without_a_reader() {
+        let observed = Observed::new();
+        let (subject, decision) = denied(80);
+        for word in [Word::Deny, Word::Deny, Word::Allow, Word::Sever] {
+            observed.saw(word, &subject, &decision, None);
+        }
+        let told = observed.json("node", |_| true);
+        assert_eq!(
+            told["pairs"],
+            json!([{ "from": null, "to": null, "allow": 1, "deny": 2, "sever": 1 }])
+        );
+        assert_eq!(told["denials"][0]["count"], 2, "{told}");
+    }
+}

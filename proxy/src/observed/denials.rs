@@ -1,0 +1,113 @@
+//! The last denials, each once with the times it came: a client that tries again is one line.
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use policy::Protocol;
+use serde_json::Value;
+
+use super::Sighting;
+use crate::records::timestamp;
+
+/// Different denials that are remembered.
+const REMEMBERED: usize = 200;
+
+/// Who was denied what: the client's port is left out, as every attempt has another.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct What {
+    client: IpAddr,
+    server: IpAddr,
+    port: u16,
+    protocol: Protocol,
+}
+
+struct Denial {
+    /// The newest of its kind.
+    last: Arc<Sighting>,
+    first: SystemTime,
+    count: u64,
+}
+
+/// The newest ones.
+#[derive(Default)]
+pub(super) struct Denials(HashMap<What, Denial, ahash::RandomState>);
+
+impl Denials {
+    /// Adds a denial; of too many the one that is longest ago goes.
+    pub(super) fn note(&mut self, sighting: &Arc<Sighting>) {
+        let subject = &sighting.subject;
+        let what = What {
+            client: subject.client.ip(),
+            server: subject.server.ip(),
+            port: subject.server.port(),
+            protocol: subject.protocol,
+        };
+        if let Some(known) = self.0.get_mut(&what) {
+            known.count += 1;
+            known.last = Arc::clone(sighting);
+            return;
+        }
+        if self.0.len() >= REMEMBERED {
+            let oldest = self.0.iter().min_by_key(|(_, denial)| denial.last.at);
+            if let Some(oldest) = oldest.map(|(what, _)| what.clone()) {
+                self.0.remove(&oldest);
+            }
+        }
+        self.0.insert(
+            what,
+            Denial {
+                last: Arc::clone(sighting),
+                first: sighting.at,
+                count: 1,
+            },
+        );
+    }
+
+    /// Newest first: the keys of the newest of each kind, `count` and `first_time`.
+    pub(super) fn json(&self, node: &str) -> Vec<Value> {
+        let mut denials: Vec<_> = self.0.values().collect();
+        denials.sort_unstable_by_key(|denial| std::cmp::Reverse(denial.last.at));
+        let told = denials.into_iter().map(|denial| {
+            let mut fields = denial.last.json(node);
+            fields["count"] = denial.count.into();
+            fields["first_time"] = timestamp(denial.first).into();
+            fields
+        });
+        told.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::denied;
+    use super::*;
+    use crate::metrics::Word;
+
+    fn sighting(port: u16) -> Arc<Sighting> {
+        let (subject, decision) = denied(port);
+        Arc::new(Sighting {
+            word: Word::Deny,
+            subject,
+            decision,
+            at: SystemTime::now(),
+            replaced: None,
+        })
+    }
+
+    #[test]
+    fn the_same_again_is_counted_and_the_longest_ago_gives_way() {
+        let mut denials = Denials::default();
+        for port in 1..=200 {
+            denials.note(&sighting(port));
+        }
+        denials.note(&sighting(1));
+        denials.note(&sighting(201));
+        let told = denials.json("node");
+        let find = |port: u16| told.iter().find(|it| it["destination.port"] == port);
+        assert_eq!(told.len(), REMEMBERED);
+        assert_eq!(find(1).map(|it| it["count"].clone()), Some(2.into()));
+        assert!(find(2).is_none(), "it was the longest ago");
+        assert_eq!(told[0]["destination.port"], 201, "newest first");
+    }
+}

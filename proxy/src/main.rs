@@ -6,6 +6,7 @@ mod bridges;
 mod carried;
 mod connect;
 mod conntrack;
+mod console;
 mod decision;
 mod demo;
 mod enforcer;
@@ -46,6 +47,9 @@ enum Command {
     Check(ask::CheckArgs),
     /// Say it for every pod to every pod. Offline, without privilege.
     Matrix(ask::MatrixArgs),
+    Explain(console::ExplainArgs),
+    Connections(console::ConnectionsArgs),
+    Observe(console::ObserveArgs),
     Demo(demo::DemoArgs),
 }
 
@@ -58,6 +62,9 @@ fn main() -> ExitCode {
         }
         Command::Check(args) => ask::check(&args),
         Command::Matrix(args) => ask::matrix(&args),
+        Command::Explain(args) => console::explain(&args),
+        Command::Connections(args) => console::connections(&args),
+        Command::Observe(args) => console::observe(&args),
         Command::Demo(args) => demo::demo(&args),
     }
 }

@@ -12,6 +12,7 @@ mod browser;
 mod carried;
 mod cases;
 mod changes;
+mod console;
 mod image;
 mod isolation;
 mod jaeger;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         restart::TESTS,
         admin::TESTS,
         spans::TESTS,
+        console::TESTS,
         page::TESTS,
         startup::TESTS,
         image::TESTS,

@@ -1,0 +1,80 @@
+//! Commands that ask a running daemon: `portreeve explain`, `portreeve connections`, `portreeve
+//! observe`.
+//!
+//! They need no privilege, only the daemon's admin port. Knows nothing of policies: what the daemon
+//! says is shown.
+mod client;
+mod connections;
+mod explain;
+mod observe;
+mod words;
+
+use std::io;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+
+pub(crate) use connections::{ConnectionsArgs, connections};
+pub(crate) use explain::{ExplainArgs, explain};
+pub(crate) use observe::{ObserveArgs, observe};
+
+use client::ClientError;
+
+/// Exit status when the question is wrong or nobody answers.
+const WRONG: u8 = 2;
+
+/// Whom to ask.
+#[derive(Args, Clone, Copy, Debug)]
+struct Daemon {
+    /// The daemon's admin port
+    #[arg(
+        long,
+        value_name = "ADDR",
+        default_value = "127.0.0.1:15020",
+        env = "PORTREEVE_ADMIN"
+    )]
+    admin: SocketAddr,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Text,
+    Json,
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+enum ConsoleError {
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    #[error(
+        "the daemon's answer is not what this version expects ({0}); use the daemon's own `portreeve`"
+    )]
+    Answer(#[from] serde_json::Error),
+    #[error("cannot write the answer: {0}; see where standard output leads")]
+    Output(#[from] io::Error),
+}
+
+/// Runs a command to its end on this thread; a failure is exit status 2 and its text on standard
+/// error.
+fn run(work: impl Future<Output = Result<ExitCode, ConsoleError>>) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let outcome = match runtime {
+        Ok(runtime) => runtime.block_on(work),
+        Err(error) => Err(error.into()),
+    };
+    match outcome {
+        Ok(code) => code,
+        // Whoever reads our output has enough of it; that is no fault.
+        Err(ConsoleError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("portreeve: {error}");
+            ExitCode::from(WRONG)
+        }
+    }
+}

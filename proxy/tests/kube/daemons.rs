@@ -30,15 +30,7 @@ impl Daemons {
         let bed = Bed::bare(small());
         let control = control::joined(&bed.lab);
         publish(&bed, &control, policies);
-        let namespace =
-            format!("{{apiVersion: v1, kind: Namespace, metadata: {{name: {NAMESPACE}}}}}");
-        control.kubectl(&["apply", "-f", "-"], &namespace).unwrap();
-        let rights = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/base/rbac.yaml");
-        control
-            .kubectl(&["-n", NAMESPACE, "apply", "-f", rights], "")
-            .unwrap();
-        let token = control.token(NAMESPACE, "portreeve").unwrap();
-        let kubeconfig = control.kubeconfig("portreeve", &token).unwrap();
+        let kubeconfig = kubeconfig(&control);
         Self {
             bed,
             control,
@@ -129,6 +121,18 @@ impl Daemons {
 pub(crate) struct Waiting {
     _child: Child,
     pub(crate) log: PathBuf,
+}
+
+/// A kubeconfig of the DaemonSet's account: its rights and no others.
+pub(crate) fn kubeconfig(control: &ControlPlane) -> PathBuf {
+    let namespace = format!("{{apiVersion: v1, kind: Namespace, metadata: {{name: {NAMESPACE}}}}}");
+    control.kubectl(&["apply", "-f", "-"], &namespace).unwrap();
+    let rights = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/base/rbac.yaml");
+    control
+        .kubectl(&["-n", NAMESPACE, "apply", "-f", rights], "")
+        .unwrap();
+    let token = control.token(NAMESPACE, "portreeve").unwrap();
+    control.kubeconfig("portreeve", &token).unwrap()
 }
 
 fn publish(bed: &Bed, control: &ControlPlane, policies: &[Value]) -> String {

@@ -7,18 +7,24 @@
 )]
 mod api;
 mod away;
+#[path = "../lab/cases.rs"]
+mod cases;
 mod control;
 mod daemons;
 mod services;
 #[expect(dead_code, reason = "the lab's other tests use more")]
+#[path = "../lab/stage.rs"]
+mod stage;
+#[expect(dead_code, reason = "the lab's other tests use more")]
 #[path = "../lab/support.rs"]
 mod support;
+mod upstream;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     support::raise_descriptor_limit();
-    let tests: Vec<_> = [api::TESTS, away::TESTS, services::TESTS].concat();
+    let tests: Vec<_> = [api::TESTS, away::TESTS, services::TESTS, upstream::TESTS].concat();
     let code = lab::runner::main(&tests);
     control::stop();
     code

@@ -52,10 +52,12 @@ impl Source for Told {
         self.manifests.step(bed, nodes, world, changes);
     }
 
-    fn flags(&self) -> Vec<String> {
-        let (endpoint, none) = (self.jaeger.grpc(), "0");
-        let flags = ["--otlp-endpoint", &endpoint, "--trace-allowed", none];
-        flags.map(str::to_owned).into()
+    fn start(&self, bed: &mut Bed, node: usize) {
+        let endpoint = self.jaeger.grpc();
+        bed.start(
+            node,
+            &["--otlp-endpoint", &endpoint, "--trace-allowed", "0"],
+        );
     }
 
     fn refused(&mut self, world: &World, refused: Refused) {

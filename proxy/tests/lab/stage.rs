@@ -27,16 +27,16 @@ const GRACE: Duration = Duration::from_millis(400);
 
 /// How the daemons come to know the state of a case. Each call returns once it is in force.
 pub(crate) trait Source {
+    /// Starts the daemon of a node.
+    fn start(&self, bed: &mut Bed, node: usize) {
+        bed.start(node, &[]);
+    }
+
     /// Makes `world` the state that the first step of a case starts from, if steps are told as changes.
     fn begin(&mut self, _: &Bed, _: &[Value], _: &World) {}
 
     /// Makes `world` the state: the one before with `changes`.
     fn step(&mut self, bed: &Bed, nodes: &[Value], world: &World, changes: &[Change]);
-
-    /// What the daemons are started with, besides.
-    fn flags(&self) -> Vec<String> {
-        Vec::new()
-    }
 
     /// Hears of every connection that is to be refused, once it has been tried.
     fn refused(&mut self, _: &World, _: Refused) {}
@@ -180,10 +180,8 @@ impl<S: Source> Stage<S> {
         stage
             .source
             .step(&stage.bed, &stage.nodes, &World::default(), &[]);
-        let flags = stage.source.flags();
-        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         for node in [1, 2] {
-            stage.bed.start(node, &flags);
+            stage.source.start(&mut stage.bed, node);
         }
         stage
     }

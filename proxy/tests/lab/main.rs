@@ -8,6 +8,7 @@
 )]
 mod admin;
 mod bounds;
+mod bridges;
 mod browser;
 mod carried;
 mod cases;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         likeness::TESTS,
         streams::TESTS,
         topology::TESTS,
+        bridges::TESTS,
         sever::TESTS,
         ports::TESTS,
         bounds::TESTS,

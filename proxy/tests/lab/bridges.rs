@@ -1,0 +1,284 @@
+//! Pods on a Linux bridge: nothing passes from port to port unseen, whatever becomes of the bridge.
+use std::io::{ErrorKind, Read};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use lab::runner::Test;
+use lab::traffic::{UdpOutcome, craft};
+use lab::{Cluster, Gateway, Host, Kind, PodSpec, wait_until};
+use nix::ifaddrs::getifaddrs;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::support::{
+    Bed, DEADLINE, SOON, allow_ingress, ask, connected, counter_of, deny_egress, deny_ingress,
+    greeted, small,
+};
+
+pub(crate) const TESTS: &[Test] = &lab::tests![
+    a_bridge_that_comes_with_the_first_pod_is_found,
+    pods_that_come_while_no_daemon_runs_are_cut_off_until_one_does,
+    a_bridge_that_looks_into_packets_again_is_reported_and_opens_nothing,
+    nothing_of_an_isolated_pod_passes_its_bridge,
+];
+
+const BRIDGE: Gateway = Gateway::Bridge { hairpin: false };
+/// In every frame that is made by hand.
+const MAGIC: &[u8] = b"by hand";
+const EVERYBODY: [u8; 6] = [0xff; 6];
+const ALL_NODES: [u8; 6] = [0x33, 0x33, 0, 0, 0, 1];
+
+fn a_bridge_that_comes_with_the_first_pod_is_found() {
+    let mut bed = Bed::of(Cluster::builder().nodes(1).gateway(BRIDGE).build().unwrap());
+    bed.enforce(&[]);
+    for name in ["a", "b"] {
+        let pod = bed
+            .lab
+            .add_pod(PodSpec::new("x", name).node(0).label("pod", name))
+            .unwrap();
+        pod.serve(&[80]).unwrap();
+    }
+    bed.write_cluster();
+    bed.apply(&[deny_ingress("b")]);
+    let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
+    for (to, back) in b.addrs(80).into_iter().zip(a.addrs(80)) {
+        assert_eq!(a.connect(to, SOON).unwrap().kind(), Kind::TimedOut, "{to}");
+        assert_eq!(greeted(&b, back).server, "x/a");
+    }
+}
+
+fn pods_that_come_while_no_daemon_runs_are_cut_off_until_one_does() {
+    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    bed.enforce(&[]);
+    bed.kill(0);
+    let new = ["e", "f"].map(|name| {
+        let pod = bed
+            .lab
+            .add_pod(PodSpec::new("x", name).node(0).label("pod", name))
+            .unwrap();
+        pod.serve(&[80]).unwrap();
+        pod.serve_udp(&[53]).unwrap();
+        pod
+    });
+    let [e, f] = &new;
+    let known = bed.lab.pod("x/b");
+    let heard = [f.capture().unwrap(), known.capture().unwrap()];
+    for server in [f, &known] {
+        for (tcp, udp) in server.addrs(80).into_iter().zip(server.addrs(53)) {
+            assert_eq!(
+                e.connect(tcp, SOON).unwrap().kind(),
+                Kind::TimedOut,
+                "{tcp}"
+            );
+            assert_eq!(
+                e.ask_udp(udp, b"who?", SOON).unwrap(),
+                UdpOutcome::TimedOut,
+                "{udp}"
+            );
+        }
+    }
+    for capture in &heard {
+        let passed = capture.count(|packet| {
+            [6, 17].contains(&packet.protocol) && e.addresses().contains(&packet.source.ip())
+        });
+        assert_eq!(passed, 0);
+    }
+    // Pods that were released before go on.
+    for to in known.addrs(80) {
+        greeted(&bed.lab.pod("x/a"), to);
+    }
+    bed.write_cluster();
+    bed.start(0, &[]);
+    for to in f.addrs(80) {
+        greeted(e, to);
+    }
+}
+
+fn a_bridge_that_looks_into_packets_again_is_reported_and_opens_nothing() {
+    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    for pod in bed.lab.pods() {
+        pod.serve_udp(&[53]).unwrap();
+    }
+    bed.write_policies(&[allow_ingress("b"), deny_ingress("d")]);
+    bed.enforce(&[]);
+    let (a, b, d) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/d"));
+    let node = bed.lab.node(0);
+    for family in ["iptables", "ip6tables"] {
+        let sysctl = format!("bridge/bridge-nf-call-{family}");
+        node.netns().set_sysctls(&[(&sysctl, "1")]).unwrap();
+        let since = Instant::now();
+        let readyz = || ask(&node, "/readyz").unwrap();
+        wait_until(DEADLINE, "the node not to be ready", || {
+            readyz().status == 503
+        })
+        .unwrap();
+        assert!(
+            since.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            since.elapsed()
+        );
+        let told = readyz().body;
+        assert!(
+            told.contains(&format!("net.bridge.bridge-nf-call-{family} was set to 1")),
+            "{told}"
+        );
+        assert!(
+            told.contains("sysctl -w") && told.contains("cni0"),
+            "{told}"
+        );
+
+        let heard = d.capture().unwrap();
+        for (tcp, udp) in d.addrs(80).into_iter().zip(d.addrs(53)) {
+            assert_eq!(
+                a.connect(tcp, SOON).unwrap().kind(),
+                Kind::TimedOut,
+                "{tcp}"
+            );
+            assert_eq!(
+                a.ask_udp(udp, b"who?", SOON).unwrap(),
+                UdpOutcome::TimedOut,
+                "{udp}"
+            );
+        }
+        let passed = heard.count(|packet| {
+            [6, 17].contains(&packet.protocol) && a.addresses().contains(&packet.source.ip())
+        });
+        assert_eq!(passed, 0, "{family}");
+
+        node.netns().set_sysctls(&[(&sysctl, "0")]).unwrap();
+        wait_until(DEADLINE, "the node to be ready", || readyz().status == 200).unwrap();
+        for to in b.addrs(80) {
+            drop(connected(&a, to));
+        }
+    }
+}
+
+/// By unicast, broadcast and multicast, to the pod's own and to link-local addresses, every protocol
+/// number, other EtherTypes, and a VLAN tag before all.
+fn nothing_of_an_isolated_pod_passes_its_bridge() {
+    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    bed.enforce(&[]);
+    let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
+    for to in b.addrs(80) {
+        greeted(&a, to);
+    }
+    let (node, port) = (bed.lab.node(0), link_address(&b));
+    let tap = Tap::new(&b);
+    let shout = |to: [u8; 6]| {
+        let group: IpAddr = Ipv4Addr::new(224, 0, 0, 99).into();
+        let packet = craft::udp((a.ipv4(), 9).into(), (group, 9).into(), MAGIC);
+        a.injector().unwrap().towards(to).send(&packet).unwrap();
+    };
+    shout(EVERYBODY);
+    wait_until(DEADLINE, "a broadcast among released pods", || {
+        tap.heard() == 1
+    })
+    .unwrap();
+
+    bed.apply(&[deny_egress("a")]);
+    let dropped = || counter_of(&node, "bridge", "bridged");
+    let before = dropped();
+    let frames = frames(&a, &b);
+    for to in [port, EVERYBODY, ALL_NODES] {
+        let link = a.injector().unwrap().towards(to);
+        for (kind, payload) in &frames {
+            link.send_frame(*kind, payload).unwrap();
+            let tagged = [&[0, 7][..], &kind.to_be_bytes(), payload].concat();
+            link.send_frame(0x8100, &tagged).unwrap();
+        }
+    }
+    shout(EVERYBODY);
+    wait_until(DEADLINE, "all frames to be looked at", || {
+        dropped() > before + 1000
+    })
+    .unwrap();
+    bed.apply(&[]);
+    // What comes after them shows that they have all been seen.
+    let marked = tap.heard();
+    wait_until(DEADLINE, "a broadcast among released pods", || {
+        shout(EVERYBODY);
+        tap.heard() > marked
+    })
+    .unwrap();
+    assert_eq!(marked, 1, "of {} frames in six ways", frames.len());
+}
+
+/// EtherTypes and what follows them.
+fn frames(from: &Host, to: &Host) -> Vec<(u16, Vec<u8>)> {
+    let near = |last: u16| IpAddr::from(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, last));
+    let pairs = [
+        (from.ipv4().into(), to.ipv4().into()),
+        (from.ipv6().into(), to.ipv6().into()),
+        (from.ipv6().into(), near(0x99)),
+        (near(0x98), near(0x99)),
+        (
+            Ipv4Addr::new(192, 168, 77, 1).into(),
+            Ipv4Addr::new(192, 168, 77, 2).into(),
+        ),
+    ];
+    let mut frames = vec![
+        (0x88b5, MAGIC.to_vec()),
+        (0x0801, MAGIC.to_vec()),
+        (0x8863, MAGIC.to_vec()),
+    ];
+    for (from, to) in pairs {
+        let kind = if from.is_ipv4() { 0x0800 } else { 0x86dd };
+        for protocol in 0..=255 {
+            // What finds neighbours must pass, and says so in its first byte.
+            let payload = [&[0; 20][..], MAGIC].concat();
+            frames.push((kind, craft::ip(from, to, protocol, &payload)));
+        }
+        let (from, to): (SocketAddr, SocketAddr) = ((from, 9).into(), (to, 80).into());
+        frames.push((kind, craft::tcp(from, to, 0x02, 1, MAGIC)));
+        frames.push((kind, craft::udp(from, to, MAGIC)));
+    }
+    frames
+}
+
+/// Counts the frames that come to a host and were made by hand, whatever they are.
+struct Tap {
+    socket: Socket,
+    heard: std::cell::Cell<usize>,
+}
+
+impl Tap {
+    fn new(host: &Host) -> Self {
+        // ETH_P_ALL, in network byte order.
+        let every = Protocol::from(i32::from(3_u16.to_be()));
+        let open = || Socket::new(Domain::PACKET, Type::RAW.nonblocking(), Some(every));
+        let socket = host.run(open).unwrap().unwrap();
+        socket.set_recv_buffer_size(8 << 20).unwrap();
+        Self {
+            socket,
+            heard: 0.into(),
+        }
+    }
+
+    fn heard(&self) -> usize {
+        let mut frame = [0; 2048];
+        loop {
+            match (&self.socket).read(&mut frame) {
+                Ok(length) => {
+                    let ours = frame[..length]
+                        .windows(MAGIC.len())
+                        .any(|window| window == MAGIC);
+                    self.heard.set(self.heard.get() + usize::from(ours));
+                }
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                    return self.heard.get();
+                }
+            }
+        }
+    }
+}
+
+/// The address of a pod's link (IEEE 802).
+fn link_address(pod: &Host) -> [u8; 6] {
+    let found = pod.run(|| {
+        let mut links = getifaddrs()
+            .unwrap()
+            .filter(|link| link.interface_name == "eth0");
+        links.find_map(|link| link.address?.as_link_addr()?.addr())
+    });
+    found.unwrap().unwrap()
+}

@@ -6,10 +6,10 @@ CARGO ?= cargo
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
 # Program needed, Debian package that has it.
-TOOLS := nft:nftables ip:iproute2 setpriv:util-linux cc:gcc bwrap:bubblewrap
+TOOLS := nft:nftables ip:iproute2 setpriv:util-linux cc:gcc
 # What it takes to build the programs of other projects.
 TOOLS_TOOLS := curl:curl unzip:unzip
-TEST_TOOLS := chromium:chromium chromedriver:chromium-driver
+TEST_TOOLS := bwrap:bubblewrap chromium:chromium chromedriver:chromium-driver
 BENCH_TOOLS := haproxy:haproxy
 
 .PHONY: help demo test tools lint check bench prerequisites test-prerequisites bench-prerequisites toolchain
@@ -42,6 +42,8 @@ lint: toolchain ## Format and lints
 	@$(CARGO) clippy --locked --workspace --lib --bins -- -D warnings -D clippy::too_many_lines
 
 check: lint ## The quick round: format, lints, pure tests
+	@$(call install,$(TOOLS_TOOLS))
+	@lab/tools/promtool --fetch
 	@$(CARGO) test --locked -q --workspace --lib --bins
 	@$(CARGO) test --locked -q -p policy --tests
 	@$(CARGO) test --locked -q -p tidy

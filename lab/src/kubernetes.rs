@@ -72,7 +72,7 @@ impl ControlPlane {
         tools::ip(&netns, "link set lo up\n")?;
         start::write_tokens(directory)?;
         let etcd = start::etcd(&netns, &programs, directory)?;
-        let server = start::server(&netns, &programs, directory)?;
+        let server = start::server(&netns, &programs, directory, &[])?;
         let control = Self {
             _gateway: start::gateway(&netns, &programs, directory)?,
             api: Api::new(directory.join(start::GATEWAY)),
@@ -232,7 +232,15 @@ impl ControlPlane {
     /// # Errors
     /// As [`ControlPlane::start`].
     pub fn start_server(&self) -> Result<(), KubernetesError> {
-        let server = start::server(&self.netns, &self.programs, &self.directory)?;
+        self.start_server_with(&[])
+    }
+
+    /// Starts the API server again with more flags, see [`ControlPlane::start_server`].
+    ///
+    /// # Errors
+    /// As [`ControlPlane::start`].
+    pub fn start_server_with(&self, flags: &[&str]) -> Result<(), KubernetesError> {
+        let server = start::server(&self.netns, &self.programs, &self.directory, flags)?;
         *lock(&self.server) = Some(server);
         self.await_ready()
     }

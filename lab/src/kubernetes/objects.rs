@@ -7,13 +7,15 @@ use serde_json::{Value, json};
 use super::error::KubernetesError;
 
 /// Kinds without a namespace, as far as the lab publishes them.
-const CLUSTER_WIDE: [&str; 6] = [
+const CLUSTER_WIDE: [&str; 8] = [
     "Namespace",
     "Node",
     "ClusterRole",
     "ClusterRoleBinding",
     "PriorityClass",
     "CustomResourceDefinition",
+    "ValidatingAdmissionPolicy",
+    "ValidatingAdmissionPolicyBinding",
 ];
 
 /// The API's path of an object, by its kind, namespace and name.

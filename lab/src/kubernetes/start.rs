@@ -74,6 +74,7 @@ pub(super) fn server(
     netns: &Netns,
     programs: &Programs,
     directory: &Path,
+    flags: &[&str],
 ) -> Result<Child, KubernetesError> {
     let certificates = directory.join("certificates");
     let key = certificates.join("apiserver.key");
@@ -96,6 +97,7 @@ pub(super) fn server(
         "--service-account-signing-key-file={}",
         key.display()
     ));
+    server.args(flags);
     let mut server = spawn(server, directory, SERVER)?;
     await_start(directory, SERVER, &mut server, || {
         authority(directory).is_file()

@@ -9,6 +9,7 @@ mod error;
 mod snapshot;
 mod state;
 mod status;
+mod taint;
 mod told;
 mod watch;
 
@@ -31,6 +32,7 @@ use crate::{Batch, Problem};
 
 pub use error::ApiError;
 pub use status::{KindStatus, WatchStatus};
+pub use taint::lift_taint;
 
 /// How long the API server has for the first full state before the one on disk is used, if it has not
 /// failed before.

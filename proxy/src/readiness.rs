@@ -64,6 +64,14 @@ impl Readiness {
         self.set(Some(reason.into()));
     }
 
+    /// Waits until everything known is in force, all parts of it.
+    pub(crate) async fn awaited(&self) {
+        let mut parts = self.parts.subscribe();
+        let ready = |parts: &[State; 2]| parts.iter().all(|part| part.reason.is_none());
+        // It fails without a sender only, and here is one.
+        let _ = parts.wait_for(ready).await;
+    }
+
     /// Asks for all parts.
     ///
     /// # Errors

@@ -112,6 +112,7 @@ async fn enforce(args: &RunArgs, mut source: Source) -> anyhow::Result<()> {
     let kernel = iptables_init::probe_kernel()?;
     let bridges = Bridges::new(args.redirect.bridge.clone(), pods.clone(), kernel);
     tokio::spawn(bridges.watch(Changes::listen()?, readiness.of_bridges()));
+    source::lift_taint(args, &readiness, &enforcer.node);
     let following = Follower {
         source,
         index,

@@ -54,6 +54,9 @@ pub(crate) struct RunArgs {
         env = "PORTREEVE_STATE_MAX_AGE"
     )]
     pub(crate) state_max_age: humantime::Duration,
+    /// Taint that is taken off this Node once the daemon enforces; new nodes register with it.
+    #[arg(long, value_name = "KEY", env = "PORTREEVE_STARTUP_TAINT")]
+    pub(crate) startup_taint: Option<String>,
     /// Name of this Node object [default: $NODE_NAME, else the host name].
     #[arg(long, value_name = "NAME", env = "PORTREEVE_NODE")]
     node: Option<String>,

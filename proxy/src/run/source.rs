@@ -8,6 +8,7 @@ use controller::manifest::ManifestSource;
 use controller::{Batch, Problem};
 
 use super::settings::RunArgs;
+use crate::readiness::Readiness;
 
 /// What is followed.
 pub(super) enum Source {
@@ -26,6 +27,11 @@ impl Source {
     /// What is wrong with the flags, the manifests or the client configuration.
     pub(super) async fn open(args: &RunArgs) -> anyhow::Result<Self> {
         if let Some(path) = args.cluster.strip_prefix("dir:") {
+            if args.startup_taint.is_some() {
+                bail!(
+                    "--startup-taint is about the API server's Node; give --cluster kube with it"
+                );
+            }
             let (source, first) = ManifestSource::open(&PathBuf::from(path))?;
             return Ok(Self::Manifests {
                 source: Box::new(source),
@@ -72,4 +78,16 @@ impl Source {
             Self::Kube(source) => source.tell(problems),
         }
     }
+}
+
+/// Takes `--startup-taint` off this Node as soon as the daemon is ready, if there is such a flag.
+pub(super) fn lift_taint(args: &RunArgs, readiness: &Readiness, node: &Arc<str>) {
+    let Some(key) = args.startup_taint.clone() else {
+        return;
+    };
+    let (readiness, node) = (readiness.clone(), Arc::clone(node));
+    tokio::spawn(async move {
+        readiness.awaited().await;
+        controller::kube::lift_taint(&node, &key).await;
+    });
 }

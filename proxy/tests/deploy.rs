@@ -13,7 +13,13 @@ use serde_json::Value;
 const PORTREEVE: &str = env!("CARGO_BIN_EXE_portreeve");
 const NAMESPACE: &str = "portreeve-system";
 /// What an operator applies, with the chart's values that ask for the same.
-const INSTALLS: &[(&str, &[&str])] = &[("base", &[]), ("overlays/uninstall", &["uninstall=true"])];
+const INSTALLS: &[(&str, &[&str])] = &[
+    ("base", &[]),
+    ("overlays/bridge", &["bridges={cni0}"]),
+    ("overlays/jaeger", &["jaeger.enabled=true"]),
+    ("overlays/startup-taint", &["startupTaint.enabled=true"]),
+    ("overlays/uninstall", &["uninstall=true"]),
+];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -98,6 +104,8 @@ fn settings(objects: &Objects) -> BTreeMap<&str, &str> {
 
 #[test]
 fn the_chart_makes_what_kustomize_makes() {
+    let overlays = fs::read_dir(deploy("overlays")).unwrap().count();
+    assert_eq!(overlays + 1, INSTALLS.len(), "an overlay is missing here");
     for (directory, values) in INSTALLS {
         let (mut wanted, mut made) = (kustomized(directory), charted(values));
         // Helm makes the namespace that it is told to install into.

@@ -11,6 +11,7 @@ mod away;
 mod cases;
 mod control;
 mod daemons;
+mod deploy;
 mod services;
 #[expect(dead_code, reason = "the lab's other tests use more")]
 #[path = "../lab/stage.rs"]
@@ -24,7 +25,14 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     support::raise_descriptor_limit();
-    let tests: Vec<_> = [api::TESTS, away::TESTS, services::TESTS, upstream::TESTS].concat();
+    let tests: Vec<_> = [
+        api::TESTS,
+        away::TESTS,
+        services::TESTS,
+        upstream::TESTS,
+        deploy::TESTS,
+    ]
+    .concat();
     let code = lab::runner::main(&tests);
     control::stop();
     code

@@ -294,6 +294,18 @@ impl Findings {
                 "`sysctl -w net.ipv4.ip_forward=1`, as every CNI plugin with routed pods does",
             );
         }
+        if !is_on("netfilter/nf_conntrack_acct") {
+            self.note(
+                "sysctl net.netfilter.nf_conntrack_acct is 0: records of flows that the kernel carries (path: kernel) have no bytes",
+                "`sysctl -w net.netfilter.nf_conntrack_acct=1`; it counts for flows that begin after it",
+            );
+        }
+        if !is_on("netfilter/nf_conntrack_events") {
+            self.note(
+                "sysctl net.netfilter.nf_conntrack_events is 0: records of flows that the kernel carries come late and without the last bytes",
+                "`sysctl -w net.netfilter.nf_conntrack_events=2`, the kernel's default",
+            );
+        }
     }
 }
 

@@ -392,9 +392,18 @@ fn check_takes_what_works() {
             "sysctl -qw net.ipv6.fwmark_reflect=1",
             "note: sysctl net.ipv6.fwmark_reflect is 1",
         ),
+        (
+            "sysctl -qw net.netfilter.nf_conntrack_acct=0",
+            "note: sysctl net.netfilter.nf_conntrack_acct is 0",
+        ),
+        (
+            "sysctl -qw net.netfilter.nf_conntrack_events=0",
+            "note: sysctl net.netfilter.nf_conntrack_events is 0",
+        ),
     ] {
         let netns = namespace();
         init(&netns, "install").ok();
+        sh(&netns, "sysctl -qw net.netfilter.nf_conntrack_acct=1");
         sh(&netns, odd);
         let said = init(&netns, "check").ok();
         assert!(said.starts_with(expected), "`{odd}`: {said}");

@@ -1,69 +1,359 @@
-//! Keeps what the kernel carries true to the table: flows that a change denies lose their conntrack
-//! entry, so that their next packet is judged again.
+//! The flows that the kernel carries, as far as we let them in: who they are between, and by which
+//! decision.
+//!
+//! The kernel has the flows themselves; this is what tells, without asking it, which of them a change
+//! concerns, and what a record says at their end. Knows neither packets nor how to reach the kernel;
+//! [`upkeep`] keeps both in step.
+pub(crate) mod upkeep;
+
 use std::collections::BTreeSet;
-use std::io;
 use std::net::IpAddr;
-use std::sync::Arc;
-use std::time::SystemTime;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Instant, SystemTime};
 
-use controller::Judgement;
-use policy::Protocol;
+use dashmap::DashMap;
+use dashmap::mapref::entry::Entry as Place;
 
-use crate::conntrack::{self, Entry};
+use crate::conntrack::{Entry, FlowId};
 use crate::decision::{Decision, Severance, Way};
-use crate::enforcer::Enforcer;
+use crate::flows::{ByAddress, Ends};
 use crate::records::Subject;
 
-/// Judges every flow of these addresses that is not relayed again, and ends those that are denied.
-/// Returns how many that were. Blocks: it reads conntrack's whole table.
-///
-/// Flows that no policy concerned until now are looked at too, as they carry no mark.
-///
-/// # Errors
-/// What ctnetlink answers; some flows may then go on until their next first packet.
-pub(crate) fn judge_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Result<usize> {
-    if touched.is_empty() {
-        return Ok(0);
-    }
-    let relayed = enforcer.marks.client() | enforcer.marks.upstream();
-    let concerned = |entry: &Entry| {
-        touched.contains(&entry.client.ip()) || touched.contains(&entry.server.ip())
-    };
-    let mut denied = conntrack::marked(0, relayed)?;
-    denied.retain(|entry| concerned(entry) && is_denied(enforcer, entry));
-    conntrack::delete(&denied)
+/// Flows that are listed; a flow beyond is carried all the same, and found in conntrack itself.
+const MOST: usize = 65_536;
+
+/// All listed flows.
+pub(crate) struct Carried {
+    most: usize,
+    by_id: DashMap<FlowId, Arc<CarriedFlow>, ahash::RandomState>,
+    by_address: ByAddress<CarriedFlow>,
+    next: AtomicU64,
+    /// How often the list was compared with conntrack.
+    round: AtomicU64,
+    /// More than 0 if conntrack may have flows of ours that are not listed: at the start, and after
+    /// each that found no room.
+    unlisted: AtomicU64,
 }
 
-/// Judges one flow; a denied one is counted and recorded, unless it had ended by itself.
-fn is_denied(enforcer: &Enforcer, entry: &Entry) -> bool {
-    let Entry {
-        client,
-        server,
-        protocol,
-        ..
-    } = *entry;
-    let port = (!matches!(protocol, Protocol::Other(_))).then_some(server.port());
-    let judgement = enforcer
-        .table
-        .judge(client.ip(), server.ip(), port, protocol);
-    let Judgement::Settled { verdict, from, to } = judgement else {
-        return false;
-    };
-    let denied = !verdict.allowed();
-    if denied && !entry.over {
-        let subject = Subject {
-            client,
-            server,
-            protocol,
+/// A flow that was let through at its first packet.
+pub(crate) struct CarriedFlow {
+    number: u64,
+    pub(crate) id: FlowId,
+    /// When its first packet came.
+    opened: SystemTime,
+    entered: Instant,
+    pub(crate) decision: Arc<Decision>,
+    sent: AtomicU64,
+    received: AtomicU64,
+    /// The round in which conntrack was last known to have it.
+    seen: AtomicU64,
+    /// Its first packet came again: there may have been another flow between the same ends.
+    again: AtomicBool,
+    severance: Mutex<Option<Severance>>,
+}
+
+/// One comparison of the list with conntrack.
+struct Round {
+    number: u64,
+    unlisted: u64,
+}
+
+/// What the list makes of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Listed {
+    New,
+    /// It was there already.
+    Again,
+    /// There is no room for it.
+    Full,
+}
+
+impl Default for Carried {
+    fn default() -> Self {
+        Self::with_room_for(MOST)
+    }
+}
+
+impl Carried {
+    fn with_room_for(most: usize) -> Self {
+        Self {
+            most,
+            by_id: DashMap::default(),
+            by_address: ByAddress::default(),
+            next: AtomicU64::new(0),
+            round: AtomicU64::new(0),
+            unlisted: AtomicU64::new(1),
+        }
+    }
+
+    /// Enters a flow whose first packet may pass.
+    pub(crate) fn enter(&self, id: FlowId, opened: SystemTime, decision: &Arc<Decision>) -> Listed {
+        if let Some(known) = self.by_id.get(&id) {
+            known.again.store(true, Ordering::Relaxed);
+            return Listed::Again;
+        }
+        if self.by_id.len() >= self.most {
+            self.unlisted.fetch_add(1, Ordering::Relaxed);
+            return Listed::Full;
+        }
+        let flow = Arc::new(CarriedFlow {
+            number: self.next.fetch_add(1, Ordering::Relaxed),
+            id,
+            opened,
+            entered: Instant::now(),
+            decision: Arc::clone(decision),
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            seen: AtomicU64::new(self.round.load(Ordering::Relaxed)),
+            again: AtomicBool::new(false),
+            severance: Mutex::new(None),
+        });
+        // First, since from the next step on it may be taken out again.
+        self.by_address.insert(&flow);
+        match self.by_id.entry(id) {
+            Place::Occupied(_) => {
+                self.by_address.remove(&flow);
+                Listed::Again
+            }
+            Place::Vacant(place) => {
+                place.insert(flow);
+                Listed::New
+            }
+        }
+    }
+
+    /// Takes a flow out; it is handed to one caller only.
+    pub(crate) fn remove(&self, id: &FlowId) -> Option<Arc<CarriedFlow>> {
+        let (_, flow) = self.by_id.remove(id)?;
+        self.by_address.remove(&flow);
+        Some(flow)
+    }
+
+    /// Takes out the flow that conntrack let go of, unless it may have been an earlier one between
+    /// the same ends: then the next comparisons with conntrack will tell.
+    pub(crate) fn ended(&self, entry: &Entry) -> Option<Arc<CarriedFlow>> {
+        let flow = self.get(&entry.flow)?;
+        flow.note(entry);
+        if flow.again.swap(false, Ordering::Relaxed) {
+            return None;
+        }
+        self.remove(&entry.flow)
+    }
+
+    /// The flow of this name.
+    pub(crate) fn get(&self, id: &FlowId) -> Option<Arc<CarriedFlow>> {
+        self.by_id.get(id).map(|flow| Arc::clone(&flow))
+    }
+
+    /// Every flow with an end among these addresses, in no order.
+    pub(crate) fn of(&self, addresses: &BTreeSet<IpAddr>) -> Vec<Arc<CarriedFlow>> {
+        self.by_address.of(addresses)
+    }
+
+    /// Every flow, in no order.
+    pub(crate) fn all(&self) -> Vec<Arc<CarriedFlow>> {
+        self.by_id.iter().map(|flow| Arc::clone(&flow)).collect()
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.by_id.len()
+    }
+
+    /// Whether conntrack may have flows of ours that are not listed.
+    pub(crate) fn is_incomplete(&self) -> bool {
+        self.unlisted.load(Ordering::Relaxed) > 0
+    }
+
+    /// Begins a comparison with conntrack, before conntrack is read.
+    fn begin_round(&self) -> Round {
+        Round {
+            number: self.round.fetch_add(1, Ordering::Relaxed) + 1,
+            unlisted: self.unlisted.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Ends it, after all that conntrack has was entered. Returns the flows that conntrack did not
+    /// have in two rounds on end: once may be a flow that is on its way there, or that the kernel
+    /// moved within its table while it was read.
+    fn end_round(&self, round: Round) -> Vec<Arc<CarriedFlow>> {
+        // If another found no room meanwhile, the list stays incomplete.
+        let _ =
+            self.unlisted
+                .compare_exchange(round.unlisted, 0, Ordering::Relaxed, Ordering::Relaxed);
+        let lost = |flow: &CarriedFlow| flow.seen.load(Ordering::Relaxed) + 2 <= round.number;
+        self.all().into_iter().filter(|flow| lost(flow)).collect()
+    }
+}
+
+impl Ends for CarriedFlow {
+    fn id(&self) -> u64 {
+        self.number
+    }
+
+    fn ends(&self) -> [IpAddr; 2] {
+        [self.id.client.ip(), self.id.server.ip()]
+    }
+}
+
+impl CarriedFlow {
+    /// The flow as a record shows it.
+    pub(crate) fn subject(&self) -> Subject {
+        Subject {
+            client: self.id.client,
+            server: self.id.server,
+            protocol: self.id.protocol,
             way: Way::Kernel,
-            sent: 0,
-            received: 0,
-            opened: SystemTime::now(),
+            sent: self.sent.load(Ordering::Relaxed),
+            received: self.received.load(Ordering::Relaxed),
+            opened: self.opened,
             attempt: 0,
             seen: None,
-        };
-        let decision = Arc::new(Decision { verdict, from, to });
-        enforcer.severed(subject, Severance::denied(decision));
+        }
     }
-    denied
+
+    /// Which later change ended it, if one did.
+    pub(crate) fn severance(&self) -> Option<Severance> {
+        self.severance
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn sever(&self, severance: Severance) {
+        *self
+            .severance
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(severance);
+    }
+
+    /// Takes over what conntrack has counted.
+    fn note(&self, entry: &Entry) {
+        self.sent.store(entry.sent, Ordering::Relaxed);
+        self.received.store(entry.received, Ordering::Relaxed);
+    }
+
+    fn seen_in(&self, round: &Round, entry: &Entry) {
+        self.note(entry);
+        self.seen.store(round.number, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use iptables_init::netlink::{self, Header, Message};
+    use policy::{Protocol, Side, Verdict};
+
+    use super::*;
+
+    fn id(client: u16) -> FlowId {
+        FlowId {
+            protocol: Protocol::Udp,
+            client: ([10, 0, 0, 1], client).into(),
+            server: ([10, 0, 0, 2], 53).into(),
+            identifier: 0,
+        }
+    }
+
+    fn allowed() -> Arc<Decision> {
+        let side = || Side {
+            allowed: true,
+            ..Side::default()
+        };
+        let verdict = Verdict {
+            egress: side(),
+            ingress: side(),
+            exempt: None,
+        };
+        Arc::new(Decision {
+            verdict,
+            from: None,
+            to: None,
+        })
+    }
+
+    /// What conntrack says of a flow that has sent so many bytes.
+    fn entry(client: u16, sent: u64) -> Entry {
+        let mut message = Vec::new();
+        netlink::write(&mut message, Header::default(), |m| {
+            for (kind, address, port) in [(1, [10, 0, 0, 1], client), (2, [10, 0, 0, 2], 53)] {
+                m.nested(kind, |tuple| {
+                    tuple.nested(1, |ip| ip.bytes(1, &address));
+                    tuple.nested(2, |transport| {
+                        transport.bytes(1, &[17]);
+                        transport.bytes(2, &port.to_be_bytes());
+                    });
+                });
+            }
+            m.nested(9, |counters| counters.bytes(2, &sent.to_be_bytes()));
+            m.bytes(12, &[0; 4]);
+        });
+        let (message, _) = Message::split(&message).unwrap();
+        Entry::read(&message).unwrap()
+    }
+
+    fn enter(carried: &Carried, client: u16) -> Listed {
+        carried.enter(id(client), SystemTime::now(), &allowed())
+    }
+
+    fn addresses(last: u8) -> BTreeSet<IpAddr> {
+        [IpAddr::from([10, 0, 0, last])].into()
+    }
+
+    #[test]
+    fn a_flow_is_found_by_its_ends_until_it_has_ended() {
+        let carried = Carried::default();
+        assert_eq!(enter(&carried, 1), Listed::New);
+        assert_eq!(carried.of(&addresses(2)).len(), 1);
+        let flow = carried.ended(&entry(1, 100)).unwrap();
+        assert_eq!(flow.subject().sent, 100);
+        assert_eq!(carried.of(&addresses(2)).len() + carried.len(), 0);
+        assert!(carried.ended(&entry(1, 100)).is_none(), "only once");
+    }
+
+    #[test]
+    fn an_ending_is_not_taken_for_that_of_a_later_flow_between_the_same_ends() {
+        let carried = Carried::default();
+        enter(&carried, 1);
+        assert_eq!(enter(&carried, 1), Listed::Again);
+        assert!(carried.ended(&entry(1, 100)).is_none());
+        assert_eq!(
+            carried.of(&addresses(1)).len(),
+            1,
+            "a change still finds it"
+        );
+        assert!(carried.ended(&entry(1, 200)).is_some());
+    }
+
+    #[test]
+    fn what_conntrack_does_not_have_twice_on_end_is_over() {
+        let carried = Carried::default();
+        enter(&carried, 1);
+        enter(&carried, 2);
+        for expected in [vec![], vec![2]] {
+            let round = carried.begin_round();
+            carried.get(&id(1)).unwrap().seen_in(&round, &entry(1, 7));
+            let lost = carried.end_round(round);
+            let lost: Vec<_> = lost.iter().map(|flow| flow.id.client.port()).collect();
+            assert_eq!(lost, expected);
+        }
+    }
+
+    #[test]
+    fn the_list_is_bounded_and_knows_that_it_is_not_complete() {
+        let carried = Carried::with_room_for(1);
+        assert!(
+            carried.is_incomplete(),
+            "at the start conntrack is not read"
+        );
+        let round = carried.begin_round();
+        assert_eq!(enter(&carried, 1), Listed::New);
+        carried.end_round(round);
+        assert!(!carried.is_incomplete());
+        let round = carried.begin_round();
+        assert_eq!(enter(&carried, 2), Listed::Full);
+        carried.end_round(round);
+        assert!(carried.is_incomplete(), "one found no room meanwhile");
+    }
 }

@@ -2,20 +2,24 @@
 //!
 //! Speaks ctnetlink (linux/netfilter/nfnetlink_conntrack.h, nfnetlink.h, linux/netlink.h) to the
 //! network namespace of the calling thread. Knows nothing of policy: what a mark means, and which
-//! flows must go, is the caller's business. The bytes by which the kernel names an entry
-//! are handed back as they came, so a flow in a zone is named with its zone.
+//! flows must go, is the caller's business.
+mod endings;
+mod entry;
+
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use iptables_init::netlink::{self, Attributes, Header, Message, chunk, find};
+use iptables_init::netlink::{self, Attributes, Header, Message};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket,
     sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use policy::Protocol;
+
+pub(crate) use endings::{Endings, Heard};
+pub(crate) use entry::{Entry, FlowId};
 
 /// Seconds that the kernel may take for one datagram of its answer.
 const PATIENCE: i64 = 5;
@@ -31,37 +35,8 @@ const CT_DELETE: u16 = 0x102;
 const NFPROTO_UNSPEC: u8 = 0;
 const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
-const CTA_TUPLE_ORIG: u16 = 1;
-const CTA_TUPLE_REPLY: u16 = 2;
-const CTA_PROTOINFO: u16 = 4;
-const CTA_PROTOINFO_TCP: u16 = 1;
-const CTA_PROTOINFO_TCP_STATE: u16 = 1;
-/// `TCP_CONNTRACK_TIME_WAIT`; what is numbered higher is closed.
-const TIME_WAIT: u8 = 7;
 const CTA_MARK: u16 = 8;
-const CTA_ID: u16 = 12;
-const CTA_ZONE: u16 = 18;
 const CTA_MARK_MASK: u16 = 21;
-const CTA_TUPLE_IP: u16 = 1;
-const CTA_TUPLE_PROTO: u16 = 2;
-const CTA_IP_V4_SRC: u16 = 1;
-const CTA_IP_V6_SRC: u16 = 3;
-const CTA_PROTO_NUM: u16 = 1;
-const CTA_PROTO_SRC_PORT: u16 = 2;
-
-/// A flow that the kernel carries, as conntrack has it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) protocol: Protocol,
-    /// The source of the flow's first packet; port 0 unless TCP, UDP or SCTP.
-    pub(crate) client: SocketAddr,
-    /// The source of the answers, so the server behind DNAT; port 0 unless TCP, UDP or SCTP.
-    pub(crate) server: SocketAddr,
-    /// A TCP connection that has ended, whose entry only waits out its time.
-    pub(crate) over: bool,
-    /// `CTA_TUPLE_ORIG`, `CTA_ZONE` if there is one, `CTA_ID`: as the kernel wrote them.
-    name: Vec<u8>,
-}
 
 /// Every entry, IPv4 and IPv6 and of every zone, whose mark under `mask` is `mark`; the kernel
 /// filters. `mark` must lie within `mask`; without a bit in both, that is every entry there is.
@@ -100,7 +75,7 @@ pub(crate) fn marked(mark: u32, mask: u32) -> io::Result<Vec<Entry>> {
 /// # Errors
 /// The first refusal, after all entries have been tried: `EPERM` without `CAP_NET_ADMIN`, ... Or at
 /// once, as for [`marked`], if the kernel's answers fail to come or cannot be read.
-pub(crate) fn delete(entries: &[Entry]) -> io::Result<usize> {
+pub(crate) fn delete(entries: &[&Entry]) -> io::Result<usize> {
     let mut conntrack = Conntrack::open()?;
     let mut deleted = 0;
     let mut refused = None;
@@ -157,11 +132,11 @@ impl Conntrack {
 
     /// The inner result is what the kernel said to it.
     fn delete(&mut self, entry: &Entry) -> io::Result<Result<(), Errno>> {
-        let family = match entry.client {
+        let family = match entry.flow.client {
             SocketAddr::V4(_) => NFPROTO_IPV4,
             SocketAddr::V6(_) => NFPROTO_IPV6,
         };
-        self.request(CT_DELETE, netlink::ACK, family, |m| m.raw(&entry.name))?;
+        self.request(CT_DELETE, netlink::ACK, family, |m| m.raw(entry.name()))?;
         loop {
             let sequence = self.sequence;
             if let Some(answer) = acknowledgement(self.receive()?, sequence)? {
@@ -226,7 +201,7 @@ impl Dump {
             self.interrupted |= message.flags & netlink::DUMP_INTERRUPTED != 0;
             match message.kind {
                 CT_NEW => {
-                    let entry = entry(&message).ok_or_else(unreadable)?;
+                    let entry = Entry::read(&message).ok_or_else(unreadable)?;
                     self.entries.push(entry);
                 }
                 // The end says how the dump went; no errno is as good as zero there.
@@ -286,52 +261,6 @@ fn errno(message: &Message<'_>) -> Option<Result<(), Errno>> {
     })
 }
 
-/// The entry that a `CT_NEW` message shows.
-fn entry(message: &Message<'_>) -> Option<Entry> {
-    let attributes = message.attributes();
-    let original = find(attributes, CTA_TUPLE_ORIG)?;
-    let (protocol, client) = source(original.value)?;
-    let (_, server) = source(find(attributes, CTA_TUPLE_REPLY)?.value)?;
-    let zone = find(attributes, CTA_ZONE).map_or(&[][..], |zone| zone.whole);
-    let id = find(attributes, CTA_ID)?.whole;
-    let over = tcp_state(attributes).is_some_and(|state| state >= TIME_WAIT);
-    let name = [original.whole, zone, id].concat();
-    Some(Entry {
-        protocol,
-        client,
-        server,
-        over,
-        name,
-    })
-}
-
-/// The state of a TCP entry (linux/netfilter/nf_conntrack_tcp.h).
-fn tcp_state(attributes: &[u8]) -> Option<u8> {
-    let tcp = find(find(attributes, CTA_PROTOINFO)?.value, CTA_PROTOINFO_TCP)?.value;
-    let [state] = chunk(find(tcp, CTA_PROTOINFO_TCP_STATE)?.value, 0)?;
-    Some(state)
-}
-
-/// The protocol of a tuple and the end that it begins at.
-fn source(tuple: &[u8]) -> Option<(Protocol, SocketAddr)> {
-    let ip = find(tuple, CTA_TUPLE_IP)?.value;
-    let address: IpAddr = match find(ip, CTA_IP_V4_SRC) {
-        Some(v4) => chunk::<4>(v4.value, 0)?.into(),
-        None => chunk::<16>(find(ip, CTA_IP_V6_SRC)?.value, 0)?.into(),
-    };
-    let transport = find(tuple, CTA_TUPLE_PROTO)?.value;
-    let [number] = chunk(find(transport, CTA_PROTO_NUM)?.value, 0)?;
-    let protocol = Protocol::from_ip_number(number);
-    let port = match protocol {
-        Protocol::Tcp | Protocol::Udp | Protocol::Sctp => {
-            u16::from_be_bytes(chunk(find(transport, CTA_PROTO_SRC_PORT)?.value, 0)?)
-        }
-        // ICMP has an identifier instead; GRE has its key where others have a port.
-        Protocol::Other(_) => 0,
-    };
-    Some((protocol, SocketAddr::new(address, port)))
-}
-
 fn unreadable() -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
@@ -348,6 +277,10 @@ fn late() -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use iptables_init::netlink::find;
+    use policy::Protocol;
+
+    use super::entry::{CTA_ID, CTA_TUPLE_ORIG, CTA_TUPLE_REPLY};
     use super::*;
 
     /// Bytes of `nlmsghdr` alone, and with the `nfgenmsg` behind it.
@@ -402,14 +335,22 @@ mod tests {
         let ends: Vec<_> = read
             .entries
             .iter()
-            .map(|entry| (entry.protocol, entry.client, entry.server))
+            .map(|entry| {
+                let flow = entry.flow;
+                (flow.protocol, flow.client, flow.server, flow.identifier)
+            })
             .collect();
         let end = |text: &str| text.parse::<SocketAddr>().unwrap();
         assert_eq!(
             ends,
             [
-                (Protocol::Other(58), end("[fd00::1]:0"), end("[fd00::2]:0")),
-                (Protocol::Udp, end("10.9.0.1:4001"), end("10.9.0.2:5353")),
+                (
+                    Protocol::Other(58),
+                    end("[fd00::1]:0"),
+                    end("[fd00::2]:0"),
+                    0x4e
+                ),
+                (Protocol::Udp, end("10.9.0.1:4001"), end("10.9.0.2:5353"), 0),
             ]
         );
         assert!(read.done && !read.interrupted);
@@ -421,7 +362,7 @@ mod tests {
             .unwrap()
             .entries
             .into_iter()
-            .map(|entry| entry.name)
+            .map(|entry| entry.name().to_vec())
             .collect();
         for (name, tuple, others, why) in [
             (

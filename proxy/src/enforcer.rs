@@ -9,6 +9,7 @@ use controller::Table;
 use iptables_init::marks::Marks;
 use policy::{Endpoint, Protocol};
 
+use crate::carried::{Carried, Listed};
 use crate::decision::{Decision, Severance, Way};
 use crate::flows::{Flow, FlowKey, Flows};
 use crate::limits::Limits;
@@ -31,6 +32,7 @@ pub(crate) struct Enforcer {
     pub(crate) node: Arc<str>,
     pub(crate) table: Arc<Table>,
     pub(crate) flows: Flows,
+    pub(crate) carried: Carried,
     pub(crate) limits: Arc<Limits>,
     pub(crate) marks: Marks,
     pub(crate) deny: Deny,
@@ -82,15 +84,24 @@ impl Enforcer {
         }
     }
 
-    /// Counts and records a flow that was decided at its first packet and needs no relay.
-    /// It took `waited` from its first packet to here.
-    pub(crate) fn carried(&self, subject: Subject, decision: &Arc<Decision>, waited: Duration) {
+    /// Counts a flow that was decided at its first packet and needs no relay, `waited` after that
+    /// packet came. It is recorded at its end if it is `listed`, else now.
+    pub(crate) fn judged(
+        &self,
+        subject: Subject,
+        decision: &Arc<Decision>,
+        listed: Option<Listed>,
+        waited: Duration,
+    ) {
         self.metrics.decided(decision, subject.way, waited);
-        if decision.verdict.allowed() {
-            self.recorder.allowed(&subject, decision);
-            self.recorder.ended(subject, decision, Outcome::Carried);
-        } else {
-            self.recorder.denied(subject, decision);
+        match listed {
+            None => self.recorder.denied(subject, decision),
+            Some(Listed::New) => self.recorder.allowed(&subject, decision),
+            Some(Listed::Again) => {}
+            Some(Listed::Full) => {
+                self.recorder.allowed(&subject, decision);
+                self.recorder.ended(subject, decision, Outcome::Carried);
+            }
         }
     }
 

@@ -93,6 +93,7 @@ pub(crate) struct Readings {
     pub(crate) held: usize,
     pub(crate) admitted: usize,
     pub(crate) live: usize,
+    pub(crate) carried: usize,
     pub(crate) generation: u64,
     pub(crate) addresses: usize,
     pub(crate) policies: usize,
@@ -123,6 +124,7 @@ pub(crate) struct Metrics {
 #[derive(Default)]
 struct Scraped {
     connections: Family<StageLabel, Gauge>,
+    carried: Gauge,
     held: Gauge,
     generation: Gauge,
     addresses: Gauge,
@@ -211,6 +213,13 @@ impl Metrics {
         }
     }
 
+    /// Counts what a flow that the kernel carried has moved.
+    pub(crate) fn carried(&self, sent: u64, received: u64) {
+        let [sent_by, received_by] = &self.bytes[Way::Kernel as usize];
+        sent_by.inc_by(sent);
+        received_by.inc_by(received);
+    }
+
     /// Everything in the Prometheus text format, version 0.0.4.
     ///
     /// # Errors
@@ -244,7 +253,7 @@ fn counted(registry: &mut Registry) -> (Decisions, Vec<Counter>, [[Counter; 2]; 
     let bytes = Family::<BytesLabels, Counter>::default();
     registry.register(
         "bytes",
-        "Payload moved, from the client's side",
+        "Bytes moved, from the client's side",
         bytes.clone(),
     );
     let by_way = [Way::Spliced, Way::Kernel].map(|way| {
@@ -300,6 +309,11 @@ impl Scraped {
             all.connections.clone(),
         );
         registry.register(
+            "carried_flows",
+            "Flows that the kernel carries",
+            all.carried.clone(),
+        );
+        registry.register(
             "held_packets",
             "Packets that wait in the kernel's queues",
             all.held.clone(),
@@ -353,6 +367,7 @@ impl Scraped {
             let gauge = self.connections.get_or_create(&StageLabel { stage });
             gauge.set(whole(count as u64));
         }
+        self.carried.set(whole(readings.carried as u64));
         self.held.set(whole(readings.queues.held));
         self.generation.set(whole(readings.generation));
         self.addresses.set(whole(readings.addresses as u64));

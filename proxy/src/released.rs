@@ -4,6 +4,7 @@
 //! The table is always ahead: a pod is released only after the gate would let it through, and a
 //! packet that is taken in between is simply judged.
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use controller::Table;
@@ -57,14 +58,21 @@ impl Released {
     }
 
     /// Brings the kernel's sets in step, in one transaction; blocks for as long as `nft` takes.
+    /// Returns the addresses that were released in a direction and are no longer; if what the kernel
+    /// had is not known or was for other pod CIDRs, all pods' that are not released in both.
     ///
     /// # Errors
     /// If `nft` refuses; the kernel's sets are then as they were, and the next call replaces all.
-    pub(crate) fn sync(&mut self) -> Result<(), SetsError> {
+    pub(crate) fn sync(&mut self) -> Result<BTreeSet<IpAddr>, SetsError> {
         let wanted = self.wanted();
-        let script = match &self.loaded {
+        let known = self.loaded.as_ref();
+        let script = match known {
             None => Some(wanted.replace_script()),
             Some(loaded) => wanted.change_script(loaded),
+        };
+        let isolated = match known.filter(|loaded| loaded.pods == wanted.pods) {
+            None => unreleased(&wanted),
+            Some(loaded) => no_longer_released(loaded, &wanted),
         };
         // Until the kernel has said yes we know nothing.
         self.loaded = None;
@@ -72,7 +80,7 @@ impl Released {
             sets::load(&script)?;
         }
         self.loaded = Some(wanted);
-        Ok(())
+        Ok(isolated)
     }
 
     fn wanted(&mut self) -> Sets {
@@ -102,4 +110,17 @@ impl Released {
             bridged: self.bridges.then_some(groups),
         }
     }
+}
+
+fn no_longer_released(before: &Sets, now: &Sets) -> BTreeSet<IpAddr> {
+    let egress = before.egress_released.difference(&now.egress_released);
+    let ingress = before.ingress_released.difference(&now.ingress_released);
+    egress.chain(ingress).copied().collect()
+}
+
+fn unreleased(now: &Sets) -> BTreeSet<IpAddr> {
+    let released =
+        |pod: &IpAddr| now.egress_released.contains(pod) && now.ingress_released.contains(pod);
+    let pods = now.selves.iter().copied();
+    pods.filter(|pod| !released(pod)).collect()
 }

@@ -22,6 +22,8 @@ use tracing::{info, warn};
 use crate::accept;
 use crate::admin;
 use crate::bridges::Bridges;
+use crate::carried::{Carried, upkeep};
+use crate::conntrack::Endings;
 use crate::enforcer::Enforcer;
 use crate::flows::Flows;
 use crate::limits::{Bounds, Limits};
@@ -107,6 +109,7 @@ async fn enforce(args: &RunArgs, mut source: Source) -> anyhow::Result<()> {
     let changes = Changes::listen().context("cannot listen for changes of routes (rtnetlink)")?;
     let links = PodLinks::new(table, Arc::clone(&enforcer.node), args.pod_cidr.clone())?;
     tokio::spawn(links.follow(changes));
+    follow_carried(&enforcer)?;
     let workers = start_workers(args, &enforcer, &stopped)?;
     tokio::spawn(expire(Arc::clone(&enforcer)));
     let kernel = iptables_init::probe_kernel()?;
@@ -120,6 +123,7 @@ async fn enforce(args: &RunArgs, mut source: Source) -> anyhow::Result<()> {
         released: Released::new(pods, kernel),
         readiness: readiness.clone(),
         touched,
+        isolated: BTreeSet::new(),
     };
     let following = tokio::spawn(async move {
         following.follow().await;
@@ -188,6 +192,7 @@ fn enforcer(
         node,
         table,
         flows: Flows::default(),
+        carried: Carried::default(),
         limits: Limits::new(bounds(args)?),
         marks: args.redirect.mark_mask,
         deny: args.deny,
@@ -323,6 +328,14 @@ fn start_workers(
         .zip(listeners)
         .map(|(worker, listener)| worker.listen(listener))
         .collect())
+}
+
+/// To be called before the first flow: whose beginning nobody heard, of its end none is told.
+fn follow_carried(enforcer: &Arc<Enforcer>) -> anyhow::Result<()> {
+    let endings = Endings::listen(enforcer.marks.carried())
+        .context("cannot listen to conntrack; load it with `modprobe nf_conntrack_netlink`")?;
+    tokio::spawn(upkeep::follow(Arc::clone(enforcer), endings));
+    Ok(())
 }
 
 /// Ends connections that nobody waits for any more.

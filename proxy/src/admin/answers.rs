@@ -1,5 +1,5 @@
 //! What each path of the admin port says.
-use std::sync::Arc;
+use std::net::IpAddr;
 use std::sync::atomic::Ordering;
 
 use hyper::StatusCode;
@@ -8,8 +8,9 @@ use serde_json::json;
 use super::Answer;
 use super::query::Query;
 use crate::ask;
+use crate::carried::CarriedFlow;
 use crate::enforcer::Enforcer;
-use crate::flows::{Flow, StageName};
+use crate::flows::{Ends, Flow, StageName};
 use crate::metrics::{Queues, Readings, Word};
 use crate::readiness::Readiness;
 use crate::records::{shown, timestamp};
@@ -44,6 +45,7 @@ pub(super) fn metrics(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
         queues: Queues::read(&enforcer.queues),
         observers: enforcer.recorder.observed().readers(),
         ready: readiness.check().is_ok(),
+        carried: enforcer.carried.len(),
         ..Readings::default()
     };
     for flow in enforcer.flows.all() {
@@ -64,24 +66,27 @@ pub(super) fn metrics(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
     }
 }
 
-/// Every relayed connection that stands and is asked for, oldest first.
+/// Every relayed connection that stands and is asked for, oldest first; then every flow that the
+/// kernel carries.
 pub(super) fn connections(enforcer: &Enforcer, query: &str) -> Answer {
     let filter = Query::parse(query, &["pod", "namespace"]).and_then(|query| query.filter());
     let filter = match filter {
         Ok(filter) => filter,
         Err(error) => return Answer::refused(&error),
     };
-    let asked_for = |flow: &Arc<Flow>| {
-        let ends = [flow.key.client, flow.key.server].map(|it| enforcer.table.endpoint(it.ip()));
+    let asked_for = |ends: [IpAddr; 2]| {
+        let ends = ends.map(|end| enforcer.table.endpoint(end));
         filter.admits(Word::Allow, [ends[0].as_deref(), ends[1].as_deref()])
     };
     let mut flows = enforcer.flows.all();
-    flows.retain(asked_for);
+    flows.retain(|flow| asked_for(flow.ends()));
     flows.sort_unstable_by_key(|flow| flow.id);
-    let listed: Vec<_> = flows
-        .iter()
-        .map(|flow| connection(&enforcer.node, flow))
-        .collect();
+    let relayed = flows.iter().map(|flow| connection(&enforcer.node, flow));
+    let mut flows = enforcer.carried.all();
+    flows.retain(|flow| asked_for(flow.ends()));
+    flows.sort_unstable_by_key(|flow| flow.id());
+    let carried = flows.iter().map(|flow| carried(&enforcer.node, flow));
+    let listed: Vec<_> = relayed.chain(carried).collect();
     Answer::json(StatusCode::OK, &listed.into())
 }
 
@@ -150,4 +155,13 @@ fn connection(node: &str, flow: &Flow) -> serde_json::Value {
         }
     }
     shown
+}
+
+/// The same of a flow that the kernel carries; its bytes are those of the last look at conntrack.
+fn carried(node: &str, flow: &CarriedFlow) -> serde_json::Value {
+    let reason = flow.decision.verdict.reason();
+    let mut fields = shown(&flow.subject(), &flow.decision, reason, node);
+    fields.insert("stage".to_owned(), json!(StageName::Live));
+    fields.insert("verdict".to_owned(), json!("allow"));
+    fields.into()
 }

@@ -3,24 +3,22 @@
 //!
 //! Their first packet is judged as a SYN is; if it may pass, conntrack remembers so for the flow.
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use controller::Judgement;
 use iptables_init::marks::Answer;
 use policy::Protocol;
 
 use super::nfqueue::{PacketId, Ruling};
-use super::packet::FlowPacket;
 use super::{Deny, Gate};
-use crate::decision::{Decision, Way};
+use crate::conntrack::FlowId;
+use crate::decision::Way;
 use crate::limits::Full;
 use crate::metrics::Cause;
 use crate::records::Subject;
 
 impl Gate {
     /// Decides a packet at once, or holds it until both its ends are known.
-    pub(super) fn flow(self: &Rc<Self>, id: PacketId, packet: FlowPacket) {
+    pub(super) fn flow(self: &Rc<Self>, id: PacketId, packet: FlowId) {
         let arrived = Instant::now();
         if self.settle(id, &packet, arrived) {
             return;
@@ -39,7 +37,7 @@ impl Gate {
     }
 
     /// Decides as soon as the table knows both ends; after `--hold` the packet is refused.
-    async fn wait_and_settle(&self, id: PacketId, packet: FlowPacket, arrived: Instant) {
+    async fn wait_and_settle(&self, id: PacketId, packet: FlowId, arrived: Instant) {
         let mut changed = self.enforcer.table.changed();
         let known = async {
             loop {
@@ -59,37 +57,29 @@ impl Gate {
     }
 
     /// Decides a packet; false if an end of it is unknown.
-    fn settle(&self, id: PacketId, packet: &FlowPacket, arrived: Instant) -> bool {
-        let FlowPacket {
-            client,
-            server,
-            protocol,
-        } = *packet;
-        let judgement =
-            self.enforcer
-                .table
-                .judge(client.ip(), server.ip(), packet.port(), protocol);
-        let Judgement::Settled { verdict, from, to } = judgement else {
+    fn settle(&self, id: PacketId, packet: &FlowId, arrived: Instant) -> bool {
+        let opened = SystemTime::now() - arrived.elapsed();
+        let Some((decision, listed)) = self.enforcer.carry(*packet, opened) else {
             return false;
         };
-        let decision = Arc::new(Decision { verdict, from, to });
         if decision.verdict.allowed() {
             self.answer(id, Answer::Carry);
         } else {
-            match (self.enforcer.deny, protocol) {
+            match (self.enforcer.deny, packet.protocol) {
                 (Deny::Drop, _) => self.queue.rule(id, Ruling::Drop),
                 (Deny::Reject, Protocol::Tcp) => self.answer(id, Answer::Reset),
                 (Deny::Reject, _) => self.answer(id, Answer::Prohibited),
             }
         }
+        let subject = subject(packet, opened);
         self.enforcer
-            .carried(subject(packet), &decision, arrived.elapsed());
+            .judged(subject, &decision, listed, arrived.elapsed());
         true
     }
 }
 
 /// What is known of a flow at its first packet: no byte of it has been counted.
-fn subject(packet: &FlowPacket) -> Subject {
+fn subject(packet: &FlowId, opened: SystemTime) -> Subject {
     Subject {
         client: packet.client,
         server: packet.server,
@@ -97,7 +87,7 @@ fn subject(packet: &FlowPacket) -> Subject {
         way: Way::Kernel,
         sent: 0,
         received: 0,
-        opened: SystemTime::now(),
+        opened,
         attempt: 0,
         seen: None,
     }

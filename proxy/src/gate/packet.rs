@@ -7,6 +7,10 @@ use etherparse::{
 };
 use policy::Protocol;
 
+use crate::conntrack::FlowId;
+
+/// The numbers of ICMP and ICMPv6 (IANA protocol numbers).
+const ICMP: [Protocol; 2] = [Protocol::Other(1), Protocol::Other(58)];
 /// Protocol number of the authentication header.
 const AUTHENTICATION: u8 = 51;
 const FRAGMENT: u8 = 44;
@@ -16,8 +20,9 @@ const FRAGMENT: u8 = 44;
 pub(crate) enum Packet {
     /// The first segment of a TCP connection.
     Syn(Syn),
-    /// Of a flow that the kernel carries once it is allowed.
-    Flow(FlowPacket),
+    /// In the original direction of a flow that the kernel carries once it is allowed: UDP, SCTP,
+    /// ICMP, another protocol, or TCP that ran before.
+    Flow(FlowId),
     /// TCP that begins nothing and belongs to nothing, or too little of a packet to judge it.
     Odd,
     /// Not an IP packet that we can read.
@@ -35,29 +40,14 @@ pub(crate) struct Syn {
     pub(crate) stamp: Option<u32>,
 }
 
-/// A packet in a flow's original direction: UDP, SCTP, ICMP, another protocol, or TCP that ran
-/// before. Ports are 0 where the protocol has none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct FlowPacket {
-    pub(crate) client: SocketAddr,
-    pub(crate) server: SocketAddr,
-    pub(crate) protocol: Protocol,
-}
-
-impl From<Syn> for FlowPacket {
+impl From<Syn> for FlowId {
     fn from(syn: Syn) -> Self {
         Self {
+            protocol: Protocol::Tcp,
             client: syn.client,
             server: syn.server,
-            protocol: Protocol::Tcp,
+            identifier: 0,
         }
-    }
-}
-
-impl FlowPacket {
-    /// The port that policy asks for; protocols without ports have none.
-    pub(crate) fn port(&self) -> Option<u16> {
-        (!matches!(self.protocol, Protocol::Other(_))).then_some(self.server.port())
     }
 }
 
@@ -82,17 +72,19 @@ impl Packet {
         } else {
             payload.ip_number.0
         });
-        let flow = |source, destination| {
+        let flow_of = |source, destination, identifier| {
             let (client, server) = (
                 SocketAddr::new(from, source),
                 SocketAddr::new(to, destination),
             );
-            Self::Flow(FlowPacket {
+            Self::Flow(FlowId {
+                protocol,
                 client,
                 server,
-                protocol,
+                identifier,
             })
         };
+        let flow = |source, destination| flow_of(source, destination, 0);
         match (protocol, &sliced.transport) {
             (Protocol::Tcp, Some(TransportSlice::Tcp(tcp))) => {
                 match (tcp.syn(), tcp.ack(), tcp.fin() || tcp.rst()) {
@@ -111,6 +103,9 @@ impl Packet {
             }
             (Protocol::Sctp, _) if !payload.fragmented => sctp_ports(payload.payload)
                 .map_or(Self::Odd, |(source, destination)| flow(source, destination)),
+            (Protocol::Other(_), _) if ICMP.contains(&protocol) => {
+                flow_of(0, 0, icmp_identifier(payload.payload))
+            }
             (Protocol::Other(_), _) => flow(0, 0),
             _ => Self::Odd,
         }
@@ -177,6 +172,14 @@ fn stamp(tcp: &TcpSlice<'_>) -> Option<u32> {
     })
 }
 
+/// The identifier of an ICMP query (RFC 792; RFC 4443, section 4), which conntrack takes from every
+/// message.
+fn icmp_identifier(bytes: &[u8]) -> u16 {
+    bytes.get(4..6).map_or(0, |identifier| {
+        u16::from_be_bytes([identifier[0], identifier[1]])
+    })
+}
+
 /// Source and destination port of the SCTP common header (RFC 9260, section 3.1).
 fn sctp_ports(bytes: &[u8]) -> Option<(u16, u16)> {
     let ports = bytes.first_chunk::<4>()?;
@@ -228,10 +231,11 @@ mod tests {
     }
 
     fn flow(client: &str, server: &str, protocol: Protocol) -> Packet {
-        Packet::Flow(FlowPacket {
+        Packet::Flow(FlowId {
+            protocol,
             client: client.parse().unwrap(),
             server: server.parse().unwrap(),
-            protocol,
+            identifier: 0,
         })
     }
 
@@ -373,14 +377,31 @@ mod tests {
                 "10.0.0.2:53".parse().unwrap(),
             );
             assert_eq!(
-                FlowPacket {
+                FlowId {
+                    protocol,
                     client: ends.0,
                     server: ends.1,
-                    protocol
+                    identifier: 0,
                 }
                 .port(),
                 expected
             );
+        }
+    }
+
+    #[test]
+    fn two_pings_between_the_same_ends_are_two_flows() {
+        let echo = |kind: u8, identifier: u8| [kind, 0, 0, 0, 0, identifier, 0, 1];
+        for identifier in [7, 8] {
+            for (bytes, why) in [
+                (ipv4(1, 0, &echo(8, identifier)), "ICMP"),
+                (ipv6(58, &echo(128, identifier)), "ICMPv6"),
+            ] {
+                let Packet::Flow(flow) = Packet::parse(&bytes) else {
+                    panic!("{why}")
+                };
+                assert_eq!(flow.identifier, u16::from(identifier), "{why}");
+            }
         }
     }
 

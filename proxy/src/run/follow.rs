@@ -1,5 +1,5 @@
-//! Brings every change of the cluster into force: first the table, then relayed connections, then the
-//! kernel's sets and what the kernel carries.
+//! Brings every change of the cluster into force: first the table, then the flows that were let
+//! through, then the kernel's sets, then the flows that came before their pods were under policy.
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use controller::{Batch, Index};
 use tracing::{error, info, warn};
 
-use crate::carried;
+use crate::carried::upkeep;
 use crate::enforcer::Enforcer;
 use crate::readiness::Readiness;
 use crate::released::Released;
@@ -27,6 +27,8 @@ pub(super) struct Follower {
     pub(super) readiness: Readiness,
     /// Addresses whose verdicts have changed since the kernel was last in step.
     pub(super) touched: BTreeSet<IpAddr>,
+    /// Addresses whose flows from before they came under policy are still to be judged.
+    pub(super) isolated: BTreeSet<IpAddr>,
 }
 
 /// Says in the log which faults of the cluster's objects stand.
@@ -81,19 +83,26 @@ impl Follower {
         self.touched.extend(touched);
     }
 
-    /// Sets first: what is judged after them cannot be missed among what is carried. Returns why
-    /// not, if the kernel refused.
+    /// Returns why not, if the kernel refused.
     fn bring_kernel_in_step(mut self) -> (Self, Option<String>) {
-        let refused = if let Err(error) = self.released.sync() {
-            Some(format!("the kernel's sets are behind the table: {error}"))
-        } else if let Err(error) = carried::judge_again(&self.enforcer, &self.touched) {
-            Some(format!(
-                "flows that the kernel carries could not be judged again: {error}"
-            ))
-        } else {
-            self.touched.clear();
-            None
-        };
+        let refused = self.steps().err();
         (self, refused)
+    }
+
+    /// What was let through is judged at once. What no policy concerned until now is judged after the
+    /// sets are in step: from then on nothing more of it passes unseen.
+    fn steps(&mut self) -> Result<(), String> {
+        let behind =
+            |error| format!("flows that the kernel carries could not be judged again: {error}");
+        upkeep::judge_again(&self.enforcer, &self.touched).map_err(behind)?;
+        self.touched.clear();
+        let isolated = self
+            .released
+            .sync()
+            .map_err(|error| format!("the kernel's sets are behind the table: {error}"))?;
+        self.isolated.extend(isolated);
+        upkeep::judge_unmarked(&self.enforcer, &self.isolated).map_err(behind)?;
+        self.isolated.clear();
+        Ok(())
     }
 }

@@ -1,18 +1,21 @@
 //! What is not a new TCP connection: judged at its first packet, then carried by the kernel.
+use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use lab::runner::Test;
 use lab::traffic::UdpOutcome;
-use lab::{Cluster, Host, PodSpec, ServiceSpec, wait_until};
+use lab::{Cluster, Host, PodSpec, ServiceSpec, wait_for, wait_until};
 use nix::errno::Errno;
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::support::{
-    Bed, DEADLINE, SOON, allow_ingress, connected, deny_ingress, echoes, metric, policy, small,
+    self, Bed, DEADLINE, SOON, allow_ingress, connected, deny_ingress, echoes, metric, policy,
+    small,
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
@@ -23,6 +26,9 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_ping_needs_a_rule_without_ports,
     two_questions_at_once_from_one_socket_are_both_answered_behind_a_service,
     a_stream_that_has_ended_is_not_reported_as_cut,
+    a_flow_of_datagrams_is_recorded_at_its_end_with_what_it_moved,
+    a_cut_flow_of_datagrams_is_recorded_with_what_it_moved,
+    a_restarted_daemon_knows_what_the_kernel_carries,
 ];
 
 /// Pairs of questions, each from a socket of its own.
@@ -146,7 +152,7 @@ fn a_change_stops_a_flow_of_datagrams_that_it_denies_and_no_other() {
 }
 
 /// One pair of ends for many datagrams.
-fn flow(from: &Host, to: SocketAddr) -> UdpSocket {
+pub(crate) fn flow(from: &Host, to: SocketAddr) -> UdpSocket {
     let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
     let socket = from.run(|| UdpSocket::bind(any)).unwrap().unwrap();
     socket.connect(to).unwrap();
@@ -156,7 +162,7 @@ fn flow(from: &Host, to: SocketAddr) -> UdpSocket {
     socket
 }
 
-fn goes_on(flow: &UdpSocket) -> bool {
+pub(crate) fn goes_on(flow: &UdpSocket) -> bool {
     let mut buffer = [0; 512];
     flow.send(b"still?").is_ok() && flow.recv(&mut buffer).is_ok()
 }
@@ -292,4 +298,125 @@ fn a_stream_that_has_ended_is_not_reported_as_cut() {
     .unwrap();
     assert_eq!(metric(&node, severed), 1, "the live one only");
     drop(live);
+}
+
+/// Has conntrack count, and forget UDP soon.
+fn accounting(bed: &Bed, timeout: &str) {
+    for node in bed.lab.nodes() {
+        let sysctls = [
+            ("netfilter/nf_conntrack_acct", "1"),
+            ("netfilter/nf_conntrack_udp_timeout", timeout),
+            ("netfilter/nf_conntrack_udp_timeout_stream", timeout),
+        ];
+        node.netns().set_sysctls(&sysctls).unwrap();
+    }
+}
+
+/// The records so far of flows from a to a server that the kernel carried.
+fn carried_records(file: &Path, server: IpAddr) -> Vec<Value> {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    let records = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    records
+        .filter(|it| it["path"] == "kernel" && it["destination.address"] == json!(server))
+        .collect()
+}
+
+/// A datagram of this many bytes with its headers (RFC 768, RFC 791, RFC 8200).
+fn on_the_wire(to: IpAddr, payload: usize) -> usize {
+    payload + 8 + if to.is_ipv4() { 20 } else { 40 }
+}
+
+fn a_flow_of_datagrams_is_recorded_at_its_end_with_what_it_moved() {
+    let records = tempfile::NamedTempFile::new().unwrap();
+    let flags = ["--trace-file", records.path().to_str().unwrap()];
+    let mut bed = Bed::bare(small());
+    bed.lab.pod("x/c").serve_udp(&[53]).unwrap();
+    bed.write_policies(&[dns_from("a"), dns_to("c")]);
+    bed.enforce(&flags);
+    let a = bed.lab.pod("x/a");
+    for to in bed.lab.pod("x/c").addrs(53) {
+        accounting(&bed, "60");
+        let flow = flow(&a, to);
+        assert!(goes_on(&flow));
+        let listed = support::ask(&bed.lab.node(0), "/connections")
+            .unwrap()
+            .json();
+        let ours =
+            |it: &Value| it["path"] == "kernel" && it["destination.address"] == json!(to.ip());
+        assert!(listed.as_array().unwrap().iter().any(ours), "{listed}");
+        assert!(
+            carried_records(records.path(), to.ip()).is_empty(),
+            "it has not ended"
+        );
+        accounting(&bed, "1");
+        assert!(goes_on(&flow));
+        // The kernel looks for what has timed out when it has time, or when we look.
+        let ended = wait_for(4 * DEADLINE, "both nodes' records", || {
+            let records = carried_records(records.path(), to.ip());
+            (records.len() == 2).then_some(records)
+        })
+        .unwrap();
+        for record in ended {
+            assert_eq!(record["verdict"], "allow", "{record}");
+            assert_eq!(record["source.k8s.pod.name"], "a", "{record}");
+            let sent = 2 * on_the_wire(to.ip(), "still?".len());
+            assert_eq!(record["bytes.sent"], json!(sent), "{record}");
+            assert!(record["bytes.received"].as_u64() > Some(0), "{record}");
+            let time = |key: &str| record[key].as_str().unwrap().to_owned();
+            assert!(time("start_time") < time("end_time"), "{record}");
+        }
+    }
+    let node = bed.lab.node(0);
+    assert_eq!(metric(&node, "portreeve_carried_flows"), 0);
+    assert!(
+        metric(
+            &node,
+            "portreeve_bytes_total{path=\"kernel\",direction=\"sent\"}"
+        ) > 0
+    );
+}
+
+fn a_cut_flow_of_datagrams_is_recorded_with_what_it_moved() {
+    let records = tempfile::NamedTempFile::new().unwrap();
+    let flags = ["--trace-file", records.path().to_str().unwrap()];
+    let mut bed = Bed::bare(small());
+    bed.lab.pod("x/b").serve_udp(&[53]).unwrap();
+    accounting(&bed, "60");
+    bed.write_policies(&[dns_to("b")]);
+    bed.enforce(&flags);
+    let to = bed.lab.pod("x/b").addr_v4(53);
+    let flow = flow(&bed.lab.pod("x/a"), to);
+    assert!(goes_on(&flow) && goes_on(&flow));
+    bed.apply(&[deny_ingress("b")]);
+    let severed = wait_for(DEADLINE, "the record", || {
+        let mut records = carried_records(records.path(), to.ip()).into_iter();
+        records.find(|record| record["verdict"] == "sever")
+    })
+    .unwrap();
+    let sent = 2 * on_the_wire(to.ip(), "still?".len());
+    assert_eq!(severed["bytes.sent"], json!(sent), "{severed}");
+    assert_eq!(severed["policies"], json!(["x/deny-ingress-b"]));
+    assert!(severed["start_time"].as_str() < severed["end_time"].as_str());
+    assert!(!goes_on(&flow));
+}
+
+fn a_restarted_daemon_knows_what_the_kernel_carries() {
+    let mut bed = bed(&[], &[dns_to("b"), dns_to("c")]);
+    let a = bed.lab.pod("x/a");
+    let to = bed.lab.pod("x/b").addrs(53);
+    let flows = to.map(|to| flow(&a, to));
+    assert!(flows.iter().all(goes_on));
+    bed.kill(0);
+    assert!(flows.iter().all(goes_on), "the kernel needs no daemon");
+    bed.start(0, &[]);
+    let node = bed.lab.node(0);
+    wait_until(DEADLINE, "the flows to be known", || {
+        metric(&node, "portreeve_carried_flows") == 2
+    })
+    .unwrap();
+    assert!(flows.iter().all(goes_on));
+    bed.apply(&[deny_ingress("b")]);
+    assert!(!flows.iter().any(goes_on), "a change finds them");
 }

@@ -1,13 +1,15 @@
 //! Live connections that a change no longer allows are cut; the others lose nothing.
 use std::fs;
 use std::io::{ErrorKind, Read};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use lab::runner::Test;
-use lab::wait_for;
+use lab::{Host, wait_for, wait_until};
 use serde_json::{Value, json};
 
+use crate::carried::{flow, goes_on};
 use crate::support::{Bed, DEADLINE, connected, deny_egress, deny_ingress, echoes, policy, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
@@ -18,10 +20,11 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
 /// From the change on disk to the reset at the client.
 const CUT_WITHIN: Duration = Duration::from_secs(1);
 
-/// Lets pods with `access: yes` of namespaces with `open: yes` come to the port `http` of `pod`.
+/// Lets pods with `access: yes` of namespaces with `open: yes` come to the ports `http` and `dns` of
+/// `pod`.
 fn allow_access(pod: &str) -> Value {
     let yes = |key: &str| json!({ "matchLabels": { key: "yes" } });
-    let from = json!([{ "from": [{ "namespaceSelector": yes("open"), "podSelector": yes("access") }], "ports": [{ "port": "http" }] }]);
+    let from = json!([{ "from": [{ "namespaceSelector": yes("open"), "podSelector": yes("access") }], "ports": [{ "port": "http" }, { "port": "dns", "protocol": "UDP" }] }]);
     let spec = json!({ "podSelector": { "matchLabels": { "pod": pod } }, "policyTypes": ["Ingress"], "ingress": from });
     policy(&format!("access-{pod}"), &spec)
 }
@@ -97,8 +100,9 @@ const CHANGES: &[Change] = &[
         told.object("Namespace", "x")["metadata"]["labels"] = json!({ "open": "no" });
     }),
     ("the server's port is renamed", &["a"], |told| {
-        let containers = &mut told.pod("c")["spec"]["containers"];
-        containers[0]["ports"][0]["name"] = json!("web");
+        let ports = &mut told.pod("c")["spec"]["containers"][0]["ports"];
+        ports[0]["name"] = json!("web");
+        ports[1]["name"] = json!("names");
     }),
     ("the client pod has finished", &["a"], |told| {
         told.pod("a")["status"]["phase"] = json!("Succeeded");
@@ -127,35 +131,83 @@ const CHANGES: &[Change] = &[
 ];
 
 fn each_kind_of_change_cuts_what_it_denies_and_nothing_else() {
-    let bed = open_bed(&[]);
+    let records = tempfile::NamedTempFile::new().unwrap();
+    let bed = open_bed(&["--trace-file", records.path().to_str().unwrap()]);
+    let server = bed.lab.pod("x/c");
+    server.serve_udp(&[53]).unwrap();
     let told = told(&bed);
-    let to = bed.lab.pod("x/c").addrs(80);
     for (what, cut, change) in CHANGES {
-        let streams = ["a", "d"].map(|name| {
-            let pod = bed.lab.pod(&format!("x/{name}"));
-            (name, to.map(|to| connected(&pod, to)))
-        });
+        let flows = ["a", "d"].map(|name| Flows::new(&bed.lab.pod(&format!("x/{name}")), &server));
+        let (doomed, spared): (Vec<_>, Vec<_>) = ["a", "d"]
+            .iter()
+            .zip(&flows)
+            .partition(|(name, _)| cut.contains(name));
+        let before = all_records(records.path()).len();
+        let severed = |flows: &Flows, protocol: &str| {
+            let new = all_records(records.path()).split_off(before);
+            let of = |it: &Value, address| it["source.address"] == json!(address);
+            let severed = |it: &&Value| it["verdict"] == "sever" && it["protocol"] == protocol;
+            let severed: Vec<_> = new.iter().filter(severed).collect();
+            flows
+                .client
+                .map(|address| severed.iter().any(|it| of(it, address)))
+        };
         let mut changed = told.clone();
         change(&mut changed);
         let at = Instant::now();
         let mark = changed.write(&bed);
-        for (_, streams) in streams.iter().filter(|(name, _)| cut.contains(name)) {
-            for stream in streams {
+        for (_, flows) in &doomed {
+            for stream in &flows.streams {
                 let end = reset_after(stream);
                 assert_eq!(end, Some(ErrorKind::ConnectionReset), "{what}");
             }
-            let took = at.elapsed();
-            assert!(took < CUT_WITHIN, "{what}: cut only after {took:?}");
         }
-        bed.wait_in_force(&mark);
-        for (_, streams) in streams.iter().filter(|(name, _)| !cut.contains(name)) {
-            for stream in streams {
-                echoes(stream, what);
+        let took = at.elapsed();
+        assert!(took < CUT_WITHIN, "{what}: cut only after {took:?}");
+        for (name, flows) in &doomed {
+            for protocol in ["TCP", "UDP"] {
+                let recorded = || severed(flows, protocol) == [true; 2];
+                let reason = format!("{what}: records of {name}'s {protocol} flows");
+                wait_until(DEADLINE, reason, recorded).unwrap();
             }
         }
-        drop(streams);
+        bed.wait_in_force(&mark);
+        for (name, flows) in &spared {
+            flows.streams.iter().for_each(|stream| echoes(stream, what));
+            assert!(flows.datagrams.iter().all(goes_on), "{what}");
+            for protocol in ["TCP", "UDP"] {
+                assert_eq!(severed(flows, protocol), [false; 2], "{what}: {name}");
+            }
+        }
+        drop(flows);
         bed.wait_in_force(&told.write(&bed));
     }
+}
+
+/// What a client has open to a server, in both families.
+struct Flows {
+    client: [IpAddr; 2],
+    streams: [TcpStream; 2],
+    datagrams: [UdpSocket; 2],
+}
+
+impl Flows {
+    fn new(client: &Host, server: &Host) -> Self {
+        let datagrams = server.addrs(53).map(|to| flow(client, to));
+        assert!(datagrams.iter().all(goes_on));
+        Self {
+            client: client.addresses(),
+            streams: server.addrs(80).map(|to| connected(client, to)),
+            datagrams,
+        }
+    }
+}
+
+fn all_records(file: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(file).unwrap();
+    text.lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect()
 }
 
 fn a_severed_connection_is_recorded_with_the_policies_that_did_it() {
@@ -210,6 +262,9 @@ fn told(bed: &Bed) -> Told {
         ],
     };
     told.pod("a")["metadata"]["labels"]["access"] = json!("yes");
+    let dns = json!({ "name": "dns", "containerPort": 53, "protocol": "UDP" });
+    let ports = &mut told.pod("c")["spec"]["containers"][0]["ports"];
+    ports.as_array_mut().unwrap().push(dns);
     told.object("Namespace", "x")["metadata"]["labels"] = json!({ "open": "yes" });
     told
 }

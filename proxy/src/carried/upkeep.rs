@@ -1,0 +1,299 @@
+//! Keeps what the kernel carries true to the table, and the list of it true to the kernel.
+//!
+//! A flow that a change denies loses its conntrack entry, so that its next packet is judged again.
+//! Which flows those are, the list tells; conntrack itself is read only to name what is cut, at the
+//! start, and now and then for what no event told.
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use controller::Judgement;
+use tracing::{debug, warn};
+
+use super::{CarriedFlow, Listed};
+use crate::conntrack::{self, Endings, Entry, FlowId, Heard};
+use crate::decision::{Decision, Severance, Way};
+use crate::enforcer::Enforcer;
+use crate::records::{Outcome, Subject};
+
+/// How often the list is compared with conntrack.
+const COMPARE_EVERY: Duration = Duration::from_secs(15);
+/// How long a flow may take from its verdict to conntrack's table.
+const ON_ITS_WAY: Duration = Duration::from_millis(100);
+/// How soon it is looked for again.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// Flows that must go, and why; those that were never judged have nothing to be recorded.
+type Doomed = Vec<(Entry, Option<Severance>)>;
+
+/// Judges the listed flows of these addresses again and ends those that are denied, or one of whose
+/// pods is no longer the one behind its address. Blocks if there are any.
+///
+/// To be called after the table has changed.
+///
+/// # Errors
+/// What ctnetlink answers; to be called again then.
+pub(crate) fn judge_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Result<()> {
+    let mut denied: HashMap<FlowId, Severance> = HashMap::new();
+    for flow in enforcer.carried.of(touched) {
+        let now = judge(enforcer, &flow.id);
+        let (client, server) = (flow.id.client.ip(), flow.id.server.ip());
+        if let Some(severance) = flow.decision.overturned(client, server, now) {
+            denied.insert(flow.id, severance);
+        }
+    }
+    let carried = enforcer.marks.carried();
+    while !denied.is_empty() {
+        let entries = conntrack::marked(carried, carried)?;
+        let doomed: Doomed = entries
+            .into_iter()
+            .filter_map(|entry| {
+                let severance = denied.remove(&entry.flow)?;
+                Some((entry, Some(severance)))
+            })
+            .collect();
+        cut(enforcer, &doomed)?;
+        // What has ended by itself will not come; what has just been let through will.
+        denied.retain(|id, _| {
+            let listed = enforcer.carried.get(id);
+            listed.is_some_and(|flow| flow.entered.elapsed() < ON_ITS_WAY)
+        });
+        if !denied.is_empty() {
+            thread::sleep(LOOK_AGAIN);
+        }
+    }
+    if enforcer.carried.is_incomplete() {
+        let unlisted = |flow: &FlowId| enforcer.carried.get(flow).is_none();
+        judge_unlisted(enforcer, carried, carried, touched, unlisted)?;
+    }
+    Ok(())
+}
+
+/// Judges the flows that nobody has looked at yet of addresses that have just come under policy, and
+/// ends those that are denied. Blocks: it reads conntrack's whole table.
+///
+/// To be called after the kernel's sets are in step: what comes later is held anyway.
+///
+/// # Errors
+/// What ctnetlink answers; to be called again then.
+pub(crate) fn judge_unmarked(enforcer: &Enforcer, isolated: &BTreeSet<IpAddr>) -> io::Result<()> {
+    if isolated.is_empty() {
+        return Ok(());
+    }
+    let marks = enforcer.marks;
+    let ours = marks.client() | marks.upstream() | marks.carried();
+    judge_unlisted(enforcer, 0, ours, isolated, |_| true)
+}
+
+/// Follows what becomes of carried flows until conntrack can no longer be heard.
+pub(crate) async fn follow(enforcer: Arc<Enforcer>, mut endings: Endings) {
+    let mut compare = tokio::time::interval(COMPARE_EVERY);
+    loop {
+        let due = tokio::select! {
+            heard = endings.next(|entry| ended(&enforcer, &entry)) => match heard {
+                Ok(Heard::All) => false,
+                Ok(Heard::SomeLost) => {
+                    debug!("conntrack had more endings to tell than we could take");
+                    true
+                }
+                Err(error) => {
+                    warn!(%error, "conntrack tells no more of endings; records of carried flows come late");
+                    break;
+                }
+            },
+            _ = compare.tick() => enforcer.carried.len() > 0 || enforcer.carried.is_incomplete(),
+        };
+        if due {
+            compare_in_background(&enforcer).await;
+        }
+    }
+    loop {
+        compare.tick().await;
+        compare_in_background(&enforcer).await;
+    }
+}
+
+/// Brings the list in line with conntrack: takes in what it has and we do not know, such as what an
+/// earlier daemon let through, and records what is gone. Blocks: it reads conntrack's whole table.
+///
+/// # Errors
+/// What ctnetlink answers.
+pub(crate) fn compare(enforcer: &Enforcer) -> io::Result<()> {
+    let round = enforcer.carried.begin_round();
+    let carried = enforcer.marks.carried();
+    let mut doomed = Doomed::new();
+    for entry in conntrack::marked(carried, carried)? {
+        if let Some(flow) = enforcer.carried.get(&entry.flow) {
+            flow.seen_in(&round, &entry);
+            continue;
+        }
+        let opened = entry.began.unwrap_or_else(SystemTime::now);
+        match enforcer.carry(entry.flow, opened) {
+            None => doomed.push((entry, None)),
+            Some((decision, None)) => doomed.push((entry, Some(Severance::denied(decision)))),
+            Some((_, Some(_))) => {
+                if let Some(flow) = enforcer.carried.get(&entry.flow) {
+                    flow.seen_in(&round, &entry);
+                }
+            }
+        }
+    }
+    cut(enforcer, &doomed)?;
+    for flow in enforcer.carried.end_round(round) {
+        if let Some(flow) = enforcer.carried.remove(&flow.id) {
+            enforcer.carried_over(&flow);
+        }
+    }
+    Ok(())
+}
+
+async fn compare_in_background(enforcer: &Arc<Enforcer>) {
+    let enforcer = Arc::clone(enforcer);
+    let compared = tokio::task::spawn_blocking(move || compare(&enforcer)).await;
+    if let Ok(Err(error)) = compared {
+        warn!(%error, "conntrack could not be read; it is tried again");
+    }
+}
+
+/// What conntrack let go of is recorded.
+fn ended(enforcer: &Enforcer, entry: &Entry) {
+    if let Some(flow) = enforcer.carried.ended(entry) {
+        enforcer.carried_over(&flow);
+    }
+}
+
+fn judge(enforcer: &Enforcer, flow: &FlowId) -> Judgement {
+    let (client, server) = (flow.client.ip(), flow.server.ip());
+    enforcer
+        .table
+        .judge(client, server, flow.port(), flow.protocol)
+}
+
+/// Judges the flows of these addresses in conntrack whose mark under `mask` is `mark`, but for those
+/// that are not `concerned`, and ends those that are denied.
+fn judge_unlisted(
+    enforcer: &Enforcer,
+    mark: u32,
+    mask: u32,
+    addresses: &BTreeSet<IpAddr>,
+    concerned: impl Fn(&FlowId) -> bool,
+) -> io::Result<()> {
+    let mut doomed = Doomed::new();
+    for entry in conntrack::marked(mark, mask)? {
+        let ends = [entry.flow.client.ip(), entry.flow.server.ip()];
+        if !ends.iter().any(|end| addresses.contains(end)) || !concerned(&entry.flow) {
+            continue;
+        }
+        match judge(enforcer, &entry.flow) {
+            // Whose the address was we cannot know: nobody inherits the flow.
+            Judgement::Unknown(unknown) if addresses.contains(&unknown) => {
+                doomed.push((entry, None));
+            }
+            Judgement::Unknown(_) => {}
+            Judgement::Settled { verdict, from, to } => {
+                if !verdict.allowed() {
+                    let decision = Arc::new(Decision { verdict, from, to });
+                    doomed.push((entry, Some(Severance::denied(decision))));
+                }
+            }
+        }
+    }
+    cut(enforcer, &doomed)
+}
+
+/// Deletes conntrack entries and records the flows as severed, but for those that had ended by
+/// themselves.
+fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
+    if doomed.is_empty() {
+        return Ok(());
+    }
+    for (entry, severance) in doomed {
+        // Before it goes, since its ending may be heard before we are told that it went.
+        if let (Some(flow), Some(severance), false) =
+            (enforcer.carried.get(&entry.flow), severance, entry.over)
+        {
+            flow.sever(severance.clone());
+        }
+    }
+    let listed: Vec<_> = doomed
+        .iter()
+        .map(|(entry, _)| enforcer.carried.get(&entry.flow))
+        .collect();
+    let entries: Vec<_> = doomed.iter().map(|(entry, _)| entry).collect();
+    conntrack::delete(&entries)?;
+    for ((entry, severance), listed) in doomed.iter().zip(listed) {
+        match (listed, severance) {
+            // Whoever takes it out of the list records it, and that only once.
+            (Some(_), _) => {
+                if let Some(flow) = enforcer.carried.remove(&entry.flow) {
+                    flow.note(entry);
+                    enforcer.carried_over(&flow);
+                }
+            }
+            (None, Some(severance)) if !entry.over => {
+                enforcer.severed(unlisted(entry), severance.clone());
+            }
+            (None, _) => {}
+        }
+    }
+    Ok(())
+}
+
+/// A flow that was not listed, as a record shows it.
+fn unlisted(entry: &Entry) -> Subject {
+    Subject {
+        client: entry.flow.client,
+        server: entry.flow.server,
+        protocol: entry.flow.protocol,
+        way: Way::Kernel,
+        sent: entry.sent,
+        received: entry.received,
+        opened: entry.began.unwrap_or_else(SystemTime::now),
+        attempt: 0,
+        seen: None,
+    }
+}
+
+impl Enforcer {
+    /// Judges a flow and, if it may be, lists it, so that a later change finds it; how it was listed
+    /// comes with the decision. `None`: an end of it is unknown.
+    pub(crate) fn carry(
+        &self,
+        flow: FlowId,
+        opened: SystemTime,
+    ) -> Option<(Arc<Decision>, Option<Listed>)> {
+        loop {
+            let generation = self.table.generation();
+            let Judgement::Settled { verdict, from, to } = judge(self, &flow) else {
+                return None;
+            };
+            let decision = Arc::new(Decision { verdict, from, to });
+            if !decision.verdict.allowed() {
+                return Some((decision, None));
+            }
+            let listed = self.carried.enter(flow, opened, &decision);
+            if self.table.generation() == generation {
+                return Some((decision, Some(listed)));
+            }
+            // A change came between: it may have looked before the flow was there.
+            if listed == Listed::New {
+                self.carried.remove(&flow);
+            }
+        }
+    }
+
+    /// Counts and records a carried flow that is over and out of the list.
+    fn carried_over(&self, flow: &CarriedFlow) {
+        let subject = flow.subject();
+        self.metrics.carried(subject.sent, subject.received);
+        match flow.severance() {
+            Some(severance) => self.severed(subject, severance),
+            None => self
+                .recorder
+                .ended(subject, &flow.decision, Outcome::Closed),
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! One entry of conntrack's table, as its messages show it.
+//!
+//! The bytes by which the kernel names an entry are handed back as they came, so a flow in a zone is
+//! named with its zone.
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, SystemTime};
+
+use iptables_init::netlink::{Message, chunk, find};
+use policy::Protocol;
+
+pub(super) const CTA_TUPLE_ORIG: u16 = 1;
+pub(super) const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_PROTOINFO: u16 = 4;
+const CTA_PROTOINFO_TCP: u16 = 1;
+const CTA_PROTOINFO_TCP_STATE: u16 = 1;
+/// `TCP_CONNTRACK_TIME_WAIT`; what is numbered higher is closed.
+const TIME_WAIT: u8 = 7;
+const CTA_COUNTERS_ORIG: u16 = 9;
+const CTA_COUNTERS_REPLY: u16 = 10;
+const CTA_COUNTERS_BYTES: u16 = 2;
+pub(super) const CTA_ID: u16 = 12;
+const CTA_ZONE: u16 = 18;
+const CTA_TIMESTAMP: u16 = 20;
+const CTA_TIMESTAMP_START: u16 = 1;
+const CTA_TUPLE_IP: u16 = 1;
+const CTA_TUPLE_PROTO: u16 = 2;
+const CTA_IP_V4_SRC: u16 = 1;
+const CTA_IP_V6_SRC: u16 = 3;
+const CTA_PROTO_NUM: u16 = 1;
+const CTA_PROTO_SRC_PORT: u16 = 2;
+const CTA_PROTO_ICMP_ID: u16 = 4;
+const CTA_PROTO_ICMPV6_ID: u16 = 7;
+
+/// What tells one flow that the kernel carries from another. Ports are 0 where the protocol has
+/// none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct FlowId {
+    pub(crate) protocol: Protocol,
+    /// The source of the flow's first packet.
+    pub(crate) client: SocketAddr,
+    /// The source of the answers, so the server behind DNAT.
+    pub(crate) server: SocketAddr,
+    /// Of an ICMP query (RFC 792, RFC 4443) its identifier; else 0.
+    pub(crate) identifier: u16,
+}
+
+impl FlowId {
+    /// The port that policy asks for; protocols without ports have none.
+    pub(crate) fn port(&self) -> Option<u16> {
+        (!matches!(self.protocol, Protocol::Other(_))).then_some(self.server.port())
+    }
+}
+
+/// A flow that the kernel carries, as conntrack has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub(crate) flow: FlowId,
+    /// Bytes of the client's IP packets, headers included; 0 unless
+    /// `net.netfilter.nf_conntrack_acct` was 1 when the flow began.
+    pub(crate) sent: u64,
+    /// Bytes of the server's.
+    pub(crate) received: u64,
+    /// When it began, if `net.netfilter.nf_conntrack_timestamp` was 1 then.
+    pub(crate) began: Option<SystemTime>,
+    /// A TCP connection that has ended, whose entry only waits out its time.
+    pub(crate) over: bool,
+    /// `CTA_TUPLE_ORIG`, `CTA_ZONE` if there is one, `CTA_ID`: as the kernel wrote them.
+    name: Vec<u8>,
+}
+
+impl Entry {
+    /// The entry that a message shows; `None` if it cannot be read.
+    pub(crate) fn read(message: &Message<'_>) -> Option<Self> {
+        let attributes = message.attributes();
+        let original = find(attributes, CTA_TUPLE_ORIG)?;
+        let (protocol, client, identifier) = source(original.value)?;
+        let (_, server, _) = source(find(attributes, CTA_TUPLE_REPLY)?.value)?;
+        let zone = find(attributes, CTA_ZONE).map_or(&[][..], |zone| zone.whole);
+        let id = find(attributes, CTA_ID)?.whole;
+        let over = tcp_state(attributes).is_some_and(|state| state >= TIME_WAIT);
+        Some(Self {
+            flow: FlowId {
+                protocol,
+                client,
+                server,
+                identifier,
+            },
+            sent: bytes(attributes, CTA_COUNTERS_ORIG).unwrap_or(0),
+            received: bytes(attributes, CTA_COUNTERS_REPLY).unwrap_or(0),
+            began: began(attributes),
+            over,
+            name: [original.whole, zone, id].concat(),
+        })
+    }
+
+    /// The attributes by which a request names it.
+    pub(super) fn name(&self) -> &[u8] {
+        &self.name
+    }
+}
+
+/// The state of a TCP entry (linux/netfilter/nf_conntrack_tcp.h).
+fn tcp_state(attributes: &[u8]) -> Option<u8> {
+    let tcp = find(find(attributes, CTA_PROTOINFO)?.value, CTA_PROTOINFO_TCP)?.value;
+    let [state] = chunk(find(tcp, CTA_PROTOINFO_TCP_STATE)?.value, 0)?;
+    Some(state)
+}
+
+/// The bytes of one direction.
+fn bytes(attributes: &[u8], direction: u16) -> Option<u64> {
+    let counters = find(attributes, direction)?.value;
+    let bytes = find(counters, CTA_COUNTERS_BYTES)?.value;
+    Some(u64::from_be_bytes(chunk(bytes, 0)?))
+}
+
+/// When the entry was made; the kernel counts nanoseconds since 1970.
+fn began(attributes: &[u8]) -> Option<SystemTime> {
+    let start = find(find(attributes, CTA_TIMESTAMP)?.value, CTA_TIMESTAMP_START)?.value;
+    let since = Duration::from_nanos(u64::from_be_bytes(chunk(start, 0)?));
+    SystemTime::UNIX_EPOCH.checked_add(since)
+}
+
+/// The protocol of a tuple, the end that it begins at, and its ICMP identifier.
+fn source(tuple: &[u8]) -> Option<(Protocol, SocketAddr, u16)> {
+    let ip = find(tuple, CTA_TUPLE_IP)?.value;
+    let address: IpAddr = match find(ip, CTA_IP_V4_SRC) {
+        Some(v4) => chunk::<4>(v4.value, 0)?.into(),
+        None => chunk::<16>(find(ip, CTA_IP_V6_SRC)?.value, 0)?.into(),
+    };
+    let transport = find(tuple, CTA_TUPLE_PROTO)?.value;
+    let [number] = chunk(find(transport, CTA_PROTO_NUM)?.value, 0)?;
+    let protocol = Protocol::from_ip_number(number);
+    let value = |kind| Some(u16::from_be_bytes(chunk(find(transport, kind)?.value, 0)?));
+    let port = match protocol {
+        Protocol::Tcp | Protocol::Udp | Protocol::Sctp => value(CTA_PROTO_SRC_PORT)?,
+        // GRE has its key where others have a port.
+        Protocol::Other(_) => 0,
+    };
+    let identifier = value(CTA_PROTO_ICMP_ID).or_else(|| value(CTA_PROTO_ICMPV6_ID));
+    Some((
+        protocol,
+        SocketAddr::new(address, port),
+        identifier.unwrap_or(0),
+    ))
+}

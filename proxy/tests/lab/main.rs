@@ -14,6 +14,7 @@ mod carried;
 mod cases;
 mod changes;
 mod console;
+mod first;
 mod image;
 mod isolation;
 mod jaeger;
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
         topology::TESTS,
         bridges::TESTS,
         sever::TESTS,
+        first::TESTS,
         ports::TESTS,
         bounds::TESTS,
         restart::TESTS,

@@ -29,6 +29,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use run::LogFormat;
 use tracing_subscriber::EnvFilter;
 
 /// Kubernetes NetworkPolicy without eBPF: one daemon a node, no sidecars.
@@ -57,7 +58,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli.command {
         Command::Run(args) => {
-            log_to_stderr();
+            log_to_stderr(args.log_format);
             run::run(&args)
         }
         Command::Check(args) => ask::check(&args),
@@ -69,13 +70,16 @@ fn main() -> ExitCode {
     }
 }
 
-/// Text on a terminal and elsewhere alike; `RUST_LOG` chooses what (default `info`).
-fn log_to_stderr() {
-    tracing_subscriber::fmt()
+/// `RUST_LOG` chooses what is logged (default `info`).
+fn log_to_stderr(format: LogFormat) {
+    let log = tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(
             EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
-        )
-        .init();
+        );
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
 }

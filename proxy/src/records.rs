@@ -5,10 +5,12 @@
 //! made of them where they are written.
 mod fields;
 mod file;
+mod log;
 mod queue;
 mod sink;
 #[cfg(test)]
 pub(crate) mod testing;
+mod windows;
 
 use std::collections::{HashSet, VecDeque};
 use std::io;
@@ -27,6 +29,7 @@ use crate::telemetry::{Seen, SpanCounts, Spans};
 pub(crate) use fields::{Field, shown, timestamp};
 pub(crate) use queue::Queue;
 pub(crate) use sink::Sink;
+pub(crate) use windows::Windows;
 
 /// Denied SYNs that are remembered, so that a client's repeats do not become new records.
 const REMEMBERED: usize = 8192;
@@ -90,6 +93,7 @@ pub(crate) struct Record {
 
 /// Tells every sink.
 pub(crate) struct Recorder {
+    log: Option<Sink>,
     file: Option<Sink>,
     spans: Option<Spans>,
     observed: Observed,
@@ -100,11 +104,21 @@ impl Recorder {
     /// Keeps no records.
     pub(crate) fn off() -> Self {
         Self {
+            log: None,
             file: None,
             spans: None,
             observed: Observed::new(),
             denied: Mutex::default(),
         }
+    }
+
+    /// Logs what is refused.
+    ///
+    /// # Errors
+    /// If the thread cannot be started.
+    pub(crate) fn with_log(mut self) -> io::Result<Self> {
+        self.log = Some(log::start()?);
+        Ok(self)
     }
 
     /// Appends records of `node` to the file at `path`; `-` is standard output.
@@ -182,7 +196,8 @@ impl Recorder {
     fn tell(&self, subject: Subject, fate: Fate, decision: &Arc<Decision>) {
         let spans = self.spans.as_ref();
         let spans = spans.filter(|spans| spans.wants(&subject, &fate));
-        if self.file.is_none() && spans.is_none() {
+        let log = self.log.as_ref().filter(|_| log::wants(&fate));
+        if log.is_none() && self.file.is_none() && spans.is_none() {
             return;
         }
         let record = Arc::new(Record {
@@ -191,12 +206,14 @@ impl Recorder {
             decision: Arc::clone(decision),
             ended: SystemTime::now(),
         });
-        let sinks = self.file.iter().chain(spans.map(Spans::sink));
-        sinks.for_each(|sink| sink.tell(&record));
+        let told = log.into_iter().chain(&self.file);
+        told.chain(spans.map(Spans::sink))
+            .for_each(|sink| sink.tell(&record));
     }
 
     fn sinks(&self) -> impl Iterator<Item = &Sink> {
-        self.file.iter().chain(self.spans.as_ref().map(Spans::sink))
+        let sinks = self.log.iter().chain(&self.file);
+        sinks.chain(self.spans.as_ref().map(Spans::sink))
     }
 }
 

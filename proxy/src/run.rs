@@ -5,7 +5,6 @@ mod source;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -36,7 +35,7 @@ use crate::telemetry::Spans;
 use crate::worker::Worker;
 
 use follow::Follower;
-pub(crate) use settings::RunArgs;
+pub(crate) use settings::{LogFormat, RunArgs};
 use source::Source;
 
 /// A worker's thread.
@@ -186,8 +185,7 @@ fn enforcer(
     table: Arc<Table>,
     watches: Option<Arc<WatchStatus>>,
 ) -> anyhow::Result<Arc<Enforcer>> {
-    let spans = Spans::start(&args.telemetry, Arc::clone(&node))?;
-    let recorder = recorder(args.trace_file.as_ref(), &node)?.with_spans(spans);
+    let recorder = recorder(args, &node)?;
     Ok(Arc::new(Enforcer {
         node,
         table,
@@ -292,18 +290,20 @@ fn bounds(args: &RunArgs) -> anyhow::Result<Bounds> {
     Ok(Bounds { per_source, total })
 }
 
-fn recorder(path: Option<&PathBuf>, node: &Arc<str>) -> anyhow::Result<Recorder> {
-    match path {
-        None => Ok(Recorder::off()),
-        Some(path) => Recorder::off()
-            .with_file(path, Arc::clone(node))
-            .with_context(|| {
-                format!(
-                    "cannot open trace file {}; its directory must exist and be writable",
-                    path.display()
-                )
-            }),
-    }
+fn recorder(args: &RunArgs, node: &Arc<str>) -> anyhow::Result<Recorder> {
+    let recorder = Recorder::off()
+        .with_log()
+        .context("the thread that logs what is refused cannot be started; see the process limits")?
+        .with_spans(Spans::start(&args.telemetry, Arc::clone(node))?);
+    let Some(path) = &args.trace_file else {
+        return Ok(recorder);
+    };
+    recorder.with_file(path, Arc::clone(node)).with_context(|| {
+        format!(
+            "cannot open trace file {}; its directory must exist and be writable",
+            path.display()
+        )
+    })
 }
 
 /// Binds every queue before the first listener: a SYN that finds a listener must find its queue.

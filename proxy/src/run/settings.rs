@@ -18,6 +18,15 @@ pub(crate) enum OwnNode {
     Judge,
 }
 
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people.
+    Text,
+    /// An object a line.
+    Json,
+}
+
 impl From<OwnNode> for policy::OwnNode {
     fn from(own_node: OwnNode) -> Self {
         match own_node {
@@ -98,6 +107,9 @@ pub(crate) struct RunArgs {
         env = "PORTREEVE_HOLD"
     )]
     pub(crate) hold: humantime::Duration,
+    /// How log lines look; they go to standard error, and RUST_LOG chooses which.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text, env = "PORTREEVE_LOG_FORMAT")]
+    pub(crate) log_format: LogFormat,
     /// Write a record per connection to this file as JSON lines; `-` is standard output.
     #[arg(long, value_name = "PATH", env = "PORTREEVE_TRACE_FILE")]
     pub(crate) trace_file: Option<PathBuf>,

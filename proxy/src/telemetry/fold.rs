@@ -3,14 +3,13 @@
 //! The first denial is told at once, so that it is seen while somebody looks for it. Those that
 //! follow with the same ends and the same reason are counted and told as one when their window ends.
 //! Bounded; knows neither clocks nor spans.
-use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use policy::Protocol;
 
-use crate::records::{Fate, Record};
+use crate::records::{Fate, Record, Windows};
 
 /// How long repeats are counted before they are told.
 const WINDOW: Duration = Duration::from_secs(10);
@@ -35,12 +34,13 @@ struct Alike {
     uids: [Option<Arc<str>>; 2],
 }
 
-/// The denials of the last while.
-#[derive(Default)]
-pub(super) struct Fold {
-    windows: HashMap<Alike, Option<Folded>, ahash::RandomState>,
-    /// When which window ends; each is in here once.
-    ends: VecDeque<(Instant, Alike)>,
+/// The denials of the last while: of each, its repeats so far.
+pub(super) struct Fold(Windows<Alike, Option<Folded>>);
+
+impl Default for Fold {
+    fn default() -> Self {
+        Self(Windows::new(WINDOW, ROOM))
+    }
 }
 
 impl Fold {
@@ -50,50 +50,43 @@ impl Fold {
         &mut self,
         record: Arc<Record>,
         now: Instant,
-    ) -> impl Iterator<Item = Folded> {
+    ) -> impl Iterator<Item = Folded> + use<> {
         let since = record.subject.opened;
         let told = |record| Folded {
             record,
             since,
             count: 1,
         };
-        if !matches!(record.fate, Fate::Denied) {
-            return [Some(told(record)), None].into_iter().flatten();
-        }
-        let alike = Alike::of(&record);
-        if let Some(window) = self.windows.get_mut(&alike) {
-            match window {
-                Some(repeats) => {
+        let (pushed_out, itself) = if matches!(record.fate, Fate::Denied) {
+            let alike = Alike::of(&record);
+            match self.0.running(&alike) {
+                None => (self.0.begin(alike, now), Some(told(record))),
+                Some(Some(repeats)) => {
                     repeats.count += 1;
                     repeats.record = record;
+                    (None, None)
                 }
-                None => *window = Some(told(record)),
+                Some(repeats) => {
+                    *repeats = Some(told(record));
+                    (None, None)
+                }
             }
-            return [None, None].into_iter().flatten();
-        }
-        let pushed_out = (self.windows.len() >= ROOM)
-            .then(|| self.end_first())
-            .flatten();
-        self.windows.insert(alike.clone(), None);
-        self.ends.push_back((now + WINDOW, alike));
-        [pushed_out, Some(told(record))].into_iter().flatten()
+        } else {
+            (None, Some(told(record)))
+        };
+        pushed_out
+            .and_then(|(_, repeats)| repeats)
+            .into_iter()
+            .chain(itself)
     }
 
     /// What to tell of the windows that have ended; one that saw repeats begins anew.
     pub(super) fn due(&mut self, now: Instant) -> Vec<Folded> {
         let mut told = Vec::new();
-        while let Some((end, _)) = self.ends.front()
-            && *end <= now
-            && let Some((_, alike)) = self.ends.pop_front()
-        {
-            match self.windows.get_mut(&alike).and_then(Option::take) {
-                Some(repeats) => {
-                    told.push(repeats);
-                    self.ends.push_back((now + WINDOW, alike));
-                }
-                None => {
-                    self.windows.remove(&alike);
-                }
+        for (alike, repeats) in self.0.ended(now) {
+            if let Some(repeats) = repeats {
+                told.push(repeats);
+                self.0.begin(alike, now);
             }
         }
         told
@@ -101,21 +94,12 @@ impl Fold {
 
     /// When [`Self::due`] is to be asked next.
     pub(super) fn next_due(&self) -> Option<Instant> {
-        self.ends.front().map(|(end, _)| *end)
+        self.0.next_end()
     }
 
     /// Everything that has not been told, in no order.
     pub(super) fn rest(&mut self) -> Vec<Folded> {
-        self.ends.clear();
-        self.windows
-            .drain()
-            .filter_map(|(_, repeats)| repeats)
-            .collect()
-    }
-
-    fn end_first(&mut self) -> Option<Folded> {
-        let (_, alike) = self.ends.pop_front()?;
-        self.windows.remove(&alike).flatten()
+        self.0.rest().filter_map(|(_, repeats)| repeats).collect()
     }
 }
 

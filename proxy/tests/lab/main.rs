@@ -19,6 +19,7 @@ mod image;
 mod isolation;
 mod jaeger;
 mod likeness;
+mod logs;
 mod odd;
 mod own_node;
 mod page;
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
         bounds::TESTS,
         restart::TESTS,
         admin::TESTS,
+        logs::TESTS,
         spans::TESTS,
         console::TESTS,
         page::TESTS,

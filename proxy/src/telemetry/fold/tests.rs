@@ -120,7 +120,7 @@ fn memory_is_bounded_and_what_is_pushed_out_is_told() {
     for n in ROOM + 1..3 * ROOM {
         assert_eq!(counts(fold.add(scan(n), now)), [1]);
     }
-    assert!(fold.windows.len() <= ROOM && fold.ends.len() <= ROOM);
+    assert!(fold.0.rest().count() <= ROOM);
 }
 
 #[test]

@@ -31,7 +31,7 @@ pub enum BridgeError {
     NoFamily,
     /// The sysctl cannot be written.
     #[error(
-        "sysctl {} is 1 and cannot be changed from here ({source}); run `iptables-init install --bridge NAME` with a writable /proc/sys (a privileged container)",
+        "sysctl {} is 1 and cannot be changed from here ({source}); run `iptables-init install --bridge NAME` where /proc/sys/net can be written, or with the node's own mounted at {NODES_OWN} as deploy/components/bridge does",
         sysctl(switch)
     )]
     Switch {
@@ -203,11 +203,21 @@ pub(crate) fn switch_on_again(loaded: &Loaded) -> Result<(), BridgeError> {
     there.into_iter().try_for_each(|switch| write(switch, "1"))
 }
 
+/// Where a container has the node's `/proc/sys/net`; its own is read-only unless it is privileged.
+const NODES_OWN: &str = "/host/proc/sys/net";
+
 fn write(switch: &str, value: &str) -> Result<(), BridgeError> {
-    fs::write(file(switch), value).map_err(|source| BridgeError::Switch {
+    let refused = |source| BridgeError::Switch {
         switch: switch.to_owned(),
         source,
-    })
+    };
+    match fs::write(file(switch), value) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            let nodes_own = file(switch).replace("/proc/sys/net", NODES_OWN);
+            fs::write(nodes_own, value).map_err(|_| refused(error))
+        }
+        result => result.map_err(refused),
+    }
 }
 
 #[cfg(test)]

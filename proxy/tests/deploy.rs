@@ -18,7 +18,7 @@ const INSTALLS: &[(&str, &[&str])] = &[
     ("overlays/bridge", &["bridges={cni0}"]),
     ("overlays/jaeger", &["jaeger.enabled=true"]),
     ("overlays/startup-taint", &["startupTaint.enabled=true"]),
-    ("overlays/uninstall", &["uninstall=true"]),
+    ("overlays/uninstall", &["uninstall=true", "bridges={cni0}"]),
 ];
 
 fn root() -> PathBuf {

@@ -5,6 +5,7 @@
 //!
 //! `bwrap` plays the container runtime, with containerd's default seccomp filter (lab/tools/seccomp);
 //! the API server is played by a directory of manifests.
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -20,6 +21,7 @@ use crate::support::{
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     the_images_programs_enforce_with_what_the_daemonset_grants,
+    what_is_in_the_way_of_bridges_can_be_switched_off_from_a_container,
     every_capability_of_the_daemonset_is_needed,
 ];
 
@@ -29,7 +31,7 @@ const MANIFESTS: &str = "/manifests";
 const CAPABILITIES: &[(&str, u32)] = &[("NET_ADMIN", 12), ("NET_RAW", 13), ("SYS_RESOURCE", 24)];
 
 fn the_images_programs_enforce_with_what_the_daemonset_grants() {
-    let image = Image::build();
+    let image = Image::build("base");
     let mut bed = Bed::bare(small());
     bed.write_policies(&[allow_all(), deny_ingress("d")]);
     for node in 0..2 {
@@ -50,8 +52,24 @@ fn the_images_programs_enforce_with_what_the_daemonset_grants() {
     assert_eq!(privilege(bed.daemon(0).child.id()), Privilege::of(&granted));
 }
 
+fn what_is_in_the_way_of_bridges_can_be_switched_off_from_a_container() {
+    let image = Image::build("overlays/bridge");
+    let bed = Bed::bare(small());
+    let node = bed.lab.node(0);
+    let sysctls = ["iptables", "ip6tables"].map(|it| format!("bridge/bridge-nf-call-{it}"));
+    for sysctl in &sysctls {
+        node.netns().set_sysctls(&[(sysctl, "1")]).unwrap();
+    }
+    let said = image.install(&bed, 0, &image.granted("iptables-init"));
+    assert!(said.status.success(), "{said:?}");
+    for sysctl in sysctls {
+        let value = node.run(|| fs::read_to_string(format!("/proc/sys/net/{sysctl}")));
+        assert_eq!(value.unwrap().unwrap(), "0\n", "{sysctl}");
+    }
+}
+
 fn every_capability_of_the_daemonset_is_needed() {
-    let image = Image::build();
+    let image = Image::build("base");
     let mut bed = Bed::bare(small());
     bed.write_policies(&[allow_all()]);
     for container in ["iptables-init", "portreeve"] {
@@ -103,22 +121,31 @@ struct Image {
     /// Makes the runtime's default filter.
     seccomp: PathBuf,
     pod: Value,
-    settings: String,
+    settings: BTreeMap<String, String>,
     recipe: String,
 }
 
 impl Image {
-    /// Makes the root file system as the Containerfile does.
-    fn build() -> Self {
-        let read = |path: &str| fs::read_to_string(deploy(path)).unwrap();
-        let daemonset: Value = serde_saphyr::from_str(&read("base/daemonset.yaml")).unwrap();
+    /// Makes the root file system as the Containerfile does, for the pod that `directory` makes.
+    fn build(directory: &str) -> Self {
+        let recipe = fs::read_to_string(deploy("image/Containerfile")).unwrap();
+        let mut kubectl = Command::new(tool("kubernetes", "kubectl"));
+        let built = kubectl
+            .arg("kustomize")
+            .arg(deploy(directory))
+            .output()
+            .unwrap();
+        assert!(built.status.success(), "{built:?}");
+        let built = String::from_utf8(built.stdout).unwrap();
+        let objects: Vec<Value> = serde_saphyr::from_multiple(&built).unwrap();
+        let only = |kind: &str| objects.iter().find(|it| it["kind"] == kind).unwrap();
         let image = Self {
             root: TempDir::new().unwrap(),
             volumes: TempDir::new().unwrap(),
-            seccomp: tool("seccomp"),
-            pod: daemonset["spec"]["template"]["spec"].clone(),
-            settings: read("base/portreeve.env"),
-            recipe: read("image/Containerfile"),
+            seccomp: tool("seccomp", "seccomp"),
+            pod: only("DaemonSet")["spec"]["template"]["spec"].clone(),
+            settings: serde_json::from_value(only("ConfigMap")["data"].clone()).unwrap(),
+            recipe,
         };
         assert!(
             image
@@ -189,10 +216,10 @@ impl Image {
             .arg("--ro-bind")
             .args([&bed.manifests(), Path::new(MANIFESTS)]);
         for mount in container["volumeMounts"].as_array().into_iter().flatten() {
-            let volume = format!("{}-{}", host.name(), mount["name"].as_str().unwrap());
-            let volume = self.volumes.path().join(volume);
-            fs::create_dir_all(&volume).unwrap();
+            let volume = self.volume(mount["name"].as_str().unwrap(), host.name());
             let at = mount["mountPath"].as_str().unwrap();
+            // As runtimes do, before they make the root read-only.
+            fs::create_dir_all(self.root.path().join(&at[1..])).unwrap();
             command.arg("--bind").args([&volume, Path::new(at)]);
         }
         assert_eq!(
@@ -213,6 +240,19 @@ impl Image {
         let program: Vec<String> = serde_json::from_value(container["command"].clone()).unwrap();
         command.arg("--").args(program);
         command
+    }
+
+    /// What a node has at a volume's path: its kernel's own files, else a directory of its own.
+    fn volume(&self, name: &str, node: &str) -> PathBuf {
+        let mut volumes = self.pod["volumes"].as_array().unwrap().iter();
+        let volume = volumes.find(|it| it["name"] == name).unwrap();
+        let path = volume["hostPath"]["path"].as_str().unwrap();
+        if path.starts_with("/proc/") {
+            return path.into();
+        }
+        let path = self.volumes.path().join(format!("{node}{path}"));
+        fs::create_dir_all(&path).unwrap();
+        path
     }
 
     /// The runtime's default filter for a container with these capabilities.
@@ -236,8 +276,8 @@ impl Image {
             .recipe
             .lines()
             .filter_map(|line| line.strip_prefix("ENV "));
-        let of_map = self.settings.lines().filter(|line| !line.starts_with('#'));
-        let mut all: Vec<_> = of_image.chain(of_map).filter_map(pair).collect();
+        let mut all: Vec<_> = of_image.filter_map(pair).collect();
+        all.extend(self.settings.clone());
         for own in container["env"].as_array().into_iter().flatten() {
             let value = match own["valueFrom"]["fieldRef"]["fieldPath"].as_str() {
                 Some("spec.nodeName") => node,
@@ -256,8 +296,8 @@ fn deploy(path: &str) -> PathBuf {
         .join(path)
 }
 
-/// The only program of a module of lab/tools.
-fn tool(module: &str) -> PathBuf {
+/// A program of lab/tools.
+fn tool(module: &str, program: &str) -> PathBuf {
     let mut build = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("../lab/tools/build"));
     let said = build.args(["--where", module]).output().unwrap();
     assert!(
@@ -265,7 +305,7 @@ fn tool(module: &str) -> PathBuf {
         "{}",
         String::from_utf8_lossy(&said.stderr)
     );
-    Path::new(String::from_utf8(said.stdout).unwrap().trim()).join(module)
+    Path::new(String::from_utf8(said.stdout).unwrap().trim()).join(program)
 }
 
 /// What a process may do.

@@ -4,6 +4,7 @@
 //! waits in any queue of the namespace. The daemon changes only the sets. The rules themselves stand
 //! in `ruleset.nft`, and in `bridges.nft` those below IP.
 use std::fmt;
+use std::ops::RangeInclusive;
 
 use crate::marks::{Answer, Marks};
 use crate::settings::{Fail, Settings};
@@ -23,6 +24,10 @@ pub const QUEUE_CHAIN: &str = "to_gate";
 /// Conntrack zone of the original direction of upstream connections. Without one of their own, an
 /// upstream leg from the client's address could meet the client's own connection in one entry.
 const UPSTREAM_ZONE: u16 = 15001;
+
+/// The source ports that upstream connections have. By them an error that this host itself sends is
+/// told from one for the pod.
+pub const UPSTREAM_PORTS: RangeInclusive<u16> = 2048..=29999;
 
 /// How this kernel can hand packets to user space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +127,8 @@ impl Ruleset {
             "prohibited" => marks.answer(Answer::Prohibited),
             "proxy_port" => return write!(out, "{}", self.proxy_port),
             "upstream_zone" => return write!(out, "{UPSTREAM_ZONE}"),
+            "first_port" => return write!(out, "{}", UPSTREAM_PORTS.start()),
+            "last_port" => return write!(out, "{}", UPSTREAM_PORTS.end()),
             "no_daemon" => return out.write_str(self.no_daemon()),
             "queue" => return out.write_str(&self.queue_statement()),
             // Not nft's language, so that nothing half filled in can be loaded.

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use iptables_init::marks::{Answer, Marks};
+use iptables_init::ruleset::UPSTREAM_PORTS;
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
@@ -21,6 +22,10 @@ use crate::telemetry::Trail;
 const LOCAL_PORTS: RangeInclusive<u16> = 2048..=15999;
 /// Source ports of connections that leave the node.
 pub(crate) const REMOTE_PORTS: RangeInclusive<u16> = 16000..=29999;
+const _: () = assert!(
+    *LOCAL_PORTS.start() == *UPSTREAM_PORTS.start() && *REMOTE_PORTS.end() == *UPSTREAM_PORTS.end(),
+    "the kernel's rules know these ports too"
+);
 
 /// Ports tried for one connection before it is refused.
 const PORTS_TRIED: usize = 256;

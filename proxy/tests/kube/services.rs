@@ -9,7 +9,7 @@ use std::sync::Arc;
 use lab::kubernetes::{ControlPlane, ProxyMode};
 use lab::runner::Test;
 use lab::traffic::{self, greeting};
-use lab::{Child, Cluster, Dial, Host, Outcome, PodSpec, wait_until};
+use lab::{Child, Cluster, Dial, Host, Kind, Outcome, PodSpec, wait_until};
 use serde_json::{Value, json};
 
 use crate::api::items;
@@ -20,6 +20,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     services_of_kube_proxy_with_iptables_are_judged_by_the_documented_source,
     services_of_kube_proxy_with_nftables_are_judged_by_the_documented_source,
     session_affinity_holds_with_and_without_policy,
+    a_service_without_endpoints_refuses_except_policed_pods_beside_nftables,
 ];
 
 fn services_of_kube_proxy_with_iptables_are_judged_by_the_documented_source() {
@@ -465,59 +466,106 @@ fn only_from(source: &Host) -> Value {
 
 fn session_affinity_holds_with_and_without_policy() {
     for mode in [ProxyMode::Iptables, ProxyMode::Nftables] {
-        affinity(mode);
+        let small = Small::new(
+            mode,
+            &[("sticky", STICKY, "ClientIP"), ("spread", SPREAD, "None")],
+        );
+        for client in small.clients() {
+            for family in [0, 1] {
+                let servers = |service: u8| -> BTreeSet<String> {
+                    let to = (cluster_ips(service)[family], 80).into();
+                    (0..24).map(|_| greeted(&client, to).server).collect()
+                };
+                let (stuck, met) = (servers(STICKY), servers(SPREAD));
+                assert_eq!(stuck.len(), 1, "{mode:?}, {}: {stuck:?}", client.name());
+                // By chance of 2^-23 all are one.
+                assert_eq!(met.len(), 2, "{mode:?}, {}: {met:?}", client.name());
+            }
+        }
     }
 }
 
-fn affinity(mode: ProxyMode) {
-    let server = |name, node| PodSpec::new("x", name).node(node).label("app", "server");
-    let lab = Cluster::builder()
-        .nodes(2)
-        .pods([server("one", 0), server("two", 1)])
-        .pod(PodSpec::new("x", "policed").node(0).label("policed", "yes"))
-        .pod(PodSpec::new("x", "free").node(0))
-        .build()
-        .unwrap();
-    let control = control::joined(&lab);
-    let plain = |name: &str, ip: u8, affinity: &str| {
-        let ips = cluster_ips(ip);
-        json!({
-            "apiVersion": "v1", "kind": "Service",
-            "metadata": { "namespace": "x", "name": name },
-            "spec": {
-                "clusterIP": ips[0], "clusterIPs": ips,
-                "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack",
-                "sessionAffinity": affinity, "selector": { "app": "server" },
-                "ports": [{ "port": 80, "targetPort": 8080 }],
-            },
-        })
-    };
-    let (sticky, spread) = (30, 31);
-    let services = [
-        plain("sticky", sticky, "ClientIP"),
-        plain("spread", spread, "None"),
-    ];
-    let _proxies = start_kube_proxies(&control, &lab, mode, &services);
-    for name in ["x/one", "x/two"] {
-        lab.pod(name).serve(&[8080]).unwrap();
-    }
-    let mut bed = Bed::of(lab);
-    let spec = json!({
-        "podSelector": { "matchLabels": { "policed": "yes" } },
-        "policyTypes": ["Egress"], "egress": [{}],
-    });
-    bed.write_policies(&[policy("may-go-out", &spec)]);
-    bed.enforce(&[]);
-    for client in [bed.lab.pod("x/policed"), bed.lab.pod("x/free")] {
-        let servers = |service: u8, family: usize| -> BTreeSet<String> {
-            let to = (cluster_ips(service)[family], 80).into();
-            (0..24).map(|_| greeted(&client, to).server).collect()
-        };
-        for family in [0, 1] {
-            let (stuck, met) = (servers(sticky, family), servers(spread, family));
-            assert_eq!(stuck.len(), 1, "{mode:?}, {}: {stuck:?}", client.name());
-            // By chance of 2^-23 all are one.
-            assert_eq!(met.len(), 2, "{mode:?}, {}: {met:?}", client.name());
+fn a_service_without_endpoints_refuses_except_policed_pods_beside_nftables() {
+    for mode in [ProxyMode::Iptables, ProxyMode::Nftables] {
+        let small = Small::new(mode, &[("empty", EMPTY, "None")]);
+        for (client, policed) in small.clients().into_iter().zip([true, false]) {
+            // Its rules reject before the gate, and the kernel sends no error from an address that is not its own.
+            let (expected, limit) = match mode {
+                ProxyMode::Nftables if policed => (Kind::TimedOut, SOON),
+                _ => (Kind::Refused, DEADLINE),
+            };
+            for ip in cluster_ips(EMPTY) {
+                let outcome = client.connect((ip, 80).into(), limit).unwrap();
+                let what = format!("{mode:?}, {} to {ip}: {outcome}", client.name());
+                assert_eq!(outcome.kind(), expected, "{what}");
+            }
         }
     }
+}
+
+/// The last parts of ClusterIPs.
+const STICKY: u8 = 30;
+const SPREAD: u8 = 31;
+const EMPTY: u8 = 32;
+
+/// Two servers on two nodes, and two clients of which one is under egress policy.
+struct Small {
+    bed: Bed,
+    _control: Arc<ControlPlane>,
+    _proxies: Vec<Child>,
+}
+
+impl Small {
+    /// With Services of these names, ClusterIPs and `sessionAffinity`; the servers are behind all but
+    /// [`EMPTY`].
+    fn new(mode: ProxyMode, services: &[(&str, u8, &str)]) -> Self {
+        let server = |name, node| PodSpec::new("x", name).node(node).label("app", "server");
+        let lab = Cluster::builder()
+            .nodes(2)
+            .pods([server("one", 0), server("two", 1)])
+            .pod(PodSpec::new("x", "policed").node(0).label("policed", "yes"))
+            .pod(PodSpec::new("x", "free").node(0))
+            .build()
+            .unwrap();
+        let control = control::joined(&lab);
+        let services: Vec<_> = services
+            .iter()
+            .map(|(name, ip, affinity)| cluster_ip_service(name, *ip, affinity))
+            .collect();
+        let proxies = start_kube_proxies(&control, &lab, mode, &services);
+        for name in ["x/one", "x/two"] {
+            lab.pod(name).serve(&[8080]).unwrap();
+        }
+        let mut bed = Bed::of(lab);
+        let spec = json!({
+            "podSelector": { "matchLabels": { "policed": "yes" } },
+            "policyTypes": ["Egress"], "egress": [{}],
+        });
+        bed.write_policies(&[policy("may-go-out", &spec)]);
+        bed.enforce(&[]);
+        Self {
+            bed,
+            _control: control,
+            _proxies: proxies,
+        }
+    }
+
+    fn clients(&self) -> [Host; 2] {
+        ["x/policed", "x/free"].map(|name| self.bed.lab.pod(name))
+    }
+}
+
+fn cluster_ip_service(name: &str, ip: u8, affinity: &str) -> Value {
+    let ips = cluster_ips(ip);
+    let app = if ip == EMPTY { "nobody" } else { "server" };
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": { "namespace": "x", "name": name },
+        "spec": {
+            "clusterIP": ips[0], "clusterIPs": ips,
+            "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack",
+            "sessionAffinity": affinity, "selector": { "app": app },
+            "ports": [{ "port": 80, "targetPort": 8080 }],
+        },
+    })
 }

@@ -7,6 +7,7 @@ mod bed;
 mod decisions;
 mod error;
 mod grid;
+mod outlet;
 mod plan;
 mod probe;
 mod raw;
@@ -30,6 +31,7 @@ use tokio::sync::oneshot;
 
 use bed::{Daemons, Programs};
 use error::DemoError;
+use outlet::Outlet;
 use plan::Plan;
 use screen::Screen;
 
@@ -58,7 +60,7 @@ pub(crate) struct DemoArgs {
     /// Plain text, and a summary in JSON as the last line
     #[arg(long)]
     headless: bool,
-    /// Send spans to a Jaeger at this URL (not in this version)
+    /// Send a span per connection to the Jaeger at this URL, such as http://localhost:4317
     #[arg(long, value_name = "URL")]
     jaeger: Option<String>,
 }
@@ -77,9 +79,6 @@ pub(crate) fn demo(args: &DemoArgs) -> ExitCode {
 /// Finds everything that can be wrong before anything is built, and moves into namespaces.
 fn prepare(args: &DemoArgs) -> Result<story::Story, DemoError> {
     let started = Instant::now();
-    if args.jaeger.is_some() {
-        return Err(DemoError::NoSpans);
-    }
     let programs = Programs::find()?;
     let samples;
     let path = match &args.manifests {
@@ -90,6 +89,12 @@ fn prepare(args: &DemoArgs) -> Result<story::Story, DemoError> {
         }
     };
     let (plan, policies) = read(&path)?;
+    // Some to spare: a daemon may try twice.
+    let connections = 2 * plan.nodes.len();
+    let outlet = args.jaeger.as_deref();
+    let outlet = outlet
+        .map(|url| Outlet::open(url, connections))
+        .transpose()?;
     single_threaded();
     let entered = lab::enter()?;
     // Two ends of every connection are in this process. With less it goes slower.
@@ -106,6 +111,7 @@ fn prepare(args: &DemoArgs) -> Result<story::Story, DemoError> {
         plan,
         expected: policies,
         programs,
+        outlet: outlet.map(Arc::new),
         daemons: Daemons::default(),
         settled: Arc::default(),
     })

@@ -5,7 +5,8 @@
 #![expect(clippy::unwrap_used, reason = "a panic is how a test helper fails")]
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
@@ -185,6 +186,99 @@ fn what_differs_from_policy_is_listed_pair_by_pair() {
 }
 
 #[test]
+fn its_spans_are_in_a_jaeger_outside_of_its_namespaces() {
+    let jaeger = Jaeger::start();
+    let output = demo(PORTREEVE, &["--headless", "--jaeger", &jaeger.url()])
+        .output()
+        .unwrap();
+    assert_exit(&output, 0);
+    let out = text(&output.stdout);
+    assert!(out.contains("http://127.0.0.1:16686/search?service=portreeve&operation=deny"));
+    let spans = jaeger.denials();
+    let count: u64 = spans
+        .iter()
+        .map(|span| tag(span, "count").as_u64().unwrap())
+        .sum();
+    assert!(
+        Some(count) >= summary(&output)["denied"].as_u64(),
+        "{count}: {out}"
+    );
+    assert!(spans.iter().all(|span| tag(span, "reason").is_string()));
+}
+
+/// Jaeger on ports of this host that are free.
+struct Jaeger {
+    otlp: u16,
+    query: u16,
+    child: Child,
+    _files: TempDir,
+}
+
+impl Jaeger {
+    fn start() -> Self {
+        let program = lab::built("jaeger").unwrap().join("jaeger");
+        let files = tempfile::tempdir().unwrap();
+        let config = files.path().join("config.yaml");
+        let free = || TcpListener::bind("127.0.0.1:0").unwrap();
+        // All at once, so that they differ.
+        let [otlp, query, grpc] =
+            [free(), free(), free()].map(|it| it.local_addr().unwrap().port());
+        let text = include_str!("jaeger.yaml")
+            .replace("OTLP_GRPC", &format!("127.0.0.1:{otlp}"))
+            .replace("OTLP_HTTP", "127.0.0.1:0")
+            .replace("QUERY_HTTP", &format!("127.0.0.1:{query}"))
+            .replace("QUERY_GRPC", &format!("127.0.0.1:{grpc}"));
+        fs::write(&config, text).unwrap();
+        let mut command = Command::new(program);
+        command.arg("--config").arg(&config);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let jaeger = Self {
+            otlp,
+            query,
+            child: command.spawn().unwrap(),
+            _files: files,
+        };
+        let answers = || jaeger.get("/api/services").is_some();
+        lab::wait_until(GONE * 3, "Jaeger to answer", answers).unwrap();
+        jaeger
+    }
+
+    fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.otlp)
+    }
+
+    fn denials(&self) -> Vec<Value> {
+        let query = "/api/traces?service=portreeve&operation=deny&limit=10000&lookback=1h";
+        let answer = self.get(query).unwrap();
+        let traces = answer["data"].as_array().unwrap().iter();
+        traces
+            .flat_map(|trace| trace["spans"].as_array().unwrap().clone())
+            .collect()
+    }
+
+    fn get(&self, path: &str) -> Option<Value> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.query)).ok()?;
+        stream.set_read_timeout(Some(GONE)).unwrap();
+        write!(stream, "GET {path} HTTP/1.0\r\nHost: jaeger\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()
+    }
+}
+
+impl Drop for Jaeger {
+    fn drop(&mut self) {
+        let _gone_already = self.child.kill();
+        let _status = self.child.wait();
+    }
+}
+
+fn tag<'a>(span: &'a Value, key: &str) -> &'a Value {
+    let mut tags = span["tags"].as_array().unwrap().iter();
+    &tags.find(|tag| tag["key"] == key).unwrap()["value"]
+}
+
+#[test]
 fn wrong_input_ends_with_status_2_and_a_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let (broken, empty) = (
@@ -207,8 +301,13 @@ fn wrong_input_ends_with_status_2_and_a_remedy() {
     for (program, args, expected) in [
         (
             Path::new(PORTREEVE),
-            vec!["--jaeger", "http://localhost:4317"],
-            "sends no spans; leave it out",
+            vec!["--jaeger", "localhost:4317"],
+            "give http://HOST",
+        ),
+        (
+            Path::new(PORTREEVE),
+            vec!["--jaeger", "http://127.0.0.1:9"],
+            "nobody takes spans at 127.0.0.1:9",
         ),
         (
             Path::new(PORTREEVE),

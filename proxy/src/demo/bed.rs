@@ -14,6 +14,7 @@ use lab::{Child, Host};
 use policy::Cluster;
 
 use super::error::DemoError;
+use super::outlet::Outlet;
 use super::plan::{Plan, Planned};
 use super::raw::RawPolicy;
 
@@ -74,6 +75,7 @@ pub(super) struct Bed {
     policies: Vec<RawPolicy>,
     programs: Programs,
     daemons: Daemons,
+    outlet: Option<Arc<Outlet>>,
 }
 
 impl Bed {
@@ -85,6 +87,7 @@ impl Bed {
         plan: Plan,
         programs: Programs,
         daemons: Daemons,
+        outlet: Option<Arc<Outlet>>,
     ) -> Result<Self, DemoError> {
         let lab = plan.lab.build()?;
         for pod in &plan.pods {
@@ -100,6 +103,7 @@ impl Bed {
             policies: plan.policies,
             programs,
             daemons,
+            outlet,
         };
         bed.write().map_err(DemoError::State)?;
         Ok(bed)
@@ -129,6 +133,9 @@ impl Bed {
     /// # Errors
     /// [`DemoError::Daemon`] with the end of its log.
     pub(super) fn start(&self) -> Result<(), DemoError> {
+        let collector = self.outlet.as_ref();
+        let collector = collector.map(|outlet| outlet.serve(&self.lab.outside()));
+        let collector = collector.transpose().map_err(DemoError::Outlet)?;
         for node in self.lab.nodes() {
             let mut command = node.command(&self.programs.portreeve);
             without_settings(&mut command)
@@ -142,6 +149,9 @@ impl Bed {
                 .args(["--admin", &ADMIN.to_string()])
                 .arg("--trace-file")
                 .arg(seen_by_all(&records_of(&node)));
+            if let Some(collector) = &collector {
+                command.args(["--otlp-endpoint", collector]);
+            }
             let log = File::create(log_of(&node)).map_err(DemoError::State)?;
             command.stdout(log.try_clone().map_err(DemoError::State)?);
             command.stderr(log);
@@ -286,7 +296,7 @@ fn without_settings(command: &mut lab::Command) -> &mut lab::Command {
     for (name, _) in std::env::vars_os() {
         let ours = name
             .to_str()
-            .is_some_and(|name| name.starts_with("PORTREEVE_"));
+            .is_some_and(|name| name.starts_with("PORTREEVE_") || name.starts_with("OTEL_"));
         if ours || name == "NODE_NAME" {
             command.env_remove(&name);
         }

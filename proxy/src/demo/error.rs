@@ -9,9 +9,15 @@ use lab::{ClusterError, PrivilegeError, ProcessError};
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DemoError {
     #[error(
-        "--jaeger: this version sends no spans; leave it out, and see the decisions in the demo's own output"
+        "--jaeger is {url:?}; give http://HOST or http://HOST:PORT, where PORT takes OTLP (4317: gRPC, 4318: HTTP)"
     )]
-    NoSpans,
+    JaegerUrl { url: String },
+    #[error(
+        "nobody takes spans at {at}: {source}; start Jaeger with its OTLP port open, or leave --jaeger out"
+    )]
+    NoJaeger { at: String, source: io::Error },
+    #[error("spans cannot leave the demo: {0}; leave --jaeger out")]
+    Outlet(#[source] io::Error),
     #[error("there is no {}; build both programs, for example by `cargo build --release`", expected.display())]
     NoInit { expected: PathBuf },
     #[error("this program's own path is not known; is /proc mounted?")]

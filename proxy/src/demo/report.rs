@@ -7,6 +7,7 @@ use policy::{Cluster, Direction};
 use super::bed::{ADMIN, Bed, seen_by_all};
 use super::decisions::{Decisions, Group, count, ranked};
 use super::grid::{self, Cell, Grid};
+use super::outlet::Outlet;
 use super::plan::{counted, shortened};
 use super::probe::{Change, Question, Route, Seen, Survey, agrees};
 use super::screen::{Screen, Tone, WIDTH};
@@ -260,6 +261,15 @@ pub(super) fn verdict(screen: Screen, bed: &Bed, surveys: &[&Survey], agree: boo
             slowest.as_secs_f64() * 1000.0
         );
         screen.line(&screen.paint(Tone::Faint, &text));
+    }
+}
+
+/// Where the spans are to be seen.
+pub(super) fn where_to_look(screen: Screen, outlet: &Outlet) {
+    screen.heading("In Jaeger");
+    screen.line("  Every connection is a span there, with pods, policies and reason:");
+    for verdict in ["deny", "allow", "sever"] {
+        screen.line(&format!("    {}", outlet.page(verdict)));
     }
 }
 

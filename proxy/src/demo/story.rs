@@ -11,6 +11,7 @@ use serde_json::json;
 use super::bed::{Bed, Daemons, Programs};
 use super::decisions::{Decisions, count};
 use super::error::DemoError;
+use super::outlet::Outlet;
 use super::plan::{Plan, counted, shortened};
 use super::probe::{Change, Question, Route, Survey};
 use super::report::{self, Live};
@@ -36,6 +37,8 @@ pub(super) struct Story {
     /// The policies as they were read; the daemons must be given the same.
     pub(super) expected: Vec<NetworkPolicy>,
     pub(super) programs: Programs,
+    /// Where spans go, if they do.
+    pub(super) outlet: Option<Arc<Outlet>>,
     pub(super) daemons: Daemons,
     /// Whether observed and asked-for agree, once that is known and `--keep` waits.
     pub(super) settled: Arc<OnceLock<bool>>,
@@ -58,7 +61,8 @@ impl Story {
         let notes = self.plan.notes.clone();
         let (nodes, own) = (self.plan.nodes.clone(), self.own.clone());
         let (plan, programs, daemons) = (self.plan, self.programs, self.daemons);
-        let bed = build(screen, plan, programs, daemons)?;
+        let outlet = self.outlet;
+        let bed = build(screen, plan, programs, daemons, outlet.clone())?;
         let cluster = bed.cluster()?;
         same(&self.expected, &cluster)?;
         let questions = Question::all(&bed, &cluster);
@@ -80,6 +84,9 @@ impl Story {
             agree,
             self.started.elapsed(),
         );
+        if let Some(outlet) = &outlet {
+            report::where_to_look(screen, outlet);
+        }
         if self.keep {
             report::how_to_enter(screen, &bed, self.entered);
         }
@@ -116,6 +123,7 @@ fn build(
     plan: Plan,
     programs: Programs,
     daemons: Daemons,
+    outlet: Option<Arc<Outlet>>,
 ) -> Result<Bed, DemoError> {
     let (nodes, pods) = (
         counted(plan.nodes.len(), "node"),
@@ -124,7 +132,7 @@ fn build(
     let mut namespaces: Vec<_> = plan.pods.iter().map(|pod| pod.namespace.clone()).collect();
     namespaces.dedup();
     let bed = screen.step("cluster", || {
-        let bed = Bed::build(plan, programs, daemons)?;
+        let bed = Bed::build(plan, programs, daemons, outlet)?;
         let services = counted(bed.pods.len(), "Service");
         let within = shortened(&namespaces, ", ", 4);
         let text = format!("{nodes}, {pods} in {within}, {services} by DNAT");

@@ -116,31 +116,11 @@ impl Jaeger {
 
 fn configuration(host: &Host) -> String {
     let (v4, v6) = (host.ipv4(), host.ipv6());
-    format!(
-        r#"
-service:
-  extensions: [jaeger_storage, jaeger_query]
-  pipelines:
-    traces: {{ receivers: [otlp], processors: [], exporters: [jaeger_storage_exporter] }}
-  telemetry:
-    metrics: {{ level: none }}
-    logs: {{ level: warn }}
-extensions:
-  jaeger_query:
-    storage: {{ traces: memory }}
-    http: {{ endpoint: "{v4}:{QUERY}" }}
-    grpc: {{ endpoint: "{v4}:16685" }}
-  jaeger_storage:
-    backends: {{ memory: {{ memory: {{ max_traces: {ALL} }} }} }}
-receivers:
-  otlp:
-    protocols:
-      grpc: {{ endpoint: "{v4}:{OTLP_GRPC}" }}
-      http: {{ endpoint: "[{v6}]:{OTLP_HTTP}" }}
-exporters:
-  jaeger_storage_exporter: {{ trace_storage: memory }}
-"#
-    )
+    include_str!("../jaeger.yaml")
+        .replace("OTLP_GRPC", &format!("{v4}:{OTLP_GRPC}"))
+        .replace("OTLP_HTTP", &format!("[{v6}]:{OTLP_HTTP}"))
+        .replace("QUERY_HTTP", &format!("{v4}:{QUERY}"))
+        .replace("QUERY_GRPC", &format!("{v4}:{}", QUERY - 1))
 }
 
 fn spans_of(trace: &Value) -> Vec<Span> {

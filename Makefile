@@ -12,10 +12,10 @@ TOOLS_TOOLS := curl:curl unzip:unzip
 TEST_TOOLS := bwrap:bubblewrap chromium:chromium chromedriver:chromium-driver
 BENCH_TOOLS := haproxy:haproxy
 
-.PHONY: help demo test tools lint check bench prerequisites test-prerequisites bench-prerequisites toolchain
+.PHONY: help demo test tools lint check bench bench-change prerequisites test-prerequisites bench-prerequisites toolchain
 
 help: ## What there is to make
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 demo: prerequisites ## The main job on this machine: a cluster of network namespaces under policy
 	@echo "==> Building"
@@ -52,6 +52,10 @@ bench: prerequisites bench-prerequisites ## Against the bare network and HAProxy
 	@$(CARGO) build --release --locked --workspace --bins
 	@$(CARGO) bench --locked -p policy --bench verdict
 	@$(CARGO) bench --locked -p proxy --bench compare
+
+bench-change: prerequisites ## How soon a change of the cluster takes effect, and what is lost meanwhile; takes a quarter of an hour
+	@$(CARGO) build --release --locked --workspace --bins
+	@$(CARGO) bench --locked -p proxy --bench change
 
 toolchain:
 	@command -v $(CARGO) >/dev/null || { echo "Rust is missing; get it from https://rustup.rs" >&2; exit 1; }

@@ -157,7 +157,7 @@ pub(crate) fn create_script(ruleset: &Ruleset) -> String {
 }
 
 /// The nft script that puts `ruleset` in the place of `loaded`, in one transaction. The sets keep
-/// their elements.
+/// their elements, but for those that time out: a count of the last seconds begins anew.
 ///
 /// # Errors
 /// [`UnknownElement`] rather than to leave one out: a pod's address could be among them.
@@ -179,6 +179,7 @@ pub(crate) fn replace_script(loaded: &Loaded, ruleset: &Ruleset) -> Result<Strin
             .into_iter()
             .find(|set| set.is_object());
         let Some(name) = set
+            .filter(|set| set["timeout"].is_null())
             .and_then(set_name)
             .filter(|name| declared.contains(name))
         else {

@@ -195,7 +195,9 @@ fn another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements(
         "nft flush chain inet portreeve installed_by
         nft add rule inet portreeve installed_by return comment '\"portreeve layout 0 content 0\"'
         nft add chain inet portreeve gone '{ type filter hook output priority 5; }'
-        nft add set inet portreeve gone '{ type ipv4_addr; elements = { 10.9.9.9 }; }'",
+        nft add set inet portreeve gone '{ type ipv4_addr; elements = { 10.9.9.9 }; }'
+        # A pod has just begun a flow: what is counted by the second begins anew.
+        nft add element inet portreeve held_rate4 '{ 10.0.0.1 limit rate over 1/second }'",
     );
     init(&netns, "install").ok();
     init(&netns, "check").ok();

@@ -4,8 +4,8 @@
 //! and IP does not run them again: an intercepted packet would lose its socket on the way up. Knows
 //! neither pods nor policies, only links and addresses.
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
-use std::{fs, io};
 
 use ipnet::IpNet;
 use serde_json::Value;
@@ -14,6 +14,7 @@ use crate::command::{self, CommandError, Program};
 use crate::probe::{BRIDGES, MODULE_PACKAGES};
 use crate::ruleset::{BRIDGE, TABLE};
 use crate::sets::{self, SetsError};
+use crate::sysctl::{self, NODES_OWN};
 use crate::table::Loaded;
 
 const PORTS: &str = "ports";
@@ -32,7 +33,7 @@ pub enum BridgeError {
     /// The sysctl cannot be written.
     #[error(
         "sysctl {} is 1 and cannot be changed from here ({source}); run `iptables-init install --bridge NAME` where /proc/sys/net can be written, or with the node's own mounted at {NODES_OWN} as deploy/components/bridge does",
-        sysctl(switch)
+        name(switch)
     )]
     Switch {
         /// The last part of its name.
@@ -139,12 +140,16 @@ pub(crate) fn has_ports(loaded: &Loaded) -> bool {
 /// own parameters (linux Documentation/networking/ip-sysctl: `bridge-nf-call-*`).
 const SWITCHES: [&str; 2] = ["iptables", "ip6tables"];
 
-fn sysctl(switch: &str) -> String {
+fn name(switch: &str) -> String {
     format!("net.bridge.bridge-nf-call-{switch}")
 }
 
+fn under_net(switch: &str) -> String {
+    format!("bridge/bridge-nf-call-{switch}")
+}
+
 fn file(switch: &str) -> String {
-    format!("/proc/sys/net/bridge/bridge-nf-call-{switch}")
+    format!("/proc/sys/net/{}", under_net(switch))
 }
 
 /// The sysctls by which all bridges of this network namespace look into IP packets; none without
@@ -152,11 +157,11 @@ fn file(switch: &str) -> String {
 #[must_use]
 pub fn switched_on() -> Vec<String> {
     let on = SWITCHES.iter().filter(|switch| is_on(switch));
-    on.map(|switch| sysctl(switch)).collect()
+    on.map(|switch| name(switch)).collect()
 }
 
 fn is_on(switch: &str) -> bool {
-    fs::read_to_string(file(switch)).is_ok_and(|value| value.trim() != "0")
+    sysctl::is_on(&under_net(switch))
 }
 
 /// Stops bridges from looking into IP packets, and notes in the table what `uninstall` is to switch
@@ -203,21 +208,11 @@ pub(crate) fn switch_on_again(loaded: &Loaded) -> Result<(), BridgeError> {
     there.into_iter().try_for_each(|switch| write(switch, "1"))
 }
 
-/// Where a container has the node's `/proc/sys/net`; its own is read-only unless it is privileged.
-const NODES_OWN: &str = "/host/proc/sys/net";
-
 fn write(switch: &str, value: &str) -> Result<(), BridgeError> {
-    let refused = |source| BridgeError::Switch {
+    sysctl::write(&under_net(switch), value).map_err(|source| BridgeError::Switch {
         switch: switch.to_owned(),
         source,
-    };
-    match fs::write(file(switch), value) {
-        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
-            let nodes_own = file(switch).replace("/proc/sys/net", NODES_OWN);
-            fs::write(nodes_own, value).map_err(|_| refused(error))
-        }
-        result => result.map_err(refused),
-    }
+    })
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The redirect: what the node's kernel must hold so that pods' packets come to the gate.
 //!
 //! The init step puts it in and takes it out; the daemon changes its sets. Knows no policies.
+mod accounting;
 pub mod bridges;
 pub mod command;
 pub mod inspect;
@@ -14,6 +15,7 @@ mod routes;
 pub mod ruleset;
 pub mod sets;
 pub mod settings;
+mod sysctl;
 mod table;
 
 pub use inspect::{Finding, inspect};

@@ -5,12 +5,14 @@
 use std::fmt::Write;
 use std::io;
 
+use crate::accounting;
 use crate::bridges::{self, BridgeError};
 use crate::command::{self, CommandError, Program};
 use crate::probe::{ProbeError, probe_kernel};
 use crate::queue_target::{self, QueueTarget};
 use crate::routes::{self, Family};
 use crate::ruleset::{Kernel, QUEUE_CHAIN, QueueRule, Ruleset, TABLE};
+use crate::sets::SetsError;
 use crate::settings::Settings;
 pub use crate::table::UnknownElement;
 use crate::table::{self, Loaded, Stamp};
@@ -35,6 +37,9 @@ pub enum RedirectError {
     /// What is in the sets of the loaded table cannot be carried over.
     #[error(transparent)]
     UnknownElement(#[from] UnknownElement),
+    /// What was switched on could not be noted down.
+    #[error(transparent)]
+    Sets(#[from] SetsError),
     /// `nft` or `ip` refused.
     #[error(transparent)]
     Command(#[from] CommandError),
@@ -74,6 +79,7 @@ pub fn install(settings: &Settings) -> Result<Outcome, RedirectError> {
     }
     changed |= load_table(&ruleset)?;
     changed |= load_queue_target(&ruleset)?;
+    changed |= accounting::switch_on()?;
     if !settings.bridge.is_empty() {
         changed |= bridges::switch_off()?;
     }
@@ -94,6 +100,7 @@ pub fn uninstall() -> Result<Outcome, RedirectError> {
     // brought about before it is forgotten.
     if let Some(loaded) = Loaded::read()? {
         bridges::switch_on_again(&loaded)?;
+        accounting::switch_off_again(&loaded);
         command::run(Program::Nft, &["-f", "-"], &loaded.delete_script())?;
         changed = true;
     }
@@ -136,6 +143,7 @@ pub fn script(settings: &Settings, kernel: Kernel, families: Families) -> String
             "# Then, by netlink since nft cannot write it, into chain {QUEUE_CHAIN}:\n# {target}"
         );
     }
+    script += &accounting::switch_on_script();
     if !settings.bridge.is_empty() {
         script += &bridges::switch_off_script();
     }

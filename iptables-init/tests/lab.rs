@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         uninstall_restores_the_namespace_to_the_byte,
         installing_again_changes_nothing,
         every_partial_state_is_mended_and_can_be_taken_out,
+        what_install_switched_on_uninstall_switches_off_and_nothing_else,
         other_flags_take_the_place_of_the_table_and_the_sets_keep_their_elements,
         bridges_look_into_packets_again_after_uninstall_only_if_they_did_before,
         another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements,
@@ -111,8 +112,33 @@ fn installing_again_changes_nothing() {
     assert_eq!(dump(&netns), before);
 }
 
+fn what_install_switched_on_uninstall_switches_off_and_nothing_else() {
+    for before in ["0", "1"] {
+        let netns = namespace();
+        let counts = || sh(&netns, "sysctl -n net.netfilter.nf_conntrack_acct");
+        sh(
+            &netns,
+            &format!("sysctl -qw net.netfilter.nf_conntrack_acct={before}"),
+        );
+        init(&netns, "install").ok();
+        assert_eq!(counts(), "1\n", "{before} before");
+        // The note outlives a table that takes the other's place.
+        init(&netns, "install --fail open").ok();
+        init(&netns, "uninstall").ok();
+        assert_eq!(counts(), format!("{before}\n"));
+    }
+}
+
+/// Where conntrack counts already, so that there is nothing to be noted in the table: a note is lost
+/// with the table.
+fn counting_namespace() -> Netns {
+    let netns = namespace();
+    sh(&netns, "sysctl -qw net.netfilter.nf_conntrack_acct=1");
+    netns
+}
+
 fn every_partial_state_is_mended_and_can_be_taken_out() {
-    let reference = namespace();
+    let reference = counting_namespace();
     let bare = dump(&reference);
     init(&reference, "install").ok();
     let whole = dump(&reference);
@@ -134,7 +160,7 @@ fn every_partial_state_is_mended_and_can_be_taken_out() {
         "ip -6 route flush table 15001",
         "ip -4 rule del pref 10; ip -4 route flush table 15001; nft flush ruleset",
     ] {
-        let netns = namespace();
+        let netns = counting_namespace();
         init(&netns, "install").ok();
         sh(&netns, damage);
         assert!(
@@ -230,7 +256,7 @@ fn nft_understands_its_own_queue_for_any_number_of_queues() {
 }
 
 fn sets_in_the_kernel_are_what_the_scripts_say() {
-    let netns = namespace();
+    let netns = counting_namespace();
     init(&netns, "install").ok();
     let first = some_sets();
     load(&netns, &first.replace_script());
@@ -405,7 +431,6 @@ fn check_takes_what_works() {
     ] {
         let netns = namespace();
         init(&netns, "install").ok();
-        sh(&netns, "sysctl -qw net.netfilter.nf_conntrack_acct=1");
         sh(&netns, odd);
         let said = init(&netns, "check").ok();
         assert!(said.starts_with(expected), "`{odd}`: {said}");

@@ -1,0 +1,50 @@
+//! Conntrack's counting of bytes, which the records of what the kernel carries show.
+//!
+//! A network namespace counts for the flows that begin after it was switched on. What cannot be
+//! switched on costs records their bytes and nothing else: `inspect` names it.
+use crate::ruleset::TABLE;
+use crate::sets::{self, SetsError};
+use crate::sysctl;
+use crate::table::Loaded;
+
+/// Under /proc/sys/net.
+pub(crate) const SYSCTL: &str = "netfilter/nf_conntrack_acct";
+/// The set of our table that notes what `uninstall` is to switch off again.
+const SWITCHED_ON: &str = "switched_on";
+const NOTED: &str = "acct";
+
+/// Has conntrack count, if it may be written, and notes so in the table; whether anything changed.
+///
+/// # Errors
+/// If it could not be noted; nothing is switched on then.
+pub(crate) fn switch_on() -> Result<bool, SetsError> {
+    if sysctl::is_on(SYSCTL) {
+        return Ok(false);
+    }
+    note("add")?;
+    if sysctl::write(SYSCTL, "1").is_err() {
+        note("delete")?;
+        return Ok(false);
+    }
+    Ok(true)
+}
+
+/// What [`switch_on`] does, for `print`.
+pub(crate) fn switch_on_script() -> String {
+    format!(
+        "# If it was off, that is noted in the table, for `uninstall`.\n[ ! -w /proc/sys/net/{SYSCTL} ] || echo 1 > /proc/sys/net/{SYSCTL}\n"
+    )
+}
+
+/// Undoes [`switch_on`], as `loaded` has it noted.
+pub(crate) fn switch_off_again(loaded: &Loaded) {
+    if loaded.strings("inet", SWITCHED_ON).any(|it| it == NOTED) {
+        // Who counts needlessly loses next to nothing; to stay installed for it would be worse.
+        let _ = sysctl::write(SYSCTL, "0");
+    }
+}
+
+fn note(verb: &str) -> Result<(), SetsError> {
+    let set = format!("inet {TABLE} {SWITCHED_ON}");
+    sets::load(&format!("{verb} element {set} {{ \"{NOTED}\" }}\n"))
+}

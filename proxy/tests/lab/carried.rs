@@ -300,8 +300,8 @@ fn a_stream_that_has_ended_is_not_reported_as_cut() {
     drop(live);
 }
 
-/// Has conntrack count, and forget UDP soon.
-fn accounting(bed: &Bed, timeout: &str) {
+/// Has conntrack count, and forget UDP after `timeout` seconds.
+pub(crate) fn accounting(bed: &Bed, timeout: &str) {
     for node in bed.lab.nodes() {
         let sysctls = [
             ("netfilter/nf_conntrack_acct", "1"),

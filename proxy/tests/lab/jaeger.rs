@@ -89,7 +89,7 @@ impl Jaeger {
     #[track_caller]
     pub(crate) fn spans_when(&self, verdict: &str, enough: impl Fn(&[Span]) -> bool) -> Vec<Span> {
         let mut last = Vec::new();
-        let found = wait_for(DEADLINE * 2, format!("{verdict} in Jaeger"), || {
+        let found = wait_for(DEADLINE * 4, format!("{verdict} in Jaeger"), || {
             last = self.spans(verdict);
             enough(&last).then_some(())
         });

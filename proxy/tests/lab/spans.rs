@@ -9,6 +9,7 @@ use lab::{Host, wait_until};
 use serde_json::Value;
 use socket2::SockRef;
 
+use crate::carried::accounting;
 use crate::cases::world::{Change, World, policy_key};
 use crate::jaeger::{Jaeger, Span};
 use crate::policies::Manifests;
@@ -156,6 +157,8 @@ fn node(span: &Span) -> &str {
 fn a_connection_through_two_nodes_is_one_trace_with_both_decisions() {
     let mut bed = Bed::bare(small());
     let jaeger = Jaeger::start(bed.lab.outside());
+    // What the kernel carries is told when conntrack forgets it.
+    accounting(&bed, "1");
     // Both transports.
     trace(
         &mut bed,

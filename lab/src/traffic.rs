@@ -8,11 +8,12 @@ pub mod capture;
 pub mod craft;
 mod dial;
 mod inject;
+pub mod sctp;
 pub(crate) mod server;
 pub(crate) mod udp;
 
 pub use capture::{Capture, Flags, Packet, Way};
 pub use dial::{Dial, Greeting, Kind, Outcome, connect_all, greeting};
 pub use inject::Injector;
-pub use server::Serve;
+pub use server::{Serve, Server, introduce};
 pub use udp::UdpOutcome;

@@ -114,7 +114,7 @@ impl Host {
     /// As [`Host::serve`].
     pub fn serve_udp(&self, ports: &[u16]) -> io::Result<()> {
         let addresses = self.addresses();
-        self.keep(Server::udp(&self.0.netns, &addresses, ports)?);
+        self.keep(Server::udp(&self.0.netns, &addresses, ports, None)?);
         Ok(())
     }
 

@@ -120,21 +120,33 @@ pub fn udp(from: SocketAddr, to: SocketAddr, data: &[u8]) -> Vec<u8> {
 /// An SCTP packet with one INIT or INIT ACK chunk (RFC 9260, 3.3.2); an INIT has tag 0.
 #[must_use]
 pub fn sctp(from: SocketAddr, to: SocketAddr, tag: u32, chunk: u8) -> Vec<u8> {
+    // Without a state cookie it is no INIT ACK.
+    let cookie: &[u8] = if chunk == SCTP_INIT_ACK { &[1; 4] } else { &[] };
+    let packet = sctp_chunk(from.port(), to.port(), tag, chunk, cookie);
+    ip(from.ip(), to.ip(), 132, &packet)
+}
+
+/// The same without an IP header. A `cookie` that is not empty is its state cookie (RFC 9260, 3.3.3.1).
+#[must_use]
+pub fn sctp_chunk(from: u16, to: u16, tag: u32, chunk: u8, cookie: &[u8]) -> Vec<u8> {
     // Initiate tag, receiver window, outbound and inbound streams, initial TSN.
     let mut value = vec![0, 0, 0, 7, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1];
-    if chunk == SCTP_INIT_ACK {
-        // A state cookie of 4 bytes, without which it is no INIT ACK.
-        value.extend([0, 7, 0, 8, 1, 2, 3, 4]);
+    if !cookie.is_empty() {
+        value.extend([0, 7]);
+        value.extend(length(4 + cookie.len()));
+        value.extend(cookie);
     }
-    let mut packet = ports(from, to);
+    let mut packet = [from.to_be_bytes(), to.to_be_bytes()].concat();
     packet.extend(tag.to_be_bytes());
     packet.extend([0; 4]);
     packet.extend([chunk, 0]);
     packet.extend(length(4 + value.len()));
     packet.extend(value);
+    // A packet is a multiple of 4 bytes; what fills it up counts in no length.
+    packet.resize(packet.len().next_multiple_of(4), 0);
     let sum = crc32c(&packet);
     packet[8..12].copy_from_slice(&sum.to_le_bytes());
-    ip(from.ip(), to.ip(), 132, &packet)
+    packet
 }
 
 /// An ICMP or ICMPv6 message, after the family: `rest` follows the checksum (RFC 792, RFC 4443).

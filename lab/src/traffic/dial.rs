@@ -317,6 +317,24 @@ pub struct Greeting {
     pub client: SocketAddr,
 }
 
+impl Greeting {
+    /// As a server says it.
+    pub(super) fn line(server: &str, client: SocketAddr) -> String {
+        format!("{server} {client}\n")
+    }
+
+    /// Understands what a server said; `None` if it is no greeting.
+    #[must_use]
+    pub fn parse(said: &[u8]) -> Option<Self> {
+        let line = str::from_utf8(said).ok()?;
+        let (server, client) = line.trim_end().split_once(' ')?;
+        Some(Self {
+            server: server.into(),
+            client: client.parse().ok()?,
+        })
+    }
+}
+
 /// Reads the line that a [`super::Serve::Echo`] server says first, within `limit`.
 ///
 /// # Errors
@@ -332,14 +350,8 @@ pub fn greeting(stream: &TcpStream, limit: Duration) -> io::Result<Greeting> {
         line.push(byte[0]);
     }
     stream.set_read_timeout(before)?;
-    let line = String::from_utf8_lossy(&line);
-    let parsed = line.split_once(' ').and_then(|(server, client)| {
-        Some(Greeting {
-            server: server.into(),
-            client: client.parse().ok()?,
-        })
-    });
-    parsed.ok_or_else(|| {
+    Greeting::parse(&line).ok_or_else(|| {
+        let line = String::from_utf8_lossy(&line);
         let text = format!("{line:?} is no greeting; is this port served by Serve::Echo?");
         io::Error::new(io::ErrorKind::InvalidData, text)
     })

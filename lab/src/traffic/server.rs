@@ -12,8 +12,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::bulk::{Verifier, fill};
+use super::dial::Greeting;
+use super::sctp;
 use super::udp::EchoSocket;
-use crate::cluster::host::io_error;
+use crate::cluster::{self, host::io_error};
 use crate::netns::Netns;
 
 /// Connections that the kernel keeps ready; bursts of dials must not lose a SYN to the lab.
@@ -37,9 +39,29 @@ pub enum Serve {
     Hold,
 }
 
-/// Running servers of one host.
+/// Greets whoever asks `addresses` at `ports` by UDP or SCTP, as [`Serve::Echo`] does by TCP, until
+/// the answer is dropped: one datagram, or the state cookie of an INIT ACK (see [`super::sctp`]), says
+/// the server's `name` and whom it sees.
+///
+/// # Errors
+/// What the kernel answers. `InvalidInput` for TCP, which is [`crate::Host::serve`]'s.
+pub fn introduce(
+    netns: &Netns,
+    name: &str,
+    protocol: cluster::Protocol,
+    addresses: &[IpAddr],
+    ports: &[u16],
+) -> io::Result<Server> {
+    match protocol {
+        cluster::Protocol::Tcp => Err(ErrorKind::InvalidInput.into()),
+        cluster::Protocol::Udp => Server::udp(netns, addresses, ports, Some(name)),
+        cluster::Protocol::Sctp => Server::sctp(netns, name, addresses, ports),
+    }
+}
+
+/// Running servers of one host; they end when it is dropped.
 #[derive(Debug)]
-pub(crate) struct Server {
+pub struct Server {
     // Closing it wakes the thread, which then ends.
     stop: Option<PipeWriter>,
     thread: Option<JoinHandle<()>>,
@@ -61,17 +83,33 @@ impl Server {
         })
     }
 
-    /// Echoes UDP on `ports` of `addresses`: with sockets bound to an address, answers come from
-    /// the one that was asked.
-    pub(crate) fn udp(netns: &Netns, addresses: &[IpAddr], ports: &[u16]) -> io::Result<Self> {
+    /// Echoes UDP on `ports` of `addresses`, or greets by `name`: with sockets bound to an address,
+    /// answers come from the one that was asked.
+    pub(crate) fn udp(
+        netns: &Netns,
+        addresses: &[IpAddr],
+        ports: &[u16],
+        name: Option<&str>,
+    ) -> io::Result<Self> {
         let bind = || {
             let all = ports
                 .iter()
                 .flat_map(|port| addresses.iter().map(|ip| (*ip, *port).into()));
-            all.map(EchoSocket::bind).collect::<io::Result<Vec<_>>>()
+            all.map(|at| EchoSocket::bind(at, name))
+                .collect::<io::Result<Vec<_>>>()
         };
         let sockets = netns.run(bind).map_err(io_error)??;
         Self::start(move |stop| super::udp::echo(&sockets, stop))
+    }
+
+    fn sctp(netns: &Netns, name: &str, addresses: &[IpAddr], ports: &[u16]) -> io::Result<Self> {
+        let bind = || {
+            let all = addresses.iter().map(|at| sctp::raw_socket(*at));
+            all.collect::<io::Result<Vec<_>>>()
+        };
+        let sockets = netns.run(bind).map_err(io_error)??;
+        let (name, ports) = (name.to_owned(), ports.to_vec());
+        Self::start(move |stop| sctp::greet(&sockets, &name, &ports, stop))
     }
 
     fn start(body: impl FnOnce(&io::PipeReader) + Send + 'static) -> io::Result<Self> {
@@ -206,7 +244,7 @@ impl Connection {
             return None;
         }
         let out = match serve {
-            Serve::Echo => format!("{name} {client}\n").into_bytes(),
+            Serve::Echo => Greeting::line(name, client).into_bytes(),
             _ => Vec::new(),
         };
         let sink = Verifier::default();

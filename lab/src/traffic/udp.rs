@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::dial::{errno_of, timeout};
+use super::dial::{Greeting, errno_of, timeout};
 use crate::cluster::host::io_error;
 use crate::netns::Netns;
 
@@ -92,21 +92,30 @@ fn failed(error: &io::Error) -> UdpOutcome {
 }
 
 #[derive(Debug)]
-pub(super) struct EchoSocket(UdpSocket);
+pub(super) struct EchoSocket {
+    socket: UdpSocket,
+    /// Answers with a greeting of this server instead.
+    name: Option<String>,
+}
 
 impl EchoSocket {
-    pub(super) fn bind(at: SocketAddr) -> io::Result<Self> {
+    pub(super) fn bind(at: SocketAddr, name: Option<&str>) -> io::Result<Self> {
         let socket = UdpSocket::bind(at)?;
         socket.set_nonblocking(true)?;
-        Ok(Self(socket))
+        let name = name.map(str::to_owned);
+        Ok(Self { socket, name })
     }
 
     /// Answers everything that has come. A datagram that cannot be answered is dropped, as UDP
     /// may.
     fn answer(&self, buffer: &mut [u8]) {
         loop {
-            match self.0.recv_from(buffer) {
-                Ok((count, from)) => drop(self.0.send_to(&buffer[..count], from)),
+            match self.socket.recv_from(buffer) {
+                Ok((count, from)) => {
+                    let greeting = self.name.as_deref().map(|name| Greeting::line(name, from));
+                    let answer = greeting.as_ref().map_or(&buffer[..count], String::as_bytes);
+                    drop(self.socket.send_to(answer, from));
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 // An ICMP error for an earlier answer; reading it clears it.
                 Err(_) => {}
@@ -123,7 +132,7 @@ pub(super) fn echo(sockets: &[EchoSocket], stop: &PipeReader) {
         polled.extend(
             sockets
                 .iter()
-                .map(|s| PollFd::new(s.0.as_fd(), PollFlags::POLLIN)),
+                .map(|s| PollFd::new(s.socket.as_fd(), PollFlags::POLLIN)),
         );
         match poll(&mut polled, PollTimeout::NONE) {
             Ok(_) if !polled[0].any().unwrap_or(true) => {}

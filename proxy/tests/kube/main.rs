@@ -12,6 +12,8 @@ mod cases;
 mod control;
 mod daemons;
 mod deploy;
+#[path = "../lab/dials.rs"]
+mod dials;
 mod services;
 #[expect(dead_code, reason = "the lab's other tests use more")]
 #[path = "../lab/stage.rs"]

@@ -19,7 +19,7 @@ pub(crate) const TESTS: &[Test] =
     &lab::tests![the_upstream_cases_hold_when_they_come_by_the_api_server_and_kubectl];
 
 fn the_upstream_cases_hold_when_they_come_by_the_api_server_and_kubectl() {
-    let cases = stage::tcp_cases("upstream", 42);
+    let cases = stage::cases("upstream", 48);
     let mut stage = Stage::new(&cases, |bed| ApiServer::new(bed));
     stage.play_all(&cases);
 }

@@ -14,6 +14,7 @@ mod carried;
 mod cases;
 mod changes;
 mod console;
+mod dials;
 mod first;
 mod image;
 mod isolation;

@@ -1,4 +1,4 @@
-//! The cases of the policy crate, replayed on real connections from manifests on disk.
+//! The cases of the policy crate, replayed on the wire from manifests on disk.
 use std::fs;
 
 use lab::runner::Test;
@@ -10,7 +10,7 @@ use crate::support::{Bed, marker};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     the_policies_of_the_kubernetes_documentation_hold_on_real_connections,
-    the_upstream_tcp_cases_hold_on_real_connections,
+    the_upstream_cases_hold_on_the_wire_by_tcp_udp_and_sctp,
     the_recipes_hold_on_real_connections,
     what_the_known_suites_leave_out_holds_on_real_connections,
 ];
@@ -19,8 +19,8 @@ fn the_policies_of_the_kubernetes_documentation_hold_on_real_connections() {
     replay("docs", 13);
 }
 
-fn the_upstream_tcp_cases_hold_on_real_connections() {
-    replay("upstream", 42);
+fn the_upstream_cases_hold_on_the_wire_by_tcp_udp_and_sctp() {
+    replay("upstream", 48);
 }
 
 fn the_recipes_hold_on_real_connections() {
@@ -31,9 +31,9 @@ fn what_the_known_suites_leave_out_holds_on_real_connections() {
     replay("more", 7);
 }
 
-/// Replays every case that has a TCP probe.
+/// Replays every case of a directory.
 fn replay(directory: &str, at_least: usize) {
-    let cases = stage::tcp_cases(directory, at_least);
+    let cases = stage::cases(directory, at_least);
     let mut stage = Stage::new(&cases, |bed| Manifests::new(bed));
     stage.play_all(&cases);
 }

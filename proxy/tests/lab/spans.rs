@@ -77,7 +77,7 @@ impl Source for Told {
 }
 
 fn every_denied_connection_of_the_upstream_cases_is_found_in_jaeger() {
-    let cases = stage::tcp_cases("upstream", 42);
+    let cases = stage::cases("upstream", 48);
     let mut stage = Stage::new(&cases, |bed| Told {
         manifests: Manifests::new(bed),
         jaeger: Jaeger::start(bed.lab.outside()),

@@ -2,28 +2,22 @@
 //! through a ClusterIP, in both families, on one node and across.
 //!
 //! How the daemons come to know a case's state is a [`Source`]'s business.
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
-use lab::traffic::greeting;
-use lab::{Cluster, Host, Netns, PodSpec, ServiceSpec, traffic::Greeting};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use lab::traffic::{Server, introduce};
+use lab::{Cluster, Host, Netns, PodSpec, Protocol, ServiceSpec};
 use serde_json::{Value, json};
-use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::cases::case::{Case, Family, Grid, Probe};
+use crate::cases::case::{Case, Family, Probe};
 use crate::cases::world::{self, Change, World};
-use crate::support::{Bed, DEADLINE};
+use crate::dials::{By, Dial, dial_all};
+use crate::support::Bed;
 
 /// Places for pods; the loader allows no more.
 const SLOTS: usize = 9;
-/// How long a denied connection may still turn out to be let through once all allowed ones stand:
-/// they were all sent before the first of these was answered.
-const GRACE: Duration = Duration::from_millis(400);
 
 /// How the daemons come to know the state of a case. Each call returns once it is in force.
 pub(crate) trait Source {
@@ -50,18 +44,6 @@ pub(crate) struct Refused {
     pub(crate) server: SocketAddr,
 }
 
-/// The cases of a directory that have a TCP probe.
-pub(crate) fn tcp_cases(directory: &str, at_least: usize) -> Vec<Case> {
-    let mut cases = load(directory);
-    cases.retain(|case| case.steps.iter().flat_map(|step| &step.probes).any(is_tcp));
-    assert!(
-        cases.len() >= at_least,
-        "{directory}: {} cases",
-        cases.len()
-    );
-    cases
-}
-
 /// The state of a case as Kubernetes objects.
 pub(crate) fn objects(nodes: &[Value], world: &World) -> Vec<Value> {
     let mut items = nodes.to_vec();
@@ -83,11 +65,17 @@ pub(crate) fn policy_object(policy: &Value) -> Value {
     policy
 }
 
-fn is_tcp(probe: &Probe) -> bool {
-    probe.protocol == "TCP"
+fn protocol(probe: &Probe) -> Protocol {
+    match probe.protocol.as_str() {
+        "TCP" => Protocol::Tcp,
+        "UDP" => Protocol::Udp,
+        "SCTP" => Protocol::Sctp,
+        other => panic!("{other} is no protocol of a case"),
+    }
 }
 
-fn load(directory: &str) -> Vec<Case> {
+/// The cases of a directory.
+pub(crate) fn cases(directory: &str, at_least: usize) -> Vec<Case> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../policy/tests/cases")
         .join(directory);
@@ -98,6 +86,11 @@ fn load(directory: &str) -> Vec<Case> {
             .is_some_and(|extension| extension == "yaml")
     });
     files.sort();
+    assert!(
+        files.len() >= at_least,
+        "{directory}: {} cases",
+        files.len()
+    );
     let read = |file: &PathBuf| Case::parse(file, &fs::read_to_string(file).unwrap());
     files.iter().map(read).collect()
 }
@@ -107,9 +100,13 @@ pub(crate) struct Stage<S> {
     bed: Bed,
     source: S,
     nodes: Vec<Value>,
-    /// Sockets that listen in the fabric, for the external host that is there.
+    /// Who answers besides TCP, and in the fabric.
+    _servers: Vec<Server>,
     _fabric: Vec<TcpListener>,
 }
+
+/// The ports that the probes of some cases ask for.
+type Ports = BTreeMap<Protocol, Vec<u16>>;
 
 /// Where the fabric's own address is an external host of a case.
 const FABRIC: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(172, 18, 0, 1));
@@ -117,46 +114,18 @@ const FABRIC: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(172, 18, 0, 1));
 impl<S: Source> Stage<S> {
     /// Builds the lab for `cases`, with the daemons on an empty state.
     pub(crate) fn new(cases: &[Case], source: impl FnOnce(&mut Bed) -> S) -> Self {
-        let probes = cases
-            .iter()
-            .flat_map(|case| &case.steps)
-            .flat_map(|step| &step.probes);
-        let ports: BTreeSet<u16> = probes
-            .filter(|probe| is_tcp(probe))
-            .map(|probe| probe.port)
-            .collect();
-        let ports: Vec<u16> = ports.into_iter().collect();
-        // The cases count their nodes from 1.
-        let mut builder = Cluster::builder().nodes(3);
-        for slot in 0..SLOTS {
-            let [IpAddr::V4(v4), IpAddr::V6(v6)] = world::addresses(slot) else {
-                panic!("a place has an address of each family");
-            };
-            let name = format!("slot-{slot}");
-            let pod = PodSpec::new("lab", &name)
-                .label("slot", &name)
-                .node(1 + slot % 2);
-            let mut service = ServiceSpec::new("lab", &name).selects("slot", &name);
-            for port in &ports {
-                service = service.port(*port, *port);
-            }
-            builder = builder.pod(pod.ipv4(v4).ipv6(v6)).service(service);
-        }
-        let mut bed = Bed::of(builder.build().unwrap());
-        bed.lab
-            .pods()
-            .chain([bed.lab.outside()])
-            .for_each(|host| host.serve(&ports).unwrap());
+        let ports = ports(cases);
+        let mut bed = Bed::of(cluster(&ports));
         let externals: BTreeSet<IpAddr> = cases
             .iter()
             .flat_map(|case| case.externals.values().copied())
             .collect();
-        let fabric = externals.contains(&FABRIC);
         for external in externals.iter().filter(|address| **address != FABRIC) {
             place_outside(&bed.lab, *external);
         }
-        let listeners = if fabric {
-            listen_in_fabric(&bed.lab, &ports)
+        let servers = serve(&bed.lab, &externals, &ports);
+        let listeners = if externals.contains(&FABRIC) {
+            listen_in_fabric(&bed.lab, &ports[&Protocol::Tcp])
         } else {
             Vec::new()
         };
@@ -172,6 +141,7 @@ impl<S: Source> Stage<S> {
             bed,
             source,
             nodes,
+            _servers: servers,
             _fabric: listeners,
         };
         for node in [1, 2] {
@@ -210,7 +180,7 @@ impl<S: Source> Stage<S> {
             step.changes.iter().for_each(|change| world.apply(change));
             self.source
                 .step(&self.bed, &self.nodes, &world, &step.changes);
-            for probe in step.probes.iter().filter(|probe| is_tcp(probe)) {
+            for probe in &step.probes {
                 for failure in self.observe(case, probe, &world) {
                     failures.push(format!(
                         "{}\n  {}\n  because: {}\n  after: {}\n  {failure}",
@@ -253,18 +223,19 @@ impl<S: Source> Stage<S> {
                     .iter()
                     .zip(&seen)
                     .filter(|(dial, _)| dial.family == family && dial.by == by);
-                for (dial, stream) in ours {
-                    grid.cells[dial.row][dial.column] = Some(stream.is_some());
+                for (dial, reached) in ours {
+                    grid.cells[dial.row][dial.column] = Some(reached.is_some());
                     problems.extend(
-                        stream
+                        reached
                             .as_ref()
-                            .and_then(|stream| dial.misled(stream, &probe.expected)),
+                            .and_then(|reached| dial.misled(reached, &probe.expected)),
                     );
                 }
                 if grid != probe.expected {
                     problems.push(format!(
-                        "{}/TCP over {family:?} by {by:?}, observed (differences in brackets):\n{}",
+                        "{}/{} over {family:?} by {by:?}, observed (differences in brackets):\n{}",
                         probe.port,
+                        probe.protocol,
                         grid.draw(&probe.expected)
                     ));
                 }
@@ -293,6 +264,7 @@ impl<S: Source> Stage<S> {
                     (By::Service, _) => continue,
                 };
                 dials.push(Dial {
+                    protocol: protocol(probe),
                     row,
                     column,
                     family,
@@ -346,115 +318,67 @@ struct End {
     pod: Option<Host>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum By {
-    Address,
-    Service,
+fn ports(cases: &[Case]) -> Ports {
+    let steps = cases.iter().flat_map(|case| &case.steps);
+    let mut ports = Ports::new();
+    for probe in steps.flat_map(|step| &step.probes) {
+        let of_protocol = ports.entry(protocol(probe)).or_default();
+        if !of_protocol.contains(&probe.port) {
+            of_protocol.push(probe.port);
+        }
+    }
+    ports
 }
 
-/// One cell of a grid, as a connection.
-struct Dial {
-    row: usize,
-    column: usize,
-    family: Family,
-    by: By,
-    expected: bool,
-    netns: Netns,
-    source: IpAddr,
-    to: SocketAddr,
-    /// Where `to` leads.
-    server_address: SocketAddr,
-    /// The pod that is to answer; `None` for an external host.
-    server: Option<String>,
+/// A pod in every place, each behind a Service.
+fn cluster(ports: &Ports) -> Cluster {
+    // The cases count their nodes from 1.
+    let mut builder = Cluster::builder().nodes(3);
+    for slot in 0..SLOTS {
+        let [IpAddr::V4(v4), IpAddr::V6(v6)] = world::addresses(slot) else {
+            panic!("a place has an address of each family");
+        };
+        let name = format!("slot-{slot}");
+        let pod = PodSpec::new("lab", &name)
+            .label("slot", &name)
+            .node(1 + slot % 2);
+        let mut service = ServiceSpec::new("lab", &name).selects("slot", &name);
+        for (protocol, ports) in ports {
+            for port in ports {
+                service = service.port_of(*port, *port, *protocol);
+            }
+        }
+        builder = builder.pod(pod.ipv4(v4).ipv6(v6)).service(service);
+    }
+    builder.build().unwrap()
 }
 
-impl Dial {
-    fn start(&self) -> Socket {
-        let socket = Socket::new(
-            Domain::for_address(self.to),
-            Type::STREAM.nonblocking(),
-            Some(Protocol::TCP),
+/// Has every pod and everybody outside answer at all ports.
+fn serve(lab: &Cluster, externals: &BTreeSet<IpAddr>, ports: &Ports) -> Vec<Server> {
+    let outside = lab.outside();
+    let hosts = lab.pods().chain([outside.clone()]);
+    hosts.for_each(|host| host.serve(&ports[&Protocol::Tcp]).unwrap());
+    let (in_fabric, placed): (Vec<_>, Vec<_>) = externals.iter().partition(|it| **it == FABRIC);
+    let of_pods = lab.pods().map(|pod| {
+        (
+            pod.netns().clone(),
+            pod.name().to_owned(),
+            pod.addresses().to_vec(),
         )
-        .unwrap();
-        // The outside host has several addresses.
-        socket
-            .bind(&SocketAddr::from((self.source, 0)).into())
-            .unwrap();
-        // What it answers is read off the socket later.
-        let _ = socket.connect(&self.to.into());
-        socket
-    }
-
-    /// Says so if another server answered, or if it saw another client.
-    fn misled(&self, stream: &TcpStream, grid: &Grid) -> Option<String> {
-        let server = self.server.as_ref()?;
-        let (from, to) = (&grid.parties[self.row], &grid.parties[self.column]);
-        match greeting(stream, DEADLINE) {
-            Err(error) => Some(format!(
-                "{from} to {to} ({}) is connected to nobody: {error}",
-                self.to
-            )),
-            Ok(Greeting { server: other, .. }) if other != *server => {
-                Some(format!("{from} to {to} ({}) reached {other}", self.to))
+    });
+    let places = of_pods.chain([
+        (outside.netns().clone(), "outside".into(), placed),
+        (lab.fabric().clone(), "fabric".into(), in_fabric),
+    ]);
+    let mut servers = Vec::new();
+    for (netns, name, addresses) in places {
+        for protocol in [Protocol::Udp, Protocol::Sctp] {
+            if let Some(ports) = ports.get(&protocol) {
+                servers.push(introduce(&netns, &name, protocol, &addresses, ports).unwrap());
             }
-            // A pod that reaches itself by its Service is hidden behind its node.
-            Ok(Greeting { client, .. })
-                if self.row != self.column && client.ip() != self.source =>
-            {
-                Some(format!("{to} saw {from} ({}) as {client}", self.source))
-            }
-            Ok(_) => None,
         }
     }
-}
-
-/// Dials all at once; waits until all that are expected to stand do (or the deadline), and then a
-/// grace for those that must not. `None` is what did not connect.
-fn dial_all(dials: &[Dial]) -> Vec<Option<TcpStream>> {
-    let mut sockets: Vec<Socket> = Vec::with_capacity(dials.len());
-    for group in dials.chunk_by(|one, other| one.netns.inode() == other.netns.inode()) {
-        let started = group[0]
-            .netns
-            .run(|| group.iter().map(Dial::start).collect::<Vec<_>>());
-        sockets.extend(started.unwrap());
-    }
-    let expected: Vec<bool> = dials.iter().map(|dial| dial.expected).collect();
-    settle(&sockets, &expected, DEADLINE);
-    let others: Vec<bool> = expected.iter().map(|it| !it).collect();
-    settle(&sockets, &others, GRACE);
-    sockets.into_iter().map(stream).collect()
-}
-
-/// Waits until the chosen sockets have an answer, for at most `limit`.
-fn settle(sockets: &[Socket], chosen: &[bool], limit: Duration) {
-    let deadline = Instant::now() + limit;
-    let mut waiting: Vec<&Socket> = sockets
-        .iter()
-        .zip(chosen)
-        .filter(|(_, chosen)| **chosen)
-        .map(|(socket, _)| socket)
-        .collect();
-    while !waiting.is_empty() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return;
-        }
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
-        let mut polled: Vec<_> = waiting
-            .iter()
-            .map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLOUT))
-            .collect();
-        poll(&mut polled, timeout).unwrap();
-        let ready: Vec<bool> = polled.iter().map(|fd| fd.any().unwrap()).collect();
-        let mut ready = ready.into_iter();
-        waiting.retain(|_| !ready.next().unwrap());
-    }
-}
-
-fn stream(socket: Socket) -> Option<TcpStream> {
-    socket.peer_addr().ok()?;
-    socket.set_nonblocking(false).unwrap();
-    Some(socket.into())
+    servers
 }
 
 /// Gives the outside host one more address, and the fabric a way to it.

@@ -53,7 +53,7 @@ bench: prerequisites bench-prerequisites ## Against the bare network and HAProxy
 	@$(CARGO) bench --locked -p policy --bench verdict
 	@$(CARGO) bench --locked -p proxy --bench compare
 
-bench-change: prerequisites ## How soon a change of the cluster takes effect, and what is lost meanwhile; takes a quarter of an hour
+bench-change: prerequisites tools ## How soon a change of the cluster takes effect, what is lost meanwhile, and what large clusters cost; takes half an hour
 	@$(CARGO) build --release --locked --workspace --bins
 	@$(CARGO) bench --locked -p proxy --bench change
 

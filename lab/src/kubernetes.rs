@@ -6,6 +6,7 @@
 //! `lab/tools`. Knows no policies.
 
 mod api;
+mod bulk;
 mod error;
 mod kube_proxy;
 mod objects;
@@ -140,6 +141,35 @@ impl ControlPlane {
     /// [`KubernetesError::Refused`] with the server's words; what came before is done.
     pub fn publish(&self, objects: &[Value]) -> Result<(), KubernetesError> {
         lock(&self.state).become_these(&self.api, objects)
+    }
+
+    /// Creates `objects` with their status, many at once and in no order: for clusters that are large
+    /// and never [published](Self::publish). What they need must be there, a pod's namespace and its
+    /// ServiceAccount `default` too.
+    ///
+    /// # Errors
+    /// The first [`KubernetesError`]; the others may be there or not.
+    pub fn create(&self, objects: &[Value]) -> Result<(), KubernetesError> {
+        bulk::create(&self.api, objects)
+    }
+
+    /// Creates or updates one object, which is not to be one of those that are
+    /// [published](Self::publish): server-side apply of what it says, except its status.
+    ///
+    /// # Errors
+    /// [`KubernetesError::Refused`] with the server's words.
+    pub fn apply(&self, object: &Value) -> Result<(), KubernetesError> {
+        let (body, _status) = state::split(object);
+        self.api.apply(&objects::path(object)?, &body).map(drop)
+    }
+
+    /// Deletes one object that is not published.
+    ///
+    /// # Errors
+    /// [`KubernetesError::Refused`] with the server's words.
+    pub fn delete(&self, object: &Value) -> Result<(), KubernetesError> {
+        let path = objects::path(object)?;
+        self.api.request("DELETE", &path, None).map(drop)
     }
 
     /// Asks the API as `system:masters`: `method` on `path` with a JSON body, if any. `PATCH` is a

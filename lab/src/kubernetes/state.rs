@@ -145,7 +145,7 @@ fn cleaned(object: &Value) -> Value {
 }
 
 /// What is written to the object, and what to its status.
-fn split(object: &Value) -> (Value, Value) {
+pub(super) fn split(object: &Value) -> (Value, Value) {
     let mut body = object.clone();
     let status = body.as_object_mut().and_then(|it| it.remove("status"));
     (body, status.unwrap_or_default())

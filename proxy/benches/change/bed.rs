@@ -1,5 +1,4 @@
-//! A cluster under enforcement whose state is a directory with one file for each object, so that a
-//! change costs the daemons one file.
+//! A cluster under enforcement, and what its daemons cost.
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -12,14 +11,17 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::source::{Kind, Source};
+
 const PORTREEVE: &str = env!("CARGO_BIN_EXE_portreeve");
 const ADMIN: u16 = 15020;
 /// A large state takes its time to be read.
-const READY_WITHIN: Duration = Duration::from_secs(30);
+const READY_WITHIN: Duration = Duration::from_secs(60);
 
 pub(crate) struct Bed {
-    // Before the cluster: the daemons end first.
+    // In the order in which they end: the daemons first.
     pub(crate) daemons: Vec<Child>,
+    pub(crate) source: Source,
     pub(crate) lab: Cluster,
     directory: TempDir,
 }
@@ -41,15 +43,10 @@ pub(crate) fn policy(name: &str, spec: &Value) -> Value {
 }
 
 impl Bed {
-    /// The cluster with all its objects but those of pods that `told` leaves out, and a directory
-    /// for its state; nothing is enforced yet.
+    /// The cluster with all its objects but those of pods that `told` leaves out, and files for its
+    /// state; nothing is enforced yet.
     pub(crate) fn new(lab: Cluster, told: impl Fn(&str) -> bool) -> anyhow::Result<Self> {
-        let bed = Self {
-            daemons: Vec::new(),
-            lab,
-            directory: TempDir::new()?,
-        };
-        fs::create_dir(bed.manifests())?;
+        let bed = Self::empty(lab, Kind::Files)?;
         for object in bed.objects() {
             let name = object["metadata"]["name"].as_str().unwrap_or_default();
             if object["kind"] != "Pod" || told(name) {
@@ -57,6 +54,17 @@ impl Bed {
             }
         }
         Ok(bed)
+    }
+
+    /// The cluster and a source that knows nothing of it; nothing is enforced yet.
+    pub(crate) fn empty(lab: Cluster, source: Kind) -> anyhow::Result<Self> {
+        let directory = TempDir::new()?;
+        Ok(Self {
+            daemons: Vec::new(),
+            source: Source::new(source, directory.path(), &lab)?,
+            lab,
+            directory,
+        })
     }
 
     /// Every object of the cluster as it is.
@@ -74,25 +82,19 @@ impl Bed {
         found.with_context(|| format!("there is no pod {name}"))
     }
 
-    /// Tells the daemons of an object, and says when it could be seen.
+    /// Tells the daemons of an object, and says when they could see it at the earliest.
     pub(crate) fn write(&self, object: &Value) -> anyhow::Result<Instant> {
-        let file = self.file_of(object);
-        let new = self.directory.path().join("new");
-        fs::write(&new, object.to_string())?;
-        let at = Instant::now();
-        fs::rename(new, file)?;
-        Ok(at)
+        self.source.write(object)
     }
 
     /// Tells the daemons that an object is gone.
     pub(crate) fn remove(&self, object: &Value) -> anyhow::Result<Instant> {
-        let at = Instant::now();
-        fs::remove_file(self.file_of(object))?;
-        Ok(at)
+        self.source.remove(object)
     }
 
-    /// Installs the redirect and starts a daemon on each node.
-    pub(crate) fn enforce(&mut self, flags: &[&str]) -> anyhow::Result<()> {
+    /// Installs the redirect and starts a daemon on each node; returns how long they took from their
+    /// start until the last was ready.
+    pub(crate) fn enforce(&mut self, flags: &[&str]) -> anyhow::Result<Duration> {
         let init = PathBuf::from(PORTREEVE).with_file_name("iptables-init");
         let nodes: Vec<Host> = self.lab.nodes().collect();
         for node in &nodes {
@@ -104,14 +106,14 @@ impl Bed {
                 "install on {}: {said:?}",
                 node.name()
             );
+        }
+        let begun = Instant::now();
+        for node in &nodes {
             let log = fs::File::create(self.directory.path().join(node.name()))?;
             let mut daemon = node.command(PORTREEVE);
-            daemon
-                .args(["run", "--node", node.name()])
-                .args(["--cluster", &format!("dir:{}", self.manifests().display())])
-                .args(flags)
-                .stdout(log.try_clone()?)
-                .stderr(log);
+            daemon.args(["run", "--node", node.name()]).args(flags);
+            daemon.stdout(log.try_clone()?).stderr(log);
+            self.source.follow(node.name(), &mut daemon);
             self.daemons.push(daemon.spawn()?);
         }
         for node in &nodes {
@@ -121,10 +123,10 @@ impl Bed {
             wait_until(READY_WITHIN, "the daemon to be ready", ready)
                 .with_context(|| fs::read_to_string(log).unwrap_or_default())?;
         }
-        Ok(())
+        Ok(begun.elapsed())
     }
 
-    /// Waits until every daemon has in force what the files say.
+    /// Waits until every daemon has in force what the source says.
     pub(crate) fn settle(&self, mark: &str) -> anyhow::Result<()> {
         // A policy that selects nothing: a stamp on the state that it comes with.
         let stamp = policy(
@@ -143,6 +145,15 @@ impl Bed {
         Ok(())
     }
 
+    /// Waits until a node's daemon lets a pod talk to another on port 80. Costs it little, however large
+    /// the cluster.
+    pub(crate) fn allows(&self, node: &Host, from: &str, to: &str) -> anyhow::Result<()> {
+        let question = format!("/explain?from={from}&to={to}&port=80");
+        let allowed =
+            || ask(node, &question).is_some_and(|answer| answer.contains("\"verdict\":\"allow\""));
+        Ok(wait_until(READY_WITHIN, question.clone(), allowed)?)
+    }
+
     /// CPU time that the daemons have used so far.
     pub(crate) fn busy(&self) -> anyhow::Result<Duration> {
         let mut nanoseconds = 0;
@@ -157,21 +168,30 @@ impl Bed {
         Ok(Duration::from_nanos(nanoseconds))
     }
 
-    fn manifests(&self) -> PathBuf {
-        self.directory.path().join("manifests")
+    /// The memory of the first daemon in kB: `VmRSS` now, `VmHWM` at most so far (proc(5)).
+    pub(crate) fn memory(&self, field: &str) -> anyhow::Result<u64> {
+        number(&self.of_first_daemon("status")?, field)
     }
 
-    fn file_of(&self, object: &Value) -> PathBuf {
-        let text = |value: &Value| value.as_str().unwrap_or_default().to_lowercase();
-        let metadata = &object["metadata"];
-        let name = format!(
-            "{}-{}-{}.json",
-            text(&object["kind"]),
-            text(&metadata["namespace"]),
-            text(&metadata["name"])
-        );
-        self.manifests().join(name)
+    /// Bytes that the first daemon has written to disks so far.
+    pub(crate) fn written(&self) -> anyhow::Result<u64> {
+        number(&self.of_first_daemon("io")?, "write_bytes")
     }
+
+    fn of_first_daemon(&self, file: &str) -> anyhow::Result<String> {
+        let daemon = self.daemons.first().context("no daemon runs")?;
+        Ok(fs::read_to_string(format!("/proc/{}/{file}", daemon.id()))?)
+    }
+}
+
+/// The number after `field:` on a line of its own.
+fn number(text: &str, field: &str) -> anyhow::Result<u64> {
+    let value = |line: &str| {
+        let rest = line.strip_prefix(field)?.strip_prefix(':')?;
+        rest.split_whitespace().next()?.parse().ok()
+    };
+    let found = text.lines().find_map(value);
+    found.with_context(|| format!("no {field} in {text}"))
 }
 
 /// Whether the kernel has what the table has.

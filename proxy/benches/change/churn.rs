@@ -1,8 +1,10 @@
 //! A large cluster, nearly all of it elsewhere, that never holds still.
 //!
-//! Measured: the CPU of the daemon of one node, and from the file of a policy being visible to its
-//! effect on a live connection.
-use std::io::Read;
+//! Measured: the daemon of one node, its memory, its CPU time, from its start until it is ready, and
+//! from a policy's being written to its effect on a live connection.
+use std::fmt;
+use std::io::{ErrorKind, Read};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,109 +15,147 @@ use serde_json::{Value, json};
 
 use crate::bed::{Bed, policy};
 use crate::figures::Spread;
+use crate::large::Large;
+use crate::source::Kind;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often a policy comes and goes meanwhile.
 const EVERY: Duration = Duration::from_secs(1);
 
+/// The head of the table whose rows are [`Cost`]s.
+pub(crate) const HEAD: &str = "\
+| source | pods | namespaces | policies | ready after | changes a second | CPU of a core | policy to effect, median | p99 | measured | memory when ready | at the end | at most | written to disk |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|";
+
+/// What a cluster costs the daemon of a node.
+pub(crate) struct Cost {
+    source: Kind,
+    cluster: Large,
+    ready: Duration,
+    changes: u32,
+    took: Duration,
+    busy: Duration,
+    effects: Spread,
+    /// Resident memory when ready, at the end, and at most, in kB.
+    memory: [u64; 3],
+    /// Bytes, from ready to the end.
+    written: u64,
+}
+
 /// Watches a cluster of this many pods with so many changes a second for a while.
-pub(crate) fn measure(pods: u32, changes: u32, watched: Duration) -> anyhow::Result<()> {
+pub(crate) fn measure(
+    source: Kind,
+    pods: u32,
+    changes: u32,
+    watched: Duration,
+) -> anyhow::Result<Cost> {
+    let cluster = Large { pods };
     let spec = |name: &str| PodSpec::new("bench", name).label("pod", name);
     let lab = Cluster::builder()
         .nodes(1)
         .pods([spec("client"), spec("server")])
         .build()?;
-    let mut bed = Bed::new(lab, |_| true)?;
+    let mut bed = Bed::empty(lab, source)?;
     bed.lab.pod("bench/server").serve(&[80])?;
-    let policies = pods / 5;
-    for number in 0..pods {
-        bed.write(&pod(number, 0))?;
-    }
-    for number in 0..policies {
-        bed.write(&policy_of(number))?;
-    }
-    let begun = Instant::now();
-    bed.enforce(&[])?;
-    println!(
-        "{pods} pods and {policies} policies: ready after {:?}",
-        begun.elapsed()
-    );
+    let mut frame = bed.objects();
+    frame.extend(cluster.frame());
+    let mut content: Vec<_> = cluster.content().collect();
+    content.push(gate(&json!([{}])));
+    bed.source.fill(&frame, &content)?;
+    let ready = bed.enforce(&[])?;
 
-    let (busy, begun) = (bed.busy()?, Instant::now());
-    let mut effects = Spread::default();
-    let mut due = begun + EVERY;
-    for change in 0.. {
-        let now = Instant::now();
-        if now.duration_since(begun) >= watched {
-            break;
-        }
-        if now >= due {
-            effects.add(effect(&bed)?);
-            due = Instant::now() + EVERY;
-        }
-        bed.write(&pod(change * 7919 % pods, change))?;
-        let next = begun + Duration::from_secs(1) * change / changes;
-        thread::sleep(next.saturating_duration_since(Instant::now()));
-    }
-    let (busy, took) = (bed.busy()? - busy, begun.elapsed());
-    println!(
-        "{changes} pod changes a second for {took:.1?}: {:.1} % of a core; policy to effect {effects}",
-        100.0 * busy.as_secs_f64() / took.as_secs_f64()
-    );
-    Ok(())
-}
-
-/// Pods of some applications in some namespaces, on other nodes; relabelled with each change.
-fn pod(number: u32, change: u32) -> Value {
-    let (high, low) = (number / 250, number % 250 + 1);
-    json!({
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {
-            "namespace": format!("team-{}", number % 50),
-            "name": format!("pod-{number}"),
-            "uid": format!("uid-{number}"),
-            "labels": { "app": format!("app-{}", (number + change) % 40), "tier": format!("tier-{}", number % 3) },
-        },
-        "spec": { "nodeName": format!("other-{}", number % 100), "containers": [{ "name": "main", "image": "none" }] },
-        "status": {
-            "phase": "Running",
-            "podIP": format!("10.{}.{}.{low}", 100 + high / 250, high % 250),
-            "startTime": "2026-01-01T00:00:00Z",
-        },
+    let at_first = bed.memory("VmRSS")?;
+    let (busy, written, begun) = (bed.busy()?, bed.written()?, Instant::now());
+    let end = AtomicBool::new(false);
+    let (effects, changes) = thread::scope(|scope| {
+        let churn = scope.spawn(|| churn(&bed, cluster, changes, &end));
+        let effects = effects(&bed, begun + watched);
+        end.store(true, Ordering::Relaxed);
+        let changes = churn.join().unwrap_or_else(|panic| {
+            std::panic::resume_unwind(panic);
+        });
+        anyhow::Ok((effects?, changes?))
+    })?;
+    Ok(Cost {
+        source,
+        cluster,
+        ready,
+        changes,
+        took: begun.elapsed(),
+        busy: bed.busy()? - busy,
+        effects,
+        memory: [at_first, bed.memory("VmRSS")?, bed.memory("VmHWM")?],
+        written: bed.written()? - written,
     })
 }
 
-/// What most policies are: who of an application may be talked to by another.
-fn policy_of(number: u32) -> Value {
-    let app = |number: u32| json!({ "matchLabels": { "app": format!("app-{}", number % 40) } });
-    let from = json!([{ "podSelector": app(number + 1) }, { "namespaceSelector": {}, "podSelector": app(number + 2) }]);
-    let ports = json!([{ "port": 80 + number % 20 }]);
-    let mut it = policy(
-        &format!("policy-{number}"),
-        &json!({ "podSelector": app(number), "ingress": [{ "from": from, "ports": ports }] }),
-    );
-    it["metadata"]["namespace"] = json!(format!("team-{}", number % 50));
-    it
+/// Changes the labels of one pod after the other until the end; returns how many it changed.
+fn churn(bed: &Bed, cluster: Large, a_second: u32, end: &AtomicBool) -> anyhow::Result<u32> {
+    let begun = Instant::now();
+    let mut change = 0;
+    while !end.load(Ordering::Relaxed) {
+        change += 1;
+        bed.write(&cluster.pod(change * 7919 % cluster.pods, change))?;
+        let next = begun + Duration::from_secs(1) * change / a_second;
+        thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+    Ok(change)
+}
+
+fn effects(bed: &Bed, until: Instant) -> anyhow::Result<Spread> {
+    let mut effects = Spread::default();
+    while Instant::now() < until {
+        let next = Instant::now() + EVERY;
+        effects.add(effect(bed)?);
+        thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+    Ok(effects)
 }
 
 /// How long a policy takes to cut a live connection, which is possible again afterwards.
 fn effect(bed: &Bed) -> anyhow::Result<Duration> {
-    let own = json!({ "matchLabels": { "pod": "server" } });
-    let both =
-        |rules: Value| json!({ "podSelector": own, "policyTypes": ["Ingress"], "ingress": rules });
-    bed.write(&policy("server", &both(json!([{}]))))?;
-    bed.settle("open")?;
     let to = bed.lab.pod("bench/server").addr_v4(80);
     let dialled = bed.lab.pod("bench/client").connect(to, PATIENCE)?;
     let mut stream = dialled.into_stream().context("before the policy")?;
     greeting(&stream, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    let changed = bed.write(&policy("server", &both(json!([]))))?;
+    let changed = bed.write(&gate(&json!([])))?;
     let end = stream.read(&mut [0; 1]);
+    let took = changed.elapsed();
     ensure!(
-        end.is_err(),
+        matches!(&end, Err(error) if error.kind() != ErrorKind::WouldBlock),
         "the policy did not cut the connection: {end:?}"
     );
-    Ok(changed.elapsed())
+    bed.write(&gate(&json!([{}])))?;
+    bed.allows(&bed.lab.node(0), "bench/client", "bench/server")?;
+    Ok(took)
+}
+
+/// The policy of the server that comes and goes: it has the server policed all the time.
+fn gate(ingress: &Value) -> Value {
+    let own = json!({ "matchLabels": { "pod": "server" } });
+    let spec = json!({ "podSelector": own, "policyTypes": ["Ingress"], "ingress": ingress });
+    policy("server", &spec)
+}
+
+impl fmt::Display for Cost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let took = self.took.as_secs_f64();
+        let [ready, end, most] = self.memory.map(|kilobytes| kilobytes / 1024);
+        write!(
+            f,
+            "| {:?} | {} | {} | {} | {:.1} s | {:.1} | {:.1} % | {:.0} ms | {:.0} ms | {} | {ready} MiB | {end} MiB | {most} MiB | {:.0} kB/s |",
+            self.source,
+            self.cluster.pods,
+            self.cluster.namespaces(),
+            self.cluster.policies(),
+            self.ready.as_secs_f64(),
+            f64::from(self.changes) / took,
+            100.0 * self.busy.as_secs_f64() / took,
+            self.effects.percentile(50).as_secs_f64() * 1e3,
+            self.effects.percentile(99).as_secs_f64() * 1e3,
+            self.effects.count(),
+            self.written as f64 / 1e3 / took,
+        )
+    }
 }

@@ -11,8 +11,12 @@ impl Spread {
         self.0.push(took);
     }
 
+    pub(crate) fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// The least value that so many percent are not above.
-    fn percentile(&self, percent: usize) -> Duration {
+    pub(crate) fn percentile(&self, percent: usize) -> Duration {
         let mut sorted = self.0.clone();
         sorted.sort_unstable();
         let rank = (percent * sorted.len()).div_ceil(100);

@@ -7,12 +7,16 @@ mod bed;
 mod churn;
 mod cut;
 mod figures;
+mod large;
+mod source;
 mod start;
 
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
+
+use source::Kind;
 
 /// Measures how changes take effect, and prints what it found.
 #[derive(Parser)]
@@ -35,9 +39,12 @@ struct Args {
     /// How often each kind of change is measured.
     #[arg(long, default_value_t = 5)]
     rounds: u32,
-    /// Pods of the large cluster; a fifth as many policies.
-    #[arg(long, default_value_t = 10_000)]
-    cluster: u32,
+    /// Pods of the large cluster, 250 of them on our node; a fifth as many policies (repeatable).
+    #[arg(long, default_values_t = [1_000, 10_000])]
+    cluster: Vec<u32>,
+    /// Where the large cluster is kept (repeatable).
+    #[arg(long, value_enum, default_values_t = [Kind::Files, Kind::Api])]
+    source: Vec<Kind>,
     /// Changes of pods of the large cluster in a second.
     #[arg(long, default_value_t = 20)]
     changes: u32,
@@ -85,7 +92,12 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
     if wanted(Part::Churn) {
         let watched = Duration::from_secs(args.seconds);
-        churn::measure(args.cluster, args.changes, watched)?;
+        println!("{}", churn::HEAD);
+        for source in &args.source {
+            for pods in &args.cluster {
+                println!("{}", churn::measure(*source, *pods, args.changes, watched)?);
+            }
+        }
     }
     println!("load average at the end: {}", figures::load());
     Ok(())

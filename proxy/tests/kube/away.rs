@@ -7,7 +7,8 @@ use lab::runner::Test;
 use lab::{Host, PodSpec, wait_until};
 use serde_json::{Value, json};
 
-use crate::daemons::{Daemons, NAMESPACE, PATIENCE};
+use crate::account::NAMESPACE;
+use crate::daemons::{Daemons, PATIENCE};
 use crate::support::{
     DEADLINE, SOON, allow_ingress, ask, connected, deny_ingress, echoes, greeted, metric, policy,
 };

@@ -8,12 +8,11 @@ use lab::kubernetes::ControlPlane;
 use lab::{Child, wait_until};
 use serde_json::Value;
 
+use crate::account;
 use crate::api::items;
 use crate::control;
 use crate::support::{Bed, ask, marker, small};
 
-/// Where the DaemonSet's account lives.
-pub(crate) const NAMESPACE: &str = "portreeve-system";
 /// The longest wait between two tries of the daemon, and what follows it.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(45);
 
@@ -30,7 +29,7 @@ impl Daemons {
         let bed = Bed::bare(small());
         let control = control::joined(&bed.lab);
         publish(&bed, &control, policies);
-        let kubeconfig = kubeconfig(&control);
+        let kubeconfig = account::kubeconfig(&control).unwrap();
         Self {
             bed,
             control,
@@ -121,18 +120,6 @@ impl Daemons {
 pub(crate) struct Waiting {
     _child: Child,
     pub(crate) log: PathBuf,
-}
-
-/// A kubeconfig of the DaemonSet's account: its rights and no others.
-pub(crate) fn kubeconfig(control: &ControlPlane) -> PathBuf {
-    let namespace = format!("{{apiVersion: v1, kind: Namespace, metadata: {{name: {NAMESPACE}}}}}");
-    control.kubectl(&["apply", "-f", "-"], &namespace).unwrap();
-    let rights = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/base/rbac.yaml");
-    control
-        .kubectl(&["-n", NAMESPACE, "apply", "-f", rights], "")
-        .unwrap();
-    let token = control.token(NAMESPACE, "portreeve").unwrap();
-    control.kubeconfig("portreeve", &token).unwrap()
 }
 
 fn publish(bed: &Bed, control: &ControlPlane, policies: &[Value]) -> String {

@@ -5,6 +5,7 @@
     clippy::unwrap_used,
     reason = "a test panics at what it cannot do; clippy knows no tests without libtest"
 )]
+mod account;
 mod api;
 mod away;
 #[path = "../lab/cases.rs"]

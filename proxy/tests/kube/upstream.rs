@@ -8,10 +8,10 @@ use lab::runner::Test;
 use lab::{Host, wait_until};
 use serde_json::{Value, json};
 
+use crate::account;
 use crate::api::items;
 use crate::cases::world::{Change, Labels, World};
 use crate::control;
-use crate::daemons;
 use crate::stage::{self, Source, Stage};
 use crate::support::{Bed, DEADLINE, ask, metric};
 
@@ -41,7 +41,7 @@ impl ApiServer {
         let mut published = items(&bed.lab.manifests());
         published.retain(|object| object["kind"] == "Node");
         Self {
-            kubeconfig: daemons::kubeconfig(&control),
+            kubeconfig: account::kubeconfig(&control).unwrap(),
             control,
             published,
             world: World::default(),

@@ -161,6 +161,39 @@ fn every_setting_is_a_variable_of_the_daemon() {
 }
 
 #[test]
+fn spans_say_of_which_pod_they_are() {
+    let objects = kustomized("base");
+    let (_, template) = templates(&objects).next().unwrap();
+    let environment = template["containers"][0]["env"].as_array().unwrap();
+    let named = |name: &str| {
+        let at = environment.iter().position(|it| it["name"] == name);
+        at.unwrap_or_else(|| panic!("no {name}"))
+    };
+    let last = named("OTEL_RESOURCE_ATTRIBUTES");
+    let value = environment[last]["value"].as_str().unwrap();
+    let attributes = value.split(',').map(|pair| {
+        let (name, variable) = pair.split_once('=').unwrap();
+        let variable = variable
+            .strip_prefix("$(")
+            .unwrap()
+            .strip_suffix(')')
+            .unwrap();
+        // What comes later is not put in.
+        assert!(named(variable) < last, "{variable}");
+        let field = &environment[named(variable)]["valueFrom"]["fieldRef"]["fieldPath"];
+        (name, field.as_str().unwrap())
+    });
+    assert_eq!(
+        attributes.collect::<Vec<_>>(),
+        [
+            ("k8s.namespace.name", "metadata.namespace"),
+            ("k8s.pod.name", "metadata.name"),
+            ("k8s.pod.uid", "metadata.uid"),
+        ]
+    );
+}
+
+#[test]
 fn the_probes_ask_where_the_admin_port_is() {
     let help = said(Command::new(PORTREEVE).args(["run", "--help"]));
     let objects = kustomized("base");

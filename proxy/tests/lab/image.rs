@@ -281,10 +281,18 @@ impl Image {
         for own in container["env"].as_array().into_iter().flatten() {
             let value = match own["valueFrom"]["fieldRef"]["fieldPath"].as_str() {
                 Some("spec.nodeName") => node,
+                Some("metadata.namespace") => "portreeve-system",
+                Some("metadata.name") => "portreeve-x1y2z",
+                Some("metadata.uid") => "0a1b2c3d",
                 Some(other) => panic!("this test does not know the field {other}"),
                 None => own["value"].as_str().unwrap(),
             };
-            all.push((own["name"].as_str().unwrap().into(), value.into()));
+            // As kubelet does, with what comes before.
+            let put_in = |value: String, (name, known): &(String, String)| {
+                value.replace(&format!("$({name})"), known)
+            };
+            let value = all.iter().fold(value.to_owned(), put_in);
+            all.push((own["name"].as_str().unwrap().into(), value));
         }
         all
     }

@@ -5,6 +5,7 @@
 //! neither pods nor policies, only links and addresses.
 use std::collections::BTreeMap;
 use std::io;
+use std::net::IpAddr;
 use std::path::Path;
 
 use ipnet::IpNet;
@@ -53,11 +54,31 @@ pub struct Bridge {
     pub name: String,
     /// Its own address (IEEE 802), as `ip` writes it.
     pub address: String,
-    /// The links that are its ports.
-    pub ports: Vec<String>,
+    /// Its addresses of IP.
+    pub addresses: Vec<IpAddr>,
+    /// The links that are its ports, oldest first.
+    pub ports: Vec<Port>,
     /// Whether the bridge itself is told to look into IP packets (`nf_call_iptables`,
     /// `nf_call_ip6tables`), whatever the sysctls say.
     pub looks_into_ip: bool,
+}
+
+/// A port of a bridge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// Its name.
+    pub name: String,
+    /// Where its other end is, if that is in another network namespace.
+    pub peer: Option<Peer>,
+}
+
+/// The other end of a veth, as this network namespace numbers it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// The number of its network namespace (`IFLA_LINK_NETNSID`).
+    pub netns: i32,
+    /// Its own number there (`IFLA_LINK`).
+    pub index: u32,
 }
 
 /// The bridges of `names`, and those with an address in one of the `pods` networks, or whose own
@@ -83,13 +104,23 @@ fn among(links: &[Value], names: &[String], pods: &[IpNet]) -> Vec<Bridge> {
     let bridge = |link: &Value| {
         let name = link["ifname"].as_str()?;
         let ports = links.iter().filter(|port| port["master"] == name);
+        let port = |link: &Value| {
+            let name = link["ifname"].as_str()?.to_owned();
+            let peer = || {
+                Some(Peer {
+                    netns: i32::try_from(link["link_netnsid"].as_i64()?).ok()?,
+                    index: u32::try_from(link["link_index"].as_i64()?).ok()?,
+                })
+            };
+            let peer = peer();
+            Some(Port { name, peer })
+        };
         let told = &link["linkinfo"]["info_data"];
         Some(Bridge {
             name: name.to_owned(),
             address: link["address"].as_str()?.to_owned(),
-            ports: ports
-                .filter_map(|port| Some(port["ifname"].as_str()?.to_owned()))
-                .collect(),
+            addresses: networks(link).map(|net| net.addr()).collect(),
+            ports: ports.filter_map(port).collect(),
             looks_into_ip: SWITCHES.iter().any(|it| told[format!("nf_call_{it}")] == 1),
         })
     };
@@ -114,9 +145,12 @@ fn overlap(one: &IpNet, other: &IpNet) -> bool {
 pub fn ports_script(bridges: &[Bridge]) -> String {
     let ports: BTreeMap<&str, &str> = bridges
         .iter()
-        .flat_map(|bridge| bridge.ports.iter().map(|port| (&**port, &*bridge.address)))
-        // What nft would read otherwise than as a name stays unknown, so its pod is cut off.
-        .filter(|(port, _)| !port.contains(['"', '*', '\\']))
+        .flat_map(|bridge| {
+            let ports = bridge.ports.iter();
+            ports.map(|port| (&*port.name, &*bridge.address))
+        })
+        // What cannot be written stays unknown, so its pod is cut off.
+        .filter(|(port, _)| sets::is_plain(port))
         .collect();
     let mut script = String::new();
     let names = ports.keys().map(|port| format!("\"{port}\"")).collect();
@@ -234,6 +268,7 @@ mod tests {
         let port = |name: &str, master: &str| {
             serde_json::json!({
                 "ifname": name, "address": "02::9", "master": master,
+                "link_index": 2, "link_netnsid": 5,
                 "linkinfo": { "info_kind": "veth" }, "addr_info": [],
             })
         };
@@ -290,7 +325,13 @@ mod tests {
         let expected = Bridge {
             name: "docker0".into(),
             address: "0a::2".into(),
-            ports: vec!["c0".into()],
+            addresses: ["172.17.0.1", "fe80::1"]
+                .map(|ip| ip.parse().unwrap())
+                .into(),
+            ports: vec![Port {
+                name: "c0".into(),
+                peer: Some(Peer { netns: 5, index: 2 }),
+            }],
             looks_into_ip: true,
         };
         assert_eq!(among(&links(), &[], &pods), [expected]);

@@ -8,6 +8,7 @@ pub mod inspect;
 pub mod links;
 pub mod marks;
 pub mod netlink;
+pub mod owners;
 pub mod probe;
 mod queue_target;
 pub mod redirect;

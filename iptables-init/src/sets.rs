@@ -164,6 +164,11 @@ const POD_LINKS: &str = "pod_links";
 type IsFamily = fn(&IpAddr) -> bool;
 const FAMILIES: [(&str, IsFamily); 2] = [("4", IpAddr::is_ipv4), ("6", IpAddr::is_ipv6)];
 
+/// Whether a link's name can stand in quotes: nft would read others as no name, or as many.
+pub(crate) fn is_plain(link: &str) -> bool {
+    !link.contains(['"', '*', '\\'])
+}
+
 /// Makes `all` the only elements of a set, named with its table.
 pub(crate) fn replace(script: &mut String, name: &str, all: &BTreeSet<String>) {
     // Writing to a String cannot fail, here and below.

@@ -198,11 +198,12 @@ pub(crate) fn replace_script(loaded: &Loaded, ruleset: &Ruleset) -> Result<Strin
                     element: value.to_string(),
                 };
                 let element = element(value).ok_or_else(unknown)?;
-                Ok(if set["type"] == LINK_NAMES {
-                    // A name can be a word of the language.
-                    quoted(&element)
-                } else {
-                    element
+                let types = set["type"].as_array().map(Vec::as_slice);
+                // A name can be a word of the language.
+                Ok(match types.unwrap_or_default().last() {
+                    _ if set["type"] == LINK_NAMES => quoted(&element),
+                    Some(last) if last == LINK_NAMES => last_quoted(&element),
+                    _ => element,
                 })
             })
             .collect();
@@ -219,6 +220,14 @@ fn quoted(element: &str) -> String {
     match element.split_once(" : ") {
         Some((name, value)) => format!("\"{name}\" : {value}"),
         None => format!("\"{element}\""),
+    }
+}
+
+/// `key . name` with the name in quotes.
+fn last_quoted(element: &str) -> String {
+    match element.rsplit_once(" . ") {
+        Some((key, name)) => format!("{key} . \"{name}\""),
+        None => element.to_owned(),
     }
 }
 

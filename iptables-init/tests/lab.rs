@@ -14,7 +14,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use iptables_init::bridges::{Bridge, ports_script};
+use iptables_init::bridges::{Bridge, Port, ports_script};
+use iptables_init::owners::{End, Owners};
 use iptables_init::ruleset::{Kernel, QueueRule, Ruleset};
 use iptables_init::sets::{Groups, Sets};
 use iptables_init::settings::Settings;
@@ -755,10 +756,29 @@ fn fill_sets(netns: &Netns) {
     let bridge = Bridge {
         name: "cni0".into(),
         address: "0a:58:0a:f4:00:01".into(),
-        ports: ["pod0", "ip", "3"].map(String::from).into(),
+        addresses: ["10.3.0.1", "fd00:1::1"].map(address).into(),
+        ports: ["pod0", "ip", "3"]
+            .map(|name| Port {
+                name: name.into(),
+                peer: None,
+            })
+            .into(),
         looks_into_ip: false,
     };
-    let script = some_sets().replace_script() + &ports_script(&[bridge]);
+    let ends = ["pod0", "ip", "3"]
+        .into_iter()
+        .zip(5..)
+        .map(|(port, n)| End {
+            port: port.into(),
+            link: [2, 0, 0, 0, 0, n],
+            addresses: vec![
+                address(&format!("10.3.0.{n}")),
+                address(&format!("fd00:1::{n}")),
+            ],
+        });
+    let bridges = [bridge];
+    let owners = Owners::default().now(&bridges, &ends.collect::<Vec<_>>());
+    let script = some_sets().replace_script() + &ports_script(&bridges) + &owners.script();
     load(netns, &script);
     // Where bridges have ports of pods, `check` looks at these.
     for name in ["iptables", "ip6tables"] {

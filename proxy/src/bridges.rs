@@ -3,12 +3,16 @@
 //!
 //! A port that is not known yet is cut off, so nothing is open for being late. Knows no pods, only
 //! their networks.
+mod ends;
+
 use std::collections::BTreeSet;
+use std::io;
 use std::time::Duration;
 
 use ipnet::IpNet;
 use iptables_init::bridges::{self, Bridge, BridgeError};
 use iptables_init::command::CommandError;
+use iptables_init::owners::Owners;
 use iptables_init::ruleset::Kernel;
 use iptables_init::sets::{self, SetsError};
 use tokio::time::MissedTickBehavior;
@@ -35,6 +39,7 @@ struct Seen {
     cidrs: Vec<IpNet>,
     /// `None`: to be looked for again.
     bridges: Option<Vec<Bridge>>,
+    owners: Owners,
     /// What the kernel's table was told last.
     loaded: Option<String>,
     /// The bridges for which the sysctls have been switched off; who switches them on again is
@@ -49,6 +54,10 @@ enum Fault {
     Find(#[from] CommandError),
     #[error(transparent)]
     Bridge(#[from] BridgeError),
+    #[error(
+        "what pods have at the ports of bridges cannot be found out ({0}); it takes CAP_NET_ADMIN and Linux 4.20"
+    )]
+    Ends(#[source] io::Error),
     #[error("the ports of bridges cannot be told to the kernel: {0}")]
     Ports(#[from] SetsError),
     #[error(
@@ -136,7 +145,9 @@ impl Bridges {
             bridges::switch_off()?;
         }
         self.seen.prepared = names;
-        let script = bridges::ports_script(found);
+        let ends = ends::of(found).map_err(Fault::Ends)?;
+        self.seen.owners = self.seen.owners.now(found, &ends);
+        let script = bridges::ports_script(found) + &self.seen.owners.script();
         // Until the kernel has said yes we know nothing.
         if self.seen.loaded.take().as_ref() != Some(&script) {
             sets::load(&script)?;

@@ -43,3 +43,28 @@ pub(crate) fn tcp_timestamp(socket: impl AsFd) -> io::Result<u32> {
         _ => Err(io::Error::last_os_error()),
     }
 }
+
+/// Has the kernel take a dump's request at its word and refuse what it does not know
+/// (`NETLINK_GET_STRICT_CHK`, linux/netlink.h; since Linux 4.20).
+///
+/// # Errors
+/// `ENOPROTOOPT` if the kernel is older.
+pub(crate) fn check_requests(netlink: impl AsFd) -> io::Result<()> {
+    let fd = netlink.as_fd();
+    let on: libc::c_int = 1;
+    // SAFETY: the borrow keeps `fd` open; `on` is valid for reads during the call, its size is the
+    // one given, and the kernel keeps no pointer.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_NETLINK,
+            libc::NETLINK_GET_STRICT_CHK,
+            std::ptr::from_ref(&on).cast(),
+            4,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -3,7 +3,7 @@
 //! Pure: values in, bytes out, from the IP header on. Lengths and checksums are right; a test that
 //! wants them wrong bends the bytes.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 /// TCP flags (RFC 9293, 3.1), to be or'ed.
 pub const FIN: u8 = 0x01;
@@ -162,6 +162,19 @@ pub fn icmp(from: IpAddr, to: IpAddr, kind: u8, code: u8, rest: &[u8]) -> Vec<u8
         }
         IpAddr::V6(_) => finish(from, to, ICMPV6, message, 2),
     }
+}
+
+/// An ARP packet for Ethernet and IPv4 (RFC 826), to be sent by
+/// [`Injector::send_frame`](super::Injector::send_frame): whose address is where, said to all.
+#[must_use]
+pub fn arp(operation: u16, sender: (Ipv4Addr, [u8; 6]), target: (Ipv4Addr, [u8; 6])) -> Vec<u8> {
+    let mut packet = vec![0, 1, 8, 0, 6, 4];
+    packet.extend(operation.to_be_bytes());
+    for (ip, link) in [sender, target] {
+        packet.extend(link);
+        packet.extend(ip.octets());
+    }
+    packet
 }
 
 /// Cuts a packet without IPv4 options or extension headers into fragments: `pieces` are where

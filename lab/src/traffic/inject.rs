@@ -46,6 +46,13 @@ impl Injector {
         self
     }
 
+    /// The same way in another's name: an address of IEEE 802.
+    #[must_use]
+    pub fn in_the_name_of(mut self, link: [u8; 6]) -> Self {
+        self.addresses[6..].copy_from_slice(&link);
+        self
+    }
+
     /// Sends a packet that begins with its IP header.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::support::{
     Bed, DEADLINE, SOON, allow_ingress, ask, connected, counter_of, deny_egress, deny_ingress,
-    greeted, small,
+    greeted, init, small,
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
@@ -19,6 +19,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     pods_that_come_while_no_daemon_runs_are_cut_off_until_one_does,
     a_bridge_that_looks_into_packets_again_is_reported_and_opens_nothing,
     nothing_of_an_isolated_pod_passes_its_bridge,
+    a_pod_takes_no_other_pods_address_on_its_bridge,
 ];
 
 const BRIDGE: Gateway = Gateway::Bridge { hairpin: false };
@@ -200,6 +201,140 @@ fn nothing_of_an_isolated_pod_passes_its_bridge() {
     })
     .unwrap();
     assert_eq!(marked, 1, "of {} frames in six ways", frames.len());
+}
+
+/// By ARP, neighbour discovery, IP and IEEE 802; what is the victim's stays with it.
+fn a_pod_takes_no_other_pods_address_on_its_bridge() {
+    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    bed.enforce(&[]);
+    let [liar, hearer, victim] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
+    let node = bed.lab.node(0);
+    for to in hearer.addrs(80).into_iter().chain(victim.addrs(80)) {
+        greeted(&liar, to);
+    }
+    let known = ["owners4", "owners6"].map(|set| (set, victim.addresses()));
+    for (set, [v4, v6]) in known {
+        let address = if set == "owners4" { v4 } else { v6 }.to_string();
+        wait_until(DEADLINE, "the victim's address to be known", || {
+            listed(&node, set).contains(&address)
+        })
+        .unwrap();
+    }
+    let lies = lies(&liar, &victim, &gateway(&liar));
+    let spoofed = || counter_of(&node, "bridge", "spoofed");
+    let tap = Tap::new(&hearer);
+    let stolen = liar.capture().unwrap();
+    assert_eq!(spoofed(), 0, "nobody has lied yet");
+    for (at, (what, link, kind, payload)) in lies.iter().enumerate() {
+        let way = liar.injector().unwrap().towards(EVERYBODY);
+        way.in_the_name_of(*link)
+            .send_frame(*kind, payload)
+            .unwrap();
+        let counted = wait_until(DEADLINE, "the lie to be counted", || {
+            spoofed() == at as u64 + 1
+        });
+        assert!(counted.is_ok(), "{what}: {}", spoofed());
+    }
+    assert_eq!(tap.heard(), 0);
+    // What the victim says of itself is heard, and what is for it comes to it.
+    for host in [&hearer, &node] {
+        host.ip("neigh flush all\n").unwrap();
+        for to in victim.addrs(80) {
+            assert_eq!(greeted(host, to).server, "x/d");
+        }
+    }
+    let to_victim = |packet: &lab::Packet| victim.addresses().contains(&packet.destination.ip());
+    let theirs = stolen.count(|packet| packet.way == lab::traffic::Way::In && to_victim(packet));
+    assert_eq!(theirs, 0);
+    // Without the rules each of these would be heard.
+    bed.kill(0);
+    assert!(init(&node, "uninstall", &[]).status.success());
+    for (what, link, kind, payload) in &lies {
+        let before = tap.heard();
+        let way = liar.injector().unwrap().towards(EVERYBODY);
+        way.in_the_name_of(*link)
+            .send_frame(*kind, payload)
+            .unwrap();
+        let heard = wait_until(DEADLINE, "the lie to be heard", || tap.heard() > before);
+        assert!(heard.is_ok(), "{what}");
+    }
+}
+
+/// Frames by which `liar` takes what is the victim's or the gateway's, each with who sends it.
+fn lies(liar: &Host, victim: &Host, gateway: &str) -> Vec<(&'static str, [u8; 6], u16, Vec<u8>)> {
+    const ARP: u16 = 0x0806;
+    let (own, theirs) = (link_address(liar), link_address(victim));
+    let gateway: Ipv4Addr = gateway.parse().unwrap();
+    let arp = |operation, taken, target| {
+        [
+            craft::arp(operation, (taken, own), (target, [0; 6])),
+            MAGIC.to_vec(),
+        ]
+        .concat()
+    };
+    let everyone: IpAddr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1).into();
+    // Target, its link's address, and an option that nobody knows, 16 bytes with its header.
+    let discovery = |from: IpAddr, kind: u8, flags: u8, target: Ipv6Addr, option: u8| {
+        let mut rest = vec![flags, 0, 0, 0];
+        rest.extend(target.octets());
+        rest.extend([option, 1]);
+        rest.extend(own);
+        rest.extend([253, 2]);
+        rest.extend(MAGIC);
+        rest.extend([0; 7]);
+        craft::with_hop_limit(craft::icmp(from, everyone, kind, 0, &rest), 255)
+    };
+    let (v4, v6) = (victim.ipv4(), victim.ipv6());
+    let datagram = |from: IpAddr, to: IpAddr| craft::udp((from, 9).into(), (to, 9).into(), MAGIC);
+    let packet = |from: [IpAddr; 2], to: [IpAddr; 2], at: usize| datagram(from[at], to[at]);
+    let (liars, victims) = (liar.addresses(), victim.addresses());
+    vec![
+        ("a gratuitous ARP reply", own, ARP, arp(2, v4, v4)),
+        ("an ARP reply", own, ARP, arp(2, v4, liar.ipv4())),
+        ("an ARP request", own, ARP, arp(1, v4, gateway)),
+        (
+            "an ARP reply for the gateway",
+            own,
+            ARP,
+            arp(2, gateway, liar.ipv4()),
+        ),
+        (
+            "a neighbour advertisement",
+            own,
+            0x86dd,
+            discovery(liars[1], 136, 0x20, v6, 2),
+        ),
+        (
+            "a neighbour solicitation",
+            own,
+            0x86dd,
+            discovery(victims[1], 135, 0, liar.ipv6(), 1),
+        ),
+        ("an IPv4 packet", own, 0x0800, packet(victims, liars, 0)),
+        ("an IPv6 packet", own, 0x86dd, packet(victims, liars, 1)),
+        ("a frame", theirs, 0x88b5, MAGIC.to_vec()),
+        (
+            "a frame with an honest packet",
+            theirs,
+            0x0800,
+            packet(liars, victims, 0),
+        ),
+    ]
+}
+
+/// The elements of a set of the table for bridges, as nft writes them.
+fn listed(node: &Host, set: &str) -> String {
+    let mut nft = node.command("nft");
+    nft.args(["list", "set", "bridge", "portreeve", set]);
+    String::from_utf8_lossy(&nft.output().unwrap().stdout).into_owned()
+}
+
+/// Where a pod's default route leads, IPv4.
+fn gateway(pod: &Host) -> String {
+    let mut ip = pod.command("ip");
+    ip.args(["-j", "-4", "route", "show", "default"]);
+    let routes: serde_json::Value = serde_json::from_slice(&ip.output().unwrap().stdout).unwrap();
+    routes[0]["gateway"].as_str().unwrap().to_owned()
 }
 
 /// EtherTypes and what follows them.

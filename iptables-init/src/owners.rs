@@ -1,0 +1,193 @@
+//! Whose addresses are whose on a bridge: what was found behind one port comes from no other.
+//!
+//! Pure: values in, a script out. Knows no pods, only ports and addresses.
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use crate::bridges::Bridge;
+use crate::ruleset::{BRIDGE, TABLE};
+use crate::sets;
+
+/// An address of IEEE 802.
+pub type LinkAddress = [u8; 6];
+
+/// What is behind a port: a pod's end of a veth.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct End {
+    /// The port's name.
+    pub port: String,
+    /// The end's own address.
+    pub link: LinkAddress,
+    /// Its addresses of IP.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Which port each address is behind; `None`: it is a bridge's own, so behind none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Owners {
+    links: BTreeMap<LinkAddress, Option<String>>,
+    addresses: BTreeMap<IpAddr, Option<String>>,
+}
+
+impl Owners {
+    /// Who owns what now. Where two ends have the same address it is the bridge's, or stays with the
+    /// one that had it before, or is the one's that comes first.
+    #[must_use]
+    pub fn now(&self, bridges: &[Bridge], ends: &[End]) -> Self {
+        let mut new = Self::default();
+        for bridge in bridges {
+            let own = bridge.addresses.iter().map(|ip| (*ip, None));
+            new.addresses.extend(own);
+            new.links
+                .extend(parsed(&bridge.address).map(|it| (it, None)));
+        }
+        for before in [true, false] {
+            for End {
+                port,
+                link,
+                addresses,
+            } in ends
+            {
+                let port = Some(port.clone());
+                if !before || self.links.get(link) == Some(&port) {
+                    new.links.entry(*link).or_insert_with(|| port.clone());
+                }
+                for ip in addresses {
+                    if !before || self.addresses.get(ip) == Some(&port) {
+                        new.addresses.entry(*ip).or_insert_with(|| port.clone());
+                    }
+                }
+            }
+        }
+        new
+    }
+
+    /// One nft transaction after which the table for bridges knows these owners and no others.
+    #[must_use]
+    pub fn script(&self) -> String {
+        let mut script = String::new();
+        let links = self.links.iter();
+        let links = links.map(|(link, port)| (written(link), port));
+        write(&mut script, ["owned", "owners"], links);
+        let v4 = self.addresses.iter().filter(|(ip, _)| ip.is_ipv4());
+        let v4 = v4.map(|(ip, port)| (ip.to_string(), port));
+        write(&mut script, ["owned4", "owners4"], v4);
+        let v6 = || self.addresses.iter().filter(|(ip, _)| ip.is_ipv6());
+        let addresses = v6().map(|(ip, port)| (ip.to_string(), port));
+        write(&mut script, ["owned6", "owners6"], addresses);
+        let targets = v6().filter_map(|(ip, port)| match ip {
+            IpAddr::V6(ip) => Some((format!("{:#034x}", ip.to_bits()), port)),
+            IpAddr::V4(_) => None,
+        });
+        write(&mut script, ["targeted", "targets"], targets);
+        script
+    }
+}
+
+fn parsed(link: &str) -> Option<LinkAddress> {
+    let bytes = link
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16).ok());
+    bytes.collect::<Option<Vec<_>>>()?.try_into().ok()
+}
+
+fn written(link: &LinkAddress) -> String {
+    link.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+/// Fills the set of what is owned, and that of who owns it.
+fn write<'a>(
+    script: &mut String,
+    [owned, owners]: [&str; 2],
+    all: impl Iterator<Item = (String, &'a Option<String>)>,
+) {
+    let all: Vec<_> = all.collect();
+    let keys: BTreeSet<_> = all.iter().map(|(key, _)| key.clone()).collect();
+    sets::replace(script, &format!("{BRIDGE} {TABLE} {owned}"), &keys);
+    let with_port = all.iter().filter_map(|(key, port)| {
+        let port = port.as_deref().filter(|port| sets::is_plain(port))?;
+        Some(format!("{key} . \"{port}\""))
+    });
+    let set = format!("{BRIDGE} {TABLE} {owners}");
+    sets::replace(script, &set, &with_port.collect());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn end(port: &str, link: u8, addresses: &[&str]) -> End {
+        End {
+            port: port.into(),
+            link: [2, 0, 0, 0, 0, link],
+            addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
+        }
+    }
+
+    fn bridge() -> Bridge {
+        Bridge {
+            name: "cni0".into(),
+            address: "02:00:00:00:00:01".into(),
+            addresses: vec!["10.1.0.1".parse().unwrap()],
+            ports: Vec::new(),
+            looks_into_ip: false,
+        }
+    }
+
+    #[test]
+    fn each_address_has_one_owner_the_bridge_before_all() {
+        let ends = [
+            end("pod0", 5, &["10.1.0.5", "fd00::5"]),
+            end("pod1", 5, &["10.1.0.5", "10.1.0.1", "10.1.0.6"]),
+        ];
+        let owners = Owners::default().now(&[bridge()], &ends);
+        insta::assert_snapshot!(owners.script(), @r#"
+        flush set bridge portreeve owned
+        add element bridge portreeve owned { 02:00:00:00:00:01, 02:00:00:00:00:05 }
+        flush set bridge portreeve owners
+        add element bridge portreeve owners { 02:00:00:00:00:05 . "pod0" }
+        flush set bridge portreeve owned4
+        add element bridge portreeve owned4 { 10.1.0.1, 10.1.0.5, 10.1.0.6 }
+        flush set bridge portreeve owners4
+        add element bridge portreeve owners4 { 10.1.0.5 . "pod0", 10.1.0.6 . "pod1" }
+        flush set bridge portreeve owned6
+        add element bridge portreeve owned6 { fd00::5 }
+        flush set bridge portreeve owners6
+        add element bridge portreeve owners6 { fd00::5 . "pod0" }
+        flush set bridge portreeve targeted
+        add element bridge portreeve targeted { 0xfd000000000000000000000000000005 }
+        flush set bridge portreeve targets
+        add element bridge portreeve targets { 0xfd000000000000000000000000000005 . "pod0" }
+        "#);
+    }
+
+    #[test]
+    fn who_has_an_address_keeps_it_from_who_takes_it_later() {
+        let first = end("pod1", 6, &["10.1.0.6"]);
+        let before = Owners::default().now(&[], std::slice::from_ref(&first));
+        let thief = end("pod0", 6, &["10.1.0.5", "10.1.0.6"]);
+        let kept = before.now(&[], &[thief.clone(), first]).script();
+        assert!(
+            kept.contains(r#"owners4 { 10.1.0.5 . "pod0", 10.1.0.6 . "pod1" }"#),
+            "{kept}"
+        );
+        assert!(
+            kept.contains(r#"owners { 02:00:00:00:00:06 . "pod1" }"#),
+            "{kept}"
+        );
+        let alone = before.now(&[], &[thief]).script();
+        assert!(
+            alone.contains(r#"10.1.0.6 . "pod0""#),
+            "its owner is gone: {alone}"
+        );
+    }
+
+    #[test]
+    fn a_port_that_cannot_be_named_has_nothing_and_nobody_else_has_it_either() {
+        let script = Owners::default()
+            .now(&[], &[end("pod*", 5, &["10.1.0.5"])])
+            .script();
+        assert!(script.contains("owned4 { 10.1.0.5 }"), "{script}");
+        assert!(!script.contains("pod*"), "{script}");
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Read};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use crate::cluster::host::{Host, io_error};
 pub struct Dial {
     from: Host,
     to: SocketAddr,
+    source: Option<IpAddr>,
     source_port: Option<u16>,
 }
 
@@ -27,8 +28,16 @@ impl Dial {
         Self {
             from: from.clone(),
             to,
+            source: None,
             source_port: None,
         }
+    }
+
+    /// Chooses the source address, of `to`'s family, for a host that has several.
+    #[must_use]
+    pub fn source(mut self, address: IpAddr) -> Self {
+        self.source = Some(address);
+        self
     }
 
     /// Chooses the source port. Ports in TIME_WAIT may be taken again (`SO_REUSEADDR`).
@@ -54,13 +63,16 @@ impl Dial {
             Some(Protocol::TCP),
         )?;
         socket.set_nonblocking(true)?;
-        if let Some(port) = self.source_port {
+        if self.source_port.is_some() {
             socket.set_reuse_address(true)?;
-            let any: SocketAddr = match self.to {
-                SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, port).into(),
-                SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, port).into(),
+        }
+        if self.source.is_some() || self.source_port.is_some() {
+            let any: IpAddr = match self.to {
+                SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
             };
-            socket.bind(&any.into())?;
+            let from = self.source.unwrap_or(any);
+            socket.bind(&SocketAddr::new(from, self.source_port.unwrap_or(0)).into())?;
         }
         Ok(socket)
     }

@@ -170,6 +170,7 @@ struct Loop {
 
 impl Loop {
     fn run(mut self, stop: &io::PipeReader) {
+        let mut buffer = vec![0; BUFFER];
         loop {
             let mut polled = vec![PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
             let readable = |l| PollFd::new(TcpListener::as_fd(l), PollFlags::POLLIN);
@@ -186,14 +187,14 @@ impl Loop {
             let mut at = 0;
             self.connections.retain_mut(|connection| {
                 at += 1;
-                !connections[at - 1] || connection.advance().is_ok_and(|more| more)
+                !connections[at - 1] || connection.advance(&mut buffer).is_ok_and(|more| more)
             });
             let listeners = listeners.to_vec();
-            self.accept(&listeners);
+            self.accept(&listeners, &mut buffer);
         }
     }
 
-    fn accept(&mut self, ready: &[bool]) {
+    fn accept(&mut self, ready: &[bool], buffer: &mut [u8]) {
         for (listener, _) in self
             .listeners
             .iter()
@@ -213,8 +214,9 @@ impl Loop {
                         break;
                     }
                 };
-                self.connections
-                    .extend(Connection::new(stream, client, &self.name, self.serve));
+                self.connections.extend(Connection::new(
+                    stream, client, &self.name, self.serve, buffer,
+                ));
             }
         }
     }
@@ -235,7 +237,13 @@ struct Connection {
 
 impl Connection {
     /// None if the connection is over at once.
-    fn new(stream: TcpStream, client: SocketAddr, name: &str, serve: Serve) -> Option<Self> {
+    fn new(
+        stream: TcpStream,
+        client: SocketAddr,
+        name: &str,
+        serve: Serve,
+        buffer: &mut [u8],
+    ) -> Option<Self> {
         stream.set_nonblocking(true).ok()?;
         let _ = stream.set_nodelay(true);
         if serve == Serve::Reset {
@@ -257,7 +265,7 @@ impl Connection {
             sink,
             made: 0,
         };
-        new.advance().is_ok_and(|more| more).then_some(new)
+        new.advance(buffer).is_ok_and(|more| more).then_some(new)
     }
 
     fn interest(&self) -> PollFd<'_> {
@@ -275,9 +283,9 @@ impl Connection {
     }
 
     /// Does what can be done without waiting. False once all is done; an error ends it too.
-    fn advance(&mut self) -> io::Result<bool> {
+    fn advance(&mut self, buffer: &mut [u8]) -> io::Result<bool> {
         loop {
-            match self.step() {
+            match self.step(buffer) {
                 Ok(true) => {}
                 Ok(false) => return Ok(false),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(true),
@@ -288,7 +296,7 @@ impl Connection {
     }
 
     /// One read or write: what waits to be sent goes first, which is the back pressure.
-    fn step(&mut self) -> io::Result<bool> {
+    fn step(&mut self, buffer: &mut [u8]) -> io::Result<bool> {
         if self.sent < self.out.len() {
             self.sent += self.stream.write(&self.out[self.sent..])?;
             return Ok(true);
@@ -307,12 +315,11 @@ impl Connection {
         if self.ended {
             return Ok(false);
         }
-        self.receive()
+        self.receive(buffer)
     }
 
-    fn receive(&mut self) -> io::Result<bool> {
-        let mut buffer = vec![0; BUFFER];
-        let count = self.stream.read(&mut buffer)?;
+    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<bool> {
+        let count = self.stream.read(buffer)?;
         self.ended = count == 0;
         match self.serve {
             Serve::Echo => self.out.extend_from_slice(&buffer[..count]),

@@ -19,7 +19,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use policy::Protocol;
+use policy::{Endpoint, Protocol};
 
 use crate::decision::{Decision, Severance, Way};
 use crate::metrics::Word;
@@ -168,7 +168,7 @@ impl Recorder {
             .denied
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .insert((subject.client, subject.server, subject.attempt));
+            .insert(Attempt::new(&subject, decision));
         if first {
             self.observed.saw(Word::Deny, &subject, decision, None);
             self.tell(subject, Fate::Denied, decision);
@@ -217,8 +217,27 @@ impl Recorder {
     }
 }
 
-/// Client, server and what tells a repeat from a new attempt.
-type Attempt = (SocketAddr, SocketAddr, u32);
+/// A first packet, and the pods whose attempt it was: from the next holder of an address it is another's.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Attempt {
+    client: SocketAddr,
+    server: SocketAddr,
+    /// What tells a repeat from a new attempt.
+    number: u32,
+    uids: [Option<Arc<str>>; 2],
+}
+
+impl Attempt {
+    fn new(subject: &Subject, decision: &Decision) -> Self {
+        let uid = |pod: &Option<Arc<Endpoint>>| pod.as_ref().map(|it| Arc::clone(&it.identity.uid));
+        Self {
+            client: subject.client,
+            server: subject.server,
+            number: subject.attempt,
+            uids: [uid(&decision.from), uid(&decision.to)],
+        }
+    }
+}
 
 /// The last few denied attempts.
 #[derive(Default)]
@@ -228,12 +247,12 @@ struct Remembered {
 }
 
 impl Remembered {
-    /// Whether this SYN was not known yet.
-    fn insert(&mut self, syn: Attempt) -> bool {
-        if !self.known.insert(syn) {
+    /// Whether this attempt was not known yet.
+    fn insert(&mut self, attempt: Attempt) -> bool {
+        if !self.known.insert(attempt.clone()) {
             return false;
         }
-        self.order.push_back(syn);
+        self.order.push_back(attempt);
         if self.order.len() > REMEMBERED
             && let Some(oldest) = self.order.pop_front()
         {
@@ -268,20 +287,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_repeated_syn_is_known_until_newer_ones_push_it_out() {
+    fn a_repeat_is_known_until_newer_attempts_push_it_out() {
         let mut remembered = Remembered::default();
-        let server = SocketAddr::from(([10, 0, 0, 2], 80));
-        let client = |port| (SocketAddr::from(([10, 0, 0, 1], port)), server, 7);
-        assert!(remembered.insert(client(1)));
-        assert!(!remembered.insert(client(1)), "the same SYN again");
-        assert!(
-            remembered.insert((client(1).0, server, 8)),
-            "a new attempt from the same port"
-        );
+        let attempt = |port, number, uid: &str| Attempt {
+            client: SocketAddr::from(([10, 0, 0, 1], port)),
+            server: SocketAddr::from(([10, 0, 0, 2], 80)),
+            number,
+            uids: [Some(uid.into()), None],
+        };
+        assert!(remembered.insert(attempt(1, 7, "a")));
+        assert!(!remembered.insert(attempt(1, 7, "a")), "the same again");
+        assert!(remembered.insert(attempt(1, 8, "a")), "a new attempt");
+        assert!(remembered.insert(attempt(1, 7, "b")), "another pod's");
         for port in 2..10_000 {
-            remembered.insert(client(port));
+            remembered.insert(attempt(port, 7, "a"));
         }
-        assert!(remembered.insert(client(1)), "forgotten by now");
+        assert!(remembered.insert(attempt(1, 7, "a")), "forgotten by now");
         assert!(remembered.known.len() <= REMEMBERED && remembered.order.len() <= REMEMBERED);
     }
 }

@@ -41,7 +41,7 @@ fn only_with_access(pod: &str) -> Value {
 }
 
 /// Lets pods with `access: yes` go out, and others nowhere.
-fn egress_by_access() -> [Value; 2] {
+pub(crate) fn egress_by_access() -> [Value; 2] {
     let yes = json!({ "matchLabels": { "access": "yes" } });
     let no = json!({ "matchLabels": { "access": "no" } });
     [

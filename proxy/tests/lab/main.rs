@@ -28,6 +28,7 @@ mod pmtu;
 mod policies;
 mod ports;
 mod restart;
+mod reuse;
 mod sctp;
 mod sever;
 mod spans;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         bridges::TESTS,
         sever::TESTS,
         first::TESTS,
+        reuse::TESTS,
         ports::TESTS,
         bounds::TESTS,
         restart::TESTS,

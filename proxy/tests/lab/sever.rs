@@ -270,7 +270,7 @@ fn told(bed: &Bed) -> Told {
 }
 
 /// Reads until the stream ends, and how it ended; `None`: by a plain close.
-fn reset_after(mut stream: &TcpStream) -> Option<ErrorKind> {
+pub(crate) fn reset_after(mut stream: &TcpStream) -> Option<ErrorKind> {
     stream.set_read_timeout(Some(DEADLINE)).unwrap();
     let mut rest = Vec::new();
     stream

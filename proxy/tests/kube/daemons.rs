@@ -26,7 +26,10 @@ pub(crate) struct Daemons {
 impl Daemons {
     /// Everything but the daemons: `policies` and the lab's objects are in the API.
     pub(crate) fn prepared(policies: &[Value]) -> Self {
-        let bed = Bed::bare(small());
+        Self::prepared_on(Bed::bare(small()), policies)
+    }
+
+    fn prepared_on(bed: Bed, policies: &[Value]) -> Self {
         let control = control::joined(&bed.lab);
         publish(&bed, &control, policies);
         let kubeconfig = account::kubeconfig(&control).unwrap();
@@ -39,7 +42,12 @@ impl Daemons {
 
     /// The same with the redirect and a daemon on each node, and `policies` in force.
     pub(crate) fn enforced(policies: &[Value]) -> Self {
-        let mut daemons = Self::prepared(policies);
+        Self::enforced_on(Bed::bare(small()), policies)
+    }
+
+    /// The same on a bed of the test's own.
+    pub(crate) fn enforced_on(bed: Bed, policies: &[Value]) -> Self {
+        let mut daemons = Self::prepared_on(bed, policies);
         for node in 0..daemons.bed.lab.nodes().count() {
             daemons.bed.install(node, &[]);
             daemons.start(node);

@@ -15,6 +15,8 @@ mod daemons;
 mod deploy;
 #[path = "../lab/dials.rs"]
 mod dials;
+#[path = "../lab/ending.rs"]
+mod ending;
 mod services;
 #[expect(dead_code, reason = "the lab's other tests use more")]
 #[path = "../lab/stage.rs"]
@@ -22,6 +24,7 @@ mod stage;
 #[expect(dead_code, reason = "the lab's other tests use more")]
 #[path = "../lab/support.rs"]
 mod support;
+mod terminating;
 mod upstream;
 
 use std::process::ExitCode;
@@ -31,6 +34,7 @@ fn main() -> ExitCode {
     let tests: Vec<_> = [
         api::TESTS,
         away::TESTS,
+        terminating::TESTS,
         services::TESTS,
         upstream::TESTS,
         deploy::TESTS,

@@ -15,6 +15,7 @@ mod cases;
 mod changes;
 mod console;
 mod dials;
+mod ending;
 mod first;
 mod image;
 mod isolation;

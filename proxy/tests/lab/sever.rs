@@ -10,11 +10,13 @@ use lab::{Host, wait_for, wait_until};
 use serde_json::{Value, json};
 
 use crate::carried::{flow, goes_on};
+use crate::ending::{self, Live};
 use crate::support::{Bed, DEADLINE, connected, deny_egress, deny_ingress, echoes, policy, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     each_kind_of_change_cuts_what_it_denies_and_nothing_else,
     a_severed_connection_is_recorded_with_the_policies_that_did_it,
+    a_terminating_pod_keeps_its_rights_and_connections_until_it_is_gone,
 ];
 
 /// From the change on disk to the reset at the client.
@@ -230,6 +232,30 @@ fn a_severed_connection_is_recorded_with_the_policies_that_did_it() {
     assert_eq!(severed["direction"], "ingress");
     assert_eq!(severed["source.k8s.pod.name"], "a");
     assert_eq!(severed["destination.k8s.pod.name"], "c");
+}
+
+fn a_terminating_pod_keeps_its_rights_and_connections_until_it_is_gone() {
+    let mut bed = ending::bed();
+    bed.write_policies(&ending::policies());
+    bed.enforce(&["--hold", "300ms"]);
+    let mut told = Told {
+        cluster: bed.lab.manifests(),
+        policies: ending::policies().to_vec(),
+    };
+    let live = Live::open(&bed);
+    ending::new_connections_have_their_rights(&bed, "running");
+    let metadata = &mut told.pod("a")["metadata"];
+    metadata["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    metadata["deletionGracePeriodSeconds"] = json!(30);
+    bed.wait_in_force(&told.write(&bed));
+    live.goes_on();
+    ending::new_connections_have_their_rights(&bed, "terminating");
+    live.goes_on();
+    told.remove_pod("a");
+    let mark = told.write(&bed);
+    live.is_cut();
+    bed.wait_in_force(&mark);
+    ending::it_is_gone(&bed);
 }
 
 /// Namespace x is open and a has access to c by its port's name; d comes by its address.

@@ -1,0 +1,56 @@
+//! A pod that `kubectl delete` ends, with the grace period that the API server gives it. The lab is its
+//! kubelet: the pod runs on until the lab says that it is gone.
+use lab::runner::Test;
+use lab::wait_until;
+use serde_json::{Value, json};
+
+use crate::daemons::Daemons;
+use crate::ending::{self, Live};
+use crate::support::{DEADLINE, ask, policy};
+
+pub(crate) const TESTS: &[Test] =
+    &lab::tests![a_deleted_pod_keeps_its_rights_and_connections_until_its_kubelet_has_ended_it];
+
+/// Allows a one more port, but only by a label that it is given after its deletion.
+fn told() -> Value {
+    let spec = json!({
+        "podSelector": { "matchLabels": { "told": "yes" } },
+        "policyTypes": ["Egress"],
+        "egress": [{ "ports": [{ "port": 9 }] }],
+    });
+    policy("told", &spec)
+}
+
+fn a_deleted_pod_keeps_its_rights_and_connections_until_its_kubelet_has_ended_it() {
+    let policies = [&ending::policies()[..], &[told()]].concat();
+    let daemons = Daemons::enforced_on(ending::bed(), &policies);
+    daemons.apply(&policies);
+    let (bed, control) = (&daemons.bed, &daemons.control);
+    let kubectl = |args: &[&str]| control.kubectl(&[&["-n", "x"], args].concat(), "").unwrap();
+    let live = Live::open(bed);
+    kubectl(&["delete", "pod", "a", "--grace-period=600", "--wait=false"]);
+    let deleted = kubectl(&[
+        "get",
+        "pod",
+        "a",
+        "-o",
+        "jsonpath={.metadata.deletionTimestamp}",
+    ]);
+    assert!(!deleted.is_empty(), "it is terminating");
+    // Who knows this change of the pod knows the one before.
+    kubectl(&["label", "pod", "a", "told=yes"]);
+    for node in bed.lab.nodes() {
+        let knows = || {
+            let question = "/explain?from=x/a&to=x/b&port=9&protocol=TCP";
+            ask(&node, question)
+                .is_some_and(|it| it.status == 200 && it.json()["verdict"] == "allow")
+        };
+        wait_until(DEADLINE, format!("the label on {}", node.name()), knows).unwrap();
+    }
+    live.goes_on();
+    ending::new_connections_have_their_rights(bed, "terminating");
+    live.goes_on();
+    kubectl(&["delete", "pod", "a", "--grace-period=0", "--force"]);
+    live.is_cut();
+    ending::it_is_gone(bed);
+}

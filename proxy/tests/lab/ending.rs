@@ -1,0 +1,106 @@
+//! A pod on its way out, whatever the source that tells of it: until it is gone its rights and its
+//! connections are those of any other.
+//!
+//! Of the small cluster's pods a may talk to c only, and only d to a.
+use std::io::{ErrorKind, Read};
+use std::net::{SocketAddr, TcpStream};
+
+use lab::traffic::{UdpOutcome, connect_all};
+use lab::{Dial, Host, Kind};
+use serde_json::{Value, json};
+
+use crate::support::{Bed, DEADLINE, SOON, connected, echoes, policy, small};
+
+/// The small cluster, whose pods answer datagrams too.
+pub(crate) fn bed() -> Bed {
+    let bed = Bed::bare(small());
+    for pod in bed.lab.pods() {
+        pod.serve_udp(&[53]).unwrap();
+    }
+    bed
+}
+
+/// What a may do, and what may be done to it.
+pub(crate) fn policies() -> [Value; 2] {
+    let pod = |name: &str| json!({ "podSelector": { "matchLabels": { "pod": name } } });
+    let side = |kind: &str, key: &str, list: &str, peer: &str| {
+        let mut spec = pod("a");
+        spec["policyTypes"] = json!([kind]);
+        spec[key] = json!([{ list: [pod(peer)] }]);
+        spec
+    };
+    [
+        policy("from-a", &side("Egress", "egress", "to", "c")),
+        policy("to-a", &side("Ingress", "ingress", "from", "d")),
+    ]
+}
+
+/// What a has open.
+pub(crate) struct Live(Vec<TcpStream>);
+
+impl Live {
+    /// A connection from a and one to it, in each family.
+    pub(crate) fn open(bed: &Bed) -> Self {
+        let ways = ways(bed, 80, [("x/a", "x/c"), ("x/d", "x/a")]);
+        Self(ways.iter().map(|(from, to)| connected(from, *to)).collect())
+    }
+
+    #[track_caller]
+    pub(crate) fn goes_on(&self) {
+        self.0
+            .iter()
+            .for_each(|stream| echoes(stream, "still here"));
+    }
+
+    #[track_caller]
+    pub(crate) fn is_cut(self) {
+        for mut stream in self.0 {
+            stream.set_read_timeout(Some(DEADLINE)).unwrap();
+            let end = stream.read(&mut [0; 1]).map_err(|error| error.kind());
+            assert_eq!(end, Err(ErrorKind::ConnectionReset));
+        }
+    }
+}
+
+/// Tries what is allowed and what is not, all anew.
+#[track_caller]
+pub(crate) fn new_connections_have_their_rights(bed: &Bed, when: &str) {
+    for (from, to) in ways(bed, 80, [("x/a", "x/c"), ("x/d", "x/a")]) {
+        echoes(&connected(&from, to), when);
+    }
+    for (from, to) in ways(bed, 53, [("x/a", "x/c"), ("x/d", "x/a")]) {
+        let answer = from.ask_udp(to, b"who?", DEADLINE).unwrap();
+        let answered = matches!(answer, UdpOutcome::Answered { .. });
+        assert!(answered, "{when}: {} to {to}: {answer}", from.name());
+    }
+    refused(bed, [("x/a", "x/b"), ("x/c", "x/a")], when);
+}
+
+/// Nothing can be had from what was a's address, nor at it.
+#[track_caller]
+pub(crate) fn it_is_gone(bed: &Bed) {
+    refused(bed, [("x/a", "x/c"), ("x/d", "x/a")], "gone");
+}
+
+#[track_caller]
+fn refused(bed: &Bed, pairs: [(&str, &str); 2], when: &str) {
+    let ways = ways(bed, 80, pairs);
+    let dials: Vec<_> = ways.iter().map(|(from, to)| Dial::new(from, *to)).collect();
+    for ((from, to), outcome) in ways.iter().zip(connect_all(&dials, SOON).unwrap()) {
+        assert_eq!(
+            outcome.kind(),
+            Kind::TimedOut,
+            "{when}: {} to {to}",
+            from.name()
+        );
+    }
+}
+
+fn ways(bed: &Bed, port: u16, pairs: [(&str, &str); 2]) -> Vec<(Host, SocketAddr)> {
+    let way = |(from, to)| {
+        let from = bed.lab.pod(from);
+        let to = bed.lab.pod(to).addrs(port);
+        to.map(|to| (from.clone(), to))
+    };
+    pairs.into_iter().flat_map(way).collect()
+}

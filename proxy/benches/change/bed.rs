@@ -75,11 +75,11 @@ impl Bed {
         }
     }
 
-    /// The object of a pod.
-    pub(crate) fn pod(&self, name: &str) -> anyhow::Result<Value> {
-        let named = |it: &Value| it["kind"] == "Pod" && it["metadata"]["name"] == name;
+    /// An object of the cluster as it is.
+    pub(crate) fn object(&self, kind: &str, name: &str) -> anyhow::Result<Value> {
+        let named = |it: &Value| it["kind"] == kind && it["metadata"]["name"] == name;
         let found = self.objects().into_iter().find(named);
-        found.with_context(|| format!("there is no pod {name}"))
+        found.with_context(|| format!("there is no {kind} {name}"))
     }
 
     /// Tells the daemons of an object, and says when they could see it at the earliest.

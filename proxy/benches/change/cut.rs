@@ -1,16 +1,16 @@
 //! Live flows that carry a byte every now and then while changes cut a tenth of them.
 //!
-//! Measured: from the file's being visible to the reset at the client. The others may lose nothing,
-//! which the echo of every byte proves; a loss is an error.
+//! Measured: from the file's being visible to the reset at the client. The others may lose nothing: the
+//! server checks every byte and says at the end how many it had. A loss is an error.
 use std::io::{ErrorKind, Read, Write};
-use std::net::TcpStream;
+use std::net::{IpAddr, Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use lab::traffic::greeting;
-use lab::{Cluster, PodSpec};
+use lab::traffic::bulk;
+use lab::{Cluster, PodSpec, Serve};
 use serde_json::{Value, json};
 
 use crate::bed::{Bed, policy};
@@ -20,80 +20,193 @@ use crate::figures::Spread;
 const CLIENTS: u32 = 10;
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A kind of change that cuts the flows of `client-0`: what is written, or removed.
-type Change = (&'static str, fn(&Bed) -> anyhow::Result<Edit>);
+/// A kind of change that cuts the flows of `client-0`.
+struct Change {
+    what: &'static str,
+    /// What must stand before beyond [`base`].
+    before: fn(&Bed) -> Vec<Value>,
+    edit: fn(&Bed) -> anyhow::Result<Edit>,
+}
 
 enum Edit {
     Write(Value),
     Remove(Value),
 }
 
-const CHANGES: [Change; 5] = [
-    ("a policy is created", |_| {
-        let own = json!({ "matchLabels": { "pod": "client-0" } });
-        let spec = json!({ "podSelector": own, "policyTypes": ["Egress"] });
+const CHANGES: [Change; 12] = [
+    change("a policy is created", |_| {
+        let spec = json!({ "podSelector": labelled("pod", "client-0"), "policyTypes": ["Egress"] });
         Ok(Edit::Write(policy("deny", &spec)))
     }),
-    ("the client pod is relabelled", |bed| {
-        let mut pod = bed.pod("client-0")?;
-        pod["metadata"]["labels"] = json!({ "pod": "client-0" });
+    change("a policy is edited", |_| Ok(Edit::Write(first(&json!([]))))),
+    change("a policy is deleted", |_| {
+        Ok(Edit::Remove(first(&json!([]))))
+    }),
+    Change {
+        what: "an ipBlock is edited",
+        before: |bed| {
+            let addresses = bed.lab.pod("bench/client-0").addresses();
+            vec![first(&json!(addresses.map(block)))]
+        },
+        edit: |_| Ok(Edit::Write(first(&json!([block([192, 0, 2, 1].into())])))),
+    },
+    change("the client pod is relabelled", |bed| {
+        relabelled(bed, "Pod", "client-0", &json!({ "pod": "client-0" }))
+    }),
+    change("the server pod is relabelled", |bed| {
+        relabelled(bed, "Pod", "server", &json!({ "pod": "server" }))
+    }),
+    change("the client's namespace is relabelled", |bed| {
+        relabelled(bed, "Namespace", "bench", &json!({}))
+    }),
+    Change {
+        what: "the server's namespace is relabelled",
+        before: |_| {
+            let to = json!([{ "to": [{ "namespaceSelector": labelled("serves", "yes") }] }]);
+            let own = labelled("pod", "client-0");
+            let spec = json!({ "podSelector": own, "policyTypes": ["Egress"], "egress": to });
+            vec![policy("out", &spec)]
+        },
+        edit: |bed| relabelled(bed, "Namespace", "served", &json!({})),
+    },
+    change("the server's port is renamed", |bed| {
+        let mut pod = bed.object("Pod", "server")?;
+        pod["spec"]["containers"][0]["ports"][0]["name"] = json!("web");
         Ok(Edit::Write(pod))
     }),
-    ("the client pod has finished", |bed| {
-        let mut pod = bed.pod("client-0")?;
+    change("the client pod has finished", |bed| {
+        let mut pod = bed.object("Pod", "client-0")?;
         pod["status"]["phase"] = json!("Succeeded");
         Ok(Edit::Write(pod))
     }),
-    ("the client pod is gone", |bed| {
-        Ok(Edit::Remove(bed.pod("client-0")?))
+    change("the client pod is gone", |bed| {
+        Ok(Edit::Remove(bed.object("Pod", "client-0")?))
     }),
-    ("another pod has the client's address", |bed| {
-        let mut pod = bed.pod("client-0")?;
+    change("another pod has the client's address", |bed| {
+        let mut pod = bed.object("Pod", "client-0")?;
         pod["metadata"]["uid"] = json!("another");
         Ok(Edit::Write(pod))
     }),
 ];
 
+const fn change(what: &'static str, edit: fn(&Bed) -> anyhow::Result<Edit>) -> Change {
+    Change {
+        what,
+        before: |_| Vec::new(),
+        edit,
+    }
+}
+
+fn labelled(key: &str, value: &str) -> Value {
+    json!({ "matchLabels": { key: value } })
+}
+
+fn block(address: IpAddr) -> Value {
+    let length = if address.is_ipv4() { 32 } else { 128 };
+    json!({ "ipBlock": { "cidr": format!("{address}/{length}") } })
+}
+
+fn relabelled(bed: &Bed, kind: &str, name: &str, labels: &Value) -> anyhow::Result<Edit> {
+    let mut object = bed.object(kind, name)?;
+    object["metadata"]["labels"] = labels.clone();
+    Ok(Edit::Write(object))
+}
+
+/// A policy of the server's namespace.
+fn served(name: &str, own: &Value, rules: &Value) -> Value {
+    let spec = json!({ "podSelector": own, "policyTypes": ["Ingress"], "ingress": rules });
+    let mut served = policy(name, &spec);
+    served["metadata"]["namespace"] = json!("served");
+    served
+}
+
+/// What lets `client-0` in, and nothing else does.
+fn first(from: &Value) -> Value {
+    let rules = match from.as_array().is_some_and(Vec::is_empty) {
+        true => json!([]),
+        false => json!([{ "from": from, "ports": [{ "port": "http" }] }]),
+    };
+    served("first", &labelled("first", "yes"), &rules)
+}
+
+/// The policies between all changes: the others come by a label that no change touches.
+fn base() -> [Value; 2] {
+    let others = json!([{ "from": [{ "namespaceSelector": {}, "podSelector": labelled("access", "others") }] }]);
+    let from = json!([{ "namespaceSelector": labelled("open", "yes"), "podSelector": labelled("access", "first") }]);
+    [
+        served("others", &labelled("pod", "server"), &others),
+        first(&from),
+    ]
+}
+
 /// Keeps this many flows alive and cuts a tenth of them by each kind of change, `rounds` times.
 pub(crate) fn measure(flows: u32, interval: Duration, rounds: u32) -> anyhow::Result<()> {
+    let mut bed = served_bed()?;
+    bed.enforce(&[])?;
+    let each = flows / CLIENTS;
+    for change in &CHANGES {
+        let mut cuts = Spread::default();
+        for round in 0..rounds {
+            let before = (change.before)(&bed);
+            for object in &before {
+                bed.write(object)?;
+            }
+            bed.settle("before")?;
+            let edit = (change.edit)(&bed)?;
+            let took = cut_once(&bed, each, interval, &edit).context(change.what)?;
+            cuts.extend(took);
+            let (Edit::Write(edited) | Edit::Remove(edited)) = edit;
+            for object in before.iter().chain([&edited]) {
+                restore(&bed, object)?;
+            }
+            bed.settle(&format!("after-{round}"))?;
+        }
+        println!(
+            "{flows} live flows, {each} concerned, {}: cut after {cuts}; no byte of the others lost",
+            change.what
+        );
+    }
+    Ok(())
+}
+
+/// The cluster, with nothing enforced yet.
+fn served_bed() -> anyhow::Result<Bed> {
     let client = |number| {
         let name = format!("client-{number}");
+        let access = if number == 0 { "first" } else { "others" };
         PodSpec::new("bench", &name)
             .label("pod", &name)
-            .label("access", "yes")
+            .label("access", access)
     };
-    let server = PodSpec::new("bench", "server")
+    let server = PodSpec::new("served", "server")
         .node(1)
-        .label("pod", "server");
-    let lab = Cluster::builder()
+        .label("pod", "server")
+        .label("first", "yes")
+        .port("http", 80);
+    let mut lab = Cluster::builder()
         .nodes(2)
         .pods((0..CLIENTS).map(client))
         .pod(server)
         .build()?;
-    let mut bed = Bed::new(lab, |_| true)?;
-    let from = json!([{ "from": [{ "podSelector": { "matchLabels": { "access": "yes" } } }] }]);
-    let own = json!({ "matchLabels": { "pod": "server" } });
-    let spec = json!({ "podSelector": own, "policyTypes": ["Ingress"], "ingress": from });
-    bed.write(&policy("access", &spec))?;
-    bed.lab.pod("bench/server").serve(&[80])?;
-    bed.enforce(&[])?;
-    let each = flows / CLIENTS;
-    for (what, change) in CHANGES {
-        let mut cuts = Spread::default();
-        for round in 0..rounds {
-            let edit = change(&bed)?;
-            let took = cut_once(&bed, each, interval, &edit).with_context(|| what)?;
-            cuts.extend(took);
-            match &edit {
-                Edit::Write(it) if it["kind"] == "NetworkPolicy" => bed.remove(it)?,
-                _ => bed.write(&bed.pod("client-0")?)?,
-            };
-            bed.settle(&format!("cut-{round}"))?;
-        }
-        println!(
-            "{flows} live flows, {each} concerned, {what}: cut after {cuts}; no byte of the others lost"
-        );
+    lab.relabel_namespace("bench", [("open", "yes")]);
+    lab.relabel_namespace("served", [("serves", "yes")]);
+    let bed = Bed::new(lab, |_| true)?;
+    for policy in base() {
+        bed.write(&policy)?;
     }
+    bed.lab.pod("served/server").serve_as(&[80], Serve::Sink)?;
+    Ok(bed)
+}
+
+/// Takes back what was done to an object.
+fn restore(bed: &Bed, object: &Value) -> anyhow::Result<()> {
+    let same = |it: &&Value| {
+        it["kind"] == object["kind"] && it["metadata"]["name"] == object["metadata"]["name"]
+    };
+    match bed.objects().iter().chain(&base()).find(same) {
+        Some(original) => bed.write(original)?,
+        None => bed.remove(object)?,
+    };
     Ok(())
 }
 
@@ -146,7 +259,7 @@ fn cut_once(
 
 fn open(bed: &Bed, client: u32, count: u32) -> anyhow::Result<Vec<TcpStream>> {
     let from = bed.lab.pod(&format!("bench/client-{client}"));
-    let server = bed.lab.pod("bench/server");
+    let server = bed.lab.pod("served/server");
     let to: Vec<_> = server
         .addrs(80)
         .into_iter()
@@ -158,14 +271,14 @@ fn open(bed: &Bed, client: u32, count: u32) -> anyhow::Result<Vec<TcpStream>> {
         .into_iter()
         .map(|outcome| {
             let stream = outcome.into_stream()?;
-            greeting(&stream, PATIENCE)?;
+            stream.set_nodelay(true)?;
             stream.set_read_timeout(Some(PATIENCE))?;
             Ok(stream)
         })
         .collect()
 }
 
-/// Writes a byte on each stream every now and then; at the end every byte must have come back.
+/// Writes a byte on each stream every now and then; at the end the server must have had every byte.
 fn keep_busy(
     streams: &mut [TcpStream],
     interval: Duration,
@@ -174,18 +287,21 @@ fn keep_busy(
     let mut written = 0;
     while !stop.load(Ordering::Relaxed) {
         let next = Instant::now() + interval;
+        let mut byte = [0];
+        bulk::fill(written, &mut byte);
         for stream in streams.iter_mut() {
-            stream.write_all(b"x")?;
+            stream.write_all(&byte)?;
         }
         written += 1;
         thread::sleep(next.saturating_duration_since(Instant::now()));
     }
     for stream in streams {
-        let mut back = vec![0; written];
-        stream.read_exact(&mut back)?;
+        stream.shutdown(Shutdown::Write)?;
+        let mut said = String::new();
+        stream.read_to_string(&mut said)?;
         ensure!(
-            back.iter().all(|byte| *byte == b'x'),
-            "another byte came back"
+            said == format!("{written} ok\n"),
+            "{written} bytes written, the server had {said:?}"
         );
     }
     Ok(())

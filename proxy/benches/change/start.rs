@@ -60,7 +60,7 @@ pub(crate) fn measure(pods: u32, rate: u32) -> anyhow::Result<()> {
 
     let to: SocketAddr = server.addr_v4(80);
     let objects: Vec<_> = (0..pods)
-        .map(|number| bed.pod(&name(number)))
+        .map(|number| bed.object("Pod", &name(number)))
         .collect::<Result<_, _>>()?;
     let visible: Mutex<Vec<Option<Instant>>> = Mutex::new(vec![None; pods as usize]);
     let begun = Instant::now();

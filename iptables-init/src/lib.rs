@@ -4,10 +4,12 @@
 mod accounting;
 pub mod bridges;
 pub mod command;
+pub mod counters;
 pub mod inspect;
 pub mod links;
 pub mod marks;
 pub mod netlink;
+mod nf_tables;
 pub mod owners;
 pub mod probe;
 mod queue_target;

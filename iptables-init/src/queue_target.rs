@@ -4,24 +4,16 @@
 //! `target` expression (`CONFIG_NFT_COMPAT`); iptables-nft builds its rules the same way. Message
 //! layout: linux/netfilter/nf_tables.h, nf_tables_compat.h, nfnetlink.h, xt_NFQUEUE.h.
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
 
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
-};
-
-use crate::netlink::{self, Attributes, Header, Message, messages};
+use crate::netlink;
+use crate::nf_tables::{Batch, INET, dump};
 use crate::ruleset::{QUEUE_CHAIN, TABLE};
 
-const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
-const NFNL_MSG_BATCH_END: u16 = 0x11;
-const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const NFT_MSG_NEWTABLE: u16 = 0;
 const NFT_MSG_NEWCHAIN: u16 = 3;
 const NFT_MSG_NEWRULE: u16 = 6;
 const NFT_MSG_GETRULE: u16 = 7;
 const NFT_MSG_DELRULE: u16 = 8;
-const NFPROTO_INET: u8 = 1;
 const NFQ_FLAG_BYPASS: u16 = 1;
 const NFQ_FLAG_CPU_FANOUT: u16 = 2;
 
@@ -45,7 +37,7 @@ pub(crate) fn load(target: QueueTarget) -> io::Result<()> {
         m.string(1, TABLE);
         m.string(2, QUEUE_CHAIN);
     });
-    batch.rule(TABLE, target);
+    add_rule(&mut batch, TABLE, target);
     batch.end();
     batch.send()
 }
@@ -55,15 +47,11 @@ pub(crate) fn load(target: QueueTarget) -> io::Result<()> {
 /// # Errors
 /// What the kernel answered, but for a missing table or chain: then it is not there.
 pub(crate) fn is_loaded(target: QueueTarget) -> io::Result<bool> {
-    let mut request = Batch::new();
-    request.frame(
-        nftables(NFT_MSG_GETRULE, netlink::REQUEST | netlink::DUMP),
-        |m| {
-            m.string(1, TABLE);
-            m.string(2, QUEUE_CHAIN);
-        },
-    );
-    let rules = match request.dump() {
+    let rules = dump(NFT_MSG_GETRULE, INET, |m| {
+        m.string(1, TABLE);
+        m.string(2, QUEUE_CHAIN);
+    });
+    let rules = match rules {
         Err(error) if error.raw_os_error() == Some(nix::libc::ENOENT) => return Ok(false),
         rules => rules?,
     };
@@ -83,7 +71,8 @@ pub(crate) fn probe() -> io::Result<()> {
         m.string(1, table);
         m.string(3, QUEUE_CHAIN);
     });
-    batch.rule(
+    add_rule(
+        &mut batch,
         table,
         QueueTarget {
             first: 0,
@@ -123,159 +112,23 @@ impl QueueTarget {
     }
 }
 
-/// Netlink messages that the kernel takes or refuses together.
-struct Batch {
-    bytes: Vec<u8>,
-    acks: u32,
-    sequence: u32,
-}
-
-impl Batch {
-    fn new() -> Self {
-        Self {
-            bytes: Vec::with_capacity(512),
-            acks: 0,
-            sequence: 0,
-        }
-    }
-
-    fn begin(&mut self) {
-        self.edge(NFNL_MSG_BATCH_BEGIN);
-    }
-
-    fn end(&mut self) {
-        self.edge(NFNL_MSG_BATCH_END);
-    }
-
-    fn edge(&mut self, kind: u16) {
-        let resource = NFNL_SUBSYS_NFTABLES;
-        self.frame(
-            Header {
-                kind,
-                flags: netlink::REQUEST,
-                resource,
-                ..Header::default()
-            },
-            |_| {},
-        );
-    }
-
-    fn rule(&mut self, table: &str, target: QueueTarget) {
-        let info = target.info();
-        self.message(NFT_MSG_NEWRULE, netlink::CREATE | netlink::APPEND, |m| {
-            m.string(1, table);
-            m.string(2, QUEUE_CHAIN);
-            m.nested(4, |expressions| {
-                expressions.nested(1, |expression| {
-                    expression.string(1, "target");
-                    expression.nested(2, |data| {
-                        data.string(1, "NFQUEUE");
-                        data.bytes(2, &3u32.to_be_bytes());
-                        data.bytes(3, &info);
-                    });
+/// Adds the rule to our queue chain of `table`.
+fn add_rule(batch: &mut Batch, table: &str, target: QueueTarget) {
+    let info = target.info();
+    batch.message(NFT_MSG_NEWRULE, netlink::CREATE | netlink::APPEND, |m| {
+        m.string(1, table);
+        m.string(2, QUEUE_CHAIN);
+        m.nested(4, |expressions| {
+            expressions.nested(1, |expression| {
+                expression.string(1, "target");
+                expression.nested(2, |data| {
+                    data.string(1, "NFQUEUE");
+                    data.bytes(2, &3u32.to_be_bytes());
+                    data.bytes(3, &info);
                 });
             });
         });
-    }
-
-    fn message(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Attributes<'_>)) {
-        self.acks += 1;
-        let flags = netlink::REQUEST | netlink::ACK | flags;
-        self.frame(nftables(kind, flags), body);
-    }
-
-    fn frame(&mut self, header: Header, body: impl FnOnce(&mut Attributes<'_>)) {
-        self.sequence += 1;
-        netlink::write(
-            &mut self.bytes,
-            Header {
-                sequence: self.sequence,
-                ..header
-            },
-            body,
-        );
-    }
-
-    /// Sends all and reads an answer a message; the first refusal is the result.
-    fn send(self) -> io::Result<()> {
-        let socket = netfilter_socket()?;
-        sendto(
-            socket.as_raw_fd(),
-            &self.bytes,
-            &NetlinkAddr::new(0, 0),
-            MsgFlags::empty(),
-        )?;
-        let mut outstanding = self.acks;
-        while outstanding > 0 {
-            for message in messages(&receive(&socket)?) {
-                refusal(&message)?;
-                outstanding = outstanding.saturating_sub(1);
-            }
-        }
-        Ok(())
-    }
-
-    /// Sends the one request and collects the bodies of all answers, without their `nfgenmsg`.
-    fn dump(self) -> io::Result<Vec<Vec<u8>>> {
-        let socket = netfilter_socket()?;
-        sendto(
-            socket.as_raw_fd(),
-            &self.bytes,
-            &NetlinkAddr::new(0, 0),
-            MsgFlags::empty(),
-        )?;
-        let mut bodies = Vec::new();
-        loop {
-            for message in messages(&receive(&socket)?) {
-                refusal(&message)?;
-                if message.kind == netlink::DONE {
-                    return Ok(bodies);
-                }
-                bodies.push(message.attributes().to_vec());
-            }
-        }
-    }
-}
-
-/// Of a message to nf_tables about family `inet`.
-fn nftables(kind: u16, flags: u16) -> Header {
-    let kind = NFNL_SUBSYS_NFTABLES << 8 | kind;
-    Header {
-        kind,
-        flags,
-        family: NFPROTO_INET,
-        ..Header::default()
-    }
-}
-
-/// A netlink socket for netfilter with a bounded wait, since a refused batch may answer less than once a message.
-fn netfilter_socket() -> io::Result<OwnedFd> {
-    let fd = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkNetFilter,
-    )?;
-    let wait = nix::sys::time::TimeVal::new(2, 0);
-    nix::sys::socket::setsockopt(&fd, nix::sys::socket::sockopt::ReceiveTimeout, &wait)?;
-    Ok(fd)
-}
-
-fn receive(socket: &OwnedFd) -> io::Result<Vec<u8>> {
-    let mut answer = vec![0; 32 * 1024];
-    let length = recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-    answer.truncate(length);
-    Ok(answer)
-}
-
-/// The error that a message carries, if it carries one.
-fn refusal(message: &Message<'_>) -> io::Result<()> {
-    match (message.kind, message.code()) {
-        (netlink::ERROR | netlink::DONE, Some(code)) if code < 0 => {
-            Err(io::Error::from_raw_os_error(-code))
-        }
-        _ => Ok(()),
-    }
+    });
 }
 
 /// The parameters of the NFQUEUE target in a rule that is nothing but it.

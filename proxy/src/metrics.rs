@@ -2,6 +2,7 @@
 //! looks up no label: every series has its counter from the start.
 mod decisions;
 mod queues;
+mod rules;
 mod spans;
 mod text;
 mod watch;
@@ -9,6 +10,7 @@ mod watch;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use iptables_init::counters;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -24,6 +26,7 @@ use crate::telemetry::SpanCounts;
 use decisions::Decisions;
 pub(crate) use decisions::Word;
 pub(crate) use queues::Queues;
+use rules::Rules;
 use spans::Spans;
 
 /// Why a packet or connection was refused, when it was not policy.
@@ -101,6 +104,8 @@ pub(crate) struct Readings {
     pub(crate) records_lost: u64,
     pub(crate) spans: SpanCounts,
     pub(crate) queues: Queues,
+    /// What the rules dropped; `None` if the kernel does not say.
+    pub(crate) rules: Option<counters::Packets>,
     pub(crate) observers: usize,
     pub(crate) ready: bool,
 }
@@ -132,6 +137,7 @@ struct Scraped {
     problems: Gauge,
     records_lost: Counter,
     queue_drops: Counter,
+    rules: Rules,
     observers: Gauge,
     ready: Gauge,
     spans: Spans,
@@ -301,6 +307,7 @@ impl Scraped {
     fn registered(registry: &mut Registry) -> Self {
         let all = Self {
             spans: Spans::registered(registry),
+            rules: Rules::registered(registry),
             ..Self::default()
         };
         registry.register(
@@ -380,6 +387,7 @@ impl Scraped {
         for (counter, count) in counters {
             counter.inner().store(count, Ordering::Relaxed);
         }
+        self.rules.set(readings.rules.as_ref());
         self.observers.set(whole(readings.observers as u64));
         self.ready.set(readings.ready.into());
         self.spans.set(&readings.spans);

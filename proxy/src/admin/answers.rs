@@ -3,7 +3,9 @@ use std::net::IpAddr;
 use std::sync::atomic::Ordering;
 
 use hyper::StatusCode;
+use iptables_init::counters;
 use serde_json::json;
+use tracing::debug;
 
 use super::Answer;
 use super::query::Query;
@@ -43,6 +45,7 @@ pub(super) fn metrics(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
         records_lost: enforcer.recorder.lost(),
         spans: enforcer.recorder.spans(),
         queues: Queues::read(&enforcer.queues),
+        rules: rules(),
         observers: enforcer.recorder.observed().readers(),
         ready: readiness.check().is_ok(),
         carried: enforcer.carried.len(),
@@ -64,6 +67,12 @@ pub(super) fn metrics(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
         },
         Err(error) => Answer::failed(&error),
     }
+}
+
+fn rules() -> Option<counters::Packets> {
+    counters::read()
+        .inspect_err(|error| debug!(%error, "the kernel does not tell the rules' counters"))
+        .ok()
 }
 
 /// Every relayed connection that stands and is asked for, oldest first; then every flow that the

@@ -92,6 +92,8 @@ fn nonsense_is_dropped_and_counted() {
             assert!(counted.is_ok(), "{what}, {to}");
         }
     }
+    let told = metric(&node, "portreeve_rule_drops_total{cause=\"stray\"}");
+    assert_eq!(told, before + sent);
     assert_eq!(capture.count(|it| it.source.port() == 1000), 0);
     for to in b.addrs(80) {
         assert_eq!(greeted(&a, to).server, "x/b");

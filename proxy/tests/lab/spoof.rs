@@ -6,7 +6,7 @@ use lab::runner::Test;
 use lab::traffic::craft;
 use lab::{Gateway, Host, PodSpec, RpFilter, wait_until};
 
-use crate::support::{Bed, DEADLINE, connected, counter, deny_ingress, greeted, small};
+use crate::support::{Bed, DEADLINE, connected, counter, deny_ingress, greeted, metric, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     a_pod_that_sends_in_anothers_name_is_refused_by_its_link,
@@ -68,6 +68,8 @@ fn a_pod_that_sends_in_anothers_name_is_refused_by_its_link() {
         assert_eq!(forged, 0, "{gateway:?}");
         let refused = counter(&node, "spoofed");
         assert_eq!(refused, 14, "only the lies, {gateway:?}");
+        let told = metric(&node, "portreeve_rule_drops_total{cause=\"spoofed\"}");
+        assert_eq!(told, refused, "{gateway:?}");
     }
 }
 

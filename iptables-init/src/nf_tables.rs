@@ -1,0 +1,164 @@
+//! Messages to nf_tables: batches that it takes or refuses together, and questions.
+//!
+//! linux/netfilter/nfnetlink.h, nf_tables.h. Speaks to the network namespace of the calling thread; must
+//! not know what tables hold.
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
+};
+
+use crate::netlink::{self, Attributes, Header, Message, messages};
+
+/// `NFPROTO_UNSPEC`: in a question, every family.
+pub(crate) const ANY_FAMILY: u8 = 0;
+/// `NFPROTO_INET`.
+pub(crate) const INET: u8 = 1;
+
+const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
+const NFNL_MSG_BATCH_END: u16 = 0x11;
+const NFNL_SUBSYS_NFTABLES: u16 = 10;
+
+/// Asks nf_tables to list what `body` asks for, and returns the attributes of each.
+///
+/// # Errors
+/// What the kernel answered, such as `EPERM` without `CAP_NET_ADMIN`.
+pub(crate) fn dump(
+    kind: u16,
+    family: u8,
+    body: impl FnOnce(&mut Attributes<'_>),
+) -> io::Result<Vec<Vec<u8>>> {
+    let mut request = Vec::with_capacity(64);
+    let flags = netlink::REQUEST | netlink::DUMP;
+    netlink::write(&mut request, header(kind, flags, family), body);
+    let socket = ask(&request)?;
+    let mut bodies = Vec::new();
+    loop {
+        for message in messages(&receive(&socket)?) {
+            refusal(&message)?;
+            if message.kind == netlink::DONE {
+                return Ok(bodies);
+            }
+            bodies.push(message.attributes().to_vec());
+        }
+    }
+}
+
+/// Netlink messages that the kernel takes or refuses together.
+pub(crate) struct Batch {
+    bytes: Vec<u8>,
+    acks: u32,
+    sequence: u32,
+}
+
+impl Batch {
+    pub(crate) fn new() -> Self {
+        Self {
+            bytes: Vec::with_capacity(512),
+            acks: 0,
+            sequence: 0,
+        }
+    }
+
+    pub(crate) fn begin(&mut self) {
+        self.edge(NFNL_MSG_BATCH_BEGIN);
+    }
+
+    pub(crate) fn end(&mut self) {
+        self.edge(NFNL_MSG_BATCH_END);
+    }
+
+    fn edge(&mut self, kind: u16) {
+        let resource = NFNL_SUBSYS_NFTABLES;
+        self.frame(
+            Header {
+                kind,
+                flags: netlink::REQUEST,
+                resource,
+                ..Header::default()
+            },
+            |_| {},
+        );
+    }
+
+    /// Adds a message about family `inet`.
+    pub(crate) fn message(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        body: impl FnOnce(&mut Attributes<'_>),
+    ) {
+        self.acks += 1;
+        let flags = netlink::REQUEST | netlink::ACK | flags;
+        self.frame(header(kind, flags, INET), body);
+    }
+
+    fn frame(&mut self, header: Header, body: impl FnOnce(&mut Attributes<'_>)) {
+        self.sequence += 1;
+        netlink::write(
+            &mut self.bytes,
+            Header {
+                sequence: self.sequence,
+                ..header
+            },
+            body,
+        );
+    }
+
+    /// Sends all and reads an answer a message; the first refusal is the result.
+    pub(crate) fn send(self) -> io::Result<()> {
+        let socket = ask(&self.bytes)?;
+        let mut outstanding = self.acks;
+        while outstanding > 0 {
+            for message in messages(&receive(&socket)?) {
+                refusal(&message)?;
+                outstanding = outstanding.saturating_sub(1);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn header(kind: u16, flags: u16, family: u8) -> Header {
+    let kind = NFNL_SUBSYS_NFTABLES << 8 | kind;
+    Header {
+        kind,
+        flags,
+        family,
+        ..Header::default()
+    }
+}
+
+/// Sends on a new socket, on which the kernel answers; the wait for that is bounded, since a refused batch
+/// may answer less than once a message.
+fn ask(request: &[u8]) -> io::Result<OwnedFd> {
+    let fd = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkNetFilter,
+    )?;
+    let wait = nix::sys::time::TimeVal::new(2, 0);
+    nix::sys::socket::setsockopt(&fd, nix::sys::socket::sockopt::ReceiveTimeout, &wait)?;
+    let kernel = NetlinkAddr::new(0, 0);
+    sendto(fd.as_raw_fd(), request, &kernel, MsgFlags::empty())?;
+    Ok(fd)
+}
+
+fn receive(socket: &OwnedFd) -> io::Result<Vec<u8>> {
+    let mut answer = vec![0; 32 * 1024];
+    let length = recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
+    answer.truncate(length);
+    Ok(answer)
+}
+
+/// The error that a message carries, if it carries one.
+fn refusal(message: &Message<'_>) -> io::Result<()> {
+    match (message.kind, message.code()) {
+        (netlink::ERROR | netlink::DONE, Some(code)) if code < 0 => {
+            Err(io::Error::from_raw_os_error(-code))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,33 @@
+//! What the redirect's rules dropped before anybody judged it.
+use std::sync::atomic::Ordering;
+
+use iptables_init::counters::{NAMES, Packets};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::registry::Registry;
+
+use super::CauseLabel;
+
+/// A counter for each of the rules', in the order of [`NAMES`].
+#[derive(Default)]
+pub(super) struct Rules([Counter; NAMES.len()]);
+
+impl Rules {
+    /// In `registry`.
+    pub(super) fn registered(registry: &mut Registry) -> Self {
+        let drops = Family::<CauseLabel, Counter>::default();
+        registry.register(
+            "rule_drops",
+            "Packets that the redirect's rules dropped before anybody judged them",
+            drops.clone(),
+        );
+        Self(NAMES.map(|cause| drops.get_or_create_owned(&CauseLabel { cause })))
+    }
+
+    /// As the kernel has counted; if it does not say, as before.
+    pub(super) fn set(&self, packets: Option<&Packets>) {
+        for (counter, packets) in self.0.iter().zip(packets.into_iter().flatten()) {
+            counter.inner().store(*packets, Ordering::Relaxed);
+        }
+    }
+}

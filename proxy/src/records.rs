@@ -12,7 +12,6 @@ mod sink;
 pub(crate) mod testing;
 mod windows;
 
-use std::collections::{HashSet, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -31,8 +30,10 @@ pub(crate) use queue::Queue;
 pub(crate) use sink::Sink;
 pub(crate) use windows::Windows;
 
-/// Denied SYNs that are remembered, so that a client's repeats do not become new records.
+/// Denied attempts that are remembered, so that a client's repeats do not become new records.
 const REMEMBERED: usize = 8192;
+/// How long a client repeats its SYN (`tcp_syn_retries` of 6, 127 s), and a bit.
+const REPEATED_WITHIN: Duration = Duration::from_secs(130);
 
 /// What a record is about.
 #[derive(Clone, Debug)]
@@ -97,7 +98,7 @@ pub(crate) struct Recorder {
     file: Option<Sink>,
     spans: Option<Spans>,
     observed: Observed,
-    denied: Mutex<Remembered>,
+    denied: Mutex<Denied>,
 }
 
 impl Recorder {
@@ -168,7 +169,7 @@ impl Recorder {
             .denied
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .insert(Attempt::new(&subject, decision));
+            .is_first(&subject, decision, Instant::now());
         if first {
             self.observed.saw(Word::Deny, &subject, decision, None);
             self.tell(subject, Fate::Denied, decision);
@@ -220,45 +221,51 @@ impl Recorder {
 /// A first packet, and the pods whose attempt it was: from the next holder of an address it is another's.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Attempt {
+    /// Without the port if `sequence` tells more: conntrack, which forgets a dropped SYN, may give its
+    /// repeat another port.
     client: SocketAddr,
     server: SocketAddr,
-    /// What tells a repeat from a new attempt.
-    number: u32,
+    protocol: Protocol,
+    sequence: u32,
     uids: [Option<Arc<str>>; 2],
 }
 
-impl Attempt {
-    fn new(subject: &Subject, decision: &Decision) -> Self {
-        let uid = |pod: &Option<Arc<Endpoint>>| pod.as_ref().map(|it| Arc::clone(&it.identity.uid));
-        Self {
-            client: subject.client,
-            server: subject.server,
-            number: subject.attempt,
-            uids: [uid(&decision.from), uid(&decision.to)],
-        }
+/// The denied attempts of the last while.
+struct Denied(Windows<Attempt, ()>);
+
+impl Default for Denied {
+    fn default() -> Self {
+        Self(Windows::new(REPEATED_WITHIN, REMEMBERED))
     }
 }
 
-/// The last few denied attempts.
-#[derive(Default)]
-struct Remembered {
-    known: HashSet<Attempt, ahash::RandomState>,
-    order: VecDeque<Attempt>,
-}
-
-impl Remembered {
-    /// Whether this attempt was not known yet.
-    fn insert(&mut self, attempt: Attempt) -> bool {
-        if !self.known.insert(attempt.clone()) {
+impl Denied {
+    /// Whether this attempt has not been denied yet.
+    fn is_first(&mut self, subject: &Subject, decision: &Decision, now: Instant) -> bool {
+        self.0.ended(now);
+        let attempt = Attempt::of(subject, decision);
+        if self.0.running(&attempt).is_some() {
             return false;
         }
-        self.order.push_back(attempt);
-        if self.order.len() > REMEMBERED
-            && let Some(oldest) = self.order.pop_front()
-        {
-            self.known.remove(&oldest);
-        }
+        self.0.begin(attempt, now);
         true
+    }
+}
+
+impl Attempt {
+    fn of(subject: &Subject, decision: &Decision) -> Self {
+        let uid = |pod: &Option<Arc<Endpoint>>| pod.as_ref().map(|it| Arc::clone(&it.identity.uid));
+        let mut client = subject.client;
+        if subject.way == Way::Spliced {
+            client.set_port(0);
+        }
+        Self {
+            client,
+            server: subject.server,
+            protocol: subject.protocol,
+            sequence: subject.attempt,
+            uids: [uid(&decision.from), uid(&decision.to)],
+        }
     }
 }
 
@@ -286,23 +293,75 @@ impl Record {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_repeat_is_known_until_newer_attempts_push_it_out() {
-        let mut remembered = Remembered::default();
-        let attempt = |port, number, uid: &str| Attempt {
+    fn syn(port: u16, sequence: u32) -> Subject {
+        Subject {
             client: SocketAddr::from(([10, 0, 0, 1], port)),
             server: SocketAddr::from(([10, 0, 0, 2], 80)),
-            number,
-            uids: [Some(uid.into()), None],
-        };
-        assert!(remembered.insert(attempt(1, 7, "a")));
-        assert!(!remembered.insert(attempt(1, 7, "a")), "the same again");
-        assert!(remembered.insert(attempt(1, 8, "a")), "a new attempt");
-        assert!(remembered.insert(attempt(1, 7, "b")), "another pod's");
-        for port in 2..10_000 {
-            remembered.insert(attempt(port, 7, "a"));
+            protocol: Protocol::Tcp,
+            way: Way::Spliced,
+            sent: 0,
+            received: 0,
+            opened: SystemTime::now(),
+            attempt: sequence,
+            seen: None,
         }
-        assert!(remembered.insert(attempt(1, 7, "a")), "forgotten by now");
-        assert!(remembered.known.len() <= REMEMBERED && remembered.order.len() <= REMEMBERED);
+    }
+
+    fn datagram(port: u16) -> Subject {
+        Subject {
+            protocol: Protocol::Udp,
+            way: Way::Kernel,
+            ..syn(port, 0)
+        }
+    }
+
+    #[test]
+    fn a_denied_attempt_is_one_however_its_first_packet_comes_again() {
+        let (mut denied, now) = (Denied::default(), Instant::now());
+        let decision = testing::decision("node-1", true);
+        for (subject, first, why) in [
+            (syn(1, 7), true, "an attempt"),
+            (syn(1, 7), false, "the same SYN again"),
+            (syn(1, 8), true, "a new attempt from the same port"),
+            (syn(2, 9), true, "one from another port"),
+            (syn(3, 9), false, "conntrack gave the repeat another port"),
+            (datagram(1), true, "a datagram"),
+            (datagram(1), false, "the next of its flow"),
+            (datagram(2), true, "another flow"),
+        ] {
+            assert_eq!(denied.is_first(&subject, &decision, now), first, "{why}");
+        }
+        let mut elsewhere = syn(1, 7);
+        elsewhere.server.set_port(81);
+        let first = denied.is_first(&elsewhere, &decision, now);
+        assert!(first, "a scan uses one number");
+        let (from, to) = (None, decision.to.clone());
+        let verdict = decision.verdict.clone();
+        let others = Decision { verdict, from, to };
+        assert!(denied.is_first(&syn(1, 7), &others, now), "another's");
+    }
+
+    #[test]
+    fn who_goes_on_for_minutes_is_told_of_again() {
+        let (mut denied, now) = (Denied::default(), Instant::now());
+        let decision = testing::decision("node-1", true);
+        let mut is_first = |after| denied.is_first(&datagram(1), &decision, now + after);
+        assert!(is_first(Duration::ZERO));
+        assert!(!is_first(REPEATED_WITHIN / 2));
+        assert!(is_first(REPEATED_WITHIN));
+    }
+
+    #[test]
+    fn a_denial_that_several_workers_see_at_once_is_told_once() {
+        let recorder = Recorder::off();
+        let decision = testing::decision("node-1", true);
+        let mut told = recorder.observed().stream();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..100).for_each(|n| recorder.denied(syn(1, n), &decision)));
+            }
+        });
+        let told = std::iter::from_fn(|| told.try_recv().ok()).count();
+        assert_eq!(told, 100);
     }
 }

@@ -24,7 +24,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
 ];
 
 /// The keys of a record where both ends are pods, as users rely on them.
-const KEYS: [&str; 21] = [
+pub(crate) const KEYS: [&str; 21] = [
     "verdict",
     "direction",
     "policies",

@@ -370,12 +370,14 @@ fn a_flow_of_datagrams_is_recorded_at_its_end_with_what_it_moved() {
     }
     let node = bed.lab.node(0);
     assert_eq!(metric(&node, "portreeve_carried_flows"), 0);
-    assert!(
-        metric(
-            &node,
-            "portreeve_bytes_total{path=\"kernel\",direction=\"sent\"}"
-        ) > 0
-    );
+    let sent = "portreeve_bytes_total{path=\"kernel\",direction=\"sent\"}";
+    let both = bed
+        .lab
+        .pod("x/c")
+        .addrs(53)
+        .map(|to| on_the_wire(to.ip(), "still?".len()));
+    let expected: usize = both.iter().map(|once| 2 * once).sum();
+    assert_eq!(metric(&node, sent), expected as u64);
 }
 
 fn a_cut_flow_of_datagrams_is_recorded_with_what_it_moved() {

@@ -1,20 +1,22 @@
 //! The commands that ask a running daemon, as an operator on the node uses them.
-use std::io::{BufRead, BufReader};
-use std::process::{Output, Stdio};
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Lines};
+use std::process::{ChildStdout, Output, Stdio};
 
 use lab::runner::Test;
-use lab::{Host, Kind, wait_until};
+use lab::{Child, Host, Kind, PodSpec, wait_until};
 use serde_json::{Value, json};
 
 use crate::support::{
     Bed, DEADLINE, PORTREEVE, SEVERAL_SYNS, SOON, allow_ingress, ask_as, connected, deny_ingress,
-    echoes, metric,
+    echoes, metric, small,
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     explain_says_on_the_command_line_what_is_in_force,
     connections_lists_what_stands_by_pod_and_namespace,
     observe_shows_each_decision_once_as_it_is_made,
+    observe_tells_what_the_kernel_carries_and_what_is_cut_as_it_is_asked,
     the_admin_port_answers_by_address_only,
 ];
 
@@ -110,19 +112,9 @@ fn observe_shows_each_decision_once_as_it_is_made() {
         bed.lab.pod("x/d"),
         bed.lab.node(0),
     );
-    let observe = |filter: &[&str]| {
-        let mut command = node.command(PORTREEVE);
-        command.arg("observe").args(filter).stdout(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let lines = BufReader::new(child.take_stdout().unwrap()).lines();
-        (child, lines)
-    };
-    let (_all, mut all) = observe(&["--output", "json"]);
-    let (_of_d, mut of_d) = observe(&["--pod", "x/d", "--verdict", "deny"]);
-    wait_until(DEADLINE, "both observers", || {
-        metric(&node, "portreeve_observers") == 2
-    })
-    .unwrap();
+    let mut all = Observer::of(&node, &["--output", "json"]);
+    let mut of_d = Observer::of(&node, &["--pod", "x/d", "--verdict", "deny"]);
+    observers(&node, 2);
     // Its SYN is repeated meanwhile.
     let denied = a.connect(b.addr_v4(80), SEVERAL_SYNS).unwrap();
     assert_eq!(denied.kind(), Kind::TimedOut);
@@ -130,8 +122,7 @@ fn observe_shows_each_decision_once_as_it_is_made() {
         d.connect(b.addr_v4(81), SOON).unwrap().kind(),
         Kind::TimedOut
     );
-    let mut next = || -> Value { serde_json::from_str(&all.next().unwrap().unwrap()).unwrap() };
-    let (first, second) = (next(), next());
+    let (first, second) = (all.decision(), all.decision());
     assert_eq!(first["source.k8s.pod.name"], "a", "{first}");
     assert_eq!(first["policies"], json!(["x/deny-ingress-b"]), "{first}");
     assert!(first["time"].is_string(), "{first}");
@@ -140,10 +131,113 @@ fn observe_shows_each_decision_once_as_it_is_made() {
         (&json!("d"), &json!(81)),
         "each attempt once: {second}"
     );
-    let line = of_d.next().unwrap().unwrap();
+    let line = of_d.line();
     for part in [" DENY x/d ", " -> x/b ", "TCP, ingress: x/deny-ingress-b"] {
         assert!(line.contains(part), "{part} is not in {line}");
     }
+}
+
+/// A running `portreeve observe`.
+struct Observer {
+    _child: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Observer {
+    fn of(node: &Host, filter: &[&str]) -> Self {
+        let mut command = node.command(PORTREEVE);
+        command.arg("observe").args(filter).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let lines = BufReader::new(child.take_stdout().unwrap()).lines();
+        Self {
+            _child: child,
+            lines,
+        }
+    }
+
+    fn line(&mut self) -> String {
+        self.lines.next().unwrap().unwrap()
+    }
+
+    fn decision(&mut self) -> Value {
+        serde_json::from_str(&self.line()).unwrap()
+    }
+}
+
+/// Waits until so many read.
+fn observers(node: &Host, number: u64) {
+    wait_until(DEADLINE, format!("{number} observers"), || {
+        metric(node, "portreeve_observers") == number
+    })
+    .unwrap();
+}
+
+/// A pod of another namespace asks x/b.
+fn observe_tells_what_the_kernel_carries_and_what_is_cut_as_it_is_asked() {
+    let other = PodSpec::new("y", "e").node(0).label("pod", "e");
+    let mut bed = Bed::bare(small().pod(other));
+    bed.write_policies(&[allow_ingress("b")]);
+    bed.enforce(&[]);
+    let pod = |key: &str| bed.lab.pod(key);
+    let (a, b, e, node) = (pod("x/a"), pod("x/b"), pod("y/e"), bed.lab.node(0));
+    b.serve_udp(&[53]).unwrap();
+    let json = ["--output", "json"];
+    let mut all = Observer::of(&node, &json);
+    let mut of_y = Observer::of(&node, &[&["--namespace", "y"], &json[..]].concat());
+    let mut cut = Observer::of(&node, &[&["--verdict", "sever"], &json[..]].concat());
+    let mut denied = Observer::of(&node, &["--verdict", "deny", "--pod", "y/e"]);
+    observers(&node, 4);
+
+    // Allowed and carried, then relayed, then from another namespace.
+    let carried = crate::carried::flow(&a, b.addr_v4(53));
+    assert!(crate::carried::goes_on(&carried) && crate::carried::goes_on(&carried));
+    let first = all.decision();
+    let keys: BTreeSet<_> = first.as_object().unwrap().keys().cloned().collect();
+    let mut expected: BTreeSet<_> = crate::admin::KEYS.map(String::from).into();
+    // What is not known yet.
+    for key in ["bytes.sent", "bytes.received", "end_time"] {
+        expected.remove(key);
+    }
+    expected.insert("time".to_owned());
+    assert_eq!(keys, expected, "{first}");
+    let shape = |it: &Value| {
+        ["verdict", "protocol", "path", "source.k8s.pod.name"]
+            .map(|key| it[key].as_str().unwrap().to_owned())
+    };
+    assert_eq!(shape(&first), ["allow", "UDP", "kernel", "a"]);
+    let relayed = connected(&a, b.addr_v4(80));
+    assert_eq!(shape(&all.decision()), ["allow", "TCP", "spliced", "a"]);
+    let others = connected(&e, b.addr_v4(80));
+    assert_eq!(shape(&all.decision()), ["allow", "TCP", "spliced", "e"]);
+    assert_eq!(shape(&of_y.decision()), ["allow", "TCP", "spliced", "e"]);
+
+    // A change cuts all three; then a datagram is denied.
+    bed.apply(&[deny_ingress("b")]);
+    let severed: BTreeSet<_> = (0..3).map(|_| shape(&cut.decision())).collect();
+    let expected = [
+        ("TCP", "spliced", "a"),
+        ("TCP", "spliced", "e"),
+        ("UDP", "kernel", "a"),
+    ]
+    .map(|(protocol, path, pod)| ["sever", protocol, path, pod].map(str::to_owned));
+    assert_eq!(severed, expected.into());
+    let (from_y, in_all) = (of_y.decision(), [(); 3].map(|()| all.decision()));
+    assert_eq!(shape(&from_y), ["sever", "TCP", "spliced", "e"]);
+    assert!(
+        in_all.iter().all(|it| it["verdict"] == "sever"),
+        "{in_all:?}"
+    );
+    assert_eq!(from_y["policies"], json!(["x/deny-ingress-b"]));
+    assert!(!crate::carried::goes_on(&crate::carried::flow(
+        &e,
+        b.addr_v4(53)
+    )));
+    assert_eq!(shape(&of_y.decision()), ["deny", "UDP", "kernel", "e"]);
+    let line = denied.line();
+    for part in [" DENY y/e ", " -> x/b ", "UDP, ingress: x/deny-ingress-b"] {
+        assert!(line.contains(part), "{part} is not in {line}");
+    }
+    drop((relayed, others));
 }
 
 fn the_admin_port_answers_by_address_only() {

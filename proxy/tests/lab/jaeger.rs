@@ -1,4 +1,6 @@
 //! A real Jaeger on a host of the lab, and what it was told.
+//!
+//! Go's module of Jaeger has no page in it; `PORTREEVE_JAEGER_UI` is the directory of one that was built.
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
@@ -73,6 +75,11 @@ impl Jaeger {
         format!("http://{}", self.host.addr_v6(OTLP_HTTP))
     }
 
+    /// The page of a trace.
+    pub(crate) fn page(&self, trace: &str) -> String {
+        format!("http://{}/trace/{trace}", self.host.addr_v4(QUERY))
+    }
+
     /// Every span of a verdict that it has now.
     pub(crate) fn spans(&self, verdict: &str) -> Vec<Span> {
         let path =
@@ -116,7 +123,9 @@ impl Jaeger {
 
 fn configuration(host: &Host) -> String {
     let (v4, v6) = (host.ipv4(), host.ipv6());
+    let page = std::env::var("PORTREEVE_JAEGER_UI").unwrap_or_default();
     include_str!("../jaeger.yaml")
+        .replace("PAGE", &page)
         .replace("OTLP_GRPC", &format!("{v4}:{OTLP_GRPC}"))
         .replace("OTLP_HTTP", &format!("[{v6}]:{OTLP_HTTP}"))
         .replace("QUERY_HTTP", &format!("{v4}:{QUERY}"))

@@ -1,4 +1,7 @@
 //! What the daemon tells a real Jaeger, and what collectors cost that do not take it.
+//!
+//! `PORTREEVE_TRACE_PICTURE=FILE.png`, with `PORTREEVE_JAEGER_UI`, has the test of a connection that the second
+//! node denies take the picture that the documents show.
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -6,16 +9,17 @@ use std::time::{Duration, Instant};
 
 use lab::runner::Test;
 use lab::{Host, wait_until};
-use serde_json::Value;
+use serde_json::{Value, json};
 use socket2::SockRef;
 
+use crate::browser::Browser;
 use crate::carried::accounting;
 use crate::cases::world::{Change, World, policy_key};
 use crate::jaeger::{Jaeger, Span};
 use crate::policies::Manifests;
 use crate::stage::{self, Refused, Source, Stage};
 use crate::support::{
-    Bed, DEADLINE, SOON, allow_all, connected, deny_ingress, echoes, metric, small,
+    Bed, DEADLINE, SOON, allow_all, connected, deny_ingress, echoes, metric, policy, small,
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
@@ -219,16 +223,17 @@ fn what_one_node_allows_and_the_next_denies_is_one_trace_too() {
     let mut bed = Bed::bare(small());
     let jaeger = Jaeger::start(bed.lab.outside());
     bed.set_env("OTEL_BSP_SCHEDULE_DELAY", PROMPT);
-    bed.write_policies(&[allow_all()]);
+    let egress = json!({ "podSelector": { "matchLabels": { "pod": "a" } }, "policyTypes": ["Egress"], "egress": [{}] });
+    let egress = policy("a-goes-anywhere", &egress);
+    bed.write_policies(std::slice::from_ref(&egress));
     // The second node knows of a policy that the first has not heard of yet.
     let ahead = bed.file("ahead");
     std::fs::create_dir(&ahead).unwrap();
-    std::fs::copy(
-        bed.manifests().join("cluster.json"),
-        ahead.join("cluster.json"),
-    )
-    .unwrap();
-    std::fs::write(ahead.join("policy.json"), deny_ingress("c").to_string()).unwrap();
+    let cluster = "cluster.json";
+    std::fs::copy(bed.manifests().join(cluster), ahead.join(cluster)).unwrap();
+    for (name, policy) in [("egress", egress), ("ingress", deny_ingress("c"))] {
+        std::fs::write(ahead.join(format!("{name}.json")), policy.to_string()).unwrap();
+    }
     let source = format!("dir:{}", ahead.display());
     let sent = ["--otlp-endpoint", &jaeger.grpc()];
     for node in [0, 1] {
@@ -247,8 +252,7 @@ fn what_one_node_allows_and_the_next_denies_is_one_trace_too() {
     let denied = jaeger.spans_when("deny", |spans| spans.len() == 1);
     let allowed = jaeger.spans_when("allow", |spans| spans.len() == 1);
     assert_eq!(denied[0].trace, allowed[0].trace);
-    // The second node does not know that the first one's policy isolates the client.
-    assert_eq!(denied[0].parent, None);
+    assert_eq!(denied[0].parent.as_ref(), Some(&allowed[0].id));
     assert_ne!(node(&denied[0]), node(&allowed[0]));
     assert_eq!(
         policies(&denied[0]),
@@ -256,6 +260,30 @@ fn what_one_node_allows_and_the_next_denies_is_one_trace_too() {
     );
     let reason = allowed[0].tags["reason"].as_str().unwrap();
     assert!(reason.contains("Not connected"), "{reason}");
+    if let Some(file) = std::env::var_os("PORTREEVE_TRACE_PICTURE") {
+        let browser = Browser::on(&bed.lab.node(0), 1400, 900);
+        std::fs::write(file, picture(&browser, &jaeger.page(&denied[0].trace))).unwrap();
+    }
+}
+
+/// Jaeger's page of a trace with the denied span opened.
+fn picture(browser: &Browser, page: &str) -> Vec<u8> {
+    browser.open(page);
+    browser.wait_for(
+        "the trace",
+        "const rows = document.querySelectorAll('.span-row'); return rows.length === 2 && rows.length",
+    );
+    browser.run("document.querySelectorAll('.span-row .span-view')[1].click()");
+    browser.wait_for(
+        "its attributes",
+        "const head = document.querySelector('.detail-row .AccordianKeyValues--header, .detail-row [class*=KeyValues] [role=switch]'); \
+         if (head) head.click(); return !!head;",
+    );
+    browser.wait_for(
+        "the policies",
+        "return document.querySelector('.detail-row').innerText.includes('deny-ingress-c')",
+    );
+    browser.screenshot()
 }
 
 fn a_retrying_client_is_told_once_and_then_counted() {

@@ -117,6 +117,14 @@ impl Load {
         }
     }
 
+    /// Whether there is a decision for each of its operations.
+    pub(crate) fn is_of_decisions(self) -> bool {
+        matches!(
+            self,
+            Self::ServerCloses | Self::ClientCloses | Self::FirstDatagrams(_)
+        )
+    }
+
     /// What the proxy's CPU time is divided by: a unit of this many operations, and its name.
     pub(crate) fn cost(self) -> (f64, &'static str) {
         match self {

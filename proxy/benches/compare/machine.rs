@@ -1,5 +1,6 @@
-//! Where it was measured: without it a figure says nothing.
+//! Where it was measured, without which a figure says nothing, and what the kernel knows of threads.
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -25,6 +26,14 @@ pub(crate) fn facts(rounds: u32, window: Duration, took: Duration) -> String {
         load.get(1).unwrap_or(&"?"),
         took.as_secs_f64(),
     )
+}
+
+/// CPU time of the thread whose directory this is, such as `/proc/1/task/1`; nothing once it has ended.
+pub(crate) fn cpu_time(task: impl AsRef<Path>) -> Duration {
+    // proc(5): time on the CPU comes first.
+    let stat = fs::read_to_string(task.as_ref().join("schedstat")).unwrap_or_default();
+    let on_cpu = stat.split(' ').next().and_then(|time| time.parse().ok());
+    Duration::from_nanos(on_cpu.unwrap_or(0))
 }
 
 fn haproxy_version() -> String {

@@ -4,6 +4,7 @@
 //! Ratios count, not figures: the ways take turns in rounds, so what else the machine does falls on
 //! all of them. Client, proxy and server share the machine's cores. Run by `make bench`; this file
 //! owns the order of things and must not know how a way enforces or a load is made.
+mod collector;
 mod load;
 mod machine;
 mod report;
@@ -86,7 +87,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
         for (path, loads) in PLAN {
             for load in loads.iter().filter(|load| wanted(&load.row(path))) {
                 eprintln!("round {round} of {rounds}: {}", load.row(path));
-                for (number, way) in ways.iter().enumerate() {
+                let in_turn = ways.iter().enumerate();
+                for (number, way) in in_turn.filter(|(_, way)| way.is_for(*load)) {
                     let busy = way.busy()?;
                     let measured = load.measure(way.client(), way.server(path), window);
                     let measured = measured.with_context(|| {
@@ -99,6 +101,15 @@ fn run(args: &Args) -> anyhow::Result<()> {
         }
     }
     println!("{}", results.markdown());
+    for way in &ways {
+        if let Some(collector) = way.collector() {
+            let spans = collector.spans()?;
+            println!(
+                "{}",
+                report::collected(way.name(), &spans, collector.busy())
+            );
+        }
+    }
     println!("{}", machine::facts(rounds, window, started.elapsed()));
     Ok(())
 }
@@ -109,18 +120,22 @@ fn ways(args: &Args) -> anyhow::Result<Vec<Way>> {
     if wanted(way::BARE) {
         ways.push(Way::bare()?);
     }
-    if wanted(way::PORTREEVE) {
-        ways.push(Way::portreeve(&way::own_build())?);
+    let own = way::own_build();
+    for build in [own.clone(), own.collected()] {
+        if wanted(build.name()) {
+            ways.push(Way::portreeve(&build)?);
+        }
     }
     if wanted(way::HAPROXY) {
         ways.push(Way::haproxy()?);
     }
     for build in &args.also {
         ways.push(Way::portreeve(build)?);
+        ways.push(Way::portreeve(&build.collected())?);
     }
     anyhow::ensure!(
         !ways.is_empty(),
-        "no way is left to measure; --way takes bare, Portreeve or HAProxy"
+        "no way is left to measure; --way takes bare, Portreeve, \"Portreeve with spans\" or HAProxy"
     );
     for way in &ways {
         way.assure()?;

@@ -4,6 +4,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use crate::collector::Spans;
 use crate::load::{Load, Measured};
 use crate::way::{self, Path};
 
@@ -80,8 +81,10 @@ impl Results {
                     let _ = write!(out, " {} |", spread(rounds, figure.decimals));
                 }
                 for (of, to) in &ratios {
-                    let ratio = self.ratio(values, of, to);
-                    let _ = write!(out, " {ratio:.2} |");
+                    let _ = match self.ratio(values, of, to) {
+                        ratio if ratio.is_nan() => write!(out, " - |"),
+                        ratio => write!(out, " {ratio:.2} |"),
+                    };
                 }
                 out.push('\n');
             }
@@ -109,11 +112,18 @@ impl Results {
         let _ = writeln!(out, "|---|---|{}", "---:|".repeat(columns.len()));
     }
 
-    /// Every build of Portreeve to the bare network and to HAProxy, other builds to this one too.
+    /// Every build of Portreeve to the bare network and to HAProxy, other builds to this one too, and
+    /// one that is collected to itself without that.
     fn ratios(&self) -> Vec<(String, String)> {
         let has = |name: &str| self.ways.iter().any(|way| way == name);
         let mut ratios = Vec::new();
         for of in &self.ways {
+            if let Some(itself) = of.strip_suffix(way::COLLECTED) {
+                if has(itself) {
+                    ratios.push((of.clone(), itself.to_owned()));
+                }
+                continue;
+            }
             for to in [way::BARE, way::HAPROXY, way::PORTREEVE] {
                 let others = of != to && of != way::BARE && of != way::HAPROXY;
                 if others && has(to) {
@@ -135,11 +145,25 @@ impl Results {
     }
 }
 
+/// What a collector was sent by all daemons of a way, and what it took to take that.
+pub(crate) fn collected(way: &str, spans: &Spans, busy: Duration) -> String {
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "counts of a run are far below 2^52"
+    )]
+    let each = busy.as_secs_f64() * 1e6 / spans.sent as f64;
+    format!(
+        "{way}: the collector took {} spans, {} were lost; its own thread had {each:.1} µs of CPU time a span, \
+         which is in none of the figures above.\n",
+        spans.sent, spans.lost
+    )
+}
+
 /// `median (least-most)`.
 fn spread(values: &[f64], decimals: usize) -> String {
     let least = values.iter().copied().fold(f64::INFINITY, f64::min);
     let most = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    if most == 0.0 {
+    if values.is_empty() || most == 0.0 {
         return "-".to_owned();
     }
     let median = median(values);

@@ -13,11 +13,15 @@ use lab::{Child, Cluster, Host, PodSpec, wait_for};
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::load::Servers;
+use crate::collector::Collector;
+use crate::load::{Load, Servers};
+use crate::machine::cpu_time;
 
 pub(crate) const BARE: &str = "bare";
 pub(crate) const PORTREEVE: &str = "Portreeve";
 pub(crate) const HAPROXY: &str = "HAProxy";
+/// What the name of a build ends with whose decisions are collected.
+pub(crate) const COLLECTED: &str = " with spans";
 
 /// How long a way may take until it carries connections.
 const READY_WITHIN: Duration = Duration::from_secs(10);
@@ -47,6 +51,24 @@ impl fmt::Display for Path {
 pub(crate) struct Build {
     name: String,
     daemon: PathBuf,
+    /// Whether every connection becomes a span and metrics are scraped.
+    collected: bool,
+}
+
+impl Build {
+    /// As the table's head has it.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The same, with all there is to see of its decisions collected.
+    pub(crate) fn collected(&self) -> Self {
+        Self {
+            name: format!("{}{COLLECTED}", self.name),
+            collected: true,
+            ..self.clone()
+        }
+    }
 }
 
 /// The build that this bench belongs to.
@@ -54,6 +76,7 @@ pub(crate) fn own_build() -> Build {
     Build {
         name: PORTREEVE.to_owned(),
         daemon: env!("CARGO_BIN_EXE_portreeve").into(),
+        collected: false,
     }
 }
 
@@ -66,6 +89,7 @@ pub(crate) fn other_build(text: &str) -> Result<Build, String> {
         Some((name, path)) if !name.is_empty() => Ok(Build {
             name: name.to_owned(),
             daemon: path.into(),
+            collected: false,
         }),
         _ => Err("give a name and a path, like before=/tmp/before/portreeve".to_owned()),
     }
@@ -77,6 +101,7 @@ pub(crate) struct Way {
     proxied: bool,
     // Before the cluster: the daemons end first.
     daemons: Vec<Child>,
+    collector: Option<Collector>,
     client: Host,
     near: Servers,
     far: Servers,
@@ -105,6 +130,9 @@ impl Way {
         way.cluster
             .write_manifests(&manifests.join("cluster.json"))?;
         fs::write(manifests.join("policies.json"), policies().to_string())?;
+        if build.collected {
+            way.collector = Some(Collector::start(&way.cluster.outside())?);
+        }
         for node in way.cluster.nodes() {
             let mut install = node.command(&init);
             install.arg("install");
@@ -120,6 +148,11 @@ impl Way {
                 .arg("run")
                 .args(["--cluster", &format!("dir:{}", manifests.display())])
                 .args(["--node", node.name()]);
+            if let Some(collector) = &mut way.collector {
+                daemon.args(["--otlp-endpoint", collector.endpoint()]);
+                daemon.args(["--trace-allowed", "1"]);
+                collector.scrape(node.clone())?;
+            }
             way.daemons.push(way.started(&node, daemon)?);
         }
         Ok(way)
@@ -148,6 +181,17 @@ impl Way {
     /// As the table's head has it.
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether this way is worth measuring at `load`: that decisions are collected costs only where some
+    /// are made.
+    pub(crate) fn is_for(&self, load: Load) -> bool {
+        self.collector.is_none() || load.is_of_decisions()
+    }
+
+    /// What is collected of its decisions, if that is.
+    pub(crate) fn collector(&self) -> Option<&Collector> {
+        self.collector.as_ref()
     }
 
     /// Who dials.
@@ -195,19 +239,16 @@ impl Way {
 
     /// CPU time that the way's daemons have used so far.
     pub(crate) fn busy(&self) -> anyhow::Result<Duration> {
-        let mut nanoseconds = 0;
+        let mut busy = Duration::ZERO;
         for daemon in &self.daemons {
             let tasks = format!("/proc/{}/task", daemon.id());
             let tasks = fs::read_dir(tasks)
                 .with_context(|| format!("{} has ended:\n{}", self.name, self.logs()))?;
             for task in tasks {
-                // proc(5): time on the CPU comes first. A thread may end meanwhile.
-                let stat = fs::read_to_string(task?.path().join("schedstat")).unwrap_or_default();
-                let on_cpu = stat.split(' ').next().and_then(|time| time.parse().ok());
-                nanoseconds += on_cpu.unwrap_or(0);
+                busy += cpu_time(task?.path());
             }
         }
-        Ok(Duration::from_nanos(nanoseconds))
+        Ok(busy)
     }
 
     fn new(name: &str, proxied: bool) -> anyhow::Result<Self> {
@@ -221,6 +262,7 @@ impl Way {
             name: name.to_owned(),
             proxied,
             daemons: Vec::new(),
+            collector: None,
             client: cluster.pod("bench/client"),
             near: Servers::start(cluster.pod("bench/near"))?,
             far: Servers::start(cluster.pod("bench/far"))?,

@@ -255,6 +255,8 @@ impl Gate {
         self.enforcer.metrics.refused(cause);
     }
 
+    /// The packet loses the marks of others: by kube-proxy's, a pod would go on hidden behind this node, and
+    /// the next node would judge another than this one did.
     fn answer(&self, id: PacketId, answer: Answer) {
         self.queue.rule(
             id,

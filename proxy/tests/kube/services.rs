@@ -8,12 +8,14 @@ use std::sync::Arc;
 
 use lab::kubernetes::{ControlPlane, ProxyMode};
 use lab::runner::Test;
-use lab::traffic::{self, greeting};
-use lab::{Child, Cluster, Dial, Host, Kind, Outcome, PodSpec, wait_until};
+use lab::traffic::{self, Greeting, Server, UdpOutcome};
+use lab::{Child, Cluster, Host, Kind, PodSpec, Protocol, wait_until};
 use serde_json::{Value, json};
 
 use crate::api::items;
+use crate::cases::case::Family;
 use crate::control;
+use crate::dials::{By, Dial, Reached, dial_all};
 use crate::support::{Bed, DEADLINE, SOON, greeted, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
@@ -80,6 +82,8 @@ enum External {
 
 const EXTERNALS: [External; 2] = [External::ExternalIp, External::LoadBalancer];
 
+const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
+
 /// How a client reaches the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
@@ -125,8 +129,15 @@ enum Seen {
     NoWay,
 }
 
-/// The table of `docs/services.md`. `proxied`: the client is a pod under egress policy, and TCP.
-fn seen(client: Client, way: Way, traffic: Traffic, proxied: bool) -> Seen {
+impl Seen {
+    /// While policy allows only `source`.
+    fn is_allowed(self, source: Client) -> bool {
+        self == Self::Exempt || self == Self::As(source)
+    }
+}
+
+/// The table of `docs/services.md`. `judged`: the client is a pod under egress policy.
+fn seen(client: Client, way: Way, traffic: Traffic, judged: bool) -> Seen {
     use Client::{Itself, OtherNode, Outside, PodOnOtherNode, PodOnServersNode, ServersNode};
     let local = traffic == Traffic::Local;
     match (client, way) {
@@ -168,8 +179,8 @@ fn seen(client: Client, way: Way, traffic: Traffic, proxied: bool) -> Seen {
                 of_servers_node: true,
             },
         ) => Seen::As(OtherNode),
-        // kube-proxy hides what comes in from outside, and a pod that asks so; not what the daemon relays.
-        (PodOnOtherNode, _) if local || proxied => Seen::As(PodOnOtherNode),
+        // kube-proxy hides what comes in from outside, and a pod that asks so; not what the daemon has judged.
+        (PodOnOtherNode, _) if local || judged => Seen::As(PodOnOtherNode),
         (PodOnOtherNode, _) => Seen::As(OtherNode),
     }
 }
@@ -177,24 +188,25 @@ fn seen(client: Client, way: Way, traffic: Traffic, proxied: bool) -> Seen {
 /// The cluster, its Services and who may be a client.
 struct Stage {
     bed: Bed,
+    _udp: Vec<Server>,
     _control: Arc<ControlPlane>,
     _proxies: Vec<Child>,
 }
 
 struct Cell {
     what: String,
+    protocol: Protocol,
     client: Client,
     seen: Seen,
-    dial: Dial,
     to: SocketAddr,
 }
 
 fn every_cell(mode: ProxyMode) {
     let stage = Stage::new(mode);
     let mut wrong = Vec::new();
-    for proxied in [false, true] {
+    for judged in [false, true] {
         for source in CLIENTS.into_iter().filter(|it| *it != Client::Itself) {
-            wrong.extend(stage.wrong_cells(source, proxied));
+            wrong.extend(stage.wrong_cells(source, judged));
         }
     }
     assert!(
@@ -218,63 +230,86 @@ impl Stage {
         let control = control::joined(&lab);
         let services = [Traffic::Cluster, Traffic::Local].map(|it| service(it, "server"));
         let proxies = start_kube_proxies(&control, &lab, mode, &services);
-        lab.pod("x/server").serve(&[8080]).unwrap();
+        let udp = vec![serve(&lab, "x/server")];
         let mut bed = Bed::of(lab);
         bed.write_policies(&[]);
         bed.enforce(&[]);
         Self {
             bed,
+            _udp: udp,
             _control: control,
             _proxies: proxies,
         }
     }
 
     /// Allows one source to the server, and tells of the cells that this does not fit.
-    fn wrong_cells(&self, source: Client, proxied: bool) -> Vec<String> {
+    fn wrong_cells(&self, source: Client, judged: bool) -> Vec<String> {
         let mut policies = vec![only_from(&self.host(source))];
-        if proxied {
+        if judged {
             let spec = json!({ "podSelector": {}, "policyTypes": ["Egress"], "egress": [{}] });
             policies.push(policy("all-may-go-out", &spec));
         }
         self.bed.apply(&policies);
-        let cells = self.cells(proxied);
-        let dials: Vec<_> = cells.iter().map(|cell| cell.dial.clone()).collect();
-        let outcomes = traffic::connect_all(&dials, SOON).unwrap();
-        let judged = cells.iter().zip(outcomes);
-        judged
-            .filter_map(|(cell, outcome)| {
-                let problem = self.problem(cell, source, outcome)?;
-                let Cell { what, client, to, .. } = cell;
-                Some(format!("{client:?} by {what} ({to}), proxied: {proxied}, only {source:?} allowed: {problem}"))
+        let cells = self.cells(judged);
+        let dials: Vec<_> = cells.iter().map(|cell| self.dial(cell, source)).collect();
+        let outcomes = cells.iter().zip(dial_all(&dials));
+        outcomes
+            .filter_map(|(cell, reached)| {
+                let problem = self.problem(cell, source, reached)?;
+                let Cell { what, protocol, client, to, .. } = cell;
+                Some(format!("{client:?} by {what} ({protocol} {to}), judged: {judged}, only {source:?} allowed: {problem}"))
             })
             .collect()
     }
 
-    /// What is wrong with an outcome while only `source` is allowed.
-    fn problem(&self, cell: &Cell, source: Client, outcome: Outcome) -> Option<String> {
-        let expected = cell.seen == Seen::Exempt || cell.seen == Seen::As(source);
-        if outcome.is_connected() != expected {
-            return Some(format!("{outcome}, but it is {:?}", cell.seen));
+    fn dial(&self, cell: &Cell, source: Client) -> Dial {
+        // The client's own choice.
+        let any: IpAddr = if cell.to.is_ipv4() {
+            Ipv4Addr::UNSPECIFIED.into()
+        } else {
+            Ipv6Addr::UNSPECIFIED.into()
+        };
+        Dial {
+            protocol: cell.protocol,
+            row: 0,
+            column: 0,
+            family: Family::of(any),
+            by: By::Service,
+            expected: cell.seen.is_allowed(source),
+            netns: self.host(cell.client).netns().clone(),
+            source: any,
+            to: cell.to,
+            server_address: cell.to,
+            server: None,
         }
-        let stream = outcome.into_stream().ok()?;
-        let client = greeting(&stream, DEADLINE).unwrap().client.ip();
+    }
+
+    /// What is wrong with an outcome while only `source` is allowed.
+    fn problem(&self, cell: &Cell, source: Client, reached: Option<Reached>) -> Option<String> {
+        if reached.is_some() != cell.seen.is_allowed(source) {
+            let answered = if reached.is_some() { "" } else { "not " };
+            return Some(format!("{answered}answered, but it is {:?}", cell.seen));
+        }
+        let client = reached?.greeting().unwrap().client.ip();
         let as_judged = self.host(source).addresses().contains(&client);
         (cell.seen != Seen::Exempt && !as_judged).then(|| format!("the server saw {client}"))
     }
 
-    fn cells(&self, proxied: bool) -> Vec<Cell> {
+    fn cells(&self, judged: bool) -> Vec<Cell> {
         let mut cells = Vec::new();
         for client in CLIENTS {
             for traffic in [Traffic::Cluster, Traffic::Local] {
                 for way in ways(client) {
                     for to in self.addresses(way, traffic) {
-                        cells.push(Cell {
-                            what: format!("{way:?} with externalTrafficPolicy {traffic:?}"),
-                            client,
-                            seen: seen(client, way, traffic, proxied),
-                            dial: Dial::new(&self.host(client), to),
-                            to,
-                        });
+                        for protocol in PROTOCOLS {
+                            cells.push(Cell {
+                                what: format!("{way:?} with externalTrafficPolicy {traffic:?}"),
+                                protocol,
+                                client,
+                                seen: seen(client, way, traffic, judged),
+                                to,
+                            });
+                        }
                     }
                 }
             }
@@ -372,7 +407,10 @@ fn service(traffic: Traffic, app: &str) -> Value {
             "ipFamilyPolicy": "RequireDualStack",
             "externalIPs": addresses(External::ExternalIp),
             "selector": { "app": app },
-            "ports": [{ "name": "http", "port": 80, "targetPort": 8080, "nodePort": traffic.node_port() }],
+            "ports": PROTOCOLS.map(|protocol| json!({
+                "name": protocol.to_string().to_lowercase(), "protocol": protocol.to_string(),
+                "port": 80, "targetPort": 8080, "nodePort": traffic.node_port(),
+            })),
         },
         "status": { "loadBalancer": { "ingress": ingress } },
     })
@@ -472,14 +510,21 @@ fn session_affinity_holds_with_and_without_policy() {
         );
         for client in small.clients() {
             for family in [0, 1] {
-                let servers = |service: u8| -> BTreeSet<String> {
+                let servers = |service: u8, protocol| -> BTreeSet<String> {
                     let to = (cluster_ips(service)[family], 80).into();
-                    (0..24).map(|_| greeted(&client, to).server).collect()
+                    let once = |_| match protocol {
+                        Protocol::Udp => asked(&client, to).server,
+                        _ => greeted(&client, to).server,
+                    };
+                    (0..24).map(once).collect()
                 };
-                let (stuck, met) = (servers(STICKY), servers(SPREAD));
-                assert_eq!(stuck.len(), 1, "{mode:?}, {}: {stuck:?}", client.name());
-                // By chance of 2^-23 all are one.
-                assert_eq!(met.len(), 2, "{mode:?}, {}: {met:?}", client.name());
+                for protocol in PROTOCOLS {
+                    let what = format!("{mode:?}, {}, {protocol}", client.name());
+                    let (stuck, met) = (servers(STICKY, protocol), servers(SPREAD, protocol));
+                    assert_eq!(stuck.len(), 1, "{what}: {stuck:?}");
+                    // By chance of 2^-23 all are one.
+                    assert_eq!(met.len(), 2, "{what}: {met:?}");
+                }
             }
         }
     }
@@ -498,8 +543,33 @@ fn a_service_without_endpoints_refuses_except_policed_pods_beside_nftables() {
                 let outcome = client.connect((ip, 80).into(), limit).unwrap();
                 let what = format!("{mode:?}, {} to {ip}: {outcome}", client.name());
                 assert_eq!(outcome.kind(), expected, "{what}");
+                // A datagram is on its way through FORWARD, where they reject in both modes.
+                let asked = client.ask_udp((ip, 80).into(), b"who?", DEADLINE).unwrap();
+                assert_eq!(
+                    asked,
+                    UdpOutcome::Refused,
+                    "{mode:?}, {} to {ip}",
+                    client.name()
+                );
             }
         }
+    }
+}
+
+/// Has a pod answer by TCP, and by UDP as long as the answer lives.
+fn serve(lab: &Cluster, pod: &str) -> Server {
+    let pod = lab.pod(pod);
+    pod.serve(&[8080]).unwrap();
+    let (netns, addresses) = (pod.netns(), pod.addresses());
+    traffic::introduce(netns, pod.name(), Protocol::Udp, &addresses, &[8080]).unwrap()
+}
+
+/// Who answers a datagram.
+#[track_caller]
+fn asked(from: &Host, to: SocketAddr) -> Greeting {
+    match from.ask_udp(to, b"who?", DEADLINE).unwrap() {
+        UdpOutcome::Answered { text, .. } => Greeting::parse(&text).unwrap(),
+        other => panic!("{to}: {other}"),
     }
 }
 
@@ -511,6 +581,7 @@ const EMPTY: u8 = 32;
 /// Two servers on two nodes, and two clients of which one is under egress policy.
 struct Small {
     bed: Bed,
+    _udp: Vec<Server>,
     _control: Arc<ControlPlane>,
     _proxies: Vec<Child>,
 }
@@ -533,9 +604,7 @@ impl Small {
             .map(|(name, ip, affinity)| cluster_ip_service(name, *ip, affinity))
             .collect();
         let proxies = start_kube_proxies(&control, &lab, mode, &services);
-        for name in ["x/one", "x/two"] {
-            lab.pod(name).serve(&[8080]).unwrap();
-        }
+        let udp = ["x/one", "x/two"].map(|name| serve(&lab, name)).into();
         let mut bed = Bed::of(lab);
         let spec = json!({
             "podSelector": { "matchLabels": { "policed": "yes" } },
@@ -545,6 +614,7 @@ impl Small {
         bed.enforce(&[]);
         Self {
             bed,
+            _udp: udp,
             _control: control,
             _proxies: proxies,
         }
@@ -565,7 +635,10 @@ fn cluster_ip_service(name: &str, ip: u8, affinity: &str) -> Value {
             "clusterIP": ips[0], "clusterIPs": ips,
             "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack",
             "sessionAffinity": affinity, "selector": { "app": app },
-            "ports": [{ "port": 80, "targetPort": 8080 }],
+            "ports": PROTOCOLS.map(|protocol| json!({
+                "name": protocol.to_string().to_lowercase(), "protocol": protocol.to_string(),
+                "port": 80, "targetPort": 8080,
+            })),
         },
     })
 }

@@ -48,16 +48,22 @@ pub(crate) enum Reached {
     Greeting(Greeting),
 }
 
+impl Reached {
+    /// What the server said; of a stream it can be read once.
+    pub(crate) fn greeting(&self) -> io::Result<Greeting> {
+        match self {
+            Self::Stream(stream) => greeting(stream, DEADLINE),
+            Self::Greeting(greeting) => Ok(greeting.clone()),
+        }
+    }
+}
+
 impl Dial {
     /// Says so if another server answered, or if it saw another client.
     pub(crate) fn misled(&self, reached: &Reached, grid: &Grid) -> Option<String> {
         let server = self.server.as_ref()?;
         let (from, to) = (&grid.parties[self.row], &grid.parties[self.column]);
-        let said = match reached {
-            Reached::Stream(stream) => greeting(stream, DEADLINE),
-            Reached::Greeting(greeting) => Ok(greeting.clone()),
-        };
-        match said {
+        match reached.greeting() {
             Err(error) => Some(format!(
                 "{from} to {to} ({}) is connected to nobody: {error}",
                 self.to

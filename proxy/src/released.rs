@@ -47,14 +47,30 @@ pub(crate) struct Released {
 }
 
 impl Released {
-    /// Knows nothing of what the kernel has; the first [`Self::sync`] replaces it.
-    pub(crate) fn new(pods: PodCidrs, kernel: Kernel) -> Self {
-        Self {
+    /// Has the kernel take the addresses of `--pod-cidr`, if there are any, for this node's pods before a
+    /// state is known: who was not released by an earlier daemon is closed until one is. Knows nothing
+    /// else of what the kernel has; the first [`Self::sync`] replaces it.
+    ///
+    /// # Errors
+    /// If `nft` refuses; the kernel's sets are then as they were.
+    pub(crate) fn closed(pods: PodCidrs, kernel: Kernel) -> Result<Self, SetsError> {
+        let nothing = Sets {
+            bridged: kernel.bridges.then_some(Groups::Pass),
+            ..Sets::default()
+        };
+        let told = Sets {
+            pods: pods.told.iter().copied().collect(),
+            ..nothing.clone()
+        };
+        if let Some(script) = told.change_script(&nothing) {
+            sets::load(&script)?;
+        }
+        Ok(Self {
             pods,
             bridges: kernel.bridges,
             loaded: None,
             known: Vec::new(),
-        }
+        })
     }
 
     /// Brings the kernel's sets in step, in one transaction; blocks for as long as `nft` takes.

@@ -92,13 +92,14 @@ async fn enforce(args: &RunArgs, mut source: Source) -> anyhow::Result<()> {
     let (stop, stopped) = watch::channel(false);
     // Before the first state is there, which can take long: who waits wants to know for what.
     let admin = admin::bind(args.admin).await?;
-    let serving = admin::serve(
+    let serving = tokio::spawn(admin::serve(
         admin,
         Arc::clone(&enforcer),
         readiness.clone(),
         stopped.clone(),
-    );
-    let serving = tokio::spawn(serving);
+    ));
+    let kernel = iptables_init::probe_kernel()?;
+    let released = Released::closed(pods.clone(), kernel)?;
     let mut index = Index::new(Arc::clone(&table));
     let first = first_state(&mut source, &mut index, &pods, &readiness, &enforcer);
     let touched = tokio::select! {
@@ -111,15 +112,14 @@ async fn enforce(args: &RunArgs, mut source: Source) -> anyhow::Result<()> {
     follow_carried(&enforcer)?;
     let workers = start_workers(args, &enforcer, &stopped)?;
     tokio::spawn(expire(Arc::clone(&enforcer)));
-    let kernel = iptables_init::probe_kernel()?;
-    let bridges = Bridges::new(args.redirect.bridge.clone(), pods.clone(), kernel);
+    let bridges = Bridges::new(args.redirect.bridge.clone(), pods, kernel);
     tokio::spawn(bridges.watch(Changes::listen()?, readiness.of_bridges()));
     source::lift_taint(args, &readiness, &enforcer.node);
     let following = Follower {
         source,
         index,
         enforcer: Arc::clone(&enforcer),
-        released: Released::new(pods, kernel),
+        released,
         readiness: readiness.clone(),
         touched,
         isolated: BTreeSet::new(),

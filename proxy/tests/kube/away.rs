@@ -26,12 +26,12 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
 ];
 
 #[track_caller]
-fn reaches(from: &Host, to: &Host) {
+pub(crate) fn reaches(from: &Host, to: &Host) {
     greeted(from, to.addr_v4(80));
 }
 
 #[track_caller]
-fn is_kept_from(from: &Host, to: &Host) {
+pub(crate) fn is_kept_from(from: &Host, to: &Host) {
     let outcome = from.connect(to.addr_v4(80), SOON).unwrap();
     assert!(!outcome.is_connected(), "{outcome}");
 }
@@ -109,14 +109,18 @@ fn a_first_start_without_the_api_server_releases_nothing() {
     fs::create_dir(state.parent().unwrap()).unwrap();
     fs::write(&state, "# portreeve {\"version\":1}\nnot ours").unwrap();
     daemons.control.leave().unwrap();
-    let waiting = daemons.start_waiting(
+    // Nobody has told the kernel of this node's pods yet.
+    let waiting = daemons.start_waiting_with(
         0,
+        &["--pod-cidr", "10.244.0.0/24"],
         &["the first state is not in force", "the API server is away"],
     );
     let lab = &daemons.bed.lab;
     let (a, b) = (lab.pod("x/a"), lab.pod("x/b"));
     let log = || fs::read_to_string(&waiting.log).unwrap();
     wait_until(DEADLINE, "the reason", || log().contains("it is damaged")).unwrap();
+    // No policy is known, and so no pod is known to be without one.
+    is_kept_from(&a, &b);
     daemons.control.join(lab).unwrap();
     daemons.says(0, 200, &["ready"]);
     reaches(&a, &b);

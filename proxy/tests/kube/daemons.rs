@@ -73,8 +73,18 @@ impl Daemons {
 
     /// Starts a node's daemon that cannot enforce yet, and waits until it says all of `words`.
     pub(crate) fn start_waiting(&self, node: usize, words: &[&str]) -> Waiting {
+        self.start_waiting_with(node, &[], words)
+    }
+
+    /// The same with more flags.
+    pub(crate) fn start_waiting_with(
+        &self,
+        node: usize,
+        flags: &[&str],
+        words: &[&str],
+    ) -> Waiting {
         let log = self.bed.file(&format!("waiting-{node}.log"));
-        let mut command = self.command(node, &[]);
+        let mut command = self.command(node, flags);
         command.stderr(File::create(&log).unwrap());
         let child = command.spawn().unwrap();
         self.says(node, 503, words);

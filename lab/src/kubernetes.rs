@@ -8,6 +8,7 @@
 mod api;
 mod bulk;
 mod error;
+mod etcd;
 mod kube_proxy;
 mod objects;
 mod start;
@@ -279,6 +280,17 @@ impl ControlPlane {
     #[must_use]
     pub fn log(&self) -> String {
         start::tail(&self.directory, start::SERVER)
+    }
+
+    /// Has etcd forget all states but the present one, as the API server has it do every few minutes:
+    /// who goes on from an earlier one hears 410 Gone.
+    ///
+    /// # Errors
+    /// If etcd does not do it.
+    pub fn compact(&self) -> Result<(), KubernetesError> {
+        let namespaces = self.api.request("GET", "/api/v1/namespaces", None)?;
+        let revision = &namespaces["metadata"]["resourceVersion"];
+        self.netns.run(|| etcd::compact(revision))?
     }
 
     fn await_ready(&self) -> Result<(), KubernetesError> {

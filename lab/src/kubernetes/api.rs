@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::error::KubernetesError;
 
 /// The API server's own limit for a request is a minute.
-const ANSWERED: Duration = Duration::from_secs(70);
+pub(super) const ANSWERED: Duration = Duration::from_secs(70);
 
 #[derive(Debug)]
 pub(super) struct Api {
@@ -82,13 +82,18 @@ impl Api {
     }
 
     fn exchange(&self, request: &str) -> io::Result<(u16, String)> {
-        let mut stream = UnixStream::connect(&self.socket)?;
+        let stream = UnixStream::connect(&self.socket)?;
         stream.set_read_timeout(Some(ANSWERED))?;
-        stream.write_all(request.as_bytes())?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        parse(&answer).ok_or_else(|| io::Error::other(format!("no HTTP: {answer:?}")))
+        exchange(stream, request)
     }
+}
+
+/// Sends an HTTP/1.0 request; returns the answer's status and body.
+pub(super) fn exchange(mut stream: impl Read + Write, request: &str) -> io::Result<(u16, String)> {
+    stream.write_all(request.as_bytes())?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    parse(&answer).ok_or_else(|| io::Error::other(format!("no HTTP: {answer:?}")))
 }
 
 /// Status and body of an HTTP/1.0 answer.

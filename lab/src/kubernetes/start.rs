@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::error::KubernetesError;
-use super::{API_PORT, API_V4, write};
+use super::{API_PORT, API_V4, etcd, write};
 use crate::netns::Netns;
 use crate::process::{Child, Command};
 use crate::tools::built;
@@ -16,7 +16,6 @@ use crate::wait::wait_until;
 
 pub(super) const SERVER: &str = "apiserver";
 pub(super) const GATEWAY: &str = "gateway.sock";
-const ETCD: &str = "http://127.0.0.1:2379";
 /// How long a program may take until it serves. On two busy cores the API server took 20 s.
 const STARTED: Duration = Duration::from_secs(120);
 /// Who authenticates with which static token: token, user, uid, groups.
@@ -58,12 +57,9 @@ pub(super) fn etcd(
     etcd.arg("--data-dir").arg(directory.join("etcd"));
     // A crash of the machine may cost what a test wrote.
     etcd.args(["--unsafe-no-fsync", "--log-level=warn"]);
-    etcd.args([
-        "--listen-client-urls",
-        ETCD,
-        "--advertise-client-urls",
-        ETCD,
-    ]);
+    let clients = format!("http://{}", etcd::CLIENTS);
+    etcd.args(["--listen-client-urls", &clients]);
+    etcd.args(["--advertise-client-urls", &clients]);
     etcd.args(["--listen-peer-urls", "http://127.0.0.1:2380"]);
     spawn(etcd, directory, "etcd")
 }
@@ -79,7 +75,7 @@ pub(super) fn server(
     let certificates = directory.join("certificates");
     let key = certificates.join("apiserver.key");
     let mut server = netns.command(&programs.server);
-    server.arg(format!("--etcd-servers={ETCD}"));
+    server.arg(format!("--etcd-servers=http://{}", etcd::CLIENTS));
     server.arg(format!("--secure-port={API_PORT}"));
     server.arg(format!("--advertise-address={API_V4}"));
     server.arg("--service-cluster-ip-range=10.96.0.0/16,fd00:10:96::/112");

@@ -17,6 +17,8 @@ mod deploy;
 mod dials;
 #[path = "../lab/ending.rs"]
 mod ending;
+mod incluster;
+mod lists;
 mod services;
 #[expect(dead_code, reason = "the lab's other tests use more")]
 #[path = "../lab/stage.rs"]
@@ -35,6 +37,8 @@ fn main() -> ExitCode {
         api::TESTS,
         away::TESTS,
         terminating::TESTS,
+        lists::TESTS,
+        incluster::TESTS,
         services::TESTS,
         upstream::TESTS,
         deploy::TESTS,

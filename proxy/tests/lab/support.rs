@@ -360,7 +360,8 @@ pub(crate) fn marker(mark: &str) -> Value {
     marker
 }
 
-fn in_force(node: &Host, mark: &str) -> bool {
+/// Whether a daemon has the policy `mark`, and the kernel what its table has.
+pub(crate) fn in_force(node: &Host, mark: &str) -> bool {
     let named = format!("{mark}\"");
     let Some(policies) = ask(node, "/policies").filter(|it| it.body.contains(&named)) else {
         return false;

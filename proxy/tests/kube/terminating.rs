@@ -51,6 +51,6 @@ fn a_deleted_pod_keeps_its_rights_and_connections_until_its_kubelet_has_ended_it
     ending::new_connections_have_their_rights(bed, "terminating");
     live.goes_on();
     kubectl(&["delete", "pod", "a", "--grace-period=0", "--force"]);
-    live.is_cut();
+    live.gets_cut();
     ending::it_is_gone(bed);
 }

@@ -53,7 +53,7 @@ impl Live {
     }
 
     #[track_caller]
-    pub(crate) fn is_cut(self) {
+    pub(crate) fn gets_cut(self) {
         for mut stream in self.0 {
             stream.set_read_timeout(Some(DEADLINE)).unwrap();
             let end = stream.read(&mut [0; 1]).map_err(|error| error.kind());

@@ -253,7 +253,7 @@ fn a_terminating_pod_keeps_its_rights_and_connections_until_it_is_gone() {
     live.goes_on();
     told.remove_pod("a");
     let mark = told.write(&bed);
-    live.is_cut();
+    live.gets_cut();
     bed.wait_in_force(&mark);
     ending::it_is_gone(&bed);
 }

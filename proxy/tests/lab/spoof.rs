@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use lab::runner::Test;
 use lab::traffic::craft;
-use lab::{Gateway, Host, PodSpec, RpFilter, wait_until};
+use lab::{Between, Gateway, Host, PodSpec, RpFilter, wait_until};
 
 use crate::support::{Bed, DEADLINE, connected, counter, deny_ingress, greeted, metric, small};
 
@@ -12,6 +12,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_pod_that_sends_in_anothers_name_is_refused_by_its_link,
     a_new_pods_link_is_known_at_once_and_without_any_policy,
     what_comes_back_another_way_than_it_went_is_no_lie_on_the_nodes_own_link,
+    what_a_pod_wraps_for_its_own_node_is_not_unwrapped,
 ];
 
 /// A cluster without any reverse path filter, and without policy.
@@ -124,4 +125,63 @@ fn what_comes_back_another_way_than_it_went_is_no_lie_on_the_nodes_own_link() {
     wait_for_count(&node, "spoofed", before + 6);
     assert_eq!(capture.count(|it| it.destination.port() == 54), 0);
     drop(live);
+}
+
+/// A tunnel device cannot tell who wrapped a packet, and inside may stand another node's pod as sender.
+fn what_a_pod_wraps_for_its_own_node_is_not_unwrapped() {
+    let cluster = small().rp_filter(RpFilter::Off).between(Between::Vxlan);
+    let mut bed = Bed::bare(cluster);
+    let (a, b, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/c"));
+    let node = bed.lab.node(0);
+    greeted(&a, b.addr_v4(80));
+    let capture = b.capture().unwrap();
+    let tunnel = tunnel_address(&node);
+    let wrap = |port: u16, at: usize| {
+        let (from, to) = (c.addrs(53)[at], b.addrs(53)[at]);
+        let kind: u16 = if at == 0 { 0x0800 } else { 0x86dd };
+        // Network 1 (RFC 7348, 5), as the lab's nodes have it.
+        let mut wrapped = vec![8, 0, 0, 0, 0, 0, 1, 0];
+        wrapped.extend(tunnel);
+        wrapped.extend([2, 0, 0, 0, 0, 9]);
+        wrapped.extend(kind.to_be_bytes());
+        wrapped.extend(craft::udp(from, to, b"trust me"));
+        let outer = craft::udp(a.addr_v4(5000), node.addr_v4(port), &wrapped);
+        a.injector().unwrap().send(&outer).unwrap();
+    };
+    let arrived = |at: usize| capture.count(|it| it.source == c.addrs(53)[at]);
+    for at in [0, 1] {
+        wrap(8472, at);
+        wait_until(DEADLINE, "the bare network to believe it", || {
+            arrived(at) == 1
+        })
+        .unwrap();
+    }
+    bed.enforce(&[]);
+    for at in [0, 1] {
+        wrap(8472, at);
+        wait_for_count(&node, "spoofed", at as u64 + 1);
+        assert_eq!(arrived(at), 1);
+    }
+    for (protocol, count) in [(4, 3), (41, 4), (47, 5)] {
+        let inner = craft::udp(c.addr_v4(53), b.addr_v4(53), b"trust me");
+        let outer = craft::ip(a.ipv4().into(), node.ipv4().into(), protocol, &inner);
+        a.injector().unwrap().send(&outer).unwrap();
+        wait_for_count(&node, "spoofed", count);
+    }
+    // The nodes' own tunnel carries on.
+    for to in c.addrs(80) {
+        assert_eq!(greeted(&a, to).server, "x/c");
+    }
+}
+
+/// The address (IEEE 802) of a node's tunnel device.
+fn tunnel_address(node: &Host) -> [u8; 6] {
+    let mut ip = node.command("ip");
+    ip.args(["-j", "link", "show", "type", "vxlan"]);
+    let links: serde_json::Value = serde_json::from_slice(&ip.output().unwrap().stdout).unwrap();
+    let text = links[0]["address"].as_str().unwrap().split(':');
+    let bytes: Vec<u8> = text
+        .map(|byte| u8::from_str_radix(byte, 16).unwrap())
+        .collect();
+    bytes.try_into().unwrap()
 }

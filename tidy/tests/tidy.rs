@@ -179,8 +179,8 @@ fn every_metric_is_documented() {
     none(&unknown, "docs/metrics.md names every metric");
 }
 
-#[test]
-fn links_between_documents_lead_somewhere() {
+/// The documents for people, as path from the root and text.
+fn pages() -> Vec<(String, String)> {
     let mut pages = files("docs", "md");
     pages.extend(["README.md", "ARCHITECTURE.md"].map(|name| {
         (
@@ -188,8 +188,64 @@ fn links_between_documents_lead_somewhere() {
             fs::read_to_string(root().join(name)).expect(name),
         )
     }));
+    pages
+}
+
+/// Words in backticks that are sentences, as tests' names are. `a_{b,c}_d` stands for two, `a_b…` for one
+/// that begins so.
+fn tests_named_in(page: &str) -> Vec<String> {
+    let is_name = |word: &&str| {
+        let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "_{},…".contains(c);
+        word.matches('_').count() >= 4 && word.chars().all(fits) && !word.starts_with("portreeve_")
+    };
+    let quoted = page.split('`').skip(1).step_by(2);
+    let words = quoted
+        .flat_map(|text| text.split([' ', ':']))
+        .filter(is_name);
+    words.flat_map(alternatives).collect()
+}
+
+fn alternatives(word: &str) -> Vec<String> {
+    let parts = || {
+        let (before, rest) = word.split_once('{')?;
+        Some((before, rest.split_once('}')?))
+    };
+    match parts() {
+        Some((before, (choice, after))) => choice
+            .split(',')
+            .map(|it| format!("{before}{it}{after}"))
+            .collect(),
+        None => vec![word.to_owned()],
+    }
+}
+
+#[test]
+fn tests_that_documents_name_are_there() {
+    let sources = sources();
+    let exists = |name: &str| {
+        let wanted = match name.strip_suffix('…') {
+            Some(beginning) => format!("fn {beginning}"),
+            None => format!("fn {name}("),
+        };
+        sources.iter().any(|(_, text)| text.contains(&wanted))
+    };
+    let (mut seen, mut missing) = (0, Vec::new());
+    for (page, text) in pages() {
+        for name in tests_named_in(&text) {
+            seen += 1;
+            if !exists(&name) {
+                missing.push(format!("{page}: {name}"));
+            }
+        }
+    }
+    none(&missing, "a test that a document names is there");
+    assert!(seen > 40, "the documents name only {seen} tests");
+}
+
+#[test]
+fn links_between_documents_lead_somewhere() {
     let mut dead = Vec::new();
-    for (page, text) in pages {
+    for (page, text) in pages() {
         let folder = root().join(Path::new(&page).parent().unwrap_or_else(|| Path::new("")));
         for target in text
             .split("](")

@@ -62,8 +62,8 @@ impl fmt::Display for LoadError {
 pub fn load(path: &Path) -> Result<Loaded, LoadError> {
     let mut state = State::default();
     let listing = files::list(path).map_err(|problem| LoadError::of(*problem))?;
-    for file in listing.files.keys() {
-        state.update(file.clone(), read(file));
+    for (file, _) in &listing.files {
+        state.update(file, read(Path::new(file)));
     }
     let empty = listing.files.is_empty();
     state.note(listing.warnings);

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::document::{Document, documents};
 use crate::objects::{self, Kind};
-use crate::{Object, ObjectKey, Problem, Severity};
+use crate::{Object, ObjectKey, Problem};
 
 /// A file's objects in the order in which they stand there.
 #[derive(Debug, Default, PartialEq)]
@@ -91,13 +91,6 @@ impl Contents {
             problems: vec![problem],
             incomplete: true,
         }
-    }
-
-    /// Whether anything in it is not in force.
-    pub(super) fn faulty(&self) -> bool {
-        self.problems
-            .iter()
-            .any(|problem| problem.severity == Severity::Error)
     }
 }
 

@@ -1,11 +1,12 @@
 //! Which files a source consists of, and their bytes, within bounds.
 //!
 //! Knows the disk and nothing of what the bytes mean.
-use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::{self, File, Metadata, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 
 use nix::fcntl::OFlag;
 
@@ -14,6 +15,10 @@ use crate::Problem;
 /// The largest file that is read, in bytes (64 MiB): some 8,000 pods as `kubectl get -o yaml`
 /// dumps them.
 pub(super) const MAX_FILE_BYTES: u64 = 64 << 20;
+
+/// A file by its path. Not a `Path`, which compares part by part: within one directory the bytes give
+/// the same order at a fraction of the cost.
+pub(super) type Name = Arc<OsStr>;
 
 /// Changes whenever a file's contents may have changed, or its readability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,11 +56,27 @@ impl Stamp {
     }
 }
 
+/// A file of a source as it was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Found {
+    /// `None`: there is such a name, but it leads nowhere (a dangling symbolic link).
+    pub(super) stamp: Option<Stamp>,
+    /// Its contents may change without an event of its directory.
+    pub(super) link: bool,
+}
+
+/// What has a name.
+#[derive(Debug)]
+pub(super) enum Look {
+    File(Found),
+    Directory,
+    Nothing,
+}
+
 /// The files of a source at one moment, in the order of their names.
 #[derive(Debug, Default)]
 pub(super) struct Listing {
-    /// `None`: there is such a name, but it leads nowhere (a dangling symbolic link).
-    pub(super) files: BTreeMap<PathBuf, Option<Stamp>>,
+    pub(super) files: Vec<(Name, Found)>,
     pub(super) warnings: Vec<Problem>,
 }
 
@@ -67,9 +88,9 @@ pub(super) fn list(root: &Path) -> Result<Listing, Box<Problem>> {
     let metadata = fs::metadata(root).map_err(|error| root_problem(root, &error))?;
     let mut listing = Listing::default();
     if metadata.is_file() {
-        listing
-            .files
-            .insert(root.to_owned(), Some(Stamp::of(&metadata)));
+        let stamp = Some(Stamp::of(&metadata));
+        let found = Found { stamp, link: true };
+        listing.files.push((root.as_os_str().into(), found));
         return Ok(listing);
     }
     if !metadata.is_dir() {
@@ -77,23 +98,27 @@ pub(super) fn list(root: &Path) -> Result<Listing, Box<Problem>> {
     }
     for entry in fs::read_dir(root).map_err(|error| root_problem(root, &error))? {
         let entry = entry.map_err(|error| root_problem(root, &error))?;
-        let path = entry.path();
-        let metadata = fs::metadata(&path);
-        let directory = metadata.as_ref().is_ok_and(Metadata::is_dir);
-        if is_hidden(&path) {
+        if is_hidden(&entry.file_name()) {
             continue;
         }
-        if directory {
+        let path = entry.path();
+        // What vanished since its name was read is looked at as a file, and found missing later.
+        let link = entry.file_type().is_ok_and(|kind| kind.is_symlink());
+        let metadata = fs::metadata(&path);
+        if metadata.as_ref().is_ok_and(Metadata::is_dir) {
             let remedy = "put its manifests directly into the directory above it, or into one file";
             listing
                 .warnings
                 .push(Problem::warning("subdirectories are not read", remedy).in_file(path));
         } else if is_manifest(&path) {
-            listing
-                .files
-                .insert(path, metadata.ok().map(|metadata| Stamp::of(&metadata)));
+            let stamp = metadata.ok().map(|metadata| Stamp::of(&metadata));
+            let found = Found { stamp, link };
+            listing.files.push((path.as_os_str().into(), found));
         }
     }
+    listing
+        .files
+        .sort_unstable_by(|(one, _), (two, _)| one.cmp(two));
     listing.warnings.sort();
     if listing.files.is_empty() {
         listing.warnings.push(
@@ -106,6 +131,34 @@ pub(super) fn list(root: &Path) -> Result<Listing, Box<Problem>> {
         );
     }
     Ok(listing)
+}
+
+/// Looks at one name of a source.
+///
+/// # Errors
+/// If it cannot be told what is there.
+pub(super) fn look_at(file: &OsStr) -> io::Result<Look> {
+    let own = match fs::symlink_metadata(file) {
+        Ok(own) => own,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Look::Nothing),
+        Err(error) => return Err(error),
+    };
+    let link = own.is_symlink();
+    let metadata = if link {
+        fs::metadata(file).ok()
+    } else {
+        Some(own)
+    };
+    if metadata.as_ref().is_some_and(Metadata::is_dir) {
+        return Ok(Look::Directory);
+    }
+    let stamp = metadata.map(|metadata| Stamp::of(&metadata));
+    Ok(Look::File(Found { stamp, link }))
+}
+
+/// Whether a file of this name in a source's directory is one of its files.
+pub(super) fn is_read(name: &OsStr) -> bool {
+    !is_hidden(name) && is_manifest(Path::new(name))
 }
 
 /// Reads a whole file, and the stamp that it had when it was opened.
@@ -140,9 +193,8 @@ pub(super) fn read(path: &Path) -> Result<(Stamp, Vec<u8>), Box<Problem>> {
 }
 
 /// Editors' and ConfigMap volumes' own files (`.a.yaml.swp`, `..data`) begin with a dot.
-fn is_hidden(path: &Path) -> bool {
-    path.file_name()
-        .is_none_or(|name| name.as_encoded_bytes().starts_with(b"."))
+pub(super) fn is_hidden(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(b".")
 }
 
 /// Kustomize's own file says what to build, not what is in the cluster.
@@ -186,8 +238,8 @@ fn error(path: &Path, problem: impl Into<String>, remedy: &str) -> Box<Problem> 
 
 fn advice(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::NotFound => "check the path after `dir:`, and where a symbolic link leads",
-        io::ErrorKind::PermissionDenied => "make it readable for the user that runs this",
+        ErrorKind::NotFound => "check the path after `dir:`, and where a symbolic link leads",
+        ErrorKind::PermissionDenied => "make it readable for the user that runs this",
         _ => "check the file system it lies on",
     }
 }

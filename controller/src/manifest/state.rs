@@ -1,47 +1,87 @@
-//! The last good state of every file, and how it differs from what was sent.
+//! The last good state of every object, and how it differs from what was sent.
 //!
 //! The invariant: nothing leaves the state because it could not be read. An object goes only when
-//! its file is gone, or was read to the end and does not hold it any more. Knows no disk, no time.
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+//! its file is gone, or was read to the end and does not hold it any more. A change costs what the
+//! files concerned hold, however many others there are. Knows no disk, no time.
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ffi::OsStr;
+use std::mem;
 use std::sync::Arc;
 
 use super::contents::{Contents, Entry};
-use crate::{Batch, Event, Object, ObjectKey, Problem};
+use super::files::Name;
+use crate::{Batch, Event, Object, ObjectKey, Problem, Severity};
 
 /// What the files say, and what of it was sent.
 #[derive(Debug, Default)]
 pub(super) struct State {
-    files: BTreeMap<PathBuf, Contents>,
+    /// The objects of each file, in the order in which they stand there.
+    files: HashMap<Name, Box<[ObjectKey]>, ahash::RandomState>,
+    objects: HashMap<ObjectKey, Known, ahash::RandomState>,
+    /// What may differ from what was sent.
+    looked_at: BTreeSet<ObjectKey>,
+    /// What is given more than once.
+    repeated: BTreeSet<ObjectKey>,
+    faults: BTreeMap<Name, Vec<Problem>>,
     notes: Vec<Problem>,
-    sent: BTreeMap<ObjectKey, Object>,
+    /// The problems have to be put together anew.
+    restate: bool,
     problems: Arc<Vec<Problem>>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    sent: Option<Object>,
+    /// Where it is given, in the order of file names and within a file of documents; rarely more
+    /// than one.
+    places: Vec<Place>,
+}
+
+#[derive(Debug)]
+struct Place {
+    file: Name,
+    document: usize,
+    /// `None` if it is not valid.
+    object: Option<Object>,
 }
 
 impl State {
     /// Takes in what was read of a file. If a fault hides what the file means, its objects stay as
     /// they were, all of them.
-    pub(super) fn update(&mut self, file: PathBuf, mut contents: Contents) {
-        if contents.incomplete {
-            let last_good = self.files.remove(&file).unwrap_or_default();
-            contents.entries = last_good.entries;
+    pub(super) fn update(&mut self, file: &Name, contents: Contents) {
+        if !contents.incomplete {
+            self.forget_objects(file);
+            let keys = contents.entries.iter().map(|entry| entry.key.clone());
+            self.files.insert(Arc::clone(file), keys.collect());
+            for entry in contents.entries {
+                self.give(file, entry);
+            }
         }
-        self.files.insert(file, contents);
+        self.blame(file, contents.problems);
     }
 
     /// Forgets a file: its objects are deleted.
-    pub(super) fn remove(&mut self, file: &Path) {
-        self.files.remove(file);
+    pub(super) fn remove(&mut self, file: &Name) {
+        self.forget_objects(file);
+        self.blame(file, Vec::new());
     }
 
     /// Sets the problems that belong to no file's contents.
     pub(super) fn note(&mut self, notes: Vec<Problem>) {
+        self.restate |= self.notes != notes;
         self.notes = notes;
     }
 
     /// Whether anything that was read is not in force.
     pub(super) fn faulty(&self) -> bool {
-        self.files.values().any(Contents::faulty)
+        let mut all = self.faults.values().flatten();
+        all.any(|problem| problem.severity == Severity::Error)
+    }
+
+    /// Whether a file holds nothing but pods, so that access can only become narrower without it.
+    pub(super) fn only_pods(&self, file: &OsStr) -> bool {
+        let mut keys = self.files.get(file).into_iter().flatten();
+        keys.all(|key| matches!(key, ObjectKey::Pod(_)))
     }
 
     /// Everything, as the first batch.
@@ -51,75 +91,135 @@ impl State {
 
     /// What has changed since the last call, or `None` if nothing has.
     pub(super) fn changes(&mut self) -> Option<Batch> {
-        let (winners, duplicates) = winners(&self.files);
-        let mut events: Vec<Event> = winners
-            .iter()
-            .filter_map(|(key, (_, entry))| {
-                // An invalid object keeps its last good state: what was sent stays sent.
-                let object = entry.object.as_ref()?;
-                (self.sent.get(key) != Some(object)).then(|| Event::Upsert(object.clone()))
-            })
-            .collect();
-        let gone = self.sent.keys().filter(|key| !winners.contains_key(key));
-        events.extend(gone.cloned().map(Event::Delete));
-
-        let of_files = self
-            .files
-            .values()
-            .flat_map(|contents| contents.problems.iter().cloned());
-        let problems: Vec<Problem> = of_files
-            .chain(duplicates)
-            .chain(self.notes.iter().cloned())
-            .collect();
-        if events.is_empty() && problems == *self.problems {
-            return None;
-        }
-        for event in &events {
-            match event {
-                Event::Upsert(object) => drop(self.sent.insert(object.key(), object.clone())),
-                Event::Delete(key) => drop(self.sent.remove(key)),
+        let (mut events, mut gone) = (Vec::new(), Vec::new());
+        for key in mem::take(&mut self.looked_at) {
+            let Some(known) = self.objects.get_mut(&key) else {
+                continue;
+            };
+            let repeated = known.places.len() > 1;
+            self.restate |= repeated || self.repeated.contains(&key);
+            if repeated {
+                self.repeated.insert(key.clone());
+            } else {
+                self.repeated.remove(&key);
+            }
+            if let Some(object) = known.settle() {
+                events.push(Event::Upsert(object));
+            }
+            if known.places.is_empty() {
+                if known.sent.is_some() {
+                    gone.push(Event::Delete(key.clone()));
+                }
+                self.objects.remove(&key);
             }
         }
-        self.problems = Arc::new(problems);
+        events.extend(gone);
+        if !self.restate_problems() && events.is_empty() {
+            return None;
+        }
         Some(Batch {
             events,
             problems: Arc::clone(&self.problems),
         })
     }
-}
 
-type Winners<'a> = BTreeMap<&'a ObjectKey, (&'a Path, &'a Entry)>;
-
-/// Of an object that is given more than once the last one counts, in the order of file names and
-/// within a file of documents; each earlier one is a warning.
-fn winners(files: &BTreeMap<PathBuf, Contents>) -> (Winners<'_>, Vec<Problem>) {
-    let mut winners = Winners::new();
-    let mut duplicates = Vec::new();
-    for (file, contents) in files {
-        for entry in &contents.entries {
-            let Some((other, earlier)) = winners.insert(&entry.key, (file, entry)) else {
-                continue;
-            };
-            let place = if other == file {
-                "this file".into()
-            } else {
-                other.to_string_lossy()
-            };
-            duplicates.push(
-                Problem::warning(
-                    format!(
-                        "given twice: {place}, document {} has it too",
-                        earlier.document
-                    ),
-                    "this one, the later by file name and document, counts; remove one of them",
-                )
-                .in_file(file)
-                .in_document(entry.document)
-                .of(&entry.key),
-            );
+    fn forget_objects(&mut self, file: &OsStr) {
+        for key in self.files.remove(file).into_iter().flatten() {
+            if let Some(known) = self.objects.get_mut(&key) {
+                known.places.retain(|place| *place.file != *file);
+            }
+            self.looked_at.insert(key);
         }
     }
-    (winners, duplicates)
+
+    fn give(&mut self, file: &Name, entry: Entry) {
+        let places = &mut self.objects.entry(entry.key.clone()).or_default().places;
+        let at = places.partition_point(|place| place.file <= *file);
+        places.reserve_exact(1);
+        places.insert(
+            at,
+            Place {
+                file: Arc::clone(file),
+                document: entry.document,
+                object: entry.object,
+            },
+        );
+        self.looked_at.insert(entry.key);
+    }
+
+    fn blame(&mut self, file: &Name, problems: Vec<Problem>) {
+        let before = if problems.is_empty() {
+            self.faults.remove(file)
+        } else {
+            self.restate = true;
+            self.faults.insert(Arc::clone(file), problems)
+        };
+        self.restate |= before.is_some();
+    }
+
+    /// Whether other problems stand than before.
+    fn restate_problems(&mut self) -> bool {
+        if !mem::take(&mut self.restate) {
+            return false;
+        }
+        let of_files = self.faults.values().flatten().cloned();
+        let problems: Vec<Problem> = of_files
+            .chain(self.duplicates())
+            .chain(self.notes.iter().cloned())
+            .collect();
+        let changed = problems != *self.problems;
+        if changed {
+            self.problems = Arc::new(problems);
+        }
+        changed
+    }
+
+    /// Of an object that is given more than once the last one counts; each later one is a warning.
+    fn duplicates(&self) -> Vec<Problem> {
+        let mut duplicates = Vec::new();
+        for key in &self.repeated {
+            let places = self.objects.get(key).map_or(&[][..], |known| &known.places);
+            for (earlier, place) in places.iter().zip(places.iter().skip(1)) {
+                let other = if earlier.file == place.file {
+                    "this file".into()
+                } else {
+                    earlier.file.to_string_lossy()
+                };
+                duplicates.push(
+                    Problem::warning(
+                        format!(
+                            "given twice: {other}, document {} has it too",
+                            earlier.document
+                        ),
+                        "this one, the later by file name and document, counts; remove one of them",
+                    )
+                    .in_file(&*place.file)
+                    .in_document(place.document)
+                    .of(key),
+                );
+            }
+        }
+        duplicates.sort();
+        duplicates
+    }
+}
+
+impl Known {
+    /// The object as it has to be sent, if it has. One that is not valid keeps its last good state:
+    /// what was sent stays sent.
+    fn settle(&mut self) -> Option<Object> {
+        let object = &mut self.places.last_mut()?.object;
+        if object.is_none() {
+            return None;
+        }
+        if *object == self.sent {
+            // One of two equal ones is enough.
+            object.clone_from(&self.sent);
+            return None;
+        }
+        self.sent.clone_from(object);
+        object.clone()
+    }
 }
 
 #[cfg(test)]

@@ -36,17 +36,20 @@ fn manifests_of_the_directory_itself_are_listed_by_name() {
     let seen: Vec<_> = listing
         .files
         .iter()
-        .map(|(path, stamp)| (path.file_name().unwrap().to_str().unwrap(), stamp.is_some()))
+        .map(|(name, found)| {
+            let name = Path::new(name).file_name().unwrap().to_str().unwrap();
+            (name, found.stamp.is_some(), found.link)
+        })
         .collect();
     assert_eq!(
         seen,
         [
-            ("D.YAML", true),
-            ("a.yml", true),
-            ("b.yaml", true),
-            ("c.json", true),
-            ("e.yaml", true),
-            ("f.yaml", false)
+            ("D.YAML", true, false),
+            ("a.yml", true, false),
+            ("b.yaml", true, false),
+            ("c.json", true, false),
+            ("e.yaml", true, true),
+            ("f.yaml", false, true)
         ]
     );
     let [warning] = &listing.warnings[..] else {

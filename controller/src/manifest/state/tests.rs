@@ -1,6 +1,11 @@
 //! Last good state, duplicates and differences.
+use std::path::Path;
+
 use super::*;
-use crate::Severity;
+
+fn name(text: &str) -> Name {
+    OsStr::new(text).into()
+}
 
 fn contents(text: &str) -> Contents {
     Contents::read(Path::new("f"), text.as_bytes().to_vec())
@@ -32,21 +37,21 @@ fn shown(batch: Option<Batch>) -> (Vec<String>, Vec<String>) {
 #[test]
 fn only_real_changes_are_sent() {
     let mut state = State::default();
-    state.update("a".into(), contents(&(pod("p", "one") + &pod("q", "one"))));
+    state.update(&name("a"), contents(&(pod("p", "one") + &pod("q", "one"))));
     assert_eq!(shown(state.changes()).0, ["+p one", "+q one"]);
     assert!(state.changes().is_none());
 
-    state.update("a".into(), contents(&(pod("q", "one") + &pod("p", "one"))));
+    state.update(&name("a"), contents(&(pod("q", "one") + &pod("p", "one"))));
     assert!(state.changes().is_none(), "another order is no change");
 
-    state.update("a".into(), contents(&(pod("q", "two") + &pod("r", "one"))));
+    state.update(&name("a"), contents(&(pod("q", "two") + &pod("r", "one"))));
     assert_eq!(
         shown(state.changes()).0,
         ["+q two", "+r one", "-Pod default/p"]
     );
 
-    state.update("b".into(), contents(&pod("r", "one")));
-    state.remove(Path::new("a"));
+    state.update(&name("b"), contents(&pod("r", "one")));
+    state.remove(&name("a"));
     assert_eq!(
         shown(state.changes()).0,
         ["-Pod default/q"],
@@ -57,23 +62,23 @@ fn only_real_changes_are_sent() {
 #[test]
 fn an_invalid_object_keeps_its_last_good_state_and_its_neighbours_change() {
     let mut state = State::default();
-    state.update("a".into(), contents(&(pod("p", "one") + &pod("q", "one"))));
+    state.update(&name("a"), contents(&(pod("p", "one") + &pod("q", "one"))));
     state.changes();
-    state.update("a".into(), contents(&(pod("p", "1") + &pod("q", "two"))));
+    state.update(&name("a"), contents(&(pod("p", "1") + &pod("q", "two"))));
     let (events, problems) = shown(state.changes());
     assert_eq!((events, problems.len()), (vec!["+q two".to_owned()], 1));
     assert!(state.faulty());
 
-    state.update("a".into(), contents(&(pod("p", "one") + &pod("q", "two"))));
+    state.update(&name("a"), contents(&(pod("p", "one") + &pod("q", "two"))));
     assert_eq!(
         shown(state.changes()),
         (vec![], vec![]),
         "the problem is gone, p never was"
     );
 
-    state.update("a".into(), contents(&pod("p", "1")));
+    state.update(&name("a"), contents(&pod("p", "1")));
     assert_eq!(shown(state.changes()).0, ["-Pod default/q"]);
-    state.update("a".into(), contents(""));
+    state.update(&name("a"), contents(""));
     assert_eq!(
         shown(state.changes()).0,
         ["-Pod default/p"],
@@ -93,9 +98,9 @@ fn a_file_whose_meaning_is_hidden_keeps_all_its_objects() {
         ("---\nhalf", "no mapping"),
     ] {
         let mut state = State::default();
-        state.update("a".into(), contents(&(pod("p", "one") + &pod("q", "one"))));
+        state.update(&name("a"), contents(&(pod("p", "one") + &pod("q", "one"))));
         state.changes();
-        state.update("a".into(), contents(&(pod("q", "two") + text)));
+        state.update(&name("a"), contents(&(pod("q", "two") + text)));
         let (events, problems) = shown(state.changes());
         assert_eq!((events.len(), problems.len()), (0, 1), "{why}");
     }
@@ -104,9 +109,9 @@ fn a_file_whose_meaning_is_hidden_keeps_all_its_objects() {
 #[test]
 fn of_an_object_given_twice_the_later_counts_and_it_is_said() {
     let mut state = State::default();
-    state.update("b".into(), contents(&pod("p", "late")));
+    state.update(&name("b"), contents(&pod("p", "late")));
     state.update(
-        "a".into(),
+        &name("a"),
         contents(&(pod("p", "early") + &pod("p", "middle"))),
     );
     let batch = state.changes().unwrap();
@@ -129,6 +134,6 @@ fn of_an_object_given_twice_the_later_counts_and_it_is_said() {
     );
     assert!(!state.faulty());
 
-    state.remove(Path::new("b"));
+    state.remove(&name("b"));
     assert_eq!(shown(state.changes()).0, ["+p middle"]);
 }

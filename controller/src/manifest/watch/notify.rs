@@ -25,6 +25,10 @@ pub(super) enum Change {
     Complete(OsString),
     /// It was deleted or renamed away.
     Gone(OsString),
+    /// Its attributes are others: who may read it, when it was written.
+    Touched(OsString),
+    /// Something happened to a directory of this name.
+    Directory(OsString),
     /// Events were lost, or the directory is another one now.
     Lost,
 }
@@ -54,7 +58,7 @@ impl Notify {
             pending: Vec::new(),
             problem,
         };
-        notify.follow(root);
+        let _first = notify.follow(root);
         notify.pending.clear();
         notify
     }
@@ -69,9 +73,12 @@ impl Notify {
         self.problem.as_ref()
     }
 
-    /// Watches what `root` leads to now, if that is another directory than before.
-    pub(super) fn follow(&mut self, root: &Path) {
-        let Some(inotify) = &self.inotify else { return };
+    /// Watches what `root` leads to now, if that is another directory than before. True if it is, or
+    /// if nothing is there: events do not tell then what has changed.
+    pub(super) fn follow(&mut self, root: &Path) -> bool {
+        let Some(inotify) = &self.inotify else {
+            return false;
+        };
         let of_file = root.is_file();
         let directory: PathBuf = if of_file {
             match root
@@ -85,10 +92,10 @@ impl Notify {
             root.to_owned()
         };
         let Some(identity) = Stamp::at(&directory).map(Stamp::identity) else {
-            return;
+            return true;
         };
         if self.watched.is_some_and(|(_, known)| known == identity) && self.of_file == of_file {
-            return;
+            return false;
         }
         if let Some((descriptor, _)) = self.watched.take() {
             // It fails if the directory is gone, and then the kernel has ended the watch itself.
@@ -108,8 +115,12 @@ impl Notify {
                 self.watched = Some((descriptor, identity));
                 self.problem = None;
                 self.pending.push(Change::Lost);
+                true
             }
-            Err(error) => self.problem = Some(slower(root, error)),
+            Err(error) => {
+                self.problem = Some(slower(root, error));
+                false
+            }
         }
     }
 
@@ -146,28 +157,26 @@ impl Notify {
                         self.watched = None;
                     }
                 } else if let (true, Some(name)) = (Some(event.wd) == current, event.name) {
-                    changes.extend(change(event.mask, name));
+                    changes.push(change(event.mask, name));
                 }
             }
         }
     }
 }
 
-fn change(mask: AddWatchFlags, name: OsString) -> Option<Change> {
+fn change(mask: AddWatchFlags, name: OsString) -> Change {
     if mask.contains(AddWatchFlags::IN_ISDIR) {
-        return None;
-    }
-    if mask.intersects(AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_MOVED_TO) {
-        Some(Change::Complete(name))
+        Change::Directory(name)
+    } else if mask.intersects(AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_MOVED_TO) {
+        Change::Complete(name)
     } else if mask.intersects(AddWatchFlags::IN_DELETE | AddWatchFlags::IN_MOVED_FROM) {
-        Some(Change::Gone(name))
+        Change::Gone(name)
     } else if mask.contains(AddWatchFlags::IN_MODIFY) {
-        Some(Change::Written(name))
+        Change::Written(name)
     } else if mask.contains(AddWatchFlags::IN_CREATE) {
-        Some(Change::Created(name))
+        Change::Created(name)
     } else {
-        // IN_ATTRIB: it wakes the look, which sees by the stamp what is new.
-        None
+        Change::Touched(name)
     }
 }
 

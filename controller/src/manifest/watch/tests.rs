@@ -2,6 +2,7 @@
 use std::fs::{File, OpenOptions, create_dir, remove_dir_all, remove_file, rename, write};
 use std::io::Write;
 use std::os::unix::fs::symlink;
+use std::time::{Duration, Instant};
 
 use tempfile::{TempDir, tempdir};
 use tokio::time::timeout;
@@ -318,6 +319,80 @@ async fn a_burst_becomes_few_batches() {
         batches += 1;
     }
     assert!(batches <= 20, "{batches} batches");
+}
+
+/// A follower of a directory with pod p in `a.yaml` and a policy in `b.yaml`, and the time as it
+/// has it so many milliseconds later.
+fn followed() -> (TempDir, Follower, impl Fn(u64) -> Instant) {
+    let dir = tempdir().unwrap();
+    let policy = "{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: gate}, spec: {podSelector: {}}}";
+    write(dir.path().join("a.yaml"), pod("p", "one")).unwrap();
+    write(dir.path().join("b.yaml"), policy).unwrap();
+    let mut follower = Follower::new(dir.path()).unwrap();
+    assert_eq!(follower.first().unwrap().events.len(), 2);
+    let begun = Instant::now();
+    let at = move |milliseconds| begun + Duration::from_millis(milliseconds);
+    (dir, follower, at)
+}
+
+#[test]
+fn what_is_gone_is_waited_for_and_longer_if_its_going_could_open_something() {
+    let (dir, mut follower, at) = followed();
+    remove_file(dir.path().join("a.yaml")).unwrap();
+    remove_file(dir.path().join("b.yaml")).unwrap();
+    let mut changes = |milliseconds| {
+        let batch = follower.changes(at(milliseconds));
+        batch.map_or_else(Vec::new, |batch| shown(&batch))
+    };
+    assert_eq!((changes(0), changes(49)), (vec![], vec![]));
+    assert_eq!(changes(50), ["-Pod default/p"]);
+    assert_eq!(changes(249), [""; 0]);
+    assert_eq!(changes(250), ["-NetworkPolicy default/gate"]);
+}
+
+#[test]
+fn what_is_replaced_in_two_steps_is_never_gone() {
+    let (dir, mut follower, at) = followed();
+    let path = dir.path().join("a.yaml");
+    for (round, label) in [(0, "two"), (1, "three")] {
+        let from = round * 1000;
+        remove_file(&path).unwrap();
+        assert!(follower.changes(at(from)).is_none());
+        assert!(follower.changes(at(from + 49)).is_none());
+        let mut file = File::create(&path).unwrap();
+        assert!(follower.changes(at(from + 60)).is_none(), "it is empty");
+        file.write_all(pod("p", label).as_bytes()).unwrap();
+        assert!(follower.changes(at(from + 90)).is_none(), "and open");
+        drop(file);
+        let batch = follower.changes(at(from + 100)).unwrap();
+        assert_eq!(shown(&batch), [format!("+p {label}")]);
+    }
+}
+
+#[test]
+fn a_change_whose_event_was_lost_is_found_all_the_same() {
+    let (dir, mut follower, at) = followed();
+    // Each creates, and deletes again: no two events in a row are equal, which would be one.
+    let queue = std::fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap();
+    for _ in 0..queue.trim().parse::<u64>().unwrap() / 2 + 1 {
+        File::create(dir.path().join(".busy")).unwrap();
+        remove_file(dir.path().join(".busy")).unwrap();
+    }
+    write(dir.path().join("a.yaml"), pod("p", "two")).unwrap();
+    assert!(follower.changes(at(0)).is_none(), "it may be written still");
+    let batch = follower.changes(at(100)).unwrap();
+    assert_eq!(shown(&batch), ["+p two"]);
+}
+
+#[test]
+fn two_writings_that_cannot_be_told_apart_by_time_and_length_are_both_read() {
+    let (dir, mut follower, at) = followed();
+    let path = dir.path().join("a.yaml");
+    for (round, label) in (0..100).zip(["six", "two"].into_iter().cycle()) {
+        write(&path, pod("p", label)).unwrap();
+        let batch = follower.changes(at(round)).unwrap();
+        assert_eq!(shown(&batch), [format!("+p {label}")], "round {round}");
+    }
 }
 
 #[test]

@@ -8,17 +8,30 @@ use policy::{PodKey, PolicyKey};
 
 use crate::Problem;
 
-/// An object that policy looks at.
+/// An object that policy looks at. A source keeps what it has sent; what a cluster has many of is
+/// shared with it, not copied.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Object {
     /// `v1` Namespace.
     Namespace(policy::Namespace),
     /// `v1` Pod.
-    Pod(policy::Pod),
+    Pod(Arc<policy::Pod>),
     /// `v1` Node.
     Node(policy::Node),
     /// `networking.k8s.io/v1` NetworkPolicy.
-    NetworkPolicy(policy::NetworkPolicy),
+    NetworkPolicy(Arc<policy::NetworkPolicy>),
+}
+
+impl From<policy::Pod> for Object {
+    fn from(pod: policy::Pod) -> Self {
+        Self::Pod(Arc::new(pod))
+    }
+}
+
+impl From<policy::NetworkPolicy> for Object {
+    fn from(policy: policy::NetworkPolicy) -> Self {
+        Self::NetworkPolicy(Arc::new(policy))
+    }
 }
 
 impl Object {

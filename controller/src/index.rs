@@ -18,7 +18,8 @@ use crate::{Batch, Event, Object, ObjectKey, Problem};
 #[derive(Debug)]
 pub struct Index {
     table: Arc<Table>,
-    findings: Vec<Problem>,
+    /// What the table's problems were made of: those of the source, and [`Cluster::doubts`].
+    stated: Option<(Arc<Vec<Problem>>, u64)>,
 }
 
 impl Index {
@@ -27,7 +28,7 @@ impl Index {
     pub fn new(table: Arc<Table>) -> Self {
         Self {
             table,
-            findings: Vec::new(),
+            stated: None,
         }
     }
 
@@ -40,7 +41,6 @@ impl Index {
         let mut cluster = self.table.cluster();
         let mut touched = Touched::default();
         let (mut nodes, mut others) = (false, false);
-        let relevant = !batch.events.is_empty();
         for event in batch.events {
             match &event {
                 Event::Upsert(Object::Node(_)) | Event::Delete(ObjectKey::Node(_)) => nodes = true,
@@ -50,12 +50,15 @@ impl Index {
             }
             touched.merge(apply_to(&mut cluster, event));
         }
-        if relevant {
-            self.findings = findings(&cluster);
+        let stated = Some((batch.problems, cluster.doubts()));
+        if self.stated != stated {
+            let of_source = stated
+                .iter()
+                .flat_map(|(problems, _)| problems.iter().cloned());
+            let problems = of_source.chain(findings(&cluster)).collect();
+            self.table.set_problems(problems);
+            self.stated = stated;
         }
-        let mut problems = batch.problems.to_vec();
-        problems.extend(self.findings.iter().cloned());
-        self.table.set_problems(problems);
         if nodes || others || !touched.is_empty() || self.table.generation() == 0 {
             self.table.publish(&cluster, &touched, nodes);
         }
@@ -79,58 +82,35 @@ pub(crate) fn apply_to(cluster: &mut Cluster, event: Event) -> Touched {
 
 /// What is questionable about a cluster as a whole.
 pub(crate) fn findings(cluster: &Cluster) -> Vec<Problem> {
-    let contested =
-        cluster.contested().into_iter().map(|(address, pods)| {
-            let pods: Vec<String> = pods.iter().map(ToString::to_string).collect();
-            Problem::warning(
-            format!(
-                "{address} is claimed by {} running pods ({}): what isolates any of them denies, \
-                 and what allows only one of them does not count",
-                pods.len(),
-                pods.join(", ")
-            ),
-            "find out which pod holds it, and delete the other or wait for its end",
-        )
-        .of(format_args!("Pod {}", pods.first().map_or("", String::as_str)))
-        .at("status.podIPs")
-        });
-    contested.chain(out_of_reach(cluster)).collect()
+    let contested = cluster.contested().into_iter();
+    let contested = contested.map(|(address, pods)| claimed(address, &pods));
+    // The API leaves open what policy means for a hostNetwork pod; here, as nearly everywhere, none.
+    let out_of_reach = cluster.out_of_reach();
+    let out_of_reach = out_of_reach.filter_map(|(policy, pods)| not_isolated(policy, pods));
+    contested.chain(out_of_reach).collect()
 }
 
-/// The API leaves open what policy means for a hostNetwork pod; here, as nearly everywhere, none.
-///
-/// A cluster does not count such pods among the selected, so one is made in which they are plain.
-fn out_of_reach(cluster: &Cluster) -> Vec<Problem> {
-    let mut plain = Cluster::default();
-    for pod in cluster
-        .pods()
-        .filter(|pod| pod.host_network && !pod.finished)
-    {
-        let addresses = Vec::new();
-        let pod = policy::Pod {
-            host_network: false,
-            addresses,
-            ..pod.clone()
-        };
-        let _nobody_to_tell = plain.upsert_pod(pod);
-    }
-    let concerned: BTreeSet<&str> = plain.pods().map(|pod| &*pod.key.namespace).collect();
-    let concerned: Vec<_> = cluster
-        .policies()
-        .filter(|policy| concerned.contains(&*policy.key().namespace))
-        .collect();
-    for policy in &concerned {
-        let _nobody_to_tell = plain.upsert_policy((*policy).clone());
-    }
-    let selecting = concerned.iter().map(|policy| policy.key());
-    selecting
-        .filter_map(|policy| not_isolated(policy, &plain.selected_by(policy)))
-        .collect()
+fn claimed(address: IpAddr, pods: &[PodKey]) -> Problem {
+    let names: Vec<String> = pods.iter().map(ToString::to_string).collect();
+    Problem::warning(
+        format!(
+            "{address} is claimed by {} running pods ({}): what isolates any of them denies, and \
+             what allows only one of them does not count",
+            names.len(),
+            names.join(", ")
+        ),
+        "find out which pod holds it, and delete the other or wait for its end",
+    )
+    .of(format_args!(
+        "Pod {}",
+        names.first().map_or("", String::as_str)
+    ))
+    .at("status.podIPs")
 }
 
-fn not_isolated(policy: &PolicyKey, pods: &[PodKey]) -> Option<Problem> {
-    let (first, others) = pods.split_first()?;
-    let problem = match others.len() {
+fn not_isolated(policy: &PolicyKey, pods: &BTreeSet<PodKey>) -> Option<Problem> {
+    let first = pods.first()?;
+    let problem = match pods.len() - 1 {
         0 => format!("selects {first}, which runs on its node's network (hostNetwork)"),
         more => format!("selects {first} and {more} more on their nodes' network (hostNetwork)"),
     };

@@ -200,7 +200,7 @@ impl Table {
     /// How many pod addresses the table holds, and how many policies are in force.
     #[must_use]
     pub fn size(&self) -> (usize, usize) {
-        (self.map.len(), self.cluster().policies().count())
+        (self.map.len(), self.cluster().policies().len())
     }
 
     /// How many batches have come into force; 0 before the first.
@@ -220,18 +220,13 @@ impl Table {
     pub fn local(&self, node: &str) -> Vec<LocalPod> {
         let cluster = self.cluster();
         let mut local = BTreeMap::new();
-        for pod in cluster.pods().filter(|pod| &*pod.node == node) {
-            for &address in pod.owned_addresses() {
-                let Some(endpoint) = cluster.endpoint(address) else {
-                    continue;
-                };
-                local.entry(address).or_insert_with(|| LocalPod {
-                    address,
-                    ingress_isolated: endpoint.isolated(Direction::Ingress),
-                    egress_isolated: endpoint.isolated(Direction::Egress),
-                    key: pod.key.clone(),
-                });
-            }
+        for (address, endpoint) in cluster.endpoints_on(node) {
+            local.entry(address).or_insert_with(|| LocalPod {
+                address,
+                ingress_isolated: endpoint.isolated(Direction::Ingress),
+                egress_isolated: endpoint.isolated(Direction::Egress),
+                key: endpoint.identity.key.clone(),
+            });
         }
         local.into_values().collect()
     }
@@ -240,7 +235,7 @@ impl Table {
     #[must_use]
     pub fn node_pod_cidrs(&self, node: &str) -> Vec<IpNet> {
         let cluster = self.cluster();
-        let found = cluster.nodes().find(|candidate| &*candidate.name == node);
+        let found = cluster.node(node);
         found.map(|node| node.pod_cidrs.clone()).unwrap_or_default()
     }
 
@@ -254,7 +249,7 @@ impl Table {
     #[must_use]
     pub fn node_addresses(&self, node: &str) -> Vec<IpAddr> {
         let cluster = self.cluster();
-        let found = cluster.nodes().find(|candidate| &*candidate.name == node);
+        let found = cluster.node(node);
         found.map(|node| node.addresses.clone()).unwrap_or_default()
     }
 

@@ -74,7 +74,7 @@ fn policy(namespace: &str, name: &str, spec: Value) -> Object {
         name: name.into(),
     };
     let spec = serde_json::from_value(spec).unwrap();
-    Object::NetworkPolicy(NetworkPolicy::new(key, spec).unwrap())
+    Object::from(NetworkPolicy::new(key, spec).unwrap())
 }
 
 fn node() -> Object {
@@ -97,18 +97,18 @@ fn change(random: &mut Random, objects: &BTreeMap<ObjectKey, Object>, born: usiz
     let pods: Vec<&Pod> = objects
         .values()
         .filter_map(|object| match object {
-            Object::Pod(pod) => Some(pod),
+            Object::Pod(pod) => Some(&**pod),
             _ => None,
         })
         .collect();
     let app = random.of(&APPS);
     let at = address(u8::try_from(random.below(ADDRESSES.into())).unwrap());
-    let new = || Event::Upsert(Object::Pod(pod(&format!("p{born}"), app, at, born)));
+    let new = || Event::Upsert(Object::from(pod(&format!("p{born}"), app, at, born)));
     let holder = pods.iter().find(|pod| pod.addresses == [at]);
     let edited = |edit: fn(&mut Pod, &str)| {
         let mut pod = (*holder?).clone();
         edit(&mut pod, app);
-        Some(vec![Event::Upsert(Object::Pod(pod))])
+        Some(vec![Event::Upsert(Object::from(pod))])
     };
     let namespace = random.of(&NAMESPACES);
     let name = random.of(&["p1", "p2", "p3"]);
@@ -279,14 +279,14 @@ fn of_ten_thousand_reuses_of_an_address_none_is_judged_as_another_pod() {
     });
     index.apply(batch(vec![
         Event::Upsert(node()),
-        Event::Upsert(Object::Pod(pod("server", "server", server, 0))),
+        Event::Upsert(Object::from(pod("server", "server", server, 0))),
         Event::Upsert(policy("x", "only-even", spec)),
     ]));
     let holder = |number: usize| {
         let app = ["even", "odd"][number % 2];
         pod(&format!("holder-{number}"), app, client, number)
     };
-    let upsert = |pod| Event::Upsert(Object::Pod(pod));
+    let upsert = |pod| Event::Upsert(Object::from(pod));
     let gone = |number| Event::Delete(ObjectKey::Pod(holder(number).key));
     let rightly = |seen: &Seen| match seen {
         None => true,

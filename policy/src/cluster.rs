@@ -4,6 +4,7 @@
 //! policy event the pods that it selects and those that match its new peer selectors. Each returns
 //! the addresses whose endpoint changed, and none where nothing that matters did. Knows neither
 //! where events come from nor who is told.
+mod doubts;
 mod intern;
 mod ownership;
 mod pod_state;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use self::doubts::Doubts;
 use self::intern::Interner;
 use self::ownership::Ownership;
 use self::pod_state::PodState;
@@ -43,6 +45,8 @@ pub struct Touched {
 #[derive(Debug, Default)]
 pub struct Cluster {
     pods: BTreeMap<PodKey, PodState>,
+    /// The pods of each node that has any, whether it is known or not.
+    on_node: BTreeMap<Arc<str>, BTreeSet<PodKey>>,
     namespaces: BTreeMap<Arc<str>, NamespaceState>,
     nodes: BTreeMap<Arc<str>, Arc<Node>>,
     policies: BTreeMap<PolicyKey, PolicyState>,
@@ -51,6 +55,7 @@ pub struct Cluster {
     match_sets: Interner<[SelectorId]>,
     selections: Selections,
     ownership: Ownership,
+    doubts: Doubts,
 }
 
 /// A namespace that was declared, or that only a pod names.
@@ -64,7 +69,7 @@ struct NamespaceState {
 
 #[derive(Debug)]
 struct PolicyState {
-    policy: NetworkPolicy,
+    policy: Arc<NetworkPolicy>,
     compiled: Arc<CompiledPolicy>,
     /// Each held once in [`Selectors`].
     selectors: Vec<SelectorId>,
@@ -84,8 +89,9 @@ impl Touched {
 
 impl Cluster {
     /// Adds a pod, or replaces the one of that key.
-    pub fn upsert_pod(&mut self, pod: Pod) -> Touched {
+    pub fn upsert_pod(&mut self, pod: impl Into<Arc<Pod>>) -> Touched {
         let mut touched = Touched::default();
+        let pod = pod.into();
         let key = pod.key.clone();
         let previous = self.pods.get(&key);
         if previous.is_some_and(|state| state.pod == pod) {
@@ -102,8 +108,10 @@ impl Cluster {
         let selecting = selecting.map(|state| state.compiled.clone()).collect();
         let selection = self.selections.intern(selecting);
         let node = self.nodes.get(&pod.node).cloned();
-        self.pods
-            .insert(key.clone(), PodState::new(pod, node, matches, selection));
+        let state = PodState::new(pod, node, matches, selection);
+        self.settle_doubts(&key, Some((&state.pod, &state.selection)));
+        self.settle_on_node(&key, Some(&state.pod.node));
+        self.pods.insert(key.clone(), state);
         self.ownership
             .settle(&key, &addresses, &self.pods, &mut touched);
         touched
@@ -112,6 +120,8 @@ impl Cluster {
     /// Removes a pod, if it is there.
     pub fn remove_pod(&mut self, key: &PodKey) -> Touched {
         let mut touched = Touched::default();
+        self.settle_doubts(key, None);
+        self.settle_on_node(key, None);
         let Some(state) = self.pods.remove(key) else {
             return touched;
         };
@@ -187,8 +197,9 @@ impl Cluster {
     }
 
     /// Adds a policy, or replaces the one of that key.
-    pub fn upsert_policy(&mut self, policy: NetworkPolicy) -> Touched {
+    pub fn upsert_policy(&mut self, policy: impl Into<Arc<NetworkPolicy>>) -> Touched {
         let mut touched = Touched::default();
+        let policy = policy.into();
         let key = policy.key().clone();
         if self
             .policies
@@ -244,17 +255,33 @@ impl Cluster {
 
     /// The pod of that key, whether it owns an address or not.
     pub fn pod(&self, key: &PodKey) -> Option<&Pod> {
-        self.pods.get(key).map(|state| &state.pod)
+        self.pods.get(key).map(|state| &*state.pod)
     }
 
     /// All pods, finished and hostNetwork ones too; sorted by key.
     pub fn pods(&self) -> impl Iterator<Item = &Pod> {
-        self.pods.values().map(|state| &state.pod)
+        self.pods.values().map(|state| &*state.pod)
+    }
+
+    /// The addresses that pods of this node own, each with its endpoint, in no order: one that is
+    /// contested comes once for each claimant.
+    pub fn endpoints_on(&self, node: &str) -> impl Iterator<Item = (IpAddr, &Arc<Endpoint>)> {
+        let pods = self.on_node.get(node).into_iter().flatten();
+        let addresses = pods
+            .filter_map(|key| self.pods.get(key))
+            .flat_map(|state| state.pod.owned_addresses());
+        let owned = addresses.filter_map(|&it| Some((it, self.ownership.endpoint(it)?)));
+        owned.filter(move |(_, endpoint)| *endpoint.identity.node_name == *node)
     }
 
     /// All namespaces, those that only a pod names too; sorted by name.
     pub fn namespaces(&self) -> impl Iterator<Item = &Namespace> {
         self.namespaces.values().map(|state| &state.namespace)
+    }
+
+    /// The node of that name.
+    pub fn node(&self, name: &str) -> Option<&Node> {
+        self.nodes.get(name).map(|node| &**node)
     }
 
     /// All nodes; sorted by name.
@@ -263,8 +290,8 @@ impl Cluster {
     }
 
     /// All policies; sorted by key.
-    pub fn policies(&self) -> impl Iterator<Item = &NetworkPolicy> {
-        self.policies.values().map(|state| &state.policy)
+    pub fn policies(&self) -> impl ExactSizeIterator<Item = &NetworkPolicy> {
+        self.policies.values().map(|state| &*state.policy)
     }
 
     /// `spec.podCIDRs` of all nodes.
@@ -291,6 +318,18 @@ impl Cluster {
     /// them; sorted.
     pub fn contested(&self) -> Vec<(IpAddr, Vec<PodKey>)> {
         self.ownership.contested()
+    }
+
+    /// The policies that select running hostNetwork pods, which no policy isolates, with these pods;
+    /// sorted.
+    pub fn out_of_reach(&self) -> impl Iterator<Item = (&PolicyKey, &BTreeSet<PodKey>)> {
+        self.doubts.out_of_reach()
+    }
+
+    /// A number that changes whenever [`Self::contested`] or [`Self::out_of_reach`] would answer
+    /// something else.
+    pub fn doubts(&self) -> u64 {
+        self.ownership.disputes + self.doubts.changes
     }
 }
 

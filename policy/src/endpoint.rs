@@ -2,13 +2,12 @@
 //!
 //! An endpoint is immutable; [`crate::Cluster`] makes a new one when something changes. Knows
 //! nothing of how selectors and rules came to be, nor of verdicts.
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use serde::Serialize;
 
 use crate::compile::{Rules, SelectorId};
-use crate::model::{Labels, Node, PodKey, PolicyKey, Protocol};
+use crate::model::{Node, PodKey, PolicyKey, Protocol};
 
 /// Which way a connection goes, seen from the pod that a policy selects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -31,10 +30,6 @@ pub struct Identity {
     pub node_name: Arc<str>,
     /// The node of that name, if it is known.
     pub node: Option<Arc<Node>>,
-    /// `metadata.labels`.
-    pub labels: Labels,
-    /// All addresses of the pod.
-    pub addresses: Vec<IpAddr>,
 }
 
 /// A pod address under policy: everything that a verdict needs to know of one end.

@@ -283,7 +283,7 @@ mod tests {
     }
 
     fn upsert(pod: Pod) -> Event {
-        Event::Upsert(Object::Pod(pod))
+        Event::Upsert(Object::from(pod))
     }
 
     fn gone(name: &str) -> Event {
@@ -298,9 +298,7 @@ mod tests {
         };
         let spec = json!({"policyTypes": ["Ingress", "Egress"]});
         let spec = serde_json::from_value(spec).unwrap();
-        Event::Upsert(Object::NetworkPolicy(
-            NetworkPolicy::new(key, spec).unwrap(),
-        ))
+        Event::Upsert(Object::from(NetworkPolicy::new(key, spec).unwrap()))
     }
 
     fn node() -> Event {

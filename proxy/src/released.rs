@@ -11,6 +11,7 @@ use controller::Table;
 use ipnet::IpNet;
 use iptables_init::ruleset::Kernel;
 use iptables_init::sets::{self, Groups, Sets, SetsError};
+use policy::Direction;
 
 /// Which addresses are pods of this node.
 #[derive(Clone)]
@@ -73,13 +74,20 @@ impl Released {
         })
     }
 
-    /// Brings the kernel's sets in step, in one transaction; blocks for as long as `nft` takes.
-    /// Returns the addresses that were released in a direction and are no longer; if what the kernel
+    /// Brings the kernel's sets in step, in one transaction; blocks for as long as `nft` takes, and
+    /// costs next to nothing if none of `touched`, the addresses whose endpoint has changed since the
+    /// last call that succeeded, is in another state than the kernel has it. Returns the addresses that were released in a direction and are no longer; if what the kernel
     /// had is not known or was for other pod CIDRs, all pods' that are not released in both.
     ///
     /// # Errors
     /// If `nft` refuses; the kernel's sets are then as they were, and the next call replaces all.
-    pub(crate) fn sync(&mut self) -> Result<BTreeSet<IpAddr>, SetsError> {
+    pub(crate) fn sync(
+        &mut self,
+        touched: &BTreeSet<IpAddr>,
+    ) -> Result<BTreeSet<IpAddr>, SetsError> {
+        if self.is_in_step(touched) {
+            return Ok(BTreeSet::new());
+        }
         let wanted = self.wanted();
         let known = self.loaded.as_ref();
         let script = match known {
@@ -97,6 +105,22 @@ impl Released {
         }
         self.loaded = Some(wanted);
         Ok(isolated)
+    }
+
+    fn is_in_step(&self, touched: &BTreeSet<IpAddr>) -> bool {
+        let Some(loaded) = &self.loaded else {
+            return false;
+        };
+        let cidrs: BTreeSet<IpNet> = self.pods.now().into_iter().collect();
+        let same = |address: &IpAddr| {
+            let endpoint = self.pods.table.endpoint(*address);
+            let local = endpoint.filter(|it| it.identity.node_name == self.pods.node);
+            let released = |direction| local.as_ref().is_some_and(|it| !it.isolated(direction));
+            loaded.selves.contains(address) == local.is_some()
+                && loaded.egress_released.contains(address) == released(Direction::Egress)
+                && loaded.ingress_released.contains(address) == released(Direction::Ingress)
+        };
+        (cidrs.is_empty() || cidrs == loaded.pods) && touched.iter().all(same)
     }
 
     fn wanted(&mut self) -> Sets {

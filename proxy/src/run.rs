@@ -158,9 +158,11 @@ async fn first_state(
     let mut said = false;
     loop {
         let batch: Batch = source.next().await;
-        follow::announce(&batch);
+        let before = enforcer.table.problems();
         touched.extend(index.apply(batch));
-        source.tell(&enforcer.table.problems());
+        let problems = enforcer.table.problems();
+        follow::announce(&before, &problems);
+        source.tell(&problems);
         if !pods.now().is_empty() {
             return Ok(touched);
         }

@@ -45,7 +45,7 @@ fn deny_all() -> Object {
         name: "deny".into(),
     };
     let spec = policy::v1::NetworkPolicySpec::default();
-    Object::NetworkPolicy(policy::NetworkPolicy::new(key, spec).unwrap())
+    Object::from(policy::NetworkPolicy::new(key, spec).unwrap())
 }
 
 fn batch(objects: impl IntoIterator<Item = Object>) -> Batch {
@@ -77,8 +77,8 @@ fn a_batch_comes_into_force_as_one_generation_and_tells_who_listens() {
 
     let touched = index.apply(batch([
         node(),
-        Object::Pod(pod("a", "10.0.0.2")),
-        Object::Pod(pod("b", "10.0.0.3")),
+        Object::from(pod("a", "10.0.0.2")),
+        Object::from(pod("b", "10.0.0.3")),
     ]));
     assert_eq!(touched, [ip("10.0.0.2"), ip("10.0.0.3")].into());
     assert_eq!(*changed.borrow_and_update(), 1);
@@ -141,7 +141,7 @@ fn an_address_in_the_cluster_that_nobody_owns_is_unknown() {
     };
     let known = |text: &str| Some(text.to_owned());
     let (table, mut index) = setup();
-    index.apply(batch([node(), Object::Pod(pod("a", "10.0.0.2"))]));
+    index.apply(batch([node(), Object::from(pod("a", "10.0.0.2"))]));
     assert_eq!(
         cases(&table),
         [
@@ -161,7 +161,7 @@ fn an_address_in_the_cluster_that_nobody_owns_is_unknown() {
         ..TableSettings::default()
     };
     let table = Table::new(settings);
-    Index::new(Arc::clone(&table)).apply(batch([node(), Object::Pod(pod("a", "10.0.0.2"))]));
+    Index::new(Arc::clone(&table)).apply(batch([node(), Object::from(pod("a", "10.0.0.2"))]));
     assert_eq!(
         cases(&table),
         [
@@ -199,7 +199,9 @@ fn the_pods_of_a_node_are_told_with_what_isolates_them() {
         on_host,
         ended,
     ];
-    index.apply(batch(pods.map(Object::Pod).into_iter().chain([deny_all()])));
+    index.apply(batch(
+        pods.map(Object::from).into_iter().chain([deny_all()]),
+    ));
     let local = |name: &str, address: &str| LocalPod {
         address: ip(address),
         ingress_isolated: true,
@@ -225,8 +227,8 @@ fn the_pods_of_a_node_are_told_with_what_isolates_them() {
 fn policies_are_told_with_the_pods_that_they_select() {
     let (table, mut index) = setup();
     index.apply(batch([
-        Object::Pod(pod("b", "10.0.0.3")),
-        Object::Pod(pod("a", "10.0.0.2")),
+        Object::from(pod("b", "10.0.0.3")),
+        Object::from(pod("a", "10.0.0.2")),
         deny_all(),
     ]));
     let told = serde_json::to_value(table.policies()).unwrap();
@@ -240,8 +242,8 @@ fn policies_are_told_with_the_pods_that_they_select() {
 fn an_address_that_two_pods_claim_is_said_until_it_is_resolved() {
     let (table, mut index) = setup();
     index.apply(batch([
-        Object::Pod(pod("a", "10.0.0.2")),
-        Object::Pod(pod("b", "10.0.0.2")),
+        Object::from(pod("a", "10.0.0.2")),
+        Object::from(pod("b", "10.0.0.2")),
     ]));
     let [problem] = &table.problems()[..] else {
         panic!("{:?}", table.problems())
@@ -258,7 +260,7 @@ fn an_address_that_two_pods_claim_is_said_until_it_is_resolved() {
         finished: true,
         ..pod("a", "10.0.0.2")
     };
-    index.apply(batch([Object::Pod(ended)]));
+    index.apply(batch([Object::from(ended)]));
     assert_eq!(*table.problems(), []);
     assert_eq!(
         &*table.endpoint(ip("10.0.0.2")).unwrap().identity.key.name,
@@ -270,7 +272,7 @@ fn an_address_that_two_pods_claim_is_said_until_it_is_resolved() {
 fn a_policy_on_a_host_network_pod_is_a_warning() {
     let (table, mut index) = setup();
     let on_host = |name| {
-        Object::Pod(policy::Pod {
+        Object::from(policy::Pod {
             host_network: true,
             ..pod(name, "192.168.0.1")
         })

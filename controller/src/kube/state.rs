@@ -261,7 +261,7 @@ impl State {
             None => {
                 (written.spec, written.stand_in) = (value["spec"].to_string(), true);
                 self.say_closed(&object_key);
-                objects::closed_policy(key, &value).map(Object::NetworkPolicy)
+                objects::closed_policy(key, &value).map(Object::from)
             }
         };
         self.policies.insert(key.clone(), written);

@@ -33,7 +33,7 @@ pub(super) fn read(key: &PolicyKey, mut value: Value) -> Result<Object, Vec<Faul
     // The labels of a policy mean nothing to enforcement, so they are not looked at.
     match typed::<policy::v1::NetworkPolicySpec>("networkpolicy", "spec", spec) {
         Ok(spec) => match policy::NetworkPolicy::new(key.clone(), spec) {
-            Ok(policy) if faults.is_empty() => return Ok(Object::NetworkPolicy(policy)),
+            Ok(policy) if faults.is_empty() => return Ok(policy.into()),
             Ok(_) => {}
             Err(invalid) => faults.extend(invalid.into_iter().map(Fault::from)),
         },

@@ -70,7 +70,7 @@ pub(super) fn read(key: &PodKey, value: Value) -> Result<Object, Vec<Fault>> {
     }
     let created = raw.metadata.creation_timestamp.take();
     let deleted = raw.metadata.deletion_timestamp.take();
-    Ok(Object::Pod(policy::Pod {
+    Ok(Object::from(policy::Pod {
         key: key.clone(),
         uid: raw.metadata.uid.take().unwrap_or_default().into(),
         node: spec.node_name.unwrap_or_default().into(),

@@ -7,7 +7,7 @@ use super::*;
 fn pod_of(value: Value) -> policy::Pod {
     let key = key_of(Kind::Pod, &value).expect("a name");
     match read(&key, value) {
-        Ok(Object::Pod(pod)) => pod,
+        Ok(Object::Pod(pod)) => (*pod).clone(),
         other => panic!("not a pod: {other:?}"),
     }
 }

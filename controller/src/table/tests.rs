@@ -14,7 +14,7 @@ fn ip(text: &str) -> IpAddr {
 }
 
 fn pod(name: &str, address: &str) -> Object {
-    Object::Pod(Pod {
+    Object::from(Pod {
         key: PodKey {
             namespace: "x".into(),
             name: name.into(),
@@ -42,7 +42,7 @@ fn policy_key() -> PolicyKey {
 fn deny() -> Event {
     let spec = serde_json::json!({"policyTypes": ["Ingress", "Egress"]});
     let spec = serde_json::from_value(spec).unwrap();
-    Event::Upsert(Object::NetworkPolicy(
+    Event::Upsert(Object::from(
         NetworkPolicy::new(policy_key(), spec).unwrap(),
     ))
 }

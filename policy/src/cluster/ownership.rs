@@ -17,6 +17,9 @@ use crate::model::{PodKey, PolicyKey};
 #[derive(Debug, Default)]
 pub(super) struct Ownership {
     slots: BTreeMap<IpAddr, Slot>,
+    contested: BTreeSet<IpAddr>,
+    /// Changes whenever another address is contested, or by others.
+    pub(super) disputes: u64,
 }
 
 #[derive(Debug)]
@@ -38,12 +41,10 @@ impl Ownership {
     }
 
     pub(super) fn contested(&self) -> Vec<(IpAddr, Vec<PodKey>)> {
-        let contested = self
-            .slots
+        let claimants = |address: &IpAddr| Some(self.slots.get(address)?.claimants.clone());
+        self.contested
             .iter()
-            .filter(|(_, slot)| slot.endpoint.contested);
-        contested
-            .map(|(&address, slot)| (address, slot.claimants.clone()))
+            .filter_map(|address| Some((*address, claimants(address)?)))
             .collect()
     }
 
@@ -81,7 +82,14 @@ impl Ownership {
             _ => {}
         }
         let states = claimants.iter().filter_map(|key| pods.get(key)).collect();
-        let endpoint = match holders(states)[..] {
+        let holders = holders(states);
+        let was_contested = if holders.len() > 1 {
+            !self.contested.insert(address)
+        } else {
+            self.contested.remove(&address)
+        };
+        self.disputes += u64::from(was_contested || holders.len() > 1);
+        let endpoint = match holders[..] {
             [] => return self.slots.remove(&address).is_some(),
             [owner] => owner.endpoint.clone(),
             [first, ref others @ ..] => Arc::new(common(first, others)),

@@ -1,14 +1,14 @@
 //! One pod with all that follows from the other objects, and the endpoint made of it.
 use std::sync::Arc;
 
-use super::selection::Selection;
+use super::selection::{CompiledPolicy, Selection};
 use crate::compile::SelectorId;
 use crate::endpoint::{Endpoint, Identity, NamedPort};
 use crate::model::{Node, Pod};
 
 #[derive(Debug)]
 pub(super) struct PodState {
-    pub(super) pod: Pod,
+    pub(super) pod: Arc<Pod>,
     identity: Arc<Identity>,
     named_ports: Arc<[NamedPort]>,
     /// Sorted.
@@ -20,7 +20,7 @@ pub(super) struct PodState {
 
 impl PodState {
     pub(super) fn new(
-        pod: Pod,
+        pod: Arc<Pod>,
         node: Option<Arc<Node>>,
         matches: Arc<[SelectorId]>,
         selection: Arc<Selection>,
@@ -30,8 +30,6 @@ impl PodState {
             uid: pod.uid.clone(),
             node_name: pod.node.clone(),
             node,
-            labels: pod.labels.clone(),
-            addresses: pod.addresses.clone(),
         });
         let named_ports: Arc<[NamedPort]> = named_ports(&pod).into();
         let endpoint = Arc::new(endpoint(&identity, &named_ports, &matches, &selection));
@@ -64,6 +62,16 @@ impl PodState {
         if *self.endpoint != endpoint {
             self.endpoint = Arc::new(endpoint);
         }
+    }
+}
+
+/// Those of the policies that select a pod which can do nothing for it: all, if it runs on its node's
+/// network.
+pub(super) fn in_vain<'a>(pod: &Pod, selection: &'a Selection) -> &'a [Arc<CompiledPolicy>] {
+    if pod.host_network && !pod.finished {
+        selection.policies()
+    } else {
+        &[]
     }
 }
 

@@ -45,6 +45,11 @@ impl CompiledPolicy {
 }
 
 impl Selection {
+    /// Sorted by key.
+    pub(super) fn policies(&self) -> &[Arc<CompiledPolicy>] {
+        &self.policies
+    }
+
     pub(super) fn contains(&self, policy: &CompiledPolicy) -> bool {
         self.policies
             .binary_search_by(|known| known.key.cmp(&policy.key))

@@ -5,7 +5,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use super::pod_state::PodState;
+use super::pod_state::{PodState, in_vain};
 use super::selection::{CompiledPolicy, Selection};
 use super::{Cluster, NamespaceState, PolicyState, Touched, pods_of};
 use crate::compile::{Rules, SelectorId};
@@ -79,12 +79,38 @@ impl Cluster {
 
     pub(super) fn move_pods(&mut self, name: &str, node: Option<&Arc<Node>>) -> Touched {
         let mut touched = Touched::default();
-        let on_node = self.pods.values().filter(|state| *state.pod.node == *name);
-        let keys: Vec<PodKey> = on_node.map(|state| state.pod.key.clone()).collect();
-        for key in keys {
+        for key in self.on_node.get(name).cloned().unwrap_or_default() {
             self.update(&key, &mut touched, |state| state.set_node(node.cloned()));
         }
         touched
+    }
+
+    /// Notes what a pod is to be, and by which policies selected, instead of what it is by now.
+    pub(super) fn settle_doubts(&mut self, key: &PodKey, after: Option<(&Pod, &Selection)>) {
+        let before = self.pods.get(key);
+        let before = before.map_or(&[][..], |state| in_vain(&state.pod, &state.selection));
+        let after = after.map_or(&[][..], |(pod, selection)| in_vain(pod, selection));
+        self.doubts.settle(key, before, after);
+    }
+
+    /// Notes which node a pod is to run on, instead of the one that it runs on by now.
+    pub(super) fn settle_on_node(&mut self, key: &PodKey, node: Option<&Arc<str>>) {
+        let known = self.pods.get(key).map(|state| &state.pod.node);
+        if known == node {
+            return;
+        }
+        if let Some(known) = known
+            && let Some(pods) = self.on_node.get_mut(known)
+        {
+            pods.remove(key);
+            if pods.is_empty() {
+                self.on_node.remove(known);
+            }
+        }
+        if let Some(node) = node {
+            let pods = self.on_node.entry(node.clone()).or_default();
+            pods.insert(key.clone());
+        }
     }
 
     /// Changes one pod's state and brings its endpoint up to date.
@@ -222,6 +248,9 @@ impl Cluster {
             changes.push((pod_key.clone(), selection.clone()));
         }
         for (key, selection) in changes {
+            if let Some(pod) = self.pods.get(&key).map(|state| state.pod.clone()) {
+                self.settle_doubts(&key, Some((&pod, &selection)));
+            }
             self.update(&key, touched, |state| state.selection = selection);
         }
     }

@@ -16,7 +16,7 @@ pub(crate) const SERVER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 2, 2
 /// What is decided when x/a on `node` connects to x/c; if x/a is `isolated`, it may not.
 pub(crate) fn decision(node: &str, isolated: bool) -> Arc<Decision> {
     let pod = |name: &str, node: &str, address| {
-        Event::Upsert(Object::Pod(Pod {
+        Event::Upsert(Object::from(Pod {
             key: PodKey {
                 namespace: "x".into(),
                 name: name.into(),
@@ -52,7 +52,7 @@ pub(crate) fn decision(node: &str, isolated: bool) -> Arc<Decision> {
         };
         let spec = serde_json::from_value(json!({ "policyTypes": ["Egress"] })).unwrap();
         let policy = NetworkPolicy::new(key, spec).unwrap();
-        events.push(Event::Upsert(Object::NetworkPolicy(policy)));
+        events.push(Event::Upsert(Object::from(policy)));
     }
     let table = Table::new(TableSettings::default());
     Index::new(Arc::clone(&table)).apply(Batch {

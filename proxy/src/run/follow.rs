@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use controller::{Batch, Index};
+use controller::{Batch, Index, Problem};
 use tracing::{error, info, warn};
 
 use crate::carried::upkeep;
@@ -31,9 +31,10 @@ pub(super) struct Follower {
     pub(super) isolated: BTreeSet<IpAddr>,
 }
 
-/// Says in the log which faults of the cluster's objects stand.
-pub(super) fn announce(batch: &Batch) {
-    for problem in batch.problems.iter() {
+/// Says in the log which faults of the cluster's objects stand that did not before.
+pub(super) fn announce(before: &[Problem], now: &[Problem]) {
+    let before: BTreeSet<&Problem> = before.iter().collect();
+    for problem in now.iter().filter(|problem| !before.contains(problem)) {
         warn!("{problem}");
     }
 }
@@ -74,11 +75,13 @@ impl Follower {
     }
 
     fn apply(&mut self, batch: Batch) {
-        if batch.problems != self.enforcer.table.problems() {
-            announce(&batch);
-        }
+        let before = self.enforcer.table.problems();
         let touched = self.index.apply(batch);
-        self.source.tell(&self.enforcer.table.problems());
+        let problems = self.enforcer.table.problems();
+        if !Arc::ptr_eq(&before, &problems) {
+            announce(&before, &problems);
+        }
+        self.source.tell(&problems);
         self.enforcer.judge_again(&touched);
         self.touched.extend(touched);
     }
@@ -95,11 +98,11 @@ impl Follower {
         let behind =
             |error| format!("flows that the kernel carries could not be judged again: {error}");
         upkeep::judge_again(&self.enforcer, &self.touched).map_err(behind)?;
-        self.touched.clear();
         let isolated = self
             .released
-            .sync()
+            .sync(&self.touched)
             .map_err(|error| format!("the kernel's sets are behind the table: {error}"))?;
+        self.touched.clear();
         self.isolated.extend(isolated);
         upkeep::judge_unmarked(&self.enforcer, &self.isolated).map_err(behind)?;
         self.isolated.clear();

@@ -23,8 +23,8 @@ pub(crate) const TESTS: &[Test] =
 
 /// Pods at a time ...
 const PODS: u8 = 250;
-/// ... each of which hands its address on so often.
-const GENERATIONS: usize = 40;
+/// ... one after the other at each address, which is so handed on ten thousand times in all.
+const GENERATIONS: usize = 41;
 /// Host numbers of the pods' addresses begin here.
 const FIRST: u8 = 2;
 const SERVER: u8 = 254;

@@ -169,7 +169,8 @@ pub(crate) fn measure(flows: u32, interval: Duration, rounds: u32) -> anyhow::Re
     Ok(())
 }
 
-/// The cluster, with nothing enforced yet.
+/// The cluster, with nothing enforced yet. It has one node: where the client's has only carried what the
+/// server's relays, it may be the first to stop it, and the reset does not get through.
 fn served_bed() -> anyhow::Result<Bed> {
     let client = |number| {
         let name = format!("client-{number}");
@@ -179,12 +180,11 @@ fn served_bed() -> anyhow::Result<Bed> {
             .label("access", access)
     };
     let server = PodSpec::new("served", "server")
-        .node(1)
         .label("pod", "server")
         .label("first", "yes")
         .port("http", 80);
     let mut lab = Cluster::builder()
-        .nodes(2)
+        .nodes(1)
         .pods((0..CLIENTS).map(client))
         .pod(server)
         .build()?;

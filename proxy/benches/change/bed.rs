@@ -116,12 +116,16 @@ impl Bed {
             self.source.follow(node.name(), &mut daemon);
             self.daemons.push(daemon.spawn()?);
         }
-        for node in &nodes {
-            let ready =
-                || ask(node, "/readyz").is_some_and(|answer| answer.starts_with("HTTP/1.1 200"));
+        for (node, daemon) in nodes.iter().zip(&mut self.daemons) {
+            let mut ready = false;
+            let waited = wait_until(READY_WITHIN, "the daemon to be ready", || {
+                ready = ask(node, "/readyz").is_some_and(|it| it.starts_with("HTTP/1.1 200"));
+                ready || !matches!(daemon.try_wait(), Ok(None))
+            });
             let log = self.directory.path().join(node.name());
-            wait_until(READY_WITHIN, "the daemon to be ready", ready)
-                .with_context(|| fs::read_to_string(log).unwrap_or_default())?;
+            let log = || fs::read_to_string(&log).unwrap_or_default();
+            waited.with_context(log)?;
+            ensure!(ready, "the daemon has ended: {}", log());
         }
         Ok(begun.elapsed())
     }

@@ -89,7 +89,12 @@ fn a_datagram_that_is_too_long_for_its_path_is_told_so() {
     outside.serve_udp(&[53]).unwrap();
     let capture = a.capture().unwrap();
     let text = [7; 1400];
-    for to in outside.addrs(53) {
+    // Behind a translation too: the error names the server, and is to reach who knows another address.
+    let virtual_addresses: [SocketAddr; 2] =
+        ["10.96.77.7:53", "[fd00:10:96::7777]:53"].map(|text| text.parse().unwrap());
+    translate(&bed.lab.node(0), virtual_addresses, &outside);
+    for to in outside.addrs(53).into_iter().chain(virtual_addresses) {
+        let before = capture.count(|it| too_big(it, to));
         // Linux sets DF for datagrams too, and cuts them once it knows the path.
         let first = a.ask_udp(to, &text, Duration::from_millis(300)).unwrap();
         assert!(
@@ -97,7 +102,9 @@ fn a_datagram_that_is_too_long_for_its_path_is_told_so() {
             "{to}: {first}"
         );
         capture
-            .wait_for(DEADLINE, "word from the router", 1, |it| too_big(it, to))
+            .wait_for(DEADLINE, "word from the router", before + 1, |it| {
+                too_big(it, to)
+            })
             .unwrap();
         let second = a.ask_udp(to, &text, DEADLINE).unwrap();
         assert!(
@@ -105,4 +112,15 @@ fn a_datagram_that_is_too_long_for_its_path_is_told_so() {
             "{to}: {second}"
         );
     }
+}
+
+/// Has a node send what is for one of these addresses to `server`, as kube-proxy does for a Service.
+fn translate(node: &Host, [v4, v6]: [SocketAddr; 2], server: &Host) {
+    let (v4, v6) = (v4.ip(), v6.ip());
+    let [to4, to6] = server.addresses();
+    let rules = format!(
+        "table inet translation {{\nchain prerouting {{\ntype nat hook prerouting priority dstnat;\n\
+         ip daddr {v4} dnat ip to {to4}\nip6 daddr {v6} dnat ip6 to {to6}\n}}\n}}\n"
+    );
+    node.nft(&rules).unwrap();
 }

@@ -261,7 +261,7 @@ fn what_one_node_allows_and_the_next_denies_is_one_trace_too() {
     let reason = allowed[0].tags["reason"].as_str().unwrap();
     assert!(reason.contains("Not connected"), "{reason}");
     if let Some(file) = std::env::var_os("PORTREEVE_TRACE_PICTURE") {
-        let browser = Browser::on(&bed.lab.node(0), 1400, 900);
+        let browser = Browser::on(&bed.lab.node(0), 1400, 1400);
         std::fs::write(file, picture(&browser, &jaeger.page(&denied[0].trace))).unwrap();
     }
 }
@@ -282,6 +282,12 @@ fn picture(browser: &Browser, page: &str) -> Vec<u8> {
     browser.wait_for(
         "the policies",
         "return document.querySelector('.detail-row').innerText.includes('deny-ingress-c')",
+    );
+    // All of them, without a scroll bar.
+    browser.run(
+        "for (let it = document.querySelector('.detail-row table'); !it.matches('.detail-row'); it = it.parentElement) { \
+           it.style.maxHeight = 'none'; it.style.height = 'auto'; \
+         }",
     );
     browser.screenshot()
 }

@@ -316,9 +316,10 @@ fn start_workers(
 ) -> anyhow::Result<Vec<Thread>> {
     let settings = &args.redirect;
     let mut workers = Vec::new();
-    for number in 0..settings.queue_count() {
+    let count = settings.queue_count();
+    for number in 0..count {
         let queue = settings.queue + number;
-        let worker = Worker::start(number.into(), queue, Arc::clone(enforcer), stopped.clone())
+        let worker = Worker::start(number.into(), count.into(), queue, Arc::clone(enforcer), stopped.clone())
             .with_context(|| format!("cannot bind NFQUEUE {queue}: is another daemon running, or another program on that queue? (--queue chooses others)"))?;
         workers.push(worker);
     }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use socket2::SockRef;
 use tokio::sync::{oneshot, watch};
 use tokio::task::LocalSet;
@@ -23,12 +25,13 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts worker `number` on NFQUEUE `queue` and waits until the queue is bound.
+    /// Starts worker `number` of `workers` on NFQUEUE `queue` and waits until the queue is bound.
     ///
     /// # Errors
     /// `EBUSY` if someone else has the queue, `EPERM` without `CAP_NET_ADMIN`; what a thread costs.
     pub(crate) fn start(
         number: usize,
+        workers: usize,
         queue: u16,
         enforcer: Arc<Enforcer>,
         stop: watch::Receiver<bool>,
@@ -38,6 +41,7 @@ impl Worker {
         let thread = std::thread::Builder::new()
             .name(format!("worker-{number}"))
             .spawn(move || {
+                keep_to_own_cores(number, workers);
                 let runtime = tokio::runtime::Builder::new_current_thread()
                     .enable_all()
                     .build()?;
@@ -68,6 +72,29 @@ impl Worker {
         let _ = self.listener.send(listener);
         self.thread
     }
+}
+
+/// Keeps this thread to the cores whose packets come to its queue. So whoever sends on a core wakes the
+/// worker there: the packet is in that core's cache, and no other core must be called out of its sleep.
+fn keep_to_own_cores(number: usize, workers: usize) {
+    let this_thread = Pid::from_raw(0);
+    let Ok(allowed) = sched_getaffinity(this_thread) else {
+        return;
+    };
+    let mut own = CpuSet::new();
+    for core in cores_of_queue(number, workers) {
+        if allowed.is_set(core).unwrap_or(false) {
+            // Within the set's size, as the iterator is.
+            let _ = own.set(core);
+        }
+    }
+    // Refused if there are none, as in a container that has been given other cores: it runs on any then.
+    let _ = sched_setaffinity(this_thread, &own);
+}
+
+/// The cores whose packets the kernel puts into queue `number` of `queues` (`NFQ_FLAG_CPU_FANOUT`).
+fn cores_of_queue(number: usize, queues: usize) -> impl Iterator<Item = usize> {
+    (number..CpuSet::count()).step_by(queues)
 }
 
 /// Asks for the connections whose SYN came up on core `number`: that core's queue is ours too, so
@@ -106,4 +133,45 @@ async fn work(
     // Past the deadline the rest is closed by the kernel.
     let _ = tokio::time::timeout(STOP_WITHIN, settled).await;
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The cores that a thread may run on after it was asked to keep to those of a queue.
+    fn kept(number: usize, workers: usize) -> CpuSet {
+        let thread = std::thread::spawn(move || {
+            keep_to_own_cores(number, workers);
+            sched_getaffinity(Pid::from_raw(0)).unwrap()
+        });
+        thread.join().unwrap()
+    }
+
+    #[test]
+    fn the_kernels_fan_out_gives_each_core_to_one_queue() {
+        for (number, queues, expected) in [(0, 1, [0, 1, 2]), (1, 2, [1, 3, 5]), (2, 4, [2, 6, 10])]
+        {
+            let cores: Vec<_> = cores_of_queue(number, queues).take(3).collect();
+            assert_eq!(cores, expected, "queue {number} of {queues}");
+        }
+    }
+
+    #[test]
+    fn a_worker_keeps_to_the_cores_of_its_queue_that_it_may_use() {
+        let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
+        assert_eq!(kept(0, 1), allowed, "one worker has all");
+        let mut cores = (0..CpuSet::count()).filter(|core| allowed.is_set(*core).unwrap());
+        let first = cores.next().unwrap();
+        let alone = kept(first, CpuSet::count());
+        let cores = (0..CpuSet::count()).filter(|core| alone.is_set(*core).unwrap());
+        assert_eq!(cores.collect::<Vec<_>>(), [first]);
+    }
+
+    #[test]
+    fn a_worker_whose_cores_it_may_not_use_runs_on_any() {
+        let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
+        let none = (0..CpuSet::count()).find(|core| !allowed.is_set(*core).unwrap());
+        assert_eq!(kept(none.unwrap(), CpuSet::count()), allowed);
+    }
 }

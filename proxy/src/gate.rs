@@ -71,10 +71,13 @@ impl Gate {
     pub(crate) async fn serve(self: Rc<Self>) -> io::Result<()> {
         let mut buffer = vec![0; MESSAGE];
         loop {
-            self.queue
-                .receive(&mut buffer, BATCH, |queued| self.arrived(&queued))
-                .await?;
-            self.flush();
+            // Most come alone: their ruling does not wait for a look whether there is another.
+            for most in [1, BATCH] {
+                self.queue
+                    .receive(&mut buffer, most, |queued| self.arrived(&queued))
+                    .await?;
+                self.flush();
+            }
         }
     }
 

@@ -20,7 +20,7 @@ use load::Load;
 use report::Results;
 use way::{Path, Way};
 
-/// Measures the bare network, Portreeve and HAProxy side by side and prints a Markdown table.
+/// Measures the bare network, with and without conntrack, Portreeve and HAProxy side by side and prints a Markdown table.
 #[derive(Parser)]
 struct Args {
     /// Fewer and shorter rounds: enough to see that nothing broke.
@@ -120,6 +120,9 @@ fn ways(args: &Args) -> anyhow::Result<Vec<Way>> {
     if wanted(way::BARE) {
         ways.push(Way::bare()?);
     }
+    if wanted(way::TRACKED) {
+        ways.push(Way::tracked()?);
+    }
     let own = way::own_build();
     for build in [own.clone(), own.collected()] {
         if wanted(build.name()) {
@@ -135,7 +138,7 @@ fn ways(args: &Args) -> anyhow::Result<Vec<Way>> {
     }
     anyhow::ensure!(
         !ways.is_empty(),
-        "no way is left to measure; --way takes bare, Portreeve, \"Portreeve with spans\" or HAProxy"
+        "no way is left to measure; --way takes bare, \"bare + conntrack\", Portreeve, \"Portreeve with spans\" or HAProxy"
     );
     for way in &ways {
         way.assure()?;

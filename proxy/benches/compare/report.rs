@@ -112,21 +112,21 @@ impl Results {
         let _ = writeln!(out, "|---|---|{}", "---:|".repeat(columns.len()));
     }
 
-    /// Every build of Portreeve to the bare network and to HAProxy, other builds to this one too, and
-    /// one that is collected to itself without that.
+    /// Every build of Portreeve to what others do, other builds to this one too, and one that is
+    /// collected to itself without that.
     fn ratios(&self) -> Vec<(String, String)> {
+        const OTHERS: [&str; 3] = [way::BARE, way::TRACKED, way::HAPROXY];
         let has = |name: &str| self.ways.iter().any(|way| way == name);
         let mut ratios = Vec::new();
-        for of in &self.ways {
+        for of in self.ways.iter().filter(|it| !OTHERS.contains(&it.as_str())) {
             if let Some(itself) = of.strip_suffix(way::COLLECTED) {
                 if has(itself) {
                     ratios.push((of.clone(), itself.to_owned()));
                 }
                 continue;
             }
-            for to in [way::BARE, way::HAPROXY, way::PORTREEVE] {
-                let others = of != to && of != way::BARE && of != way::HAPROXY;
-                if others && has(to) {
+            for to in OTHERS.into_iter().chain([way::PORTREEVE]) {
+                if of != to && has(to) {
                     ratios.push((of.clone(), to.to_owned()));
                 }
             }

@@ -1,4 +1,4 @@
-//! The ways from client to server: bare, through Portreeve, through HAProxy.
+//! The ways from client to server: bare, bare with conntrack, through Portreeve, through HAProxy.
 //!
 //! Each has a cluster of its own, all alike, that stands for the whole run; a way without load costs
 //! nothing. Must not know what is measured.
@@ -18,6 +18,7 @@ use crate::load::{Load, Servers};
 use crate::machine::cpu_time;
 
 pub(crate) const BARE: &str = "bare";
+pub(crate) const TRACKED: &str = "bare + conntrack";
 pub(crate) const PORTREEVE: &str = "Portreeve";
 pub(crate) const HAPROXY: &str = "HAProxy";
 /// What the name of a build ends with whose decisions are collected.
@@ -113,6 +114,16 @@ impl Way {
     /// No enforcement.
     pub(crate) fn bare() -> anyhow::Result<Self> {
         Self::new(BARE, false)
+    }
+
+    /// No enforcement on nodes whose conntrack follows every flow, as kube-proxy's rules have it do: what
+    /// a node is before Portreeve comes to it.
+    pub(crate) fn tracked() -> anyhow::Result<Self> {
+        let way = Self::new(TRACKED, false)?;
+        for node in way.cluster.nodes() {
+            node.nft(SERVICES)?;
+        }
+        Ok(way)
     }
 
     /// `iptables-init install` and `portreeve run` on both nodes. The client is isolated for egress
@@ -333,6 +344,20 @@ listen pods
 "
     ))
 }
+
+/// The hooks of kube-proxy's nat rules, without a Service.
+const SERVICES: &str = "table ip services {
+    chain prerouting {
+        type nat hook prerouting priority -100; policy accept;
+    }
+    chain output {
+        type nat hook output priority -100; policy accept;
+    }
+    chain postrouting {
+        type nat hook postrouting priority 100; policy accept;
+    }
+}
+";
 
 /// The kernel's own advice (Documentation/networking/tproxy.rst): what has a socket goes to it,
 /// what pods or nodes send to pods goes to the proxy.

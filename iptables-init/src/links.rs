@@ -1,10 +1,11 @@
 //! Which of the node's links pods hang on: those that the routing table names for pods' addresses.
 //!
 //! Whoever sends on such a link must have an address that is routed to it. Knows addresses only.
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use nix::net::if_::if_nametoindex;
 use serde_json::Value;
 
 use crate::command::{self, CommandError, Program};
@@ -17,6 +18,9 @@ pub struct Links {
     pub pods: BTreeSet<String>,
     /// Addresses among the pods' that are this host's own: what its pods have as their gateway.
     pub gateways: BTreeSet<IpAddr>,
+    /// Pods' addresses that the main table routes to one of these links, on their own and nowhere else,
+    /// after the link's index: that is never given to another link, as its name may be.
+    pub pinned: BTreeSet<(u32, IpAddr)>,
 }
 
 /// Reads the routing table for pods within `pods` on a node with the addresses `node`. Runs `ip`
@@ -37,7 +41,10 @@ pub fn of_pods(pods: &[IpNet], node: &[IpAddr]) -> Result<Links, CommandError> {
             source: source.into(),
         })?);
     }
-    Ok(choose(&routes, pods, node))
+    // A link that has gone meanwhile has no index.
+    Ok(choose(&routes, pods, node, |link| {
+        if_nametoindex(link).ok()
+    }))
 }
 
 /// `ip` says nothing at all where a family is switched off.
@@ -48,7 +55,12 @@ fn parse(listing: &str) -> Result<Vec<Value>, serde_json::Error> {
     serde_json::from_str(listing)
 }
 
-fn choose(routes: &[Value], pods: &[IpNet], node: &[IpAddr]) -> Links {
+fn choose(
+    routes: &[Value],
+    pods: &[IpNet],
+    node: &[IpAddr],
+    index: impl Fn(&str) -> Option<u32>,
+) -> Links {
     let of_node: BTreeSet<&str> = routes
         .iter()
         .filter(|route| leads_out(route) || holds(route, node))
@@ -67,14 +79,37 @@ fn choose(routes: &[Value], pods: &[IpNet], node: &[IpAddr]) -> Links {
         .filter(|link| !of_node.contains(link))
         // Nothing that makes links for pods calls them so, and nft could not be told.
         .filter(|link| !link.contains('"'));
+    let links: BTreeSet<_> = links.map(str::to_owned).collect();
     let own = routes.iter().filter(|route| kind(route) == "local");
-    let gateways = own
-        .filter_map(destination)
-        .filter(|net| within(*net) && net.prefix_len() == net.max_prefix_len());
+    let gateways: BTreeSet<_> = own
+        .filter_map(host)
+        .filter(|address| within((*address).into()))
+        .collect();
+    let pinned = pinned(routes.iter().filter(to_pods))
+        .filter(|(link, address)| links.contains(*link) && !gateways.contains(address))
+        .filter_map(|(link, address)| Some((index(link)?, address)));
     Links {
-        pods: links.map(str::to_owned).collect(),
-        gateways: gateways.map(|net| net.addr()).collect(),
+        pinned: pinned.collect(),
+        gateways,
+        pods: links,
     }
+}
+
+/// The addresses that have a route of their own, with the one link that it leads to.
+fn pinned<'a>(routes: impl Iterator<Item = &'a Value>) -> impl Iterator<Item = (&'a str, IpAddr)> {
+    let mut ways: BTreeMap<IpAddr, Vec<(&Value, &str)>> = BTreeMap::new();
+    for route in routes {
+        if let Some(address) = host(route) {
+            let ways = ways.entry(address).or_default();
+            ways.extend(links(route).map(|link| (route, link)));
+        }
+    }
+    ways.into_iter()
+        .filter_map(|(address, ways)| match ways[..] {
+            // `ip` names every table but the main one.
+            [(route, link)] if route["table"].is_null() => Some((link, address)),
+            _ => None,
+        })
 }
 
 fn leads_out(route: &Value) -> bool {
@@ -100,6 +135,12 @@ fn destination(route: &Value) -> Option<IpNet> {
         .or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
 }
 
+/// The one address that a route is for.
+fn host(route: &Value) -> Option<IpAddr> {
+    let net = destination(route)?;
+    (net.prefix_len() == net.max_prefix_len()).then(|| net.addr())
+}
+
 /// One, or those of a route with several ways.
 fn links(route: &Value) -> impl Iterator<Item = &str> {
     let several = route["nexthops"].as_array().into_iter().flatten();
@@ -110,12 +151,79 @@ fn links(route: &Value) -> impl Iterator<Item = &str> {
 mod tests {
     use super::*;
 
-    /// What is chosen for pods 10.244.0.0/24 and fd00:244::/64 on node 192.0.2.10.
-    fn chosen(listing: &str) -> Vec<String> {
+    /// What is chosen for pods 10.244.0.0/24 and fd00:244::/64 on node 192.0.2.10, where a link's index
+    /// is the length of its name and `gone` has none.
+    fn choice(listing: &str) -> Links {
         let pods = ["10.244.0.0/24", "fd00:244::/64"].map(|net| net.parse().unwrap());
         let node = ["192.0.2.10".parse().unwrap()];
-        let routes = parse(listing).unwrap();
-        choose(&routes, &pods, &node).pods.into_iter().collect()
+        let index = |link: &str| (link != "gone").then(|| u32::try_from(link.len()).unwrap());
+        choose(&parse(listing).unwrap(), &pods, &node, index)
+    }
+
+    fn chosen(listing: &str) -> Vec<String> {
+        choice(listing).pods.into_iter().collect()
+    }
+
+    #[test]
+    fn an_address_is_pinned_to_the_only_link_that_a_route_of_its_own_leads_to() {
+        for (listing, expected, why) in [
+            (
+                r#"[{"dst":"10.244.0.5","dev":"cali1"},{"dst":"fd00:244::5","dev":"cali12"}]"#,
+                &[(5, "10.244.0.5"), (6, "fd00:244::5")][..],
+                "one each",
+            ),
+            (
+                r#"[{"dst":"10.244.0.0/24","dev":"cni0"}]"#,
+                &[],
+                "the network of a bridge",
+            ),
+            (
+                r#"[{"dst":"10.244.0.5","dev":"cali1"},{"dst":"10.244.0.5","dev":"cali12","metric":9}]"#,
+                &[],
+                "two ways",
+            ),
+            (
+                r#"[{"dst":"10.244.0.5","nexthops":[{"dev":"cali1"},{"dev":"cali12"}]}]"#,
+                &[],
+                "two ways at once",
+            ),
+            (
+                r#"[{"dst":"10.244.0.5","dev":"cali1"},{"dst":"10.244.0.5","dev":"cali12","table":"7"}]"#,
+                &[],
+                "another table has another way",
+            ),
+            (
+                r#"[{"dst":"10.244.0.5","dev":"cali1","table":"7"}]"#,
+                &[],
+                "a table that may not be asked",
+            ),
+            (
+                r#"[{"dst":"10.244.0.5","dev":"gone"}]"#,
+                &[],
+                "a link that is no more",
+            ),
+            (
+                r#"[{"dst":"10.244.0.5","dev":"eth0"},{"dst":"default","gateway":"192.0.2.1","dev":"eth0"}]"#,
+                &[],
+                "the node's own link",
+            ),
+            (
+                r#"[{"dst":"10.244.0.5","dev":"cali1"},{"type":"local","dst":"10.244.0.5","dev":"lo","table":"local"}]"#,
+                &[],
+                "the host's own address",
+            ),
+            (
+                r#"[{"dst":"192.0.2.77","dev":"cali1"},{"dst":"10.244.0.0/25","dev":"cali1"}]"#,
+                &[],
+                "no pod's address",
+            ),
+        ] {
+            let pinned = choice(listing).pinned;
+            let expected = expected
+                .iter()
+                .map(|(index, ip)| (*index, ip.parse().unwrap()));
+            assert_eq!(pinned, expected.collect(), "{why}");
+        }
     }
 
     #[test]
@@ -176,8 +284,7 @@ mod tests {
             {"type":"broadcast","dst":"10.244.0.255","dev":"cni0","table":"local"},
             {"type":"local","dst":"192.0.2.10","dev":"eth0","table":"local"},
             {"type":"local","dst":"default","dev":"lo","table":"15001"}]"#;
-        let pods = ["10.244.0.0/24", "fd00:244::/64"].map(|net| net.parse().unwrap());
-        let links = choose(&parse(listing).unwrap(), &pods, &[]);
+        let links = choice(listing);
         let expected = ["10.244.0.1", "fd00:244::1"].map(|ip| ip.parse().unwrap());
         assert_eq!(links.gateways, expected.into());
     }

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::command::{self, CommandError, Program};
+use crate::links::Links;
 use crate::ruleset::{BRIDGE, TABLE};
 
 /// Elements in one `add element`, so that no line of a script grows without bound.
@@ -40,12 +41,25 @@ pub enum Groups {
     Stay,
 }
 
-/// One nft transaction after which the links in `links` are those that pods hang on, and no others.
+/// One nft transaction after which `links` are those that pods hang on, and no others.
 #[must_use]
-pub fn pod_links_script(links: &BTreeSet<String>) -> String {
-    let quoted = links.iter().map(|link| format!("\"{link}\"")).collect();
+pub fn pod_links_script(links: &Links) -> String {
+    let quoted = links.pods.iter().map(|link| format!("\"{link}\""));
     let mut script = String::new();
-    replace(&mut script, &format!("inet {TABLE} {POD_LINKS}"), &quoted);
+    replace(
+        &mut script,
+        &format!("inet {TABLE} {POD_LINKS}"),
+        &quoted.collect(),
+    );
+    for (family, is_ours) in FAMILIES {
+        let pinned = links.pinned.iter().filter(|(_, address)| is_ours(address));
+        let pinned = pinned.map(|(index, address)| format!("{index} . {address}"));
+        replace(
+            &mut script,
+            &format!("inet {TABLE} {PINNED}{family}"),
+            &pinned.collect(),
+        );
+    }
     script
 }
 
@@ -160,6 +174,7 @@ const INGRESS_RELEASED: &str = "ingress_released";
 const SELF: &str = "self";
 const OWN_NODE_JUDGED: &str = "own_node_judged";
 const POD_LINKS: &str = "pod_links";
+pub(crate) const PINNED: &str = "pinned";
 
 type IsFamily = fn(&IpAddr) -> bool;
 const FAMILIES: [(&str, IsFamily); 2] = [("4", IpAddr::is_ipv4), ("6", IpAddr::is_ipv6)];
@@ -265,10 +280,20 @@ mod tests {
 
     #[test]
     fn links_are_replaced_as_a_whole_and_may_have_any_name() {
-        let links = ["cali0a@x", "eth0.100"].map(str::to_owned).into();
+        let links = Links {
+            pods: ["cali0a@x", "eth0.100"].map(str::to_owned).into(),
+            pinned: ["10.1.2.3", "fd00:1::3"]
+                .map(|it| (7, it.parse().unwrap()))
+                .into(),
+            ..Links::default()
+        };
         insta::assert_snapshot!(pod_links_script(&links), @r#"
         flush set inet portreeve pod_links
         add element inet portreeve pod_links { "cali0a@x", "eth0.100" }
+        flush set inet portreeve pinned4
+        add element inet portreeve pinned4 { 7 . 10.1.2.3 }
+        flush set inet portreeve pinned6
+        add element inet portreeve pinned6 { 7 . fd00:1::3 }
         "#);
     }
 

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use crate::command::{self, CommandError, Program};
 use crate::ruleset::{FAMILIES, QUEUE_CHAIN, QueueRule, Ruleset, TABLE};
-use crate::sets::elements;
+use crate::sets::{PINNED, elements};
 
 /// The chain whose one rule never runs and carries the [`Stamp`] as its comment.
 pub(crate) const STAMP_CHAIN: &str = "installed_by";
@@ -180,6 +180,12 @@ pub(crate) fn replace_script(loaded: &Loaded, ruleset: &Ruleset) -> Result<Strin
             .find(|set| set.is_object());
         let Some(name) = set
             .filter(|set| set["timeout"].is_null())
+            // Only spares a look at the routes, and the daemon fills it anew.
+            .filter(|set| {
+                !set["name"]
+                    .as_str()
+                    .is_some_and(|it| it.starts_with(PINNED))
+            })
             .and_then(set_name)
             .filter(|name| declared.contains(name))
         else {

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use iptables_init::bridges::{Bridge, Port, ports_script};
+use iptables_init::links::Links;
 use iptables_init::owners::{End, Owners};
 use iptables_init::ruleset::{Kernel, QueueRule, Ruleset};
 use iptables_init::sets::{Groups, Sets};
@@ -229,6 +230,8 @@ fn another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements(
     init(&netns, "install").ok();
     init(&netns, "check").ok();
     assert!(!sh(&netns, "nft list table inet portreeve").contains("gone"));
+    // Where pods' addresses are routed to is not carried over: a shortcut, which the daemon lays anew.
+    load(&netns, &iptables_init::sets::pod_links_script(&links()));
     assert_eq!(
         sorted(&sh(&netns, "nft list sets; nft list maps")),
         sorted(&sets)
@@ -750,9 +753,19 @@ fn some_sets() -> Sets {
     }
 }
 
+fn links() -> Links {
+    Links {
+        pods: ["cali0a@x", "1veth"].map(str::to_owned).into(),
+        // A link that is there, and one that has gone.
+        pinned: [1, 4711]
+            .map(|index| (index, "10.1.2.3".parse().unwrap()))
+            .into(),
+        ..Links::default()
+    }
+}
+
 fn fill_sets(netns: &Netns) {
-    let links = ["cali0a@x", "1veth"].map(str::to_owned).into();
-    load(netns, &iptables_init::sets::pod_links_script(&links));
+    load(netns, &iptables_init::sets::pod_links_script(&links()));
     let bridge = Bridge {
         name: "cni0".into(),
         address: "0a:58:0a:f4:00:01".into(),

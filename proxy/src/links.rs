@@ -29,7 +29,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How soon what was refused is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// The set of pods' links as the kernel has it.
+/// The sets of pods' links as the kernel has them.
 pub(crate) struct PodLinks {
     table: Arc<Table>,
     node: Arc<str>,
@@ -115,7 +115,7 @@ impl PodLinks {
         if self.loaded.as_ref().map(|loaded| &loaded.links) != Some(&wanted.links) {
             self.loaded = None;
             self.table.set_gateways(wanted.links.gateways.clone());
-            sets::load(&sets::pod_links_script(&wanted.links.pods))?;
+            sets::load(&sets::pod_links_script(&wanted.links))?;
         }
         self.loaded = Some(wanted);
         Ok(())

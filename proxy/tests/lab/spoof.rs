@@ -6,13 +6,18 @@ use lab::runner::Test;
 use lab::traffic::craft;
 use lab::{Between, Gateway, Host, PodSpec, RpFilter, wait_until};
 
-use crate::support::{Bed, DEADLINE, connected, counter, deny_ingress, greeted, metric, small};
+use crate::carried::{flow, goes_on};
+use crate::support::{
+    Bed, DEADLINE, allow_ingress, connected, counter, deny_ingress, greeted, metric, small,
+};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     a_pod_that_sends_in_anothers_name_is_refused_by_its_link,
     a_new_pods_link_is_known_at_once_and_without_any_policy,
     what_comes_back_another_way_than_it_went_is_no_lie_on_the_nodes_own_link,
     what_a_pod_wraps_for_its_own_node_is_not_unwrapped,
+    a_pod_cannot_send_into_a_flow_that_another_has_with_leave,
+    an_address_that_is_routed_elsewhere_is_a_lie_where_it_was_before,
 ];
 
 /// A cluster without any reverse path filter, and without policy.
@@ -184,4 +189,75 @@ fn tunnel_address(node: &Host) -> [u8; 6] {
         .map(|byte| u8::from_str_radix(byte, 16).unwrap())
         .collect();
     bytes.try_into().unwrap()
+}
+
+/// Conntrack takes what has a flow's addresses and ports for a part of it, so its mark proves nothing.
+fn a_pod_cannot_send_into_a_flow_that_another_has_with_leave() {
+    for gateway in [Gateway::LinkLocal, Gateway::NodeAddress] {
+        let mut bed = Bed::bare(small().rp_filter(RpFilter::Off).gateway(gateway));
+        let (a, b, liar) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/d"));
+        b.serve_udp(&[53]).unwrap();
+        bed.write_policies(&[allow_ingress("b")]);
+        bed.enforce(&[]);
+        let node = bed.lab.node(0);
+        let capture = b.capture().unwrap();
+        for to in b.addrs(53) {
+            let live = flow(&a, to);
+            assert!(goes_on(&live), "{to}, {gateway:?}");
+            let source = live.local_addr().unwrap();
+            let (before, heard) = (
+                counter(&node, "spoofed"),
+                capture.count(|it| it.source == source),
+            );
+            lie(&liar, source, to);
+            wait_for_count(&node, "spoofed", before + 1);
+            assert_eq!(
+                capture.count(|it| it.source == source),
+                heard,
+                "{to}, {gateway:?}"
+            );
+            assert!(goes_on(&live), "{to}, {gateway:?}");
+        }
+    }
+}
+
+fn an_address_that_is_routed_elsewhere_is_a_lie_where_it_was_before() {
+    let bed = bed(Gateway::LinkLocal);
+    let (node, a, b, d) = (
+        bed.lab.node(0),
+        bed.lab.pod("x/a"),
+        bed.lab.pod("x/b"),
+        bed.lab.pod("x/d"),
+    );
+    let [link_a, link_d] = ["x/a", "x/d"].map(|pod| bed.lab.link_of(pod).unwrap());
+    let pinned = |pod: &Host, link: &str| {
+        ["pinned4", "pinned6"]
+            .into_iter()
+            .zip(pod.addrs(53))
+            .all(|(set, own)| {
+                let mut nft = node.command("nft");
+                nft.args(["list", "set", "inet", "portreeve", set]);
+                let listing = String::from_utf8_lossy(&nft.output().unwrap().stdout).into_owned();
+                listing.contains(&format!("\"{link}\" . {}", own.ip()))
+            })
+    };
+    wait_until(DEADLINE, "each to be pinned to its link", || {
+        pinned(&a, &link_a) && pinned(&d, &link_d)
+    })
+    .unwrap();
+    for (pod, link) in [(&a, &link_d), (&d, &link_a)] {
+        for own in pod.addrs(53).map(|own| own.ip()) {
+            let length = if own.is_ipv4() { 32 } else { 128 };
+            node.ip(&format!("route replace {own}/{length} dev {link}\n"))
+                .unwrap();
+        }
+    }
+    wait_until(DEADLINE, "the pins to follow the routes", || {
+        pinned(&a, &link_d) && pinned(&d, &link_a)
+    })
+    .unwrap();
+    for (source, to) in a.addrs(53).into_iter().zip(b.addrs(53)) {
+        lie(&a, source, to);
+    }
+    wait_for_count(&node, "spoofed", 2);
 }

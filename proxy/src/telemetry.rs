@@ -3,14 +3,12 @@
 //! The packets' threads decide only whether a connection is wanted; spans are made and sent by a
 //! thread of their own. A slow, dead or mute collector costs spans, which are counted by cause, and
 //! never delays a packet. docs/tracing.md tells what a span holds and how two nodes share a trace.
-mod collector;
 mod export;
 mod fold;
 mod place;
 mod settings;
 mod span;
 mod trail;
-mod wire;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -43,6 +41,11 @@ pub(crate) enum TelemetryError {
     /// A flag or an environment variable is wrong.
     #[error(transparent)]
     Settings(#[from] SettingsError),
+    /// The exporter does not take its settings, some of which it reads from the environment itself.
+    #[error(
+        "spans cannot be exported; correct --otlp-endpoint or the OTEL_EXPORTER_OTLP_* variable that is named"
+    )]
+    Exporter(#[source] opentelemetry_otlp::ExporterBuildError),
     /// There can be no thread or no runtime for it.
     #[error("the thread that sends spans cannot be started; see the process limits")]
     Thread(#[source] std::io::Error),

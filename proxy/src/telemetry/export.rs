@@ -6,24 +6,22 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use hyper::body::Bytes;
+use opentelemetry_otlp::{SpanExporter, WithExportConfig};
+use opentelemetry_sdk::error::OTelSdkError;
+use opentelemetry_sdk::trace::{SpanData, SpanExporter as _};
 use tokio::runtime::Runtime;
 use tracing::{info, warn};
 
-use super::collector::{Collector, Rejected};
 use super::fold::{Fold, Folded};
-use super::settings::Settings;
+use super::settings::{Settings, Transport};
 use super::span::Spanner;
 use super::{Counts, TelemetryError};
 use crate::records::{Queue, Record};
 
-/// How long to wait before a request that failed for now is repeated, at first; each time twice as long.
-const PAUSE: Duration = Duration::from_millis(200);
-
 /// The collector's end of the queue.
 pub(super) struct Exporter {
     runtime: Runtime,
-    collector: Collector,
+    exporter: SpanExporter,
     spanner: Spanner,
     counts: Arc<Counts>,
     delay: Duration,
@@ -32,18 +30,11 @@ pub(super) struct Exporter {
     failing: bool,
 }
 
-/// Why a request was given up.
-enum Failure {
-    Refused(String),
-    /// There was no answer to any of it.
-    Silent,
-}
-
 impl Exporter {
     /// Nothing is sent yet and no collector is tried.
     ///
     /// # Errors
-    /// If there can be no runtime.
+    /// What the exporter does not take.
     pub(super) fn new(
         settings: Settings,
         node: Arc<str>,
@@ -54,12 +45,26 @@ impl Exporter {
             .build()
             .map_err(TelemetryError::Thread)?;
         let guard = runtime.enter();
-        let collector = Collector::new(settings.transport, settings.endpoint, settings.headers);
+        let exporter = match settings.transport {
+            Transport::Grpc => SpanExporter::builder()
+                .with_tonic()
+                .with_endpoint(settings.endpoint)
+                .with_timeout(settings.timeout)
+                .build(),
+            Transport::Http => SpanExporter::builder()
+                .with_http()
+                .with_protocol(opentelemetry_otlp::Protocol::HttpBinary)
+                .with_endpoint(settings.endpoint)
+                .with_timeout(settings.timeout)
+                .build(),
+        };
         drop(guard);
+        let mut exporter = exporter.map_err(TelemetryError::Exporter)?;
+        exporter.set_resource(&settings.resource);
         Ok(Self {
             runtime,
-            collector,
-            spanner: Spanner::new(node, settings.resource),
+            exporter,
+            spanner: Spanner::new(node),
             counts,
             delay: settings.delay,
             batch: settings.batch,
@@ -82,33 +87,29 @@ impl Exporter {
             }
             told.extend(if open { fold.due(now) } else { fold.rest() });
             for batch in told.chunks(self.batch) {
-                self.send(batch);
+                let spans = batch.iter().map(|folded| self.spanner.span(folded));
+                let spans = spans.collect();
+                self.send(spans);
             }
         }
     }
 
-    fn send(&mut self, batch: &[Folded]) {
-        let number = batch.len() as u64;
-        let request = self.spanner.request(batch).into();
-        let delivery = deliver(&mut self.collector, request, self.timeout);
-        let count =
-            |count: &std::sync::atomic::AtomicU64, by| count.fetch_add(by, Ordering::Relaxed);
-        let failure = match self.runtime.block_on(delivery) {
-            Ok(Rejected { spans, why }) => {
-                let rejected = spans.min(number);
-                count(&self.counts.sent, number - rejected);
-                count(&self.counts.refused, rejected);
-                (rejected > 0).then(|| format!("it rejects {rejected} of {number}: {why}"))
+    fn send(&mut self, spans: Vec<SpanData>) {
+        let number = spans.len() as u64;
+        let export = self.exporter.export(spans);
+        let limited = async { tokio::time::timeout(self.timeout, export).await };
+        let (count, failure) = match self.runtime.block_on(limited) {
+            Ok(Ok(())) => (&self.counts.sent, None),
+            Ok(Err(error @ OTelSdkError::Timeout(_))) => {
+                (&self.counts.timed_out, Some(error.to_string()))
             }
-            Err(Failure::Refused(why)) => {
-                count(&self.counts.refused, number);
-                Some(why)
-            }
-            Err(Failure::Silent) => {
-                count(&self.counts.timed_out, number);
-                Some(format!("no answer within {:?}", self.timeout))
-            }
+            Ok(Err(error)) => (&self.counts.refused, Some(error.to_string())),
+            Err(_) => (
+                &self.counts.timed_out,
+                Some(format!("no answer within {:?}", self.timeout)),
+            ),
         };
+        count.fetch_add(number, Ordering::Relaxed);
         match failure {
             Some(why) if !self.failing => {
                 warn!(
@@ -124,27 +125,4 @@ impl Exporter {
             _ => {}
         }
     }
-}
-
-/// Sends a request, again and again if it fails for now, until it is answered or `limit` is over.
-async fn deliver(
-    collector: &mut Collector,
-    request: Bytes,
-    limit: Duration,
-) -> Result<Rejected, Failure> {
-    let mut last = None;
-    let attempts = async {
-        let mut pause = PAUSE;
-        loop {
-            match collector.send(request.clone()).await {
-                Ok(rejected) => return Ok(rejected),
-                Err(refused) if refused.for_now => last = Some(refused.why),
-                Err(refused) => return Err(Failure::Refused(refused.why)),
-            }
-            tokio::time::sleep(pause).await;
-            pause *= 2;
-        }
-    };
-    let answered = tokio::time::timeout(limit, attempts).await;
-    answered.unwrap_or_else(|_| Err(last.map_or(Failure::Silent, Failure::Refused)))
 }

@@ -1,12 +1,12 @@
 //! Where spans go and how: the daemon's flags, then OpenTelemetry's standard environment variables.
 //!
-//! Read once, into values that are valid.
-use std::collections::BTreeMap;
+//! Read once, into values that are valid. Headers, compression and certificates are left to the
+//! exporter, which reads `OTEL_EXPORTER_OTLP_*` itself.
 use std::str::FromStr;
 use std::time::Duration;
 
-use hyper::Uri;
-use hyper::header::{HeaderMap, HeaderName, HeaderValue};
+use opentelemetry::KeyValue;
+use opentelemetry_sdk::Resource;
 use opentelemetry_semantic_conventions::attribute::{K8S_NODE_NAME, SERVICE_NAME, SERVICE_VERSION};
 
 /// The flags about spans; each can be given as an environment variable too.
@@ -61,24 +61,6 @@ pub(crate) enum SettingsError {
         /// What it says.
         entry: String,
     },
-    /// A header cannot be sent.
-    #[error(
-        "{variable} has {entry:?}; write name=value, with commas in between, as HTTP headers allow"
-    )]
-    Header {
-        /// Its name.
-        variable: &'static str,
-        /// What it says, without the value: that may be a secret.
-        entry: String,
-    },
-    /// Requests are not compressed.
-    #[error("{variable} is {value:?}, which is not in this version; leave it out")]
-    Compression {
-        /// Its name.
-        variable: &'static str,
-        /// What it says.
-        value: String,
-    },
 }
 
 /// How spans travel.
@@ -93,12 +75,9 @@ pub(super) enum Transport {
 #[derive(Debug)]
 pub(super) struct Settings {
     /// With a path if the transport wants one.
-    pub(super) endpoint: Uri,
+    pub(super) endpoint: String,
     pub(super) transport: Transport,
-    /// What the collector wants to see with each request.
-    pub(super) headers: HeaderMap,
-    /// Who sends.
-    pub(super) resource: BTreeMap<String, String>,
+    pub(super) resource: Resource,
     /// Share of allowed connections.
     pub(super) allowed: f64,
     /// Records that may wait.
@@ -137,13 +116,11 @@ impl Settings {
         let Some((source_name, url)) = given else {
             return Ok(None);
         };
+        if !url.starts_with("http://") {
+            return Err(SettingsError::Endpoint { source_name, url });
+        }
         let transport = variables.transport(&url)?;
         let whole = source_name == "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT";
-        let endpoint = Some(&url)
-            .filter(|url| url.starts_with("http://"))
-            .and_then(|url| endpoint(url, transport, whole).parse().ok())
-            .ok_or(SettingsError::Endpoint { source_name, url })?;
-        variables.not_compressed()?;
         let timeout = variables.number(
             [
                 "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT",
@@ -156,9 +133,8 @@ impl Settings {
         let batch = variables.number(["OTEL_BSP_MAX_EXPORT_BATCH_SIZE"], 512)?;
         let delay = variables.number(["OTEL_BSP_SCHEDULE_DELAY"], 1000)?;
         Ok(Some(Self {
-            endpoint,
+            endpoint: endpoint(url, transport, whole),
             transport,
-            headers: variables.headers()?,
             resource: variables.resource(node)?,
             allowed: args.trace_allowed,
             room,
@@ -216,79 +192,42 @@ impl<F: Fn(&str) -> Option<String>> Variables<F> {
         }
     }
 
-    /// For a collector that wants a token, say.
-    fn headers(&self) -> Result<HeaderMap, SettingsError> {
-        let mut headers = HeaderMap::new();
-        let told = self.first([
-            "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
-            "OTEL_EXPORTER_OTLP_HEADERS",
-        ]);
-        let Some((variable, told)) = told else {
-            return Ok(headers);
-        };
-        for entry in entries(&told) {
-            let header = pair(entry).and_then(|(name, value)| {
-                let name = HeaderName::from_str(&name).ok()?;
-                Some((name, HeaderValue::from_str(&value).ok()?))
-            });
-            let Some((name, value)) = header else {
-                let name = entry.split('=').next().unwrap_or_default();
-                let entry = name.trim().to_owned();
-                return Err(SettingsError::Header { variable, entry });
-            };
-            headers.insert(name, value);
-        }
-        Ok(headers)
-    }
-
-    fn not_compressed(&self) -> Result<(), SettingsError> {
-        let told = self.first([
-            "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION",
-            "OTEL_EXPORTER_OTLP_COMPRESSION",
-        ]);
-        match told {
-            Some((variable, value)) if value != "none" => {
-                Err(SettingsError::Compression { variable, value })
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// Who sends: the service, this program's version, the node, and what the operator adds (the
-    /// pod's name and uid, say). Of two with one name the later one stands.
-    fn resource(&self, node: &str) -> Result<BTreeMap<String, String>, SettingsError> {
-        let mut attributes = BTreeMap::from([
-            (SERVICE_NAME.to_owned(), "portreeve".to_owned()),
-            (
-                SERVICE_VERSION.to_owned(),
-                env!("CARGO_PKG_VERSION").to_owned(),
-            ),
-            (K8S_NODE_NAME.to_owned(), node.to_owned()),
-        ]);
+    /// pod's name and uid, say).
+    fn resource(&self, node: &str) -> Result<Resource, SettingsError> {
+        let mut attributes = vec![
+            KeyValue::new(SERVICE_NAME, "portreeve"),
+            KeyValue::new(SERVICE_VERSION, env!("CARGO_PKG_VERSION")),
+            KeyValue::new(K8S_NODE_NAME, node.to_owned()),
+        ];
         let added = (self.0)("OTEL_RESOURCE_ATTRIBUTES").unwrap_or_default();
-        for entry in entries(&added) {
-            let (name, value) = pair(entry).ok_or_else(|| SettingsError::Attribute {
-                entry: entry.to_owned(),
-            })?;
-            attributes.insert(name, value);
+        for entry in added.split(',').filter(|entry| !entry.trim().is_empty()) {
+            let pair = entry
+                .split_once('=')
+                .map(|(name, value)| (name.trim(), value.trim()));
+            match pair {
+                Some((name, value)) if !name.is_empty() => {
+                    attributes.push(KeyValue::new(name.to_owned(), percent_decoded(value)));
+                }
+                _ => {
+                    let entry = entry.to_owned();
+                    return Err(SettingsError::Attribute { entry });
+                }
+            }
         }
         if let Some(name) = (self.0)("OTEL_SERVICE_NAME") {
-            attributes.insert(SERVICE_NAME.to_owned(), name);
+            attributes.push(KeyValue::new(SERVICE_NAME, name));
         }
-        Ok(attributes)
+        // Of two with one name the later one stands.
+        let builder = Resource::builder_empty();
+        Ok(attributes
+            .into_iter()
+            .fold(
+                builder,
+                opentelemetry_sdk::resource::ResourceBuilder::with_attribute,
+            )
+            .build())
     }
-}
-
-/// The parts of a list with commas in between that are not empty.
-fn entries(list: &str) -> impl Iterator<Item = &str> {
-    list.split(',').filter(|entry| !entry.trim().is_empty())
-}
-
-/// `name=value`, the value percent-encoded.
-fn pair(entry: &str) -> Option<(String, String)> {
-    let (name, value) = entry.split_once('=')?;
-    let name = name.trim();
-    (!name.is_empty()).then(|| (name.to_owned(), percent_decoded(value.trim())))
 }
 
 /// Host and port of a URL, and its path without slashes at its ends.
@@ -299,9 +238,9 @@ fn parts(url: &str) -> (&str, &str) {
 }
 
 /// The URL that the exporter is to be given: a base URL lacks the path of traces, for HTTP.
-fn endpoint(url: &str, transport: Transport, whole: bool) -> String {
-    if transport == Transport::Grpc || whole || parts(url).1.ends_with("v1/traces") {
-        return url.to_owned();
+fn endpoint(url: String, transport: Transport, whole: bool) -> String {
+    if transport == Transport::Grpc || whole || parts(&url).1.ends_with("v1/traces") {
+        return url;
     }
     format!("{}/v1/traces", url.trim_end_matches('/'))
 }

@@ -1,4 +1,6 @@
 //! Flags and variables, and what they come to.
+use opentelemetry::Key;
+
 use super::*;
 
 fn args(endpoint: Option<&str>) -> TelemetryArgs {
@@ -87,8 +89,10 @@ fn where_spans_go_and_how_follows_flag_then_variables_then_the_port() {
     for (flag, variables, expected) in rows {
         let settings = read(*flag, variables).unwrap();
         let found = settings.map(|it| (it.transport, it.endpoint));
-        let expected = expected.map(|(transport, url)| (transport, url.parse().unwrap()));
-        assert_eq!(found, expected, "{flag:?} {variables:?}");
+        let found = found
+            .as_ref()
+            .map(|(transport, url)| (*transport, url.as_str()));
+        assert_eq!(found, *expected, "{flag:?} {variables:?}");
     }
 }
 
@@ -126,21 +130,6 @@ fn what_is_wrong_is_named_with_its_variable() {
             [("OTEL_EXPORTER_OTLP_ENDPOINT", "https://c")],
             "OTEL_EXPORTER_OTLP_ENDPOINT is \"https://c\"",
         ),
-        (
-            Some("http://a b:4317"),
-            [("X", "")],
-            "--otlp-endpoint is \"http://a b:4317\"",
-        ),
-        (
-            to,
-            [("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")],
-            "OTEL_EXPORTER_OTLP_COMPRESSION is \"gzip\"",
-        ),
-        (
-            to,
-            [("OTEL_EXPORTER_OTLP_HEADERS", "a b=secret")],
-            "OTEL_EXPORTER_OTLP_HEADERS has \"a b\"",
-        ),
     ] {
         let refused = read(flag, &variables)
             .map(|_| ())
@@ -154,7 +143,8 @@ fn what_is_wrong_is_named_with_its_variable() {
 fn the_sender_says_who_it_is_and_the_operator_has_the_last_word() {
     let resource = |variables: &[(&str, &str)], name: &'static str| {
         let settings = read(Some("http://c:4317"), variables).unwrap().unwrap();
-        settings.resource.get(name).cloned()
+        let value = settings.resource.get(&Key::from_static_str(name));
+        value.map(|value| value.to_string())
     };
     let attributes = [(
         "OTEL_RESOURCE_ATTRIBUTES",
@@ -170,21 +160,6 @@ fn the_sender_says_who_it_is_and_the_operator_has_the_last_word() {
     ] {
         assert_eq!(found.as_deref(), Some(expected));
     }
-}
-
-#[test]
-fn headers_are_those_of_traces_if_there_are_any_and_may_have_any_value() {
-    let variables = [
-        ("OTEL_EXPORTER_OTLP_HEADERS", "other=1"),
-        (
-            "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
-            "Authorization=Bearer%20x=, tenant=t",
-        ),
-    ];
-    let headers = read(Some("http://c"), &variables).unwrap().unwrap().headers;
-    assert_eq!(headers.len(), 2);
-    assert_eq!(headers["authorization"], "Bearer x=");
-    assert_eq!(headers["tenant"], "t");
 }
 
 #[test]

@@ -227,7 +227,8 @@ impl Jaeger {
             .replace("OTLP_GRPC", &format!("127.0.0.1:{otlp}"))
             .replace("OTLP_HTTP", "127.0.0.1:0")
             .replace("QUERY_HTTP", &format!("127.0.0.1:{query}"))
-            .replace("QUERY_GRPC", &format!("127.0.0.1:{grpc}"));
+            .replace("QUERY_GRPC", &format!("127.0.0.1:{grpc}"))
+            .replace("PAGE", "");
         fs::write(&config, text).unwrap();
         let mut command = Command::new(program);
         command.arg("--config").arg(&config);

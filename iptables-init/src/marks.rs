@@ -108,6 +108,12 @@ impl Marks {
         self.bits[1]
     }
 
+    /// Conntrack: a connection that a change has cut; its resets still pass.
+    #[must_use]
+    pub fn cut(self) -> u32 {
+        self.bits[3]
+    }
+
     /// The packet mark that carries `answer` from the gate to the chain that acts on it.
     #[must_use]
     pub fn answer(self, answer: Answer) -> u32 {

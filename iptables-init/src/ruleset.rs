@@ -124,6 +124,7 @@ impl Ruleset {
             "net_unreachable" => marks.answer(Answer::NetUnreachable),
             "carry" => marks.answer(Answer::Carry),
             "carried" => marks.carried(),
+            "cut" => marks.cut(),
             "prohibited" => marks.answer(Answer::Prohibited),
             "proxy_port" => return write!(out, "{}", self.proxy_port),
             "upstream_zone" => return write!(out, "{UPSTREAM_ZONE}"),

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as Place;
@@ -34,6 +34,8 @@ pub(crate) struct Carried {
     /// More than 0 if conntrack may have flows of ours that are not listed: at the start, and after
     /// each that found no room.
     unlisted: AtomicU64,
+    /// TCP connections that were cut and that conntrack still has, and since when.
+    parting: Mutex<Vec<(Instant, Entry)>>,
 }
 
 /// A flow that was let through at its first packet.
@@ -84,7 +86,22 @@ impl Carried {
             next: AtomicU64::new(0),
             round: AtomicU64::new(0),
             unlisted: AtomicU64::new(1),
+            parting: Mutex::default(),
         }
+    }
+
+    /// Notes connections that have been cut, for [`Self::parted`].
+    fn part(&self, entries: impl IntoIterator<Item = Entry>) {
+        let now = Instant::now();
+        let mut parting = self.parting.lock().unwrap_or_else(PoisonError::into_inner);
+        parting.extend(entries.into_iter().map(|entry| (now, entry)));
+    }
+
+    /// Takes those that were cut longer ago.
+    fn parted(&self, ago: Duration) -> Vec<Entry> {
+        let mut parting = self.parting.lock().unwrap_or_else(PoisonError::into_inner);
+        let gone = parting.extract_if(.., |(since, _)| since.elapsed() >= ago);
+        gone.map(|(_, entry)| entry).collect()
     }
 
     /// Enters a flow whose first packet may pass.

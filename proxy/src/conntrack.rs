@@ -1,4 +1,4 @@
-//! The kernel's connection tracking table: lists flows by their mark and deletes them.
+//! The kernel's connection tracking table: lists flows by their mark, marks and deletes them.
 //!
 //! Speaks ctnetlink (linux/netfilter/nfnetlink_conntrack.h, nfnetlink.h, linux/netlink.h) to the
 //! network namespace of the calling thread. Knows nothing of policy: what a mark means, and which
@@ -76,17 +76,46 @@ pub(crate) fn marked(mark: u32, mask: u32) -> io::Result<Vec<Entry>> {
 /// The first refusal, after all entries have been tried: `EPERM` without `CAP_NET_ADMIN`, ... Or at
 /// once, as for [`marked`], if the kernel's answers fail to come or cannot be read.
 pub(crate) fn delete(entries: &[&Entry]) -> io::Result<usize> {
+    each(entries, |conntrack, entry| {
+        conntrack.tell(CT_DELETE, entry, |_| ())
+    })
+}
+
+/// Gives entries `mark` for their bits under `mask` and returns how many have it now. One that is gone
+/// already is no error; a new flow between the same ends has it instead.
+///
+/// Blocks, at most five seconds for each entry.
+///
+/// # Errors
+/// As [`delete`].
+pub(crate) fn set_mark(entries: &[&Entry], mark: u32, mask: u32) -> io::Result<usize> {
+    each(entries, |conntrack, entry| {
+        conntrack.tell(CT_NEW, entry, |m| {
+            m.bytes(CTA_MARK, &mark.to_be_bytes());
+            m.bytes(CTA_MARK_MASK, &mask.to_be_bytes());
+        })
+    })
+}
+
+/// Does it to every entry and returns for how many it was done.
+fn each(
+    entries: &[&Entry],
+    todo: impl Fn(&mut Conntrack, &Entry) -> io::Result<Result<(), Errno>>,
+) -> io::Result<usize> {
+    if entries.is_empty() {
+        return Ok(0);
+    }
     let mut conntrack = Conntrack::open()?;
-    let mut deleted = 0;
+    let mut done = 0;
     let mut refused = None;
     for entry in entries {
-        match conntrack.delete(entry)? {
-            Ok(()) => deleted += 1,
+        match todo(&mut conntrack, entry)? {
+            Ok(()) => done += 1,
             Err(Errno::ENOENT) => {}
             Err(errno) => refused = refused.or(Some(errno)),
         }
     }
-    refused.map_or(Ok(deleted), |errno| Err(errno.into()))
+    refused.map_or(Ok(done), |errno| Err(errno.into()))
 }
 
 /// A conversation with the kernel, one request after the other.
@@ -131,12 +160,20 @@ impl Conntrack {
     }
 
     /// The inner result is what the kernel said to it.
-    fn delete(&mut self, entry: &Entry) -> io::Result<Result<(), Errno>> {
+    fn tell(
+        &mut self,
+        kind: u16,
+        entry: &Entry,
+        more: impl FnOnce(&mut Attributes<'_>),
+    ) -> io::Result<Result<(), Errno>> {
         let family = match entry.flow.client {
             SocketAddr::V4(_) => NFPROTO_IPV4,
             SocketAddr::V6(_) => NFPROTO_IPV6,
         };
-        self.request(CT_DELETE, netlink::ACK, family, |m| m.raw(entry.name()))?;
+        self.request(kind, netlink::ACK, family, |m| {
+            m.raw(entry.name());
+            more(m);
+        })?;
         loop {
             let sequence = self.sequence;
             if let Some(answer) = acknowledgement(self.receive()?, sequence)? {

@@ -338,6 +338,7 @@ fn follow_carried(enforcer: &Arc<Enforcer>) -> anyhow::Result<()> {
     let endings = Endings::listen(enforcer.marks.carried())
         .context("cannot listen to conntrack; load it with `modprobe nf_conntrack_netlink`")?;
     tokio::spawn(upkeep::follow(Arc::clone(enforcer), endings));
+    tokio::spawn(upkeep::forget_cut(Arc::clone(enforcer)));
     Ok(())
 }
 

@@ -169,8 +169,7 @@ pub(crate) fn measure(flows: u32, interval: Duration, rounds: u32) -> anyhow::Re
     Ok(())
 }
 
-/// The cluster, with nothing enforced yet. It has one node: where the client's has only carried what the
-/// server's relays, it may be the first to stop it, and the reset does not get through.
+/// The cluster, with nothing enforced yet.
 fn served_bed() -> anyhow::Result<Bed> {
     let client = |number| {
         let name = format!("client-{number}");
@@ -180,11 +179,12 @@ fn served_bed() -> anyhow::Result<Bed> {
             .label("access", access)
     };
     let server = PodSpec::new("served", "server")
+        .node(1)
         .label("pod", "server")
         .label("first", "yes")
         .port("http", 80);
     let mut lab = Cluster::builder()
-        .nodes(1)
+        .nodes(2)
         .pods((0..CLIENTS).map(client))
         .pod(server)
         .build()?;

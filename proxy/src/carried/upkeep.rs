@@ -1,6 +1,8 @@
 //! Keeps what the kernel carries true to the table, and the list of it true to the kernel.
 //!
-//! A flow that a change denies loses its conntrack entry, so that its next packet is judged again.
+//! A flow that a change denies loses its conntrack entry, so that its next packet is judged again; a TCP
+//! connection is marked first, and loses it a little later: until then the reset passes by which a node
+//! that relays it ends it.
 //! Which flows those are, the list tells; conntrack itself is read only to name what is cut, at the
 //! start, and now and then for what no event told.
 use std::collections::{BTreeSet, HashMap};
@@ -11,6 +13,7 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use controller::Judgement;
+use policy::Protocol;
 use tracing::{debug, warn};
 
 use super::{CarriedFlow, Listed};
@@ -23,6 +26,8 @@ use crate::records::{Outcome, Subject};
 const COMPARE_EVERY: Duration = Duration::from_secs(15);
 /// How long a flow may take from its verdict to conntrack's table.
 const ON_ITS_WAY: Duration = Duration::from_millis(100);
+/// How long the other node may take to learn of the change and reset the connection.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How soon it is looked for again.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
@@ -84,8 +89,29 @@ pub(crate) fn judge_unmarked(enforcer: &Enforcer, isolated: &BTreeSet<IpAddr>) -
         return Ok(());
     }
     let marks = enforcer.marks;
-    let ours = marks.client() | marks.upstream() | marks.carried();
-    judge_unlisted(enforcer, 0, ours, isolated, |_| true)
+    judge_unlisted(enforcer, 0, marks.mask(), isolated, |_| true)
+}
+
+/// Lets conntrack forget what was cut, by an earlier daemon too, once its last words are said.
+pub(crate) async fn forget_cut(enforcer: Arc<Enforcer>) {
+    let cut = enforcer.marks.cut();
+    let mut left = tokio::task::spawn_blocking(move || conntrack::marked(cut, cut)).await;
+    if let Ok(Ok(left)) = &mut left {
+        enforcer.carried.part(left.drain(..));
+    }
+    let mut look = tokio::time::interval(LAST_WORDS / 4);
+    loop {
+        look.tick().await;
+        let parted = enforcer.carried.parted(LAST_WORDS);
+        if parted.is_empty() {
+            continue;
+        }
+        let forget = move || conntrack::delete(&parted.iter().collect::<Vec<_>>());
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(forget).await {
+            // It stays closed, until conntrack gives up on it.
+            warn!(%error, "conntrack keeps connections that were cut");
+        }
+    }
 }
 
 /// Follows what becomes of carried flows until conntrack can no longer be heard.
@@ -204,8 +230,7 @@ fn judge_unlisted(
     cut(enforcer, &doomed)
 }
 
-/// Deletes conntrack entries and records the flows as severed, but for those that had ended by
-/// themselves.
+/// Ends flows in conntrack and records them as severed, but for those that had ended by themselves.
 fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
     if doomed.is_empty() {
         return Ok(());
@@ -222,8 +247,14 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
         .iter()
         .map(|(entry, _)| enforcer.carried.get(&entry.flow))
         .collect();
-    let entries: Vec<_> = doomed.iter().map(|(entry, _)| entry).collect();
-    conntrack::delete(&entries)?;
+    let entries = doomed.iter().map(|(entry, _)| entry);
+    let (connections, others): (Vec<_>, Vec<_>) =
+        entries.partition(|entry| entry.flow.protocol == Protocol::Tcp && !entry.over);
+    conntrack::delete(&others)?;
+    let marks = enforcer.marks;
+    conntrack::set_mark(&connections, marks.cut(), marks.mask())?;
+    let carried = &enforcer.carried;
+    carried.part(connections.into_iter().cloned());
     for ((entry, severance), listed) in doomed.iter().zip(listed) {
         match (listed, severance) {
             // Whoever takes it out of the list records it, and that only once.

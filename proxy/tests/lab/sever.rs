@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use lab::runner::Test;
 use lab::{Host, wait_for, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::carried::{flow, goes_on};
@@ -16,6 +18,7 @@ use crate::support::{Bed, DEADLINE, connected, deny_egress, deny_ingress, echoes
 pub(crate) const TESTS: &[Test] = &lab::tests![
     each_kind_of_change_cuts_what_it_denies_and_nothing_else,
     a_severed_connection_is_recorded_with_the_policies_that_did_it,
+    the_clients_node_lets_a_reset_in_for_what_it_has_cut_before,
     a_terminating_pod_keeps_its_rights_and_connections_until_it_is_gone,
 ];
 
@@ -232,6 +235,33 @@ fn a_severed_connection_is_recorded_with_the_policies_that_did_it() {
     assert_eq!(severed["direction"], "ingress");
     assert_eq!(severed["source.k8s.pod.name"], "a");
     assert_eq!(severed["destination.k8s.pod.name"], "c");
+}
+
+/// The client's node only carries the connection, from before its pod was under policy; the server's node
+/// relays it, and hears later of the change.
+fn the_clients_node_lets_a_reset_in_for_what_it_has_cut_before() {
+    let records = tempfile::NamedTempFile::new().unwrap();
+    let mut bed = open_bed(&["--trace-file", records.path().to_str().unwrap()]);
+    let server = bed.lab.pod("x/c");
+    let streams = server
+        .addrs(80)
+        .map(|to| connected(&bed.lab.pod("x/a"), to));
+    let servers_node = Pid::from_raw(bed.daemon(1).child.id().cast_signed());
+    kill(servers_node, Signal::SIGSTOP).unwrap();
+    let mut told = told(&bed);
+    told.policies.push(deny_egress("a"));
+    let mark = told.write(&bed);
+    let cut = || {
+        let records = all_records(records.path());
+        let severed = |it: &&Value| it["verdict"] == "sever" && it["k8s.node.name"] == "node-0";
+        records.iter().filter(severed).count() == streams.len()
+    };
+    wait_until(DEADLINE, "the client's node to cut", cut).unwrap();
+    kill(servers_node, Signal::SIGCONT).unwrap();
+    for stream in &streams {
+        assert_eq!(reset_after(stream), Some(ErrorKind::ConnectionReset));
+    }
+    bed.wait_in_force(&mark);
 }
 
 fn a_terminating_pod_keeps_its_rights_and_connections_until_it_is_gone() {

@@ -12,7 +12,7 @@ TOOLS_TOOLS := curl:curl unzip:unzip
 TEST_TOOLS := bwrap:bubblewrap chromium:chromium chromedriver:chromium-driver
 BENCH_TOOLS := haproxy:haproxy
 
-.PHONY: help demo test tools lint check bench bench-change prerequisites test-prerequisites bench-prerequisites toolchain
+.PHONY: help demo test test-oldest tools lint check bench bench-change prerequisites test-prerequisites bench-prerequisites toolchain
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -31,10 +31,15 @@ test: prerequisites test-prerequisites tools ## Every test: pure ones, the demo,
 	@echo "==> All tests: pure ones first, then those with network namespaces"
 	@$(CARGO) test --locked --workspace --lib --bins --tests --no-fail-fast
 
+test-oldest: prerequisites test-prerequisites tools ## The tests that have an API server, against the oldest supported release
+	@lab/tools/build kubernetes-oldest
+	@$(CARGO) build --locked --workspace --bins
+	@LAB_KUBERNETES=oldest $(CARGO) test --locked -p proxy --test kube
+
 tools: ## Other projects' programs that tests need, at pinned versions, built once into ~/.cache/portreeve
 	@$(call install,$(TOOLS_TOOLS))
 	@lab/tools/promtool --fetch
-	@lab/tools/build $(notdir $(patsubst %/go.mod,%,$(wildcard lab/tools/*/go.mod)))
+	@lab/tools/build $(filter-out kubernetes-oldest,$(notdir $(patsubst %/go.mod,%,$(wildcard lab/tools/*/go.mod))))
 
 lint: toolchain ## Format and lints
 	@$(CARGO) fmt --all --check

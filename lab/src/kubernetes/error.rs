@@ -11,6 +11,14 @@ use crate::wait::WaitTimedOut;
 /// Why the control plane did not start, or did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum KubernetesError {
+    /// The environment asks for a release that there is not.
+    #[error("{variable}={value}: unset it, or set it to oldest (`make test-oldest`)")]
+    Release {
+        /// The variable.
+        variable: &'static str,
+        /// What it is set to.
+        value: String,
+    },
     /// A program of it has not been built.
     #[error(transparent)]
     NotBuilt(#[from] NotBuilt),

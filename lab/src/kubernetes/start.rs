@@ -2,6 +2,7 @@
 //!
 //! Knows nothing of what they are asked for later.
 
+use std::env;
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,10 @@ const TOKENS: &str = "lab,lab,lab,system:masters\nkube-proxy,system:kube-proxy,s
 /// The token of `system:kube-proxy`, which RBAC's defaults let do a kube-proxy's work.
 pub(super) const KUBE_PROXY_TOKEN: &str = "kube-proxy";
 
+/// Which Kubernetes runs: unset, the one that is pinned; `oldest`, the oldest release that Kubernetes'
+/// own authors still support.
+const RELEASE: &str = "LAB_KUBERNETES";
+
 /// Where the programs are that `make tools` builds.
 #[derive(Debug)]
 pub(super) struct Programs {
@@ -34,7 +39,16 @@ pub(super) struct Programs {
 
 impl Programs {
     pub(super) fn find() -> Result<Self, KubernetesError> {
-        let kubernetes = built("kubernetes")?;
+        let kubernetes = match env::var(RELEASE).as_deref() {
+            Err(_) => built("kubernetes")?,
+            Ok("oldest") => built("kubernetes-oldest")?,
+            Ok(other) => {
+                return Err(KubernetesError::Release {
+                    variable: RELEASE,
+                    value: other.into(),
+                });
+            }
+        };
         Ok(Self {
             etcd: built("etcd")?.join("etcd"),
             server: kubernetes.join("kube-apiserver"),

@@ -252,9 +252,9 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
         entries.partition(|entry| entry.flow.protocol == Protocol::Tcp && !entry.over);
     conntrack::delete(&others)?;
     let marks = enforcer.marks;
+    // Before they are marked: if only some can be, all are forgotten nevertheless.
+    enforcer.carried.part(connections.iter().copied().cloned());
     conntrack::set_mark(&connections, marks.cut(), marks.mask())?;
-    let carried = &enforcer.carried;
-    carried.part(connections.into_iter().cloned());
     for ((entry, severance), listed) in doomed.iter().zip(listed) {
         match (listed, severance) {
             // Whoever takes it out of the list records it, and that only once.

@@ -24,6 +24,26 @@ impl Way {
     }
 }
 
+/// The word of a verdict, as records have it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Word {
+    Allow,
+    Deny,
+    /// Allowed once, cut by a later change.
+    Sever,
+}
+
+impl Word {
+    /// As records and metrics have it (`verdict`).
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Allow => "allow",
+            Self::Deny => "deny",
+            Self::Sever => "sever",
+        }
+    }
+}
+
 /// A verdict with the pods that it is about.
 #[derive(Debug)]
 pub(crate) struct Decision {

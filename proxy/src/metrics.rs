@@ -19,12 +19,11 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::decision::{Decision, Way};
+use crate::decision::{Decision, Way, Word};
 use crate::relay::Moved;
 use crate::telemetry::SpanCounts;
 
 use decisions::Decisions;
-pub(crate) use decisions::Word;
 pub(crate) use queues::Queues;
 use rules::Rules;
 use spans::Spans;

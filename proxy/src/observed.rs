@@ -13,8 +13,7 @@ use policy::{Endpoint, PodKey};
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
-use crate::decision::Decision;
-use crate::metrics::Word;
+use crate::decision::{Decision, Word};
 use crate::records::{Subject, shown, timestamp};
 
 use denials::Denials;

@@ -20,8 +20,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use policy::{Endpoint, Protocol};
 
-use crate::decision::{Decision, Severance, Way};
-use crate::metrics::Word;
+use crate::decision::{Decision, Severance, Way, Word};
 use crate::observed::Observed;
 use crate::telemetry::{Seen, SpanCounts, Spans};
 

@@ -11,9 +11,10 @@ use super::Answer;
 use super::query::Query;
 use crate::ask;
 use crate::carried::CarriedFlow;
+use crate::decision::Word;
 use crate::enforcer::Enforcer;
 use crate::flows::{Ends, Flow, StageName};
-use crate::metrics::{Queues, Readings, Word};
+use crate::metrics::{Queues, Readings};
 use crate::readiness::Readiness;
 use crate::records::{shown, timestamp};
 

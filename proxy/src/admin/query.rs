@@ -4,7 +4,7 @@ use std::sync::Arc;
 use policy::{Endpoint, PodKey, Protocol};
 
 use crate::ask::{self, Question};
-use crate::metrics::Word;
+use crate::decision::Word;
 
 /// `key=value&...`, percent-encoded where need be (RFC 3986, section 3.4).
 pub(super) struct Query(Vec<(String, String)>);

@@ -3,27 +3,7 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 
-use crate::decision::{Decision, Ground, Spoke, Way};
-
-/// The word of a verdict, as records have it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Word {
-    Allow,
-    Deny,
-    /// Allowed once, cut by a later change.
-    Sever,
-}
-
-impl Word {
-    /// As records and metrics have it (`verdict`).
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Allow => "allow",
-            Self::Deny => "deny",
-            Self::Sever => "sever",
-        }
-    }
-}
+use crate::decision::{Decision, Ground, Spoke, Way, Word};
 
 const WORDS: [Word; 3] = [Word::Allow, Word::Deny, Word::Sever];
 const SPOKE: [Spoke; 3] = [Spoke::Egress, Spoke::Ingress, Spoke::Both];

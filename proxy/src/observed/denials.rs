@@ -82,7 +82,7 @@ impl Denials {
 mod tests {
     use super::super::tests::denied;
     use super::*;
-    use crate::metrics::Word;
+    use crate::decision::Word;
 
     fn sighting(port: u16) -> Arc<Sighting> {
         let (subject, decision) = denied(port);

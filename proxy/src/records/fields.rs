@@ -7,7 +7,7 @@ use policy::Endpoint;
 use serde_json::{Map, Value, json};
 
 use super::{Fate, Record, Subject};
-use crate::decision::Decision;
+use crate::decision::{Decision, Word};
 
 /// What a key says.
 pub(crate) enum Field<'a> {
@@ -43,12 +43,12 @@ const DESTINATION: Names = Names {
 };
 
 impl Fate {
-    /// As records name it (`verdict`).
-    pub(crate) fn verdict(&self) -> &'static str {
+    /// What records call it (`verdict`).
+    pub(crate) fn word(&self) -> Word {
         match self {
-            Self::Denied => "deny",
-            Self::Allowed(_) => "allow",
-            Self::Severed { .. } => "sever",
+            Self::Denied => Word::Deny,
+            Self::Allowed(_) => Word::Allow,
+            Self::Severed { .. } => Word::Sever,
         }
     }
 }
@@ -56,7 +56,7 @@ impl Fate {
 impl Record {
     /// Gives every key but the times to `put`, as `node` tells it.
     pub(crate) fn fields(&self, node: &str, mut put: impl FnMut(&'static str, Field<'_>)) {
-        put("verdict", Field::Text(self.fate.verdict()));
+        put("verdict", Field::Text(self.fate.word().name()));
         fields(&self.subject, &self.decision, self.reason(), node, put);
     }
 
@@ -64,7 +64,7 @@ impl Record {
     pub(crate) fn json(&self, node: &str) -> Value {
         let mut shown = shown(&self.subject, &self.decision, self.reason(), node);
         let mut put = |key: &str, value: Value| shown.insert(key.to_owned(), value);
-        put("verdict", self.fate.verdict().into());
+        put("verdict", self.fate.word().name().into());
         put("end_time", timestamp(self.ended).into());
         Value::Object(shown)
     }

@@ -118,7 +118,7 @@ fn write(record: &Record) {
     } = record;
     info!(
         target: TARGET,
-        verdict = record.fate.verdict(),
+        verdict = record.fate.word().name(),
         source = decision.from.as_deref().map(name).as_deref(),
         source.address = %subject.client.ip(),
         source.port = subject.client.port(),

@@ -16,7 +16,7 @@ use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
 use crate::sys;
-use crate::telemetry::Trail;
+use crate::trail::Trail;
 
 /// Source ports of connections to pods of this node.
 const LOCAL_PORTS: RangeInclusive<u16> = 2048..=15999;

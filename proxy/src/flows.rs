@@ -20,7 +20,7 @@ use crate::decision::{Decision, Severance, Way};
 use crate::limits::Permit;
 use crate::records::Subject;
 use crate::relay::Moved;
-use crate::telemetry::Trail;
+use crate::trail::Trail;
 
 pub(crate) use by_address::{ByAddress, Ends};
 

@@ -25,7 +25,7 @@ use crate::flows::{Arrival, Flow, FlowKey};
 use crate::limits::Full;
 use crate::metrics::Cause;
 use crate::records::Outcome;
-use crate::telemetry::{Moment, Trail};
+use crate::trail::{Moment, Trail};
 
 pub(crate) use nfqueue::Queue;
 use nfqueue::{PacketId, Queued, Ruling};

@@ -23,6 +23,7 @@ mod released;
 mod run;
 mod sys;
 mod telemetry;
+mod trail;
 mod worker;
 
 use std::io::IsTerminal;

@@ -22,7 +22,8 @@ use policy::{Endpoint, Protocol};
 
 use crate::decision::{Decision, Severance, Way, Word};
 use crate::observed::Observed;
-use crate::telemetry::{Seen, SpanCounts, Spans};
+use crate::telemetry::{SpanCounts, Spans};
+use crate::trail::Seen;
 
 pub(crate) use fields::{Field, shown, timestamp};
 pub(crate) use queue::Queue;

@@ -17,7 +17,7 @@ use tokio::io::{AsyncWriteExt, Interest, Ready};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
-use crate::telemetry::{Moment, Trail};
+use crate::trail::{Moment, Trail};
 
 use pipe::Pipe;
 

@@ -8,7 +8,6 @@ mod fold;
 mod place;
 mod settings;
 mod span;
-mod trail;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,7 +17,6 @@ use crate::records::{Fate, Queue, Sink, Subject};
 use export::Exporter;
 use place::{Sampler, Wire};
 pub(crate) use settings::{SettingsError, TelemetryArgs};
-pub(crate) use trail::{Moment, Seen, Trail};
 
 /// Spans on their way to a collector.
 pub(crate) struct Spans {

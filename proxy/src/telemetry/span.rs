@@ -9,8 +9,8 @@ use policy::Protocol;
 
 use super::fold::Folded;
 use super::place::Place;
-use super::trail::Moment;
 use crate::records::{Fate, Field, Record};
+use crate::trail::Moment;
 
 /// Makes the spans of one node.
 pub(super) struct Spanner {

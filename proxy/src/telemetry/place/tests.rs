@@ -6,7 +6,7 @@ use policy::Protocol;
 use super::*;
 use crate::records::testing::{CLIENT, SERVER, decision};
 use crate::records::{Outcome, Record, Subject};
-use crate::telemetry::{Seen, Trail};
+use crate::trail::{Seen, Trail};
 
 fn subject(port: u16, seen: Option<Seen>, way: Way) -> Subject {
     Subject {

@@ -5,7 +5,7 @@ use super::*;
 use crate::decision::Way;
 use crate::records::testing::{CLIENT, SERVER, decision};
 use crate::records::{Outcome, Subject};
-use crate::telemetry::Trail;
+use crate::trail::Trail;
 
 fn spanned(fate: Fate, trail: Option<&Trail>, count: u64) -> SpanData {
     let opened = UNIX_EPOCH + Duration::from_secs(1000);

@@ -21,7 +21,7 @@ pub(crate) enum Moment {
 }
 
 impl Moment {
-    pub(super) const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 5] = [
         Self::Connected,
         Self::Sent,
         Self::Received,
@@ -33,8 +33,8 @@ impl Moment {
 /// How the connection left for another node: its source port there, and the SYN's timestamp.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Onward {
-    pub(super) port: u16,
-    pub(super) stamp: Option<u32>,
+    pub(crate) port: u16,
+    pub(crate) stamp: Option<u32>,
 }
 
 /// The notes on one connection.
@@ -51,10 +51,10 @@ pub(crate) struct Trail {
 /// What a [`Trail`] says at one time.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Seen {
-    pub(super) stamp: Option<u32>,
-    pub(super) onward: Option<Onward>,
+    pub(crate) stamp: Option<u32>,
+    pub(crate) onward: Option<Onward>,
     /// In the order of [`Moment::ALL`], since the first packet.
-    pub(super) moments: [Option<Duration>; Moment::ALL.len()],
+    pub(crate) moments: [Option<Duration>; Moment::ALL.len()],
 }
 
 impl Trail {

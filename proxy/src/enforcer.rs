@@ -14,7 +14,8 @@ use crate::decision::{Decision, Severance, Way};
 use crate::flows::{Flow, FlowKey, Flows};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
-use crate::records::{Outcome, Recorder, Subject};
+use crate::recorder::Recorder;
+use crate::records::{Outcome, Subject};
 
 /// What a refused client sees.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]

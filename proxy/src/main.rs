@@ -17,6 +17,7 @@ mod links;
 mod metrics;
 mod observed;
 mod readiness;
+mod recorder;
 mod records;
 mod relay;
 mod released;

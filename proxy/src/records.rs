@@ -1,11 +1,8 @@
-//! One record per connection, told to every sink: the trace file, and what else there is.
+//! What is told of a connection: one record, whose keys users rely on, and the way to a thread that
+//! reads records.
 //!
-//! A sink has a thread of its own behind a bounded queue: a slow one costs records, which are
-//! counted, and never delays a packet. The packets' threads only put values together; words are
-//! made of them where they are written.
+//! Packets' threads only put values together; words are made of them where they are written.
 mod fields;
-mod file;
-mod log;
 mod queue;
 mod sink;
 #[cfg(test)]
@@ -14,26 +11,18 @@ mod windows;
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::Arc;
+use std::time::SystemTime;
 
-use policy::{Endpoint, Protocol};
+use policy::Protocol;
 
-use crate::decision::{Decision, Severance, Way, Word};
-use crate::observed::Observed;
-use crate::telemetry::{SpanCounts, Spans};
+use crate::decision::{Decision, Way};
 use crate::trail::Seen;
 
 pub(crate) use fields::{Field, shown, timestamp};
 pub(crate) use queue::Queue;
 pub(crate) use sink::Sink;
 pub(crate) use windows::Windows;
-
-/// Denied attempts that are remembered, so that a client's repeats do not become new records.
-const REMEMBERED: usize = 8192;
-/// How long a client repeats its SYN (`tcp_syn_retries` of 6, 127 s), and a bit.
-const REPEATED_WITHIN: Duration = Duration::from_secs(130);
 
 /// What a record is about.
 #[derive(Clone, Debug)]
@@ -92,183 +81,6 @@ pub(crate) struct Record {
     pub(crate) ended: SystemTime,
 }
 
-/// Tells every sink.
-pub(crate) struct Recorder {
-    log: Option<Sink>,
-    file: Option<Sink>,
-    spans: Option<Spans>,
-    observed: Observed,
-    denied: Mutex<Denied>,
-}
-
-impl Recorder {
-    /// Keeps no records.
-    pub(crate) fn off() -> Self {
-        Self {
-            log: None,
-            file: None,
-            spans: None,
-            observed: Observed::new(),
-            denied: Mutex::default(),
-        }
-    }
-
-    /// Logs what is refused.
-    ///
-    /// # Errors
-    /// If the thread cannot be started.
-    pub(crate) fn with_log(mut self) -> io::Result<Self> {
-        self.log = Some(log::start()?);
-        Ok(self)
-    }
-
-    /// Appends records of `node` to the file at `path`; `-` is standard output.
-    ///
-    /// # Errors
-    /// If the file cannot be opened for appending or the thread cannot be started.
-    pub(crate) fn with_file(mut self, path: &Path, node: Arc<str>) -> io::Result<Self> {
-        self.file = Some(file::open(path, node)?);
-        Ok(self)
-    }
-
-    /// Makes spans too.
-    pub(crate) fn with_spans(mut self, spans: Option<Spans>) -> Self {
-        self.spans = spans;
-        self
-    }
-
-    /// Whether connections are to be followed for spans.
-    pub(crate) fn follows(&self) -> bool {
-        self.spans.is_some()
-    }
-
-    /// Spans sent and lost so far.
-    pub(crate) fn spans(&self) -> SpanCounts {
-        self.spans.as_ref().map(Spans::counts).unwrap_or_default()
-    }
-
-    /// Lets every sink finish what it has been told, for at most `limit` in all.
-    pub(crate) fn finish(&self, limit: Duration) {
-        let deadline = Instant::now() + limit;
-        self.sinks().for_each(|sink| sink.finish(deadline));
-    }
-
-    /// Records that the trace file lost because the disk did not keep up.
-    pub(crate) fn lost(&self) -> u64 {
-        self.file.as_ref().map_or(0, Sink::lost)
-    }
-
-    /// What has been decided lately, for people.
-    pub(crate) fn observed(&self) -> &Observed {
-        &self.observed
-    }
-
-    /// Records a denied connection, once for all repeats of its first packet.
-    pub(crate) fn denied(&self, subject: Subject, decision: &Arc<Decision>) {
-        let first = self
-            .denied
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_first(&subject, decision, Instant::now());
-        if first {
-            self.observed.saw(Word::Deny, &subject, decision, None);
-            self.tell(subject, Fate::Denied, decision);
-        }
-    }
-
-    /// Lets people see that a connection is allowed; its record comes when it is over.
-    pub(crate) fn allowed(&self, subject: &Subject, decision: &Arc<Decision>) {
-        self.observed.saw(Word::Allow, subject, decision, None);
-    }
-
-    /// Records an allowed connection that is over.
-    pub(crate) fn ended(&self, subject: Subject, decision: &Arc<Decision>, outcome: Outcome) {
-        self.tell(subject, Fate::Allowed(outcome), decision);
-    }
-
-    /// Records a connection that was allowed once and cut by a later change.
-    pub(crate) fn severed(&self, subject: Subject, severance: Severance) {
-        let Severance { decision, replaced } = severance;
-        self.observed
-            .saw(Word::Sever, &subject, &decision, replaced.clone());
-        self.tell(subject, Fate::Severed { replaced }, &decision);
-    }
-
-    fn tell(&self, subject: Subject, fate: Fate, decision: &Arc<Decision>) {
-        let spans = self.spans.as_ref();
-        let spans = spans.filter(|spans| spans.wants(&subject, &fate));
-        let log = self.log.as_ref().filter(|_| log::wants(&fate));
-        if log.is_none() && self.file.is_none() && spans.is_none() {
-            return;
-        }
-        let record = Arc::new(Record {
-            subject,
-            fate,
-            decision: Arc::clone(decision),
-            ended: SystemTime::now(),
-        });
-        let told = log.into_iter().chain(&self.file);
-        told.chain(spans.map(Spans::sink))
-            .for_each(|sink| sink.tell(&record));
-    }
-
-    fn sinks(&self) -> impl Iterator<Item = &Sink> {
-        let sinks = self.log.iter().chain(&self.file);
-        sinks.chain(self.spans.as_ref().map(Spans::sink))
-    }
-}
-
-/// A first packet, and the pods whose attempt it was: from the next holder of an address it is another's.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Attempt {
-    /// Without the port if `sequence` tells more: conntrack, which forgets a dropped SYN, may give its
-    /// repeat another port.
-    client: SocketAddr,
-    server: SocketAddr,
-    protocol: Protocol,
-    sequence: u32,
-    uids: [Option<Arc<str>>; 2],
-}
-
-/// The denied attempts of the last while.
-struct Denied(Windows<Attempt, ()>);
-
-impl Default for Denied {
-    fn default() -> Self {
-        Self(Windows::new(REPEATED_WITHIN, REMEMBERED))
-    }
-}
-
-impl Denied {
-    /// Whether this attempt has not been denied yet.
-    fn is_first(&mut self, subject: &Subject, decision: &Decision, now: Instant) -> bool {
-        self.0.ended(now);
-        let attempt = Attempt::of(subject, decision);
-        if self.0.running(&attempt).is_some() {
-            return false;
-        }
-        self.0.begin(attempt, now);
-        true
-    }
-}
-
-impl Attempt {
-    fn of(subject: &Subject, decision: &Decision) -> Self {
-        let uid = |pod: &Option<Arc<Endpoint>>| pod.as_ref().map(|it| Arc::clone(&it.identity.uid));
-        let mut client = subject.client;
-        if subject.way == Way::Spliced {
-            client.set_port(0);
-        }
-        Self {
-            client,
-            server: subject.server,
-            protocol: subject.protocol,
-            sequence: subject.attempt,
-            uids: [uid(&decision.from), uid(&decision.to)],
-        }
-    }
-}
-
 impl Record {
     /// Why, in sentences: the verdict's, and how an allowed connection came to its end.
     pub(crate) fn reason(&self) -> String {
@@ -286,82 +98,5 @@ impl Record {
             Outcome::Stopped => format!("{reason} Ended by the daemon."),
             Outcome::Unanswered(why) => format!("{reason} Not connected: {why}."),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn syn(port: u16, sequence: u32) -> Subject {
-        Subject {
-            client: SocketAddr::from(([10, 0, 0, 1], port)),
-            server: SocketAddr::from(([10, 0, 0, 2], 80)),
-            protocol: Protocol::Tcp,
-            way: Way::Spliced,
-            sent: 0,
-            received: 0,
-            opened: SystemTime::now(),
-            attempt: sequence,
-            seen: None,
-        }
-    }
-
-    fn datagram(port: u16) -> Subject {
-        Subject {
-            protocol: Protocol::Udp,
-            way: Way::Kernel,
-            ..syn(port, 0)
-        }
-    }
-
-    #[test]
-    fn a_denied_attempt_is_one_however_its_first_packet_comes_again() {
-        let (mut denied, now) = (Denied::default(), Instant::now());
-        let decision = testing::decision("node-1", true);
-        for (subject, first, why) in [
-            (syn(1, 7), true, "an attempt"),
-            (syn(1, 7), false, "the same SYN again"),
-            (syn(1, 8), true, "a new attempt from the same port"),
-            (syn(2, 9), true, "one from another port"),
-            (syn(3, 9), false, "conntrack gave the repeat another port"),
-            (datagram(1), true, "a datagram"),
-            (datagram(1), false, "the next of its flow"),
-            (datagram(2), true, "another flow"),
-        ] {
-            assert_eq!(denied.is_first(&subject, &decision, now), first, "{why}");
-        }
-        let mut elsewhere = syn(1, 7);
-        elsewhere.server.set_port(81);
-        let first = denied.is_first(&elsewhere, &decision, now);
-        assert!(first, "a scan uses one number");
-        let (from, to) = (None, decision.to.clone());
-        let verdict = decision.verdict.clone();
-        let others = Decision { verdict, from, to };
-        assert!(denied.is_first(&syn(1, 7), &others, now), "another's");
-    }
-
-    #[test]
-    fn who_goes_on_for_minutes_is_told_of_again() {
-        let (mut denied, now) = (Denied::default(), Instant::now());
-        let decision = testing::decision("node-1", true);
-        let mut is_first = |after| denied.is_first(&datagram(1), &decision, now + after);
-        assert!(is_first(Duration::ZERO));
-        assert!(!is_first(REPEATED_WITHIN / 2));
-        assert!(is_first(REPEATED_WITHIN));
-    }
-
-    #[test]
-    fn a_denial_that_several_workers_see_at_once_is_told_once() {
-        let recorder = Recorder::off();
-        let decision = testing::decision("node-1", true);
-        let mut told = recorder.observed().stream();
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| (0..100).for_each(|n| recorder.denied(syn(1, n), &decision)));
-            }
-        });
-        let told = std::iter::from_fn(|| told.try_recv().ok()).count();
-        assert_eq!(told, 100);
     }
 }

@@ -29,7 +29,7 @@ use crate::limits::{Bounds, Limits};
 use crate::links::{Changes, PodLinks};
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
-use crate::records::Recorder;
+use crate::recorder::Recorder;
 use crate::released::{PodCidrs, Released};
 use crate::telemetry::Spans;
 use crate::worker::Worker;

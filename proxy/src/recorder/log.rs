@@ -10,9 +10,8 @@ use std::time::{Duration, Instant};
 use policy::Endpoint;
 use tracing::info;
 
-use super::windows::Windows;
-use super::{Fate, Queue, Record, Sink};
 use crate::decision::Spoke;
+use crate::records::{Fate, Queue, Record, Sink, Windows};
 
 /// Records that may wait for their line.
 const WAITING: usize = 4096;

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Queue, Record, Sink};
+use crate::records::{Queue, Record, Sink};
 
 /// Records that may wait for the disk.
 const WAITING: usize = 16_384;

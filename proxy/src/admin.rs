@@ -9,8 +9,6 @@ mod page;
 mod query;
 mod stream;
 
-pub(crate) use query::percent_decoded;
-
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

@@ -1,6 +1,7 @@
 //! The part of a request after `?`, and what it asks for.
 use std::sync::Arc;
 
+use percent_encoding::percent_decode_str;
 use policy::{Endpoint, PodKey, Protocol};
 
 use crate::ask::{self, Question};
@@ -151,21 +152,8 @@ fn port(text: &str) -> Result<u16, String> {
 }
 
 /// Undoes `%XX` (RFC 3986); what is not UTF-8 then is replaced.
-pub(crate) fn percent_decoded(text: &str) -> String {
-    let mut out = Vec::with_capacity(text.len());
-    let mut bytes = text.as_bytes().iter();
-    while let Some(&byte) = bytes.next() {
-        let rest = bytes.as_slice();
-        let code = (byte == b'%').then(|| rest.first_chunk::<2>()).flatten();
-        let code = code.and_then(|hex| u8::from_str_radix(std::str::from_utf8(hex).ok()?, 16).ok());
-        if let Some(code) = code {
-            out.push(code);
-            bytes.nth(1);
-        } else {
-            out.push(byte);
-        }
-    }
-    String::from_utf8_lossy(&out).into_owned()
+fn percent_decoded(text: &str) -> String {
+    percent_decode_str(text).decode_utf8_lossy().into_owned()
 }
 
 #[cfg(test)]
@@ -224,6 +212,7 @@ mod tests {
             ("a%20b", "a b"),
             ("100%", "100%"),
             ("%zz", "%zz"),
+            ("%+5", "%+5"),
             ("%2", "%2"),
             ("%ff", "\u{fffd}"),
         ] {

@@ -9,10 +9,17 @@ use hyper::client::conn::http1;
 use hyper::header::HOST;
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use tokio::net::TcpStream;
 
 /// How long the daemon may take to begin its answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+/// Everything but what RFC 3986, section 2.3, calls unreserved.
+const RESERVED: AsciiSet = NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~');
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -126,8 +133,7 @@ impl Answer {
     }
 }
 
-/// Path and query, everything but letters, digits and `-._~` of the values percent-encoded
-/// (RFC 3986, section 2.3).
+/// Path and query, the values percent-encoded.
 fn target(path: &str, parameters: &[(&str, Option<&str>)]) -> String {
     let mut target = path.to_owned();
     let mut before = '?';
@@ -137,13 +143,7 @@ fn target(path: &str, parameters: &[(&str, Option<&str>)]) -> String {
         before = '&';
         target.push_str(name);
         target.push('=');
-        for byte in value.bytes() {
-            if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
-                target.push(char::from(byte));
-            } else {
-                target.push_str(&format!("%{byte:02X}"));
-            }
-        }
+        target.extend(utf8_percent_encode(value, &RESERVED));
     }
     target
 }

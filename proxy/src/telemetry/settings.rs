@@ -8,6 +8,7 @@ use std::time::Duration;
 use opentelemetry::KeyValue;
 use opentelemetry_sdk::Resource;
 use opentelemetry_semantic_conventions::attribute::{K8S_NODE_NAME, SERVICE_NAME, SERVICE_VERSION};
+use percent_encoding::percent_decode_str;
 
 /// The flags about spans; each can be given as an environment variable too.
 #[derive(Clone, Debug, clap::Args)]
@@ -207,7 +208,8 @@ impl<F: Fn(&str) -> Option<String>> Variables<F> {
                 .map(|(name, value)| (name.trim(), value.trim()));
             match pair {
                 Some((name, value)) if !name.is_empty() => {
-                    attributes.push(KeyValue::new(name.to_owned(), percent_decoded(value)));
+                    let value = percent_decode_str(value).decode_utf8_lossy();
+                    attributes.push(KeyValue::new(name.to_owned(), value.into_owned()));
                 }
                 _ => {
                     let entry = entry.to_owned();
@@ -243,10 +245,6 @@ fn endpoint(url: String, transport: Transport, whole: bool) -> String {
         return url;
     }
     format!("{}/v1/traces", url.trim_end_matches('/'))
-}
-
-fn percent_decoded(text: &str) -> String {
-    crate::admin::percent_decoded(text)
 }
 
 /// A ratio from 0 to 1.

@@ -1,5 +1,6 @@
 //! The repository's own rules: every file says what it is, none grows too long, each crate keeps
 //! its fence, unsafe code stands where it may, every metric is documented.
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -19,6 +20,10 @@ const FENCES: &[(&str, &[&str])] = &[
     ("tidy", &[]),
 ];
 const PURE: &[&str] = &["ipnet", "serde", "thiserror"];
+
+/// The two modules of the daemon that use each other: what the kernel carries is a part of the
+/// enforcer, and its upkeep acts on the whole.
+const MUTUAL: (&str, &str) = ("carried", "enforcer");
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -155,6 +160,63 @@ fn each_crate_keeps_its_fence() {
         }
     }
     none(&breaches, "crates keep their fences (ARCHITECTURE.md)");
+}
+
+/// Which modules at the top of `proxy/src` name which others, apart from their tests.
+fn uses() -> BTreeMap<String, BTreeSet<String>> {
+    const SOURCE: &str = "proxy/src/";
+    let mut uses = BTreeMap::<_, BTreeSet<_>>::new();
+    for (name, text) in files(SOURCE, "rs") {
+        let inside = &name[SOURCE.len()..];
+        let (module, _) = inside.split_once(['/', '.']).expect("an ending");
+        if module == "main" || inside.ends_with("/tests.rs") {
+            continue;
+        }
+        let text = text.split("mod tests").next().unwrap_or_default();
+        let code = text.lines().filter(|line| !line.trim().starts_with("//"));
+        let code: String = code.flat_map(|line| [line, "\n"]).collect();
+        let used = uses.entry(module.to_owned()).or_default();
+        for named in code.split("crate::").skip(1) {
+            let (named, most) = match named.strip_prefix('{') {
+                Some(list) => (list.split(';').next().unwrap_or_default(), usize::MAX),
+                None => (named, 1),
+            };
+            let names = named.split(|c: char| !c.is_alphanumeric() && c != '_');
+            used.extend(names.take(most).map(str::to_owned));
+        }
+    }
+    let modules: BTreeSet<_> = uses.keys().cloned().collect();
+    for (module, used) in &mut uses {
+        used.retain(|name| name != module && modules.contains(name));
+    }
+    uses
+}
+
+#[test]
+fn modules_of_the_daemon_use_each_other_in_one_direction() {
+    let mut uses = uses();
+    assert!(uses.len() > 20, "found only {:?}", uses.keys());
+    let (module, other) = MUTUAL;
+    assert!(
+        uses.get_mut(module).is_some_and(|used| used.remove(other)),
+        "{module} does not use {other} any more: strike the exception MUTUAL"
+    );
+    // Takes away, again and again, what uses nothing that is left.
+    while let Some((lowest, _)) = uses.iter().find(|(_, used)| used.is_empty()) {
+        let lowest = lowest.clone();
+        uses.remove(&lowest);
+        uses.values_mut().for_each(|used| {
+            used.remove(&lowest);
+        });
+    }
+    let above = uses.iter();
+    let circles: Vec<_> = above
+        .map(|(it, used)| format!("{it} uses {used:?}"))
+        .collect();
+    none(
+        &circles,
+        "modules do not use each other in a circle, and among these is one: what both want goes below both",
+    );
 }
 
 #[test]

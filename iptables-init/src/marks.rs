@@ -91,6 +91,12 @@ impl Marks {
         self.bits[2]
     }
 
+    /// Packet in the queue: it goes against the direction of its flow, which is to be judged.
+    #[must_use]
+    pub fn answering(self) -> u32 {
+        self.bits[2]
+    }
+
     /// Packet: the gate wants it answered, not delivered.
     fn answered(self) -> u32 {
         self.bits[3]
@@ -108,7 +114,8 @@ impl Marks {
         self.bits[1]
     }
 
-    /// Conntrack: a connection that a change has cut; its resets still pass.
+    /// Conntrack: a flow that a change has cut. Resets of TCP still pass, of other protocols nothing that is not
+    /// judged anew.
     #[must_use]
     pub fn cut(self) -> u32 {
         self.bits[3]

@@ -89,6 +89,9 @@ impl Gate {
                 self.flow(queued.id, syn.into());
             }
             Packet::Syn(syn) => self.syn(queued.id, syn),
+            Packet::Flow(packet) if queued.mark & self.enforcer.marks.answering() != 0 => {
+                self.flow(queued.id, packet.reversed());
+            }
             Packet::Flow(packet) => self.flow(queued.id, packet),
             Packet::Odd => self.refuse(queued.id, Cause::Odd),
             Packet::Unreadable => self.refuse(queued.id, Cause::Unreadable),

@@ -1,8 +1,8 @@
 //! Keeps what the kernel carries true to the table, and the list of it true to the kernel.
 //!
-//! A flow that a change denies loses its conntrack entry, so that its next packet is judged again; a TCP
-//! connection is marked first, and loses it a little later: until then the reset passes by which a node
-//! that relays it ends it.
+//! A flow that a change denies is marked as cut in conntrack: from then on each of its packets is judged, for
+//! as long as either side goes on. A TCP connection is forgotten a little later: until then the reset
+//! passes by which a node that relays it ends it, and without an entry only a SYN begins another.
 //! Which flows those are, the list tells; conntrack itself is read only to name what is cut, at the
 //! start, and now and then for what no event told.
 use std::collections::{BTreeSet, HashMap};
@@ -92,12 +92,18 @@ pub(crate) fn judge_unmarked(enforcer: &Enforcer, isolated: &BTreeSet<IpAddr>) -
     judge_unlisted(enforcer, 0, marks.mask(), isolated, |_| true)
 }
 
-/// Lets conntrack forget what was cut, by an earlier daemon too, once its last words are said.
+/// Lets conntrack forget connections that were cut, by an earlier daemon too, once their last words are said.
 pub(crate) async fn forget_cut(enforcer: Arc<Enforcer>) {
     let cut = enforcer.marks.cut();
-    let mut left = tokio::task::spawn_blocking(move || conntrack::marked(cut, cut)).await;
-    if let Ok(Ok(left)) = &mut left {
-        enforcer.carried.part(left.drain(..));
+    let left = tokio::task::spawn_blocking(move || conntrack::marked(cut, cut)).await;
+    match left {
+        Ok(Ok(mut left)) => {
+            left.retain(|entry| entry.flow.protocol == Protocol::Tcp);
+            enforcer.carried.part(left);
+        }
+        // They stay closed, until conntrack gives up on them.
+        Ok(Err(error)) => warn!(%error, "what an earlier daemon has cut could not be read"),
+        Err(_) => {}
     }
     let mut look = tokio::time::interval(LAST_WORDS / 4);
     loop {
@@ -248,13 +254,13 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
         .map(|(entry, _)| enforcer.carried.get(&entry.flow))
         .collect();
     let entries = doomed.iter().map(|(entry, _)| entry);
-    let (connections, others): (Vec<_>, Vec<_>) =
-        entries.partition(|entry| entry.flow.protocol == Protocol::Tcp && !entry.over);
-    conntrack::delete(&others)?;
+    let (over, live): (Vec<_>, Vec<_>) = entries.partition(|entry| entry.over);
+    conntrack::delete(&over)?;
     let marks = enforcer.marks;
     // Before they are marked: if only some can be, all are forgotten nevertheless.
-    enforcer.carried.part(connections.iter().copied().cloned());
-    conntrack::set_mark(&connections, marks.cut(), marks.mask())?;
+    let connections = live.iter().filter(|it| it.flow.protocol == Protocol::Tcp);
+    enforcer.carried.part(connections.copied().cloned());
+    conntrack::set_mark(&live, marks.cut(), marks.mask())?;
     for ((entry, severance), listed) in doomed.iter().zip(listed) {
         match (listed, severance) {
             // Whoever takes it out of the list records it, and that only once.

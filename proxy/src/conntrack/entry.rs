@@ -45,6 +45,15 @@ pub(crate) struct FlowId {
 }
 
 impl FlowId {
+    /// The flow that one begins who answers in this.
+    pub(crate) fn reversed(self) -> Self {
+        Self {
+            client: self.server,
+            server: self.client,
+            ..self
+        }
+    }
+
     /// The port that policy asks for; protocols without ports have none.
     pub(crate) fn port(&self) -> Option<u16> {
         (!matches!(self.protocol, Protocol::Other(_))).then_some(self.server.port())

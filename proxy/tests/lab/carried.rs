@@ -3,7 +3,9 @@ use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::Path;
-use std::thread;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use lab::runner::Test;
@@ -14,14 +16,15 @@ use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::support::{
-    self, Bed, DEADLINE, SOON, allow_ingress, connected, deny_ingress, echoes, metric, policy,
-    small,
+    self, Bed, DEADLINE, SOON, allow_ingress, connected, deny_egress, deny_ingress, echoes, metric,
+    policy, small,
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     datagrams_are_judged_in_both_directions_and_on_both_nodes,
     with_reject_a_denied_datagram_is_answered_at_once,
     a_change_stops_a_flow_of_datagrams_that_it_denies_and_no_other,
+    a_server_that_goes_on_sending_keeps_no_flow_open_that_a_change_denies,
     a_stream_from_before_the_policy_goes_on_if_it_is_allowed_and_stops_if_not,
     a_ping_needs_a_rule_without_ports,
     two_questions_at_once_from_one_socket_are_both_answered_behind_a_service,
@@ -154,6 +157,81 @@ fn a_change_stops_a_flow_of_datagrams_that_it_denies_and_no_other() {
     }
 }
 
+/// What the server sends after the cut would else begin a flow of its own, which policy allows, and in which
+/// what the client sends is an answer. Either node may be the one that cuts, and allows again.
+fn a_server_that_goes_on_sending_keeps_no_flow_open_that_a_change_denies() {
+    let mut bed = bed(&[], &[]);
+    let (a, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"));
+    let tickers = c.addrs(54).map(|at| Ticker::start(&c, at));
+    for (allowed, denied, why) in [
+        (vec![dns_to("c")], vec![deny_ingress("c")], "server's node"),
+        (vec![dns_from("a")], vec![deny_egress("a")], "client's node"),
+        (vec![], vec![deny_ingress("c")], "no policy before"),
+    ] {
+        bed.apply(&allowed);
+        let flows = tickers.each_ref().map(|ticker| flow(&a, ticker.at));
+        assert!(flows.iter().all(goes_on), "{why}: allowed at first");
+        bed.apply(&denied);
+        let stopped = || {
+            flows.iter().all(|flow| {
+                drain(flow);
+                !goes_on(flow)
+            })
+        };
+        wait_until(DEADLINE, "the denied flows to stop", stopped).unwrap();
+        bed.kill(1);
+        bed.start(1, &[]);
+        assert!(stopped(), "{why}: a new daemon leaves them closed");
+        bed.apply(&allowed);
+        for flow in &flows {
+            flow.set_read_timeout(Some(DEADLINE)).unwrap();
+            let heard = flow.recv(&mut [0; 16]);
+            assert!(heard.is_ok(), "{why}: the server alone sends: {heard:?}");
+        }
+    }
+}
+
+/// A server that sends to whoever asked last, a datagram a millisecond.
+struct Ticker {
+    at: SocketAddr,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Ticker {
+    fn start(host: &Host, at: SocketAddr) -> Self {
+        let socket = host.run(|| UdpSocket::bind(at)).unwrap().unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_millis(1)))
+            .unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            let mut client = None;
+            while !stopped.load(Ordering::Relaxed) {
+                if let Ok((_, from)) = socket.recv_from(&mut [0; 16]) {
+                    client = Some(from);
+                }
+                if let Some(client) = client {
+                    // What a client that is gone answers by ICMP is no end.
+                    let _refused = socket.send_to(b"tick", client);
+                }
+            }
+        });
+        let thread = Some(thread);
+        Self { at, stop, thread }
+    }
+}
+
+impl Drop for Ticker {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
 /// One pair of ends for many datagrams.
 pub(crate) fn flow(from: &Host, to: SocketAddr) -> UdpSocket {
     let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
@@ -168,6 +246,13 @@ pub(crate) fn flow(from: &Host, to: SocketAddr) -> UdpSocket {
 pub(crate) fn goes_on(flow: &UdpSocket) -> bool {
     let mut buffer = [0; 512];
     flow.send(b"still?").is_ok() && flow.recv(&mut buffer).is_ok()
+}
+
+/// Takes what came before.
+fn drain(flow: &UdpSocket) {
+    flow.set_nonblocking(true).unwrap();
+    while flow.recv(&mut [0; 16]).is_ok() {}
+    flow.set_nonblocking(false).unwrap();
 }
 
 fn a_stream_from_before_the_policy_goes_on_if_it_is_allowed_and_stops_if_not() {

@@ -2,6 +2,7 @@
 //!
 //! The init step puts it in and takes it out; the daemon changes its sets. Knows no policies.
 mod accounting;
+pub mod arguments;
 pub mod bridges;
 pub mod command;
 pub mod counters;

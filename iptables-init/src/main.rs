@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use iptables_init::arguments::parse;
 use iptables_init::inspect;
 use iptables_init::probe::{ProbeError, probe_kernel};
 use iptables_init::redirect::{self, Families, Outcome};
@@ -30,7 +31,7 @@ enum Call {
 }
 
 fn main() -> ExitCode {
-    match run(Arguments::parse().call) {
+    match run(parse::<Arguments>().call) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("iptables-init: {error:#}");

@@ -53,6 +53,7 @@ fn main() -> ExitCode {
         without_the_programs_check_names_their_packages,
         without_privilege_the_remedy_is_named_and_print_still_works,
         wrong_flags_are_usage_errors,
+        a_variable_without_a_value_is_as_if_it_were_not_there,
         without_ipv6_all_but_its_routing_is_installed,
         closed_drops_what_is_not_released_while_no_daemon_runs,
         open_lets_everything_through_while_no_daemon_runs,
@@ -510,6 +511,16 @@ fn wrong_flags_are_usage_errors() {
         let ran = init(&namespace(), flags);
         assert_eq!(ran.code, Some(2), "{flags}: {}", ran.stderr);
     }
+}
+
+fn a_variable_without_a_value_is_as_if_it_were_not_there() {
+    let netns = namespace();
+    let empty = "PROXY_PORT QUEUE QUEUES MARK_MASK BRIDGE FAIL"
+        .split(' ')
+        .map(|flag| format!("export PORTREEVE_{flag}=; "))
+        .collect::<String>();
+    sh(&netns, &format!("{empty} iptables-init install"));
+    assert_eq!(init(&netns, "check").ok(), "all is in place\n");
 }
 
 fn without_ipv6_all_but_its_routing_is_installed() {

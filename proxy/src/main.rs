@@ -57,7 +57,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = iptables_init::arguments::parse();
     match cli.command {
         Command::Run(args) => {
             log_to_stderr(args.log_format);

@@ -136,6 +136,7 @@ impl RunArgs {
             .node
             .clone()
             .or_else(|| std::env::var("NODE_NAME").ok())
+            .filter(|name| !name.is_empty())
         {
             return Ok(name);
         }

@@ -20,6 +20,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_second_daemon_is_refused_and_disturbs_nothing,
     a_port_in_use_is_named,
     wrong_flags_and_manifests_are_usage_errors,
+    variables_without_a_value_are_as_if_they_were_not_there,
     a_node_without_pod_addresses_is_named,
     a_source_that_cannot_be_used_is_refused,
     a_trace_file_that_cannot_be_opened_is_named,
@@ -165,6 +166,22 @@ fn wrong_flags_and_manifests_are_usage_errors() {
     )
     .unwrap();
     refused(bed.run_command(0, &[]), 2, &["wrong.json"]);
+}
+
+fn variables_without_a_value_are_as_if_they_were_not_there() {
+    let mut bed = Bed::bare(small());
+    bed.install(0, &[]);
+    let mut help = bed.lab.node(0).command(PORTREEVE);
+    help.args(["run", "--help"]);
+    let help = String::from_utf8(help.output().unwrap().stdout).unwrap();
+    let mut command = bed.run_command(0, &[]);
+    let names = help.split("[env: ").skip(1);
+    let names: Vec<_> = names.filter_map(|rest| rest.split('=').next()).collect();
+    assert!(names.len() > 20, "{names:?}");
+    for name in names.into_iter().chain(["NODE_NAME"]) {
+        command.env(name, "");
+    }
+    bed.start_command(0, command);
 }
 
 fn a_node_without_pod_addresses_is_named() {

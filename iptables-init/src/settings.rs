@@ -31,12 +31,13 @@ pub struct Settings {
     /// Which packet-mark bits are ours; at least 4, and no one else's.
     #[arg(long, value_name = "MASK", default_value_t = Marks::default(), env = "PORTREEVE_MARK_MASK")]
     pub mark_mask: Marks,
-    /// A bridge that pods hang on (repeatable).
+    /// A bridge that pods hang on (repeatable) [default: those with an address among the pods'].
     #[arg(
         long,
         value_name = "NAME",
         env = "PORTREEVE_BRIDGE",
-        value_delimiter = ','
+        value_delimiter = ',',
+        value_parser = link_name
     )]
     pub bridge: Vec<String>,
     /// What happens to pods' new connections while no daemon runs.
@@ -66,6 +67,15 @@ impl Settings {
 }
 
 const MOST_QUEUES: u16 = 256;
+
+/// A name that a link can have (linux net/core/dev.c, `dev_valid_name`).
+fn link_name(text: &str) -> Result<String, String> {
+    let odd = |c: char| c == '/' || c == ':' || c.is_ascii_whitespace();
+    if (1..16).contains(&text.len()) && !matches!(text, "." | "..") && !text.contains(odd) {
+        return Ok(text.to_owned());
+    }
+    Err("no link has such a name; see `ip link show type bridge`".to_owned())
+}
 
 /// How many numbers a kernel list like `0-3,6` names.
 fn count_of_list(list: &str) -> Option<usize> {

@@ -506,6 +506,8 @@ fn wrong_flags_are_usage_errors() {
         "install --proxy-port 0",
         "install --queues 0",
         "install --fail ajar",
+        "install --bridge a_name_that_is_too_long",
+        "install --bridge cni0,a/b",
         "start",
     ] {
         let ran = init(&namespace(), flags);

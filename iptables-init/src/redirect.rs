@@ -40,6 +40,11 @@ pub enum RedirectError {
     /// What was switched on could not be noted down.
     #[error(transparent)]
     Sets(#[from] SetsError),
+    /// Routes over `lo` need it.
+    #[error(
+        "`lo` is down in this network namespace, and what the proxy takes goes by it; run `ip link set lo up`"
+    )]
+    LoopbackDown,
     /// `nft` or `ip` refused.
     #[error(transparent)]
     Command(#[from] CommandError),
@@ -75,7 +80,7 @@ pub fn install(settings: &Settings) -> Result<Outcome, RedirectError> {
     let ruleset = Ruleset::new(settings, kernel);
     let mut changed = false;
     for family in routes::enabled_families() {
-        changed |= routes::install(family, settings.mark_mask)?;
+        changed |= routes::install(family, settings.mark_mask).map_err(of_routes)?;
     }
     changed |= load_table(&ruleset)?;
     changed |= load_queue_target(&ruleset)?;
@@ -188,6 +193,16 @@ pub(crate) fn validate(settings: &Settings) -> Result<(), RedirectError> {
         return Err(RedirectError::QueueRange { first, count });
     }
     Ok(())
+}
+
+/// What it means that `ip` refuses our routes.
+fn of_routes(error: CommandError) -> RedirectError {
+    match error {
+        CommandError::Refused { message, .. } if message.contains("device is not up") => {
+            RedirectError::LoopbackDown
+        }
+        other => other.into(),
+    }
 }
 
 fn load_table(ruleset: &Ruleset) -> Result<bool, RedirectError> {

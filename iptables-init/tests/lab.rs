@@ -54,6 +54,7 @@ fn main() -> ExitCode {
         without_privilege_the_remedy_is_named_and_print_still_works,
         wrong_flags_are_usage_errors,
         a_variable_without_a_value_is_as_if_it_were_not_there,
+        with_the_loopback_link_down_the_remedy_is_named,
         without_ipv6_all_but_its_routing_is_installed,
         closed_drops_what_is_not_released_while_no_daemon_runs,
         open_lets_everything_through_while_no_daemon_runs,
@@ -522,6 +523,16 @@ fn a_variable_without_a_value_is_as_if_it_were_not_there() {
         .map(|flag| format!("export PORTREEVE_{flag}=; "))
         .collect::<String>();
     sh(&netns, &format!("{empty} iptables-init install"));
+    assert_eq!(init(&netns, "check").ok(), "all is in place\n");
+}
+
+fn with_the_loopback_link_down_the_remedy_is_named() {
+    let netns = namespace();
+    sh(&netns, "ip link set lo down");
+    let ran = init(&netns, "install");
+    assert_eq!(ran.code, Some(1));
+    assert!(ran.stderr.contains("ip link set lo up"), "{}", ran.stderr);
+    sh(&netns, "ip link set lo up; iptables-init install");
     assert_eq!(init(&netns, "check").ok(), "all is in place\n");
 }
 

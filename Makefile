@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 CARGO ?= cargo
+# Where it builds, should that not be ./target.
+BUILT := $(or $(CARGO_TARGET_DIR),$(CARGO_BUILD_TARGET_DIR),target)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
 # Program needed, Debian package that has it.
@@ -20,14 +22,14 @@ help: ## What there is to make
 demo: prerequisites ## The main job on this machine: a cluster of network namespaces under policy
 	@echo "==> Building"
 	@$(CARGO) build --release --locked --workspace --bins
-	@./target/release/portreeve demo
+	@$(BUILT)/release/portreeve demo
 
 test: prerequisites test-prerequisites tools ## Every test: pure ones, the demo, real packets in network namespaces
 	@echo "==> Building (about 4 minutes from nothing on 2 cores)"
 	@$(CARGO) build --locked --workspace --bins
 	@$(CARGO) test --locked --workspace --no-run --lib --bins --tests
 	@echo "==> The demo"
-	@./target/debug/portreeve demo --headless
+	@$(BUILT)/debug/portreeve demo --headless
 	@echo "==> All tests: pure ones first, then those with network namespaces"
 	@$(CARGO) test --locked --workspace --lib --bins --tests --no-fail-fast
 

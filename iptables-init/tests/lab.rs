@@ -385,6 +385,11 @@ const WRONGS: &[(&str, &str, &str)] = &[
         "`sysctl -w net/ipv4/conf/eth7.1/src_valid_mark=0`",
     ),
     (
+        "ip link add kube-ipvs0 type bridge",
+        "",
+        "(there is a link kube-ipvs0)",
+    ),
+    (
         "sysctl -qw net.ipv4.tcp_fwmark_accept=1",
         "",
         "net.ipv4.tcp_fwmark_accept is 1",

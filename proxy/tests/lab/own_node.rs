@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use lab::runner::Test;
-use lab::traffic::UdpOutcome;
+use lab::traffic::{UdpOutcome, introduce};
 use lab::{Cluster, Gateway, Host, Kind, PodSpec, Protocol, ServiceSpec, wait_until};
 use serde_json::{Value, json};
 
@@ -16,6 +16,7 @@ use crate::support::{
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     a_pod_reaches_its_own_node_and_no_other_whatever_policy_says,
+    a_dns_cache_on_the_node_that_nobody_tracks_answers_its_pods,
     judged_the_own_node_is_one_more_destination_of_a_pod,
     judged_a_change_stops_what_a_pod_has_with_its_node,
     a_node_reaches_its_pods_and_no_others_whatever_policy_says,
@@ -90,6 +91,27 @@ fn a_pod_reaches_its_own_node_and_no_other_whatever_policy_says() {
         assert!(!is_answered(&a, to), "{to} is another node's");
     }
     assert_eq!(ask(&own, "/connections").unwrap().json(), json!([]));
+}
+
+/// As NodeLocal DNSCache has it: a link-local address of the node, whose packets conntrack passes over.
+fn a_dns_cache_on_the_node_that_nobody_tracks_answers_its_pods() {
+    let bed = bed(&[], &[deny_egress("a"), deny_ingress("a")]);
+    let (a, own) = (bed.lab.pod("x/a"), bed.lab.node(0));
+    let cache = SocketAddr::from(([169, 254, 20, 10], 53));
+    own.ip("addr add 169.254.20.10/32 dev lo").unwrap();
+    own.nft(
+        "table ip cache {\n\
+         chain in {\ntype filter hook prerouting priority raw;\nip daddr 169.254.20.10 notrack\n}\n\
+         chain out {\ntype filter hook output priority raw;\nip saddr 169.254.20.10 notrack\n}\n}\n",
+    )
+    .unwrap();
+    own.serve(&[53]).unwrap();
+    let _udp = introduce(own.netns(), own.name(), Protocol::Udp, &[cache.ip()], &[53]).unwrap();
+    for _ in 0..20 {
+        assert!(is_answered(&a, cache));
+        echoes(&connected(&a, cache), "the same by TCP");
+    }
+    assert_eq!(counter(&own, "stray"), 0);
 }
 
 /// Lets one pod go to TCP 80 and UDP 53 of these addresses.

@@ -228,7 +228,9 @@ fn judge_unlisted(
             Judgement::Settled { verdict, from, to } => {
                 if !verdict.allowed() {
                     let decision = Arc::new(Decision { verdict, from, to });
-                    doomed.push((entry, Some(Severance::denied(decision))));
+                    // What nobody has answered may never have been let through: nothing is cut.
+                    let severance = (!entry.unanswered).then(|| Severance::denied(decision));
+                    doomed.push((entry, severance));
                 }
             }
         }
@@ -254,8 +256,10 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
         .map(|(entry, _)| enforcer.carried.get(&entry.flow))
         .collect();
     let entries = doomed.iter().map(|(entry, _)| entry);
-    let (over, live): (Vec<_>, Vec<_>) = entries.partition(|entry| entry.over);
-    conntrack::delete(&over)?;
+    // Who repeats its first packet is judged by it, once more.
+    let (others, live): (Vec<_>, Vec<_>) =
+        entries.partition(|entry| entry.over || entry.unanswered);
+    conntrack::delete(&others)?;
     let marks = enforcer.marks;
     // Before they are marked: if only some can be, all are forgotten nevertheless.
     let connections = live.iter().filter(|it| it.flow.protocol == Protocol::Tcp);

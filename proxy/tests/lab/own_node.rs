@@ -1,8 +1,8 @@
 //! A pod and the node that it runs on, a node and the pods of others, pods on the host's network,
 //! and a pod with itself.
-use std::io::Write;
-use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
 
 use lab::runner::Test;
 use lab::traffic::{UdpOutcome, introduce};
@@ -19,11 +19,14 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_dns_cache_on_the_node_that_nobody_tracks_answers_its_pods,
     judged_the_own_node_is_one_more_destination_of_a_pod,
     judged_a_change_stops_what_a_pod_has_with_its_node,
+    judged_a_node_that_goes_on_sending_keeps_no_stream_open_that_a_change_denies,
     a_node_reaches_its_pods_and_no_others_whatever_policy_says,
     pods_on_the_hosts_network_are_the_node_as_target_and_as_peer,
     a_pod_reaches_itself_and_by_its_own_service_whatever_policy_says,
 ];
 
+/// A cut connection is forgotten after two seconds; both ends repeat what was lost until then after three and six.
+const PAST_FORGETTING: Duration = Duration::from_secs(8);
 const ASK: Duration = Duration::from_millis(400);
 
 /// A cluster whose nodes and pods answer TCP 80 and 81 and UDP 53.
@@ -175,8 +178,32 @@ fn judged_a_change_stops_what_a_pod_has_with_its_node() {
         stream.set_read_timeout(Some(SOON)).unwrap();
         // What has been acknowledged is no proof: an answer would be.
         let _ = stream.write_all(b"anyone?");
-        let heard = std::io::Read::read(&mut stream, &mut [0; 16]);
+        let heard = stream.read(&mut [0; 16]);
         assert!(heard.is_err(), "{:?}: {heard:?}", stream.peer_addr());
+    }
+    assert!(counter(&node, "stray") > 0, "without a beginning");
+}
+
+/// Once conntrack has forgotten the stream, what the node repeats would begin one of its own, as a node may.
+fn judged_a_node_that_goes_on_sending_keeps_no_stream_open_that_a_change_denies() {
+    let bed = bed(&["--own-node", "judge"], &[]);
+    let (a, node) = (bed.lab.pod("x/a"), bed.lab.node(0));
+    let servers = node.addrs(82).map(|at| {
+        let listener = node.run(|| TcpListener::bind(at)).unwrap().unwrap();
+        let client = a.run(|| TcpStream::connect(at)).unwrap().unwrap();
+        (client, listener.accept().unwrap().0)
+    });
+    bed.apply(&[deny_egress("a")]);
+    for (client, server) in &servers {
+        (&mut &*server).write_all(b"and on").unwrap();
+        (&mut &*client).write_all(b"anyone?").unwrap();
+    }
+    let until = Instant::now() + PAST_FORGETTING;
+    for (_, server) in &servers {
+        let left = until.saturating_duration_since(Instant::now()).max(SOON);
+        server.set_read_timeout(Some(left)).unwrap();
+        let heard = (&mut &*server).read(&mut [0; 16]);
+        assert!(heard.is_err(), "{:?}: {heard:?}", server.local_addr());
     }
     assert!(counter(&node, "stray") > 0, "without a beginning");
 }

@@ -10,13 +10,14 @@ use nix::ifaddrs::getifaddrs;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::support::{
-    Bed, DEADLINE, SOON, allow_ingress, ask, connected, counter_of, deny_egress, deny_ingress,
-    greeted, init, small,
+    Bed, DEADLINE, SOON, allow_ingress, ask, connected, counter, counter_of, deny_egress,
+    deny_ingress, greeted, init, small,
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     a_bridge_that_comes_with_the_first_pod_is_found,
     pods_that_come_while_no_daemon_runs_are_cut_off_until_one_does,
+    two_pods_that_come_while_no_daemon_runs_are_kept_apart_by_pods_addresses_only,
     a_bridge_that_looks_into_packets_again_is_reported_and_opens_nothing,
     nothing_of_an_isolated_pod_passes_its_bridge,
     a_pod_takes_no_other_pods_address_on_its_bridge,
@@ -27,6 +28,15 @@ const BRIDGE: Gateway = Gateway::Bridge { hairpin: false };
 const MAGIC: &[u8] = b"by hand";
 const EVERYBODY: [u8; 6] = [0xff; 6];
 const ALL_NODES: [u8; 6] = [0x33, 0x33, 0, 0, 0, 1];
+/// Addresses that are no pod's, though two ends may use them.
+const NEAR: [Ipv6Addr; 2] = [
+    Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x98),
+    Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x99),
+];
+const FOREIGN: [Ipv4Addr; 2] = [
+    Ipv4Addr::new(192, 168, 77, 1),
+    Ipv4Addr::new(192, 168, 77, 2),
+];
 
 fn a_bridge_that_comes_with_the_first_pod_is_found() {
     let mut bed = Bed::of(Cluster::builder().nodes(1).gateway(BRIDGE).build().unwrap());
@@ -92,6 +102,63 @@ fn pods_that_come_while_no_daemon_runs_are_cut_off_until_one_does() {
     for to in f.addrs(80) {
         greeted(e, to);
     }
+}
+
+fn two_pods_that_come_while_no_daemon_runs_are_kept_apart_by_pods_addresses_only() {
+    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    bed.enforce(&[]);
+    bed.kill(0);
+    let [e, f] = ["e", "f"].map(|name| {
+        let pod = PodSpec::new("x", name).node(0).label("pod", name);
+        bed.lab.add_pod(pod).unwrap()
+    });
+    let (node, tap, port) = (bed.lab.node(0), Tap::new(&f), link_address(&f));
+    let dropped = || counter_of(&node, "bridge", "bridged");
+    let send = |pairs: &[(IpAddr, IpAddr)]| {
+        let link = e.injector().unwrap().towards(port);
+        for &(from, to) in pairs {
+            let packet = craft::udp((from, 9).into(), (to, 9).into(), MAGIC);
+            link.send(&packet).unwrap();
+        }
+    };
+    let foreign = [
+        NEAR.map(IpAddr::from).into(),
+        FOREIGN.map(IpAddr::from).into(),
+    ];
+    let pods = [
+        (e.ipv4().into(), f.ipv4().into()),
+        (e.ipv4().into(), FOREIGN[1].into()),
+        (FOREIGN[0].into(), f.ipv4().into()),
+        (e.ipv6().into(), f.ipv6().into()),
+        (e.ipv6().into(), NEAR[1].into()),
+        (NEAR[0].into(), f.ipv6().into()),
+    ];
+    // They find each other, and no more.
+    let refused = e.connect(f.addrs(80)[0], SOON).unwrap();
+    assert_eq!(refused.kind(), Kind::TimedOut);
+    let before = dropped();
+    send(&pods);
+    send(&foreign);
+    wait_until(DEADLINE, "all frames to be looked at", || {
+        dropped() == before + 6 && tap.heard() == 2
+    })
+    .unwrap();
+
+    bed.write_cluster();
+    bed.start(0, &[]);
+    wait_until(DEADLINE, "the new ports to be known", || {
+        listed(&node, "ports").matches('"').count() == 2 * 5
+    })
+    .unwrap();
+    let lies = || counter(&node, "spoofed");
+    let (before, heard) = (lies(), tap.heard());
+    // Now they come up to the node, whose rules find the last of them a lie.
+    send(&foreign);
+    wait_until(DEADLINE, "all frames to be looked at", || {
+        lies() == before + 1
+    })
+    .unwrap();
+    assert_eq!(tap.heard(), heard);
 }
 
 fn a_bridge_that_looks_into_packets_again_is_reported_and_opens_nothing() {
@@ -339,16 +406,12 @@ fn gateway(pod: &Host) -> String {
 
 /// EtherTypes and what follows them.
 fn frames(from: &Host, to: &Host) -> Vec<(u16, Vec<u8>)> {
-    let near = |last: u16| IpAddr::from(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, last));
     let pairs = [
         (from.ipv4().into(), to.ipv4().into()),
         (from.ipv6().into(), to.ipv6().into()),
-        (from.ipv6().into(), near(0x99)),
-        (near(0x98), near(0x99)),
-        (
-            Ipv4Addr::new(192, 168, 77, 1).into(),
-            Ipv4Addr::new(192, 168, 77, 2).into(),
-        ),
+        (from.ipv6().into(), NEAR[1].into()),
+        NEAR.map(IpAddr::from).into(),
+        FOREIGN.map(IpAddr::from).into(),
     ];
     let mut frames = vec![
         (0x88b5, MAGIC.to_vec()),

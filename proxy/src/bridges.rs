@@ -7,7 +7,8 @@ mod ends;
 
 use std::collections::BTreeSet;
 use std::io;
-use std::time::Duration;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use iptables_init::bridges::{self, Bridge, BridgeError};
@@ -15,7 +16,8 @@ use iptables_init::command::CommandError;
 use iptables_init::owners::Owners;
 use iptables_init::ruleset::Kernel;
 use iptables_init::sets::{self, SetsError};
-use tokio::time::MissedTickBehavior;
+use tokio::sync::watch;
+use tokio::time::{Interval, MissedTickBehavior};
 use tracing::{error, info};
 
 use crate::links::Changes;
@@ -24,12 +26,20 @@ use crate::released::PodCidrs;
 
 /// How often sysctls are read, of which nobody tells.
 const READ_EVERY: Duration = Duration::from_secs(2);
+/// The first change is looked at at once, those that follow together after this.
+const PAUSE: Duration = Duration::from_millis(100);
+/// For so long after a change, what pods have is asked whenever sysctls are read: pods get their
+/// addresses after their links, of which we may not be told.
+const UNSETTLED: Duration = Duration::from_secs(10);
+/// How often it is asked when nothing has changed. It costs the kernel some 50 microseconds a pod.
+const ASK_EVERY: Duration = Duration::from_secs(30);
 
 /// The node's bridges as last seen.
 pub(crate) struct Bridges {
     names: Vec<String>,
     pods: PodCidrs,
     kernel: Kernel,
+    changes: Changes,
     seen: Seen,
 }
 
@@ -39,12 +49,24 @@ struct Seen {
     cidrs: Vec<IpNet>,
     /// `None`: to be looked for again.
     bridges: Option<Vec<Bridge>>,
+    /// The addresses of the node's pods, as the cluster tells.
+    pods: BTreeSet<IpAddr>,
+    asked: Asked,
     owners: Owners,
     /// What the kernel's table was told last.
     loaded: Option<String>,
     /// The bridges for which the sysctls have been switched off; who switches them on again is
     /// reported, not fought.
     prepared: BTreeSet<String>,
+}
+
+/// When it was last asked what pods have.
+#[derive(Default)]
+struct Asked {
+    /// When something changed.
+    changed: Option<Instant>,
+    /// When the kernel was in step with the answer; `None`: it is not.
+    in_step: Option<Instant>,
 }
 
 /// What keeps pods on a bridge from being policed or from being reached.
@@ -72,19 +94,25 @@ enum Fault {
 
 impl Bridges {
     /// Of the `names` given, and those that overlap with the pods' networks.
-    pub(crate) fn new(names: Vec<String>, pods: PodCidrs, kernel: Kernel) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// If the kernel does not tell of changes.
+    pub(crate) fn new(names: Vec<String>, pods: PodCidrs, kernel: Kernel) -> io::Result<Self> {
+        Ok(Self {
             names,
             pods,
             kernel,
+            changes: Changes::of_addresses()?,
             seen: Seen::default(),
-        }
+        })
     }
 
     /// Watches without end.
-    pub(crate) async fn watch(mut self, changes: Changes, readiness: Readiness) {
+    pub(crate) async fn watch(mut self, readiness: Readiness) {
         let mut every = tokio::time::interval(READ_EVERY);
         every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut table = self.pods.changed();
+        self.seen.asked.again(Instant::now());
         let mut last = None;
         loop {
             let looked = tokio::task::spawn_blocking(move || {
@@ -107,10 +135,25 @@ impl Bridges {
                 }
             }
             last = fault;
+            tokio::time::sleep(PAUSE).await;
+            self.until_due(&mut every, &mut table).await;
+        }
+    }
+
+    /// Waits for the next reason to look.
+    async fn until_due(&mut self, every: &mut Interval, table: &mut watch::Receiver<u64>) {
+        loop {
             tokio::select! {
-                _ = every.tick() => {}
-                _ = changes.next() => self.seen.bridges = None,
+                _ = every.tick() => return,
+                _ = self.changes.next() => self.seen.bridges = None,
+                Ok(()) = table.changed() => {
+                    let before = std::mem::replace(&mut self.seen.pods, self.pods.taken());
+                    if self.seen.pods.is_subset(&before) {
+                        continue;
+                    }
+                }
             }
+            return self.seen.asked.again(Instant::now());
         }
     }
 
@@ -120,6 +163,7 @@ impl Bridges {
         if !cidrs.is_empty() && self.seen.cidrs != cidrs {
             self.seen.bridges = None;
             self.seen.cidrs = cidrs;
+            self.seen.asked.again(Instant::now());
         }
         let found = match self.seen.bridges.take() {
             Some(bridges) => bridges,
@@ -142,17 +186,15 @@ impl Bridges {
         let names: BTreeSet<_> = found.iter().map(|bridge| bridge.name.clone()).collect();
         if !names.is_subset(&self.seen.prepared) {
             info!(bridges = ?names, "pods hang on bridges");
+            if !self.changes.are_from_everywhere() {
+                info!(
+                    "without CAP_NET_BROADCAST a pod's new address may be known to be its own two seconds late"
+                );
+            }
             bridges::switch_off()?;
         }
         self.seen.prepared = names;
-        let ends = ends::of(found).map_err(Fault::Ends)?;
-        self.seen.owners = self.seen.owners.now(found, &ends);
-        let script = bridges::ports_script(found) + &self.seen.owners.script();
-        // Until the kernel has said yes we know nothing.
-        if self.seen.loaded.take().as_ref() != Some(&script) {
-            sets::load(&script)?;
-        }
-        self.seen.loaded = Some(script);
+        self.ask(found)?;
         let Some(bridge) = found.first() else {
             return Ok(());
         };
@@ -164,5 +206,69 @@ impl Bridges {
             Some(bridge) => Err(Fault::LooksIntoIp(bridge.name.clone())),
             None => Ok(()),
         }
+    }
+
+    /// Asks what pods have, if that is due, and tells the kernel's table.
+    fn ask(&mut self, found: &[Bridge]) -> Result<(), Fault> {
+        let now = Instant::now();
+        if !self.seen.asked.is_due(now) {
+            return Ok(());
+        }
+        // Until the kernel has said yes we know nothing.
+        self.seen.asked.in_step = None;
+        let ends = ends::of(found).map_err(Fault::Ends)?;
+        self.seen.owners = self.seen.owners.now(found, &ends);
+        let script = bridges::ports_script(found) + &self.seen.owners.script();
+        if self.seen.loaded.take().as_ref() != Some(&script) {
+            sets::load(&script)?;
+        }
+        self.seen.loaded = Some(script);
+        self.seen.asked.in_step = Some(now);
+        Ok(())
+    }
+}
+
+impl Asked {
+    /// Something has changed.
+    fn again(&mut self, now: Instant) {
+        *self = Self {
+            changed: Some(now),
+            in_step: None,
+        };
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        let within = |since: Option<Instant>, time| since.is_some_and(|since| now < since + time);
+        within(self.changed, UNSETTLED) || !within(self.in_step, ASK_EVERY)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_pods_have_is_asked_for_a_while_after_a_change_and_seldom_when_nothing_changes() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut asked = Asked::default();
+        assert!(asked.is_due(start), "never asked");
+        asked.again(start);
+        for (second, due, why) in [
+            (0, true, "a change"),
+            (2, true, "its addresses may come now"),
+            (8, true, "or now"),
+            (10, false, "settled"),
+            (28, false, "asked at 8"),
+            (38, true, "long ago"),
+            (40, false, "asked just now"),
+        ] {
+            assert_eq!(asked.is_due(at(second)), due, "{why}");
+            if due {
+                asked.in_step = Some(at(second));
+            }
+        }
+        asked.in_step = None;
+        assert!(asked.is_due(at(41)), "the kernel refused it");
     }
 }

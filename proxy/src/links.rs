@@ -23,7 +23,9 @@ use tracing::warn;
 use crate::sys;
 
 /// Multicast groups of rtnetlink(7): links, IPv4 routes, IPv6 routes.
-const GROUPS: u32 = 0x1 | 0x40 | 0x400;
+const ROUTES: u32 = 0x1 | 0x40 | 0x400;
+/// Links, IPv4 addresses, IPv6 addresses.
+const ADDRESSES: u32 = 0x1 | 0x10 | 0x100;
 /// The first change is looked at at once, those that follow together after this.
 const PAUSE: Duration = Duration::from_millis(100);
 /// How soon what was refused is tried again.
@@ -46,8 +48,11 @@ struct Loaded {
     links: Links,
 }
 
-/// Notices of links and routes that come or go; what they say is not read.
-pub(crate) struct Changes(AsyncFd<OwnedFd>);
+/// Notices of links, and of routes or addresses, that come or go; what they say is not read.
+pub(crate) struct Changes {
+    notices: AsyncFd<OwnedFd>,
+    everywhere: bool,
+}
 
 impl PodLinks {
     /// Fills the set for the first time.
@@ -123,27 +128,50 @@ impl PodLinks {
 }
 
 impl Changes {
-    /// Listens from now on.
+    /// Listens from now on for links and routes.
     ///
     /// # Errors
     /// What the kernel answers.
-    pub(crate) fn listen() -> io::Result<Self> {
+    pub(crate) fn of_routes() -> io::Result<Self> {
+        Self::listen(ROUTES)
+    }
+
+    /// Listens from now on for links and addresses; if `CAP_NET_BROADCAST` lets us, for those of pods
+    /// too.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub(crate) fn of_addresses() -> io::Result<Self> {
+        let mut changes = Self::listen(ADDRESSES)?;
+        changes.everywhere = sys::listen_everywhere(&changes.notices).is_ok();
+        Ok(changes)
+    }
+
+    /// Whether they come from pods' network namespaces too.
+    pub(crate) fn are_from_everywhere(&self) -> bool {
+        self.everywhere
+    }
+
+    fn listen(groups: u32) -> io::Result<Self> {
         let fd = socket(
             AddressFamily::Netlink,
             SockType::Raw,
             SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
             SockProtocol::NetlinkRoute,
         )?;
-        bind(fd.as_raw_fd(), &NetlinkAddr::new(0, GROUPS))?;
-        Ok(Self(sys::watch(fd)?))
+        bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
+        Ok(Self {
+            notices: sys::watch(fd)?,
+            everywhere: false,
+        })
     }
 
     /// Waits for a change, and takes all that there are.
     pub(crate) async fn next(&self) -> io::Result<()> {
-        let mut ready = self.0.readable().await?;
+        let mut ready = self.notices.readable().await?;
         let mut buffer = [0; 4096];
         loop {
-            match recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+            match recv(self.notices.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
                 // Some were lost: there were changes.
                 Ok(_) | Err(Errno::ENOBUFS | Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => {

@@ -12,6 +12,7 @@ use ipnet::IpNet;
 use iptables_init::ruleset::Kernel;
 use iptables_init::sets::{self, Groups, Sets, SetsError};
 use policy::Direction;
+use tokio::sync::watch;
 
 /// Which addresses are pods of this node.
 #[derive(Clone)]
@@ -25,6 +26,17 @@ pub(crate) struct PodCidrs {
 impl PodCidrs {
     pub(crate) fn new(table: Arc<Table>, node: Arc<str>, told: Vec<IpNet>) -> Self {
         Self { table, node, told }
+    }
+
+    /// Follows the table that says so.
+    pub(crate) fn changed(&self) -> watch::Receiver<u64> {
+        self.table.changed()
+    }
+
+    /// The addresses that pods of this node have by now.
+    pub(crate) fn taken(&self) -> BTreeSet<IpAddr> {
+        let local = self.table.local(&self.node).into_iter();
+        local.map(|pod| pod.address).collect()
     }
 
     /// As told, or as the Node object has them by now.

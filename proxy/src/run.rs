@@ -106,14 +106,14 @@ async fn enforce(args: &RunArgs, mut source: Source) -> anyhow::Result<()> {
         () = signals.received() => return Ok(()),
         touched = first => touched?,
     };
-    let changes = Changes::listen().context("cannot listen for changes of routes (rtnetlink)")?;
+    let changes = Changes::of_routes().context("cannot hear of changes of routes (rtnetlink)")?;
     let links = PodLinks::new(table, Arc::clone(&enforcer.node), args.pod_cidr.clone())?;
     tokio::spawn(links.follow(changes));
     follow_carried(&enforcer)?;
     let workers = start_workers(args, &enforcer, &stopped)?;
     tokio::spawn(expire(Arc::clone(&enforcer)));
-    let bridges = Bridges::new(args.redirect.bridge.clone(), pods, kernel);
-    tokio::spawn(bridges.watch(Changes::listen()?, readiness.of_bridges()));
+    let bridges = Bridges::new(args.redirect.bridge.clone(), pods, kernel)?;
+    tokio::spawn(bridges.watch(readiness.of_bridges()));
     source::lift_taint(args, &readiness, &enforcer.node);
     let following = Follower {
         source,

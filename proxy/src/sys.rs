@@ -50,6 +50,19 @@ pub(crate) fn tcp_timestamp(socket: impl AsFd) -> io::Result<u32> {
 /// # Errors
 /// `ENOPROTOOPT` if the kernel is older.
 pub(crate) fn check_requests(netlink: impl AsFd) -> io::Result<()> {
+    switch_on(netlink, libc::NETLINK_GET_STRICT_CHK)
+}
+
+/// Has a socket of netlink(7) hear what is told in every network namespace that this one knows by a
+/// number (`NETLINK_LISTEN_ALL_NSID`, since Linux 4.2).
+///
+/// # Errors
+/// `EPERM` without `CAP_NET_BROADCAST`.
+pub(crate) fn listen_everywhere(netlink: impl AsFd) -> io::Result<()> {
+    switch_on(netlink, libc::NETLINK_LISTEN_ALL_NSID)
+}
+
+fn switch_on(netlink: impl AsFd, option: libc::c_int) -> io::Result<()> {
     let fd = netlink.as_fd();
     let on: libc::c_int = 1;
     // SAFETY: the borrow keeps `fd` open; `on` is valid for reads during the call, its size is the
@@ -58,7 +71,7 @@ pub(crate) fn check_requests(netlink: impl AsFd) -> io::Result<()> {
         libc::setsockopt(
             fd.as_raw_fd(),
             libc::SOL_NETLINK,
-            libc::NETLINK_GET_STRICT_CHK,
+            option,
             std::ptr::from_ref(&on).cast(),
             4,
         )

@@ -21,6 +21,8 @@ use crate::sys;
 const GET_LINK: u16 = 18;
 const GET_ADDRESSES: u16 = 22;
 const LINK_ADDRESS: u16 = 1;
+const LINK_EXT_MASK: u16 = 29;
+const SKIP_STATS: u32 = 1 << 3;
 const LINK_TARGET_NETNS: u16 = 46;
 const ADDRESS: u16 = 1;
 const ADDRESS_TARGET_NETNS: u16 = 10;
@@ -86,6 +88,7 @@ impl Kernel {
             0,
             |m| {
                 m.raw(&[index, [0; 4], [0; 4]].concat());
+                m.bytes(LINK_EXT_MASK, &SKIP_STATS.to_ne_bytes());
                 m.bytes(LINK_TARGET_NETNS, &target);
             },
             |message| {
@@ -99,7 +102,7 @@ impl Kernel {
             GET_ADDRESSES,
             netlink::DUMP,
             |m| {
-                m.raw(&[0; 4]);
+                m.raw(&index);
                 m.bytes(ADDRESS_TARGET_NETNS, &target);
             },
             |message| addresses.extend(address(message, index)),

@@ -21,9 +21,10 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_bridge_that_looks_into_packets_again_is_reported_and_opens_nothing,
     nothing_of_an_isolated_pod_passes_its_bridge,
     a_pod_takes_no_other_pods_address_on_its_bridge,
+    a_pods_new_address_is_its_own_at_once,
 ];
 
-const BRIDGE: Gateway = Gateway::Bridge { hairpin: false };
+pub(crate) const BRIDGE: Gateway = Gateway::Bridge { hairpin: false };
 /// In every frame that is made by hand.
 const MAGIC: &[u8] = b"by hand";
 const EVERYBODY: [u8; 6] = [0xff; 6];
@@ -325,6 +326,29 @@ fn a_pod_takes_no_other_pods_address_on_its_bridge() {
         let heard = wait_until(DEADLINE, "the lie to be heard", || tap.heard() > before);
         assert!(heard.is_ok(), "{what}");
     }
+}
+
+/// One after the other: asked for every two seconds, they would take 16.
+fn a_pods_new_address_is_its_own_at_once() {
+    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    bed.enforce(&[]);
+    let (node, pod) = (bed.lab.node(0), bed.lab.pod("x/a"));
+    let since = Instant::now();
+    for last in 100..108 {
+        takes(&pod, &node, Ipv4Addr::new(10, 244, 0, last));
+    }
+    let took = since.elapsed();
+    assert!(took < Duration::from_secs(4), "{took:?}");
+}
+
+/// Gives a pod an address more, and waits until nobody else on its bridge can have it.
+pub(crate) fn takes(pod: &Host, node: &Host, address: Ipv4Addr) {
+    pod.ip(&format!("addr add {address}/32 dev eth0\n"))
+        .unwrap();
+    wait_until(DEADLINE, "a pod's new address to be known", || {
+        listed(node, "owners4").contains(&format!("{address} . "))
+    })
+    .unwrap();
 }
 
 /// Frames by which `liar` takes what is the victim's or the gateway's, each with who sends it.

@@ -7,14 +7,17 @@
 //! the API server is played by a directory of manifests.
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use lab::runner::Test;
 use nix::errno::Errno;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::bridges::{BRIDGE, takes};
 use crate::support::{
     Bed, PORTREEVE, SEVERAL_SYNS, SOON, allow_all, connected, deny_ingress, echoes, small,
 };
@@ -23,12 +26,18 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     the_images_programs_enforce_with_what_the_daemonset_grants,
     what_is_in_the_way_of_bridges_can_be_switched_off_from_a_container,
     every_capability_of_the_daemonset_is_needed,
+    a_capability_lets_the_daemon_hear_of_pods_addresses_on_bridges,
 ];
 
 /// Where the daemon in the container finds its manifests.
 const MANIFESTS: &str = "/manifests";
 /// linux/capability.h
-const CAPABILITIES: &[(&str, u32)] = &[("NET_ADMIN", 12), ("NET_RAW", 13), ("SYS_RESOURCE", 24)];
+const CAPABILITIES: &[(&str, u32)] = &[
+    ("NET_BROADCAST", 11),
+    ("NET_ADMIN", 12),
+    ("NET_RAW", 13),
+    ("SYS_RESOURCE", 24),
+];
 
 fn the_images_programs_enforce_with_what_the_daemonset_grants() {
     let image = Image::build("base");
@@ -96,6 +105,31 @@ fn every_capability_of_the_daemonset_is_needed() {
                 _ => panic!("no test shows what {container} needs {capability} for"),
             }
         }
+    }
+}
+
+/// The one that is for bridges only: without it pods' addresses are asked for, every two seconds.
+fn a_capability_lets_the_daemon_hear_of_pods_addresses_on_bridges() {
+    let image = Image::build("overlays/bridge");
+    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    bed.write_policies(&[allow_all()]);
+    let granted = image.granted("portreeve");
+    let mut without = granted.clone();
+    without.retain(|capability| capability != "NET_BROADCAST");
+    assert_eq!(without, Image::build("base").granted("portreeve"));
+    for (node, pod, capabilities, at_once) in
+        [(0, "x/a", &granted, true), (1, "x/c", &without, false)]
+    {
+        image.install(&bed, node, &image.granted("iptables-init"));
+        image.run(&mut bed, node, capabilities);
+        let (host, pod) = (bed.lab.node(node), bed.lab.pod(pod));
+        let address = |last| Ipv4Addr::new(10, 244, u8::try_from(node).unwrap(), last);
+        // The first comes at any time between two questions, the second just after one.
+        takes(&pod, &host, address(100));
+        let since = Instant::now();
+        takes(&pod, &host, address(101));
+        let took = since.elapsed();
+        assert_eq!(took < Duration::from_secs(1), at_once, "{took:?}");
     }
 }
 

@@ -394,40 +394,4 @@ impl Scraped {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_cause_has_the_counter_of_its_name() {
-        let metrics = Metrics::new();
-        for (cause, times) in Cause::ALL.into_iter().zip(1..) {
-            (0..times).for_each(|_| metrics.refused(cause));
-        }
-        let text = metrics.render(&Readings::default()).unwrap();
-        for (cause, times) in Cause::ALL.into_iter().zip(1..) {
-            let line = format!(
-                "portreeve_refusals_total{{cause=\"{}\"}} {times}\n",
-                cause.label()
-            );
-            assert!(text.contains(&line), "{line} is not in\n{text}");
-        }
-    }
-
-    #[test]
-    fn bytes_of_a_connection_are_counted_once_however_often_it_is_looked_at() {
-        let (metrics, moved) = (Metrics::new(), Moved::default());
-        moved.sent.store(100, Ordering::Relaxed);
-        metrics.moved(&moved);
-        metrics.moved(&moved);
-        moved.sent.store(150, Ordering::Relaxed);
-        moved.received.store(7, Ordering::Relaxed);
-        metrics.moved(&moved);
-        let text = metrics.render(&Readings::default()).unwrap();
-        for line in [
-            "portreeve_bytes_total{direction=\"sent\",path=\"spliced\"} 150\n",
-            "portreeve_bytes_total{direction=\"received\",path=\"spliced\"} 7\n",
-        ] {
-            assert!(text.contains(line), "{line} is not in\n{text}");
-        }
-    }
-}
+mod tests;

@@ -11,7 +11,7 @@ use tracing::warn;
 
 use crate::connect::keepalive;
 use crate::enforcer::Enforcer;
-use crate::flows::{Flow, FlowKey, Upstream};
+use crate::flows::{Flow, FlowKey, Legs, Upstream};
 use crate::records::Outcome;
 use crate::relay::relay;
 
@@ -92,35 +92,39 @@ fn accepted(client: TcpStream, peer: SocketAddr, enforcer: &Arc<Enforcer>, worke
 }
 
 async fn live(
-    mut client: TcpStream,
+    client: TcpStream,
     upstream: Upstream,
     flow: Arc<Flow>,
     enforcer: Arc<Enforcer>,
     worker: usize,
 ) {
     let outcome = match at_home(upstream, worker) {
-        Ok(mut server) => {
-            let ended = tokio::select! {
-                biased;
-                () = flow.cut_off() => Outcome::Stopped,
-                ended = relay(&mut client, &mut server, &flow.moved, flow.trail.get()) => match ended {
-                    Ok(()) => Outcome::Closed,
-                    Err(error) => Outcome::Broken(error.kind()),
-                },
-            };
-            if !matches!(ended, Outcome::Closed) {
-                reset(&client);
-                reset(&server);
-            }
-            ended
-        }
+        Ok(server) => relayed(Arc::new(Legs { server, client }), &flow).await,
         Err(error) => {
             reset(&client);
+            drop(client);
             Outcome::Broken(error.kind())
         }
     };
-    drop(client);
     enforcer.ended(&flow, outcome);
+}
+
+/// Relays until both sides have ended, one breaks, or the connection is cut.
+async fn relayed(legs: Arc<Legs>, flow: &Flow) -> Outcome {
+    flow.lend(&legs);
+    let ended = tokio::select! {
+        biased;
+        () = flow.cut_off() => Outcome::Stopped,
+        ended = relay(&legs.client, &legs.server, &flow.moved, flow.trail.get()) => match ended {
+            Ok(()) => Outcome::Closed,
+            Err(error) => Outcome::Broken(error.kind()),
+        },
+    };
+    if !matches!(ended, Outcome::Closed) {
+        reset(&legs.client);
+        reset(&legs.server);
+    }
+    ended
 }
 
 /// Moves the upstream under this worker's reactor, if another made it.

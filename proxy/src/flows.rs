@@ -3,11 +3,12 @@
 //! A connection is in the table before its verdict is acted on, so that a change of policy finds
 //! it. Knows no packets and no policy; what a connection was decided by it carries as a value.
 mod by_address;
+mod stage;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use dashmap::DashMap;
@@ -23,6 +24,9 @@ use crate::relay::Moved;
 use crate::trail::Trail;
 
 pub(crate) use by_address::{ByAddress, Ends};
+pub(crate) use stage::{Legs, StageName, Upstream};
+
+use stage::Stage;
 
 /// Client and server of a connection, the server after translation of Service addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -58,36 +62,6 @@ pub(crate) struct Flow {
     /// Whether an attempt from the same ends waits for the end of this one.
     succeeded: AtomicBool,
     _permit: Permit,
-}
-
-/// A connection to the server, and the worker whose reactor watches it.
-#[derive(Debug)]
-pub(crate) struct Upstream {
-    pub(crate) stream: TcpStream,
-    pub(crate) worker: usize,
-}
-
-/// How far a connection has come.
-#[derive(Debug)]
-enum Stage {
-    /// The SYN waits for its verdict or for the server.
-    Held,
-    /// The server has answered; the client has not yet completed its handshake.
-    Admitted { upstream: Upstream, since: Instant },
-    /// Both legs stand.
-    Live,
-    /// Over; kept only by who still looks at it.
-    Over,
-}
-
-/// The name of a [`Stage`], for people.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum StageName {
-    Held,
-    Admitted,
-    Live,
-    Over,
 }
 
 /// What a SYN is to the table.
@@ -185,7 +159,7 @@ impl Flows {
     pub(crate) fn pair(&self, key: &FlowKey) -> Option<(Arc<Flow>, Upstream)> {
         let flow = self.get(key)?;
         let mut stage = flow.stage();
-        match std::mem::replace(&mut *stage, Stage::Live) {
+        match std::mem::replace(&mut *stage, Stage::Live(Weak::new())) {
             Stage::Admitted { upstream, .. } => {
                 drop(stage);
                 Some((flow, upstream))
@@ -306,9 +280,25 @@ impl Flow {
             .clone()
     }
 
-    /// Ends the connection wherever it is: the held SYN is dropped, live legs are reset.
+    /// Ends the connection wherever it is: the held SYN is dropped, live legs are reset at once, however
+    /// much else their worker has to do.
     pub(crate) fn cut(&self) {
+        // First, so that the relay knows why its sockets break.
         self.cut.notify_one();
+        let lent = match &*self.stage() {
+            Stage::Live(legs) => legs.upgrade(),
+            _ => None,
+        };
+        if let Some(legs) = lent {
+            legs.reset();
+        }
+    }
+
+    /// Lends its legs to whoever cuts a live connection. To be called before [`Self::cut_off`] is awaited.
+    pub(crate) fn lend(&self, legs: &Arc<Legs>) {
+        if let Stage::Live(lent) = &mut *self.stage() {
+            *lent = Arc::downgrade(legs);
+        }
     }
 
     /// Waits for [`Self::cut`]; one that came before is not missed.
@@ -344,12 +334,7 @@ impl Flow {
 
     /// How far it has come.
     pub(crate) fn stage_name(&self) -> StageName {
-        match *self.stage() {
-            Stage::Held => StageName::Held,
-            Stage::Admitted { .. } => StageName::Admitted,
-            Stage::Live => StageName::Live,
-            Stage::Over => StageName::Over,
-        }
+        self.stage().name()
     }
 
     fn stage(&self) -> std::sync::MutexGuard<'_, Stage> {
@@ -366,14 +351,14 @@ impl Flow {
             }
             Stage::Admitted { .. } if same => Some(Arrival::PastSyn),
             // The kernel's own socket answers as TCP wants it (RFC 5961, section 4).
-            Stage::Live => Some(Arrival::PastSyn),
+            Stage::Live(_) => Some(Arrival::PastSyn),
             Stage::Held | Stage::Admitted { .. } | Stage::Over => None,
         }
     }
 
     /// Whether a SYN with `sequence` is a new attempt although this connection is live.
     fn is_succeeded_by(&self, sequence: u32) -> bool {
-        sequence != self.sequence && matches!(*self.stage(), Stage::Live)
+        sequence != self.sequence && matches!(*self.stage(), Stage::Live(_))
     }
 
     fn note_syn(&self) {
@@ -390,13 +375,15 @@ impl Flow {
                 now.saturating_duration_since(self.started) > last * 2 + REPEAT_SLACK
             }
             Stage::Admitted { since, .. } => now.saturating_duration_since(since) > ACCEPT_WITHIN,
-            Stage::Live | Stage::Over => false,
+            Stage::Live(_) | Stage::Over => false,
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::ErrorKind;
+
     use super::*;
     use crate::limits::{Bounds, Full, Limits};
 
@@ -436,12 +423,22 @@ mod tests {
         }
     }
 
-    /// A connected stream, for what needs one.
-    async fn stream() -> TcpStream {
+    /// A connected stream, for what needs one, and its peer.
+    async fn stream_and_peer() -> (TcpStream, TcpStream) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        TcpStream::connect(listener.local_addr().unwrap())
-            .await
-            .unwrap()
+        let stream = TcpStream::connect(listener.local_addr().unwrap());
+        let (stream, peer) = tokio::join!(stream, listener.accept());
+        (stream.unwrap(), peer.unwrap().0)
+    }
+
+    async fn stream() -> TcpStream {
+        stream_and_peer().await.0
+    }
+
+    async fn is_reset(stream: &TcpStream) -> bool {
+        let readable = tokio::time::timeout(Duration::from_secs(1), stream.readable());
+        readable.await.expect("a reset wakes").unwrap();
+        stream.try_read(&mut [0]).err().map(|it| it.kind()) == Some(ErrorKind::ConnectionReset)
     }
 
     #[test]
@@ -540,6 +537,28 @@ mod tests {
         bench.flows.remove(&flow);
         assert!(last.over_within(Duration::from_secs(1)).await);
         assert!(matches!(bench.arrive(key(1, 2), 9), Ok(Arrival::New(_))));
+    }
+
+    #[tokio::test]
+    async fn a_live_connection_is_reset_though_nobody_runs_its_relay() {
+        let bench = Bench::new();
+        let flow = bench.new_flow(key(1, 2), 7);
+        let (to_server, server) = stream_and_peer().await;
+        let (to_client, client) = stream_and_peer().await;
+        bench.flows.admit(&flow, to_server, 0);
+        let (_, upstream) = bench.flows.pair(&key(1, 2)).unwrap();
+        let legs = Arc::new(Legs {
+            server: upstream.stream,
+            client: to_client,
+        });
+        flow.lend(&legs);
+        flow.cut();
+        for stream in [&client, &server, &legs.client, &legs.server] {
+            assert!(is_reset(stream).await);
+        }
+        tokio::time::timeout(Duration::from_secs(1), flow.cut_off())
+            .await
+            .expect("the relay is told too");
     }
 
     #[tokio::test]

@@ -8,14 +8,14 @@ mod pipe;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
+use std::net::Shutdown;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
 
 use socket2::SockRef;
-use tokio::io::{AsyncWriteExt, Interest, Ready};
+use tokio::io::{Interest, Ready};
 use tokio::net::TcpStream;
-use tokio::net::tcp::{ReadHalf, WriteHalf};
 
 use crate::trail::{Moment, Trail};
 
@@ -57,17 +57,15 @@ impl Moved {
 /// The first error of either side: a reset, a keep-alive that nobody answered. The caller is to
 /// reset the other side.
 pub(crate) async fn relay(
-    client: &mut TcpStream,
-    server: &mut TcpStream,
+    client: &TcpStream,
+    server: &TcpStream,
     moved: &Moved,
     trail: Option<&Trail>,
 ) -> io::Result<()> {
-    let (from_client, to_client) = client.split();
-    let (from_server, to_server) = server.split();
     let (client_ended, server_ended) = (Cell::new(false), Cell::new(false));
     let mut up = pin!(direction(
-        from_client,
-        to_server,
+        client,
+        server,
         Side {
             moved: &moved.sent,
             trail,
@@ -78,8 +76,8 @@ pub(crate) async fn relay(
         &server_ended
     ));
     let mut down = pin!(direction(
-        from_server,
-        to_client,
+        server,
+        client,
         Side {
             moved: &moved.received,
             trail,
@@ -133,42 +131,38 @@ impl Side<'_> {
 /// Moves bytes until `from` has ended, says so in `ended`, and ends itself only by an error: a side
 /// that has said its last word can still be reset while the other speaks.
 async fn direction(
-    from: ReadHalf<'_>,
-    mut to: WriteHalf<'_>,
+    from: &TcpStream,
+    to: &TcpStream,
     side: Side<'_>,
     ended: &Cell<bool>,
     other_ended: &Cell<bool>,
 ) -> io::Error {
-    if let Err(error) = one_way(&from, &mut to, side).await {
+    if let Err(error) = one_way(from, to, side).await {
         return error;
     }
     // After the last word of both, the caller's close says the same at no cost.
     if !other_ended.get() {
         side.note(side.last);
-        if let Err(error) = to.shutdown().await {
+        if let Err(error) = SockRef::from(to).shutdown(Shutdown::Write) {
             return error;
         }
     }
     ended.set(true);
     match from
-        .as_ref()
         .ready(Interest::ERROR)
         .await
-        .and_then(|_| from.as_ref().take_error())
+        .and_then(|_| from.take_error())
     {
         Ok(Some(error)) | Err(error) => error,
         Ok(None) => io::ErrorKind::ConnectionReset.into(),
     }
 }
 
-async fn one_way(from: &ReadHalf<'_>, to: &mut WriteHalf<'_>, side: Side<'_>) -> io::Result<()> {
+async fn one_way(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> io::Result<()> {
     let mut full_reads = 0;
     let mut rest = Vec::new();
     loop {
-        let ready = from
-            .as_ref()
-            .ready(Interest::READABLE | Interest::ERROR)
-            .await?;
+        let ready = from.ready(Interest::READABLE | Interest::ERROR).await?;
         let taken = match copy(from, to, ready, &mut rest) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && !ready.is_error() => {
                 continue;
@@ -177,7 +171,7 @@ async fn one_way(from: &ReadHalf<'_>, to: &mut WriteHalf<'_>, side: Side<'_>) ->
         };
         side.took(taken);
         if !rest.is_empty() {
-            to.write_all(&rest).await?;
+            write_all(to, &rest).await?;
             rest = Vec::new();
         }
         if is_last(ready, taken) {
@@ -202,12 +196,7 @@ fn is_last(ready: Ready, taken: usize) -> bool {
 
 /// One read and one write; what the write leaves over is put into `rest`. Last bytes are left to
 /// travel with the FIN that follows.
-fn copy(
-    from: &ReadHalf<'_>,
-    to: &WriteHalf<'_>,
-    ready: Ready,
-    rest: &mut Vec<u8>,
-) -> io::Result<usize> {
+fn copy(from: &TcpStream, to: &TcpStream, ready: Ready, rest: &mut Vec<u8>) -> io::Result<usize> {
     SHARED.with_borrow_mut(|shared| {
         let taken = from.try_read(shared)?;
         let bytes = &shared[..taken];
@@ -215,9 +204,9 @@ fn copy(
             return Ok(0);
         }
         let written = if is_last(ready, taken) {
-            let socket = SockRef::from(to.as_ref());
+            let socket = SockRef::from(to);
             let send = || socket.send_with_flags(bytes, libc::MSG_MORE);
-            to.as_ref().try_io(Interest::WRITABLE, send)
+            to.try_io(Interest::WRITABLE, send)
         } else {
             to.try_write(bytes)
         };
@@ -230,6 +219,16 @@ fn copy(
     })
 }
 
+async fn write_all(to: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let written = to
+            .async_io(Interest::WRITABLE, || to.try_write(bytes))
+            .await?;
+        bytes = &bytes[written..];
+    }
+    Ok(())
+}
+
 #[derive(PartialEq, Eq)]
 enum Source {
     Ended,
@@ -238,8 +237,8 @@ enum Source {
 
 /// Moves bytes through a pipe for as long as the source has them ready.
 async fn splice_while_bulk(
-    from: &ReadHalf<'_>,
-    to: &WriteHalf<'_>,
+    from: &TcpStream,
+    to: &TcpStream,
     moved: &AtomicU64,
 ) -> io::Result<Source> {
     // Without a pipe (descriptors are short) the shared buffer does the work.
@@ -247,10 +246,7 @@ async fn splice_while_bulk(
         return Ok(Source::Paused);
     };
     loop {
-        let taken = match from
-            .as_ref()
-            .try_io(Interest::READABLE, || pipe.fill_from(from.as_ref()))
-        {
+        let taken = match from.try_io(Interest::READABLE, || pipe.fill_from(from)) {
             Ok(0) => return Ok(Source::Ended),
             Ok(taken) => taken,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Source::Paused),
@@ -260,8 +256,7 @@ async fn splice_while_bulk(
         let mut left = taken;
         while left > 0 {
             left -= to
-                .as_ref()
-                .async_io(Interest::WRITABLE, || pipe.drain_to(to.as_ref(), left))
+                .async_io(Interest::WRITABLE, || pipe.drain_to(to, left))
                 .await?;
         }
         tokio::task::consume_budget().await;

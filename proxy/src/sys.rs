@@ -44,6 +44,26 @@ pub(crate) fn tcp_timestamp(socket: impl AsFd) -> io::Result<u32> {
     }
 }
 
+/// Ends a TCP connection with a reset to its peer, now, whoever else has the socket in use: to them it is as if the
+/// peer had reset it (connect(2) with `AF_UNSPEC`, Linux' `tcp_disconnect`).
+///
+/// # Errors
+/// Whatever `connect` answers.
+pub(crate) fn disconnect(socket: impl AsFd) -> io::Result<()> {
+    let fd = socket.as_fd();
+    let nobody = libc::sockaddr {
+        sa_family: 0, // AF_UNSPEC
+        sa_data: [0; 14],
+    };
+    // SAFETY: the borrow keeps `fd` open; `nobody` is valid for reads during the call, its size is
+    // the one given, and the kernel keeps no pointer.
+    let result = unsafe { libc::connect(fd.as_raw_fd(), &raw const nobody, 16) };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Has the kernel take a dump's request at its word and refuse what it does not know
 /// (`NETLINK_GET_STRICT_CHK`, linux/netlink.h; since Linux 4.20).
 ///

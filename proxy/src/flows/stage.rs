@@ -1,0 +1,63 @@
+//! How far a connection has come, and the sockets that it has by then. Knows no table.
+use std::sync::Weak;
+use std::time::Instant;
+
+use tokio::net::TcpStream;
+
+use crate::sys;
+
+/// How far a connection has come.
+pub(super) enum Stage {
+    /// The SYN waits for its verdict or for the server.
+    Held,
+    /// The server has answered; the client has not yet completed its handshake.
+    Admitted { upstream: Upstream, since: Instant },
+    /// Both legs stand. Their relay owns them; until it has lent them there are none.
+    Live(Weak<Legs>),
+    /// Over; kept only by who still looks at it.
+    Over,
+}
+
+/// The name of a [`Stage`], for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum StageName {
+    Held,
+    Admitted,
+    Live,
+    Over,
+}
+
+impl Stage {
+    pub(super) fn name(&self) -> StageName {
+        match self {
+            Self::Held => StageName::Held,
+            Self::Admitted { .. } => StageName::Admitted,
+            Self::Live(_) => StageName::Live,
+            Self::Over => StageName::Over,
+        }
+    }
+}
+
+/// A connection to the server, and the worker whose reactor watches it.
+#[derive(Debug)]
+pub(crate) struct Upstream {
+    pub(crate) stream: TcpStream,
+    pub(crate) worker: usize,
+}
+
+/// The two sockets of a live connection.
+pub(crate) struct Legs {
+    pub(crate) server: TcpStream,
+    pub(crate) client: TcpStream,
+}
+
+impl Legs {
+    /// Resets both sides now, from whatever thread; the relay finds its sockets broken.
+    pub(super) fn reset(&self) {
+        for leg in [&self.server, &self.client] {
+            // Refused by a filter of system calls, say: the relay is told as well, and resets what is left.
+            let _ = sys::disconnect(leg);
+        }
+    }
+}

@@ -1,24 +1,26 @@
 //! Live flows that carry a byte every now and then while changes cut a tenth of them.
 //!
-//! Measured: from the file's being visible to the reset at the client. The others may lose nothing: the
+//! Measured: from the file's being visible to the reset at each end. The others may lose nothing: the
 //! server checks every byte and says at the end how many it had. A loss is an error.
-use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, Shutdown, TcpStream};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
-use lab::traffic::bulk;
-use lab::{Cluster, PodSpec, Serve};
+use anyhow::Context;
+use lab::{Cluster, PodSpec};
 use serde_json::{Value, json};
 
 use crate::bed::{Bed, policy};
 use crate::figures::Spread;
+use crate::streams::{Sink, Streams, keep_busy, resets};
 
 /// Client pods; one of them is concerned by each change.
 const CLIENTS: u32 = 10;
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Threads that keep the streams busy.
+const THREADS: usize = 2;
+/// How long streams go on before and after the change, at least.
+const AROUND: Duration = Duration::from_millis(100);
 
 /// A kind of change that cuts the flows of `client-0`.
 struct Change {
@@ -139,13 +141,21 @@ fn base() -> [Value; 2] {
     ]
 }
 
-/// Keeps this many flows alive and cuts a tenth of them by each kind of change, `rounds` times.
-pub(crate) fn measure(flows: u32, interval: Duration, rounds: u32) -> anyhow::Result<()> {
-    let mut bed = served_bed()?;
+/// Keeps this many flows alive between the two ends of as many `nodes` and cuts a tenth of them by each kind
+/// of change, `rounds` times.
+pub(crate) fn measure(
+    flows: u32,
+    nodes: usize,
+    interval: Duration,
+    rounds: u32,
+) -> anyhow::Result<()> {
+    let mut bed = served_bed(nodes)?;
+    let sink = Sink::new(bed.lab.pod("served/server"))?;
     bed.enforce(&[])?;
     let each = flows / CLIENTS;
     for change in &CHANGES {
         let mut cuts = Spread::default();
+        let mut intervals = Spread::default();
         for round in 0..rounds {
             let before = (change.before)(&bed);
             for object in &before {
@@ -153,8 +163,10 @@ pub(crate) fn measure(flows: u32, interval: Duration, rounds: u32) -> anyhow::Re
             }
             bed.settle("before")?;
             let edit = (change.edit)(&bed)?;
-            let took = cut_once(&bed, each, interval, &edit).context(change.what)?;
+            let (took, apart) =
+                cut_once(&bed, &sink, each, interval, &edit).context(change.what)?;
             cuts.extend(took);
+            intervals.extend(apart);
             let (Edit::Write(edited) | Edit::Remove(edited)) = edit;
             for object in before.iter().chain([&edited]) {
                 restore(&bed, object)?;
@@ -162,7 +174,8 @@ pub(crate) fn measure(flows: u32, interval: Duration, rounds: u32) -> anyhow::Re
             bed.settle(&format!("after-{round}"))?;
         }
         println!(
-            "{flows} live flows, {each} concerned, {}: cut after {cuts}; no byte of the others lost",
+            "{flows} live flows, {each} concerned, a byte each {:.1} ms, {}: cut after {cuts}; no byte of the others lost",
+            intervals.percentile(100).as_secs_f64() * 1e3,
             change.what
         );
     }
@@ -170,7 +183,7 @@ pub(crate) fn measure(flows: u32, interval: Duration, rounds: u32) -> anyhow::Re
 }
 
 /// The cluster, with nothing enforced yet.
-fn served_bed() -> anyhow::Result<Bed> {
+fn served_bed(nodes: usize) -> anyhow::Result<Bed> {
     let client = |number| {
         let name = format!("client-{number}");
         let access = if number == 0 { "first" } else { "others" };
@@ -179,12 +192,12 @@ fn served_bed() -> anyhow::Result<Bed> {
             .label("access", access)
     };
     let server = PodSpec::new("served", "server")
-        .node(1)
+        .node(nodes - 1)
         .label("pod", "server")
         .label("first", "yes")
         .port("http", 80);
     let mut lab = Cluster::builder()
-        .nodes(2)
+        .nodes(nodes)
         .pods((0..CLIENTS).map(client))
         .pod(server)
         .build()?;
@@ -194,7 +207,6 @@ fn served_bed() -> anyhow::Result<Bed> {
     for policy in base() {
         bed.write(&policy)?;
     }
-    bed.lab.pod("served/server").serve_as(&[80], Serve::Sink)?;
     Ok(bed)
 }
 
@@ -210,106 +222,48 @@ fn restore(bed: &Bed, object: &Value) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Opens the flows, makes the change, and says when each concerned flow was cut.
+/// Opens the flows, makes the change, and says how long each end of the concerned flows lived on, and how
+/// far apart the bytes of a flow were.
 fn cut_once(
     bed: &Bed,
+    sink: &Sink,
     each: u32,
     interval: Duration,
     edit: &Edit,
-) -> anyhow::Result<Vec<Duration>> {
-    let mut doomed = open(bed, 0, each)?;
-    let mut others: Vec<Vec<TcpStream>> = (1..CLIENTS)
-        .map(|client| open(bed, client, each))
-        .collect::<Result<_, _>>()?;
+) -> anyhow::Result<(Vec<Duration>, Vec<Duration>)> {
+    let open = |client| {
+        let from = bed.lab.pod(&format!("bench/client-{client}"));
+        Streams::open(&from, sink, each, client == 0)
+    };
+    let mut all: Vec<Streams> = (0..CLIENTS).map(open).collect::<Result<_, _>>()?;
+    let ends = all[0].ends()?;
     let stop = AtomicBool::new(false);
+    let around = AROUND.max(10 * interval);
     thread::scope(|scope| {
-        let writers: Vec<_> = others
-            .iter_mut()
-            .map(|streams| scope.spawn(|| keep_busy(streams, interval, &stop)))
-            .collect();
-        let watched: Vec<_> = doomed
-            .iter_mut()
-            .map(|stream| scope.spawn(|| reset_at(stream)))
-            .collect();
-        thread::sleep(10 * interval);
+        let share = all.len().div_ceil(THREADS);
+        let mut busy = Vec::new();
+        while !all.is_empty() {
+            let streams: Vec<_> = all.drain(..share.min(all.len())).collect();
+            busy.push(scope.spawn(|| keep_busy(streams, interval, &stop)));
+        }
+        let watching = scope.spawn(|| resets(&ends));
+        thread::sleep(around);
         let changed = match edit {
             Edit::Write(object) => bed.write(object),
             Edit::Remove(object) => bed.remove(object),
         };
-        let cut: Vec<anyhow::Result<Instant>> = watched
-            .into_iter()
-            .map(|it| {
-                it.join()
-                    .unwrap_or_else(|_| Err(anyhow::anyhow!("panicked")))
-            })
-            .collect();
-        thread::sleep(10 * interval);
+        let resets = joined(watching);
+        thread::sleep(around);
         stop.store(true, Ordering::Relaxed);
-        for writer in writers {
-            writer
-                .join()
-                .unwrap_or_else(|_| Err(anyhow::anyhow!("panicked")))
-                .context("a flow that the change does not concern")?;
-        }
+        let intervals = busy.into_iter().map(joined).collect::<Result<_, _>>();
+        let intervals = intervals.context("a flow that the change does not concern")?;
         let changed = changed?;
-        let took = |cut: anyhow::Result<Instant>| Ok(cut?.saturating_duration_since(changed));
-        cut.into_iter().map(took).collect()
+        let took = |reset: Instant| reset.saturating_duration_since(changed);
+        Ok((resets?.into_iter().map(took).collect(), intervals))
     })
 }
 
-fn open(bed: &Bed, client: u32, count: u32) -> anyhow::Result<Vec<TcpStream>> {
-    let from = bed.lab.pod(&format!("bench/client-{client}"));
-    let server = bed.lab.pod("served/server");
-    let to: Vec<_> = server
-        .addrs(80)
-        .into_iter()
-        .cycle()
-        .take(count as usize)
-        .collect();
-    let opened = from.connect_all(&to, PATIENCE)?;
-    opened
-        .into_iter()
-        .map(|outcome| {
-            let stream = outcome.into_stream()?;
-            stream.set_nodelay(true)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            Ok(stream)
-        })
-        .collect()
-}
-
-/// Writes a byte on each stream every now and then; at the end the server must have had every byte.
-fn keep_busy(
-    streams: &mut [TcpStream],
-    interval: Duration,
-    stop: &AtomicBool,
-) -> anyhow::Result<()> {
-    let mut written = 0;
-    while !stop.load(Ordering::Relaxed) {
-        let next = Instant::now() + interval;
-        let mut byte = [0];
-        bulk::fill(written, &mut byte);
-        for stream in streams.iter_mut() {
-            stream.write_all(&byte)?;
-        }
-        written += 1;
-        thread::sleep(next.saturating_duration_since(Instant::now()));
-    }
-    for stream in streams {
-        stream.shutdown(Shutdown::Write)?;
-        let mut said = String::new();
-        stream.read_to_string(&mut said)?;
-        ensure!(
-            said == format!("{written} ok\n"),
-            "{written} bytes written, the server had {said:?}"
-        );
-    }
-    Ok(())
-}
-
-fn reset_at(stream: &mut TcpStream) -> anyhow::Result<Instant> {
-    match stream.read(&mut [0; 1]) {
-        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(Instant::now()),
-        other => anyhow::bail!("not cut, but {other:?}"),
-    }
+fn joined<T>(thread: thread::ScopedJoinHandle<'_, anyhow::Result<T>>) -> anyhow::Result<T> {
+    let panicked = |_| Err(anyhow::anyhow!("panicked"));
+    thread.join().unwrap_or_else(panicked)
 }

@@ -10,6 +10,7 @@ mod figures;
 mod large;
 mod source;
 mod start;
+mod streams;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -33,6 +34,9 @@ struct Args {
     /// Live flows, a tenth of which each change concerns.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(10..=4000))]
     flows: u32,
+    /// Nodes that those flows cross.
+    #[arg(long, default_value_t = 2, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=2))]
+    nodes: usize,
     /// Milliseconds between two bytes of a flow.
     #[arg(long, default_value_t = 10)]
     interval: u64,
@@ -88,7 +92,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
     if wanted(Part::Cut) {
         let interval = Duration::from_millis(args.interval);
-        cut::measure(args.flows, interval, args.rounds)?;
+        cut::measure(args.flows, args.nodes, interval, args.rounds)?;
     }
     if wanted(Part::Churn) {
         let watched = Duration::from_secs(args.seconds);

@@ -244,12 +244,14 @@ fn every_metric_is_documented() {
 /// The documents for people, as path from the root and text.
 fn pages() -> Vec<(String, String)> {
     let mut pages = files("docs", "md");
-    pages.extend(["README.md", "ARCHITECTURE.md"].map(|name| {
-        (
-            name.to_owned(),
-            fs::read_to_string(root().join(name)).expect(name),
-        )
-    }));
+    pages.extend(
+        ["README.md", "ARCHITECTURE.md", "deploy/README.md"].map(|name| {
+            (
+                name.to_owned(),
+                fs::read_to_string(root().join(name)).expect(name),
+            )
+        }),
+    );
     pages
 }
 
@@ -302,6 +304,41 @@ fn tests_that_documents_name_are_there() {
     }
     none(&missing, "a test that a document names is there");
     assert!(seen > 40, "the documents name only {seen} tests");
+}
+
+#[test]
+fn the_code_map_names_every_folder() {
+    let map = fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
+    let folders = |within: &str| {
+        let entries = fs::read_dir(root().join(within))
+            .expect("a folder")
+            .flatten();
+        let folders = entries.filter(|entry| entry.path().is_dir());
+        let names = folders.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names
+            .filter(|name| !name.starts_with('.') && !["target", "src"].contains(&name.as_str()))
+            .map(|name| format!("{within}{name}/"))
+            .collect::<Vec<_>>()
+    };
+    let within = FENCES
+        .iter()
+        .flat_map(|(member, _)| folders(&format!("{member}/")));
+    let mut unnamed = folders("");
+    unnamed.extend(within);
+    // By its name alone, where the map speaks of the crate that has it.
+    let named = |folder: &str| {
+        map.contains(&format!("`{folder}")) || map.contains(&format!("`{}/`", last(folder)))
+    };
+    unnamed.retain(|folder| !named(folder));
+    none(&unnamed, "ARCHITECTURE.md says what each folder is for");
+}
+
+fn last(folder: &str) -> &str {
+    folder
+        .trim_end_matches('/')
+        .rsplit('/')
+        .next()
+        .unwrap_or(folder)
 }
 
 #[test]

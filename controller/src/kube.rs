@@ -229,7 +229,7 @@ impl Keeper {
         }
         let body = snapshot::body(state.objects());
         let bytes = u32::try_from(body.len()).unwrap_or(u32::MAX);
-        let pause = Duration::from_secs((bytes / WRITE_BYTES_A_SECOND).into());
+        let pause = Duration::from_secs(1) * bytes / WRITE_BYTES_A_SECOND;
         self.not_before = now + pause.max(WRITE_EVERY);
         self.changed = false;
         let (snapshot, status) = (Arc::clone(&self.snapshot), Arc::clone(&self.status));

@@ -1,18 +1,22 @@
 //! The cases of the policy crate, replayed on the wire from manifests on disk.
 use std::fs;
+use std::net::SocketAddr;
 
 use lab::runner::Test;
+use lab::traffic::UdpOutcome;
+use lab::{Protocol, ServiceSpec};
 use serde_json::{Value, json};
 
 use crate::cases::world::{Change, World};
 use crate::stage::{self, Source, Stage};
-use crate::support::{Bed, marker};
+use crate::support::{Bed, SOON, marker, policy, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     the_policies_of_the_kubernetes_documentation_hold_on_real_connections,
     the_upstream_cases_hold_on_the_wire_by_tcp_udp_and_sctp,
     the_recipes_hold_on_real_connections,
     what_the_known_suites_leave_out_holds_on_real_connections,
+    an_egress_rule_means_the_pod_behind_a_service_and_not_its_address,
 ];
 
 fn the_policies_of_the_kubernetes_documentation_hold_on_real_connections() {
@@ -29,6 +33,45 @@ fn the_recipes_hold_on_real_connections() {
 
 fn what_the_known_suites_leave_out_holds_on_real_connections() {
     replay("more", 7);
+}
+
+/// Policy speaks of pods' addresses and ports, after the Service's translation.
+fn an_egress_rule_means_the_pod_behind_a_service_and_not_its_address() {
+    let front = ServiceSpec::new("x", "front").selects("pod", "b");
+    let front = front.port(8080, 80).port_of(5353, 53, Protocol::Udp);
+    let mut bed = Bed::bare(small().service(front));
+    let (a, b, front) = (
+        bed.lab.pod("x/a"),
+        bed.lab.pod("x/b"),
+        bed.lab.service("x/front"),
+    );
+    b.serve_udp(&[53]).unwrap();
+    bed.enforce(&[]);
+    let to = |addresses: [SocketAddr; 2], udp: u16| {
+        let blocks = addresses.map(|it| {
+            let length = if it.is_ipv4() { 32 } else { 128 };
+            json!({ "ipBlock": { "cidr": format!("{}/{length}", it.ip()) } })
+        });
+        let ports = json!([{ "port": addresses[0].port() }, { "port": udp, "protocol": "UDP" }]);
+        let spec = json!({ "podSelector": { "matchLabels": { "pod": "a" } }, "policyTypes": ["Egress"], "egress": [{ "to": blocks, "ports": ports }] });
+        policy("to", &spec)
+    };
+    for (rule, allowed) in [
+        (to(b.addrs(80), 53), true),
+        (to(front.addrs(8080), 5353), false),
+        (to(b.addrs(8080), 5353), false),
+    ] {
+        bed.apply(&[rule]);
+        for address in front.addrs(8080) {
+            let outcome = a.connect(address, SOON).unwrap();
+            assert_eq!(outcome.is_connected(), allowed, "{address}: {outcome}");
+        }
+        for address in front.addrs(5353) {
+            let outcome = a.ask_udp(address, b"who?", SOON).unwrap();
+            let answered = matches!(outcome, UdpOutcome::Answered { .. });
+            assert_eq!(answered, allowed, "{address}: {outcome}");
+        }
+    }
 }
 
 /// Replays every case of a directory.

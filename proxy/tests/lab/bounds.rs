@@ -63,7 +63,8 @@ fn a_syn_flood_of_a_denied_pod_does_not_stop_its_neighbour() {
     bed.wait_for_no_connection();
 }
 
-struct StopOnDrop<'a>(&'a AtomicBool);
+/// Ends what runs beside a test, however the test ends.
+pub(crate) struct StopOnDrop<'a>(pub(crate) &'a AtomicBool);
 
 impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,10 +14,12 @@ use lab::runner::Test;
 use lab::{Host, PodSpec, wait_for, wait_until};
 use serde_json::{Value, json};
 
+use crate::bounds::StopOnDrop;
 use crate::support::{Bed, DEADLINE, connected, deny_ingress, echoes, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     pods_that_dial_before_anybody_knows_them_get_their_rights_at_the_first_try,
+    nobody_comes_to_a_new_pod_before_its_policies_are_known,
     a_reused_address_has_the_rights_of_its_new_pod_from_the_first_try,
     nothing_gets_through_while_a_denial_is_in_force,
     a_change_cuts_the_ten_of_a_hundred_streams_that_it_concerns_and_no_byte_of_the_others,
@@ -28,6 +30,8 @@ const PODS: usize = 30;
 /// The state of the cluster is late by at most this.
 const LATE: Duration = Duration::from_secs(2);
 const REUSES: usize = 16;
+/// How long a try that must not succeed is made.
+const TRY: Duration = Duration::from_millis(200);
 /// How often a denial comes and goes ...
 const FLIPS: usize = 10;
 /// ... and how many connections are tried under each.
@@ -117,6 +121,61 @@ fn pods_that_dial_before_anybody_knows_them_get_their_rights_at_the_first_try() 
                 "{number} to {to}: {outcome}"
             );
         }
+    });
+}
+
+/// Others dial the address from before there is a pod, and its object comes late.
+fn nobody_comes_to_a_new_pod_before_its_policies_are_known() {
+    let mut bed = Bed::enforced(&["--hold", "10s"], &[only_with_access("new")]);
+    for (name, node, access) in [("near", 0, "no"), ("far", 1, "no"), ("friend", 1, "yes")] {
+        let spec = PodSpec::new("x", name).node(node).label("access", access);
+        bed.lab.add_pod(spec).unwrap();
+    }
+    bed.write_cluster();
+    let to = SocketAddr::from(([10, 244, 0, 200], 80));
+    let (over, tries) = (AtomicBool::new(false), [0, 0].map(AtomicUsize::new));
+    let more = |what: &str| {
+        let before = tries.each_ref().map(|tried| tried.load(Ordering::Relaxed));
+        wait_until(DEADLINE, what, || {
+            let now = tries.iter().zip(before);
+            now.clone()
+                .all(|(now, before)| now.load(Ordering::Relaxed) > before + 2)
+        })
+        .unwrap();
+    };
+    let strangers = ["x/near", "x/far"].map(|name| bed.lab.pod(name));
+    thread::scope(|scope| {
+        let _over = StopOnDrop(&over);
+        let dialling: Vec<_> = strangers
+            .iter()
+            .zip(&tries)
+            .map(|(stranger, tried)| {
+                let over = &over;
+                scope.spawn(move || {
+                    while !over.load(Ordering::Relaxed) {
+                        let outcome = stranger.connect(to, TRY).unwrap();
+                        assert!(!outcome.is_connected(), "{}: {outcome}", stranger.name());
+                        tried.fetch_add(1, Ordering::Relaxed);
+                    }
+                })
+            })
+            .collect();
+        more("tries before there is a pod");
+        let spec = PodSpec::new("x", "new").node(0).label("pod", "new");
+        let new = bed
+            .lab
+            .add_pod(spec.ipv4(Ipv4Addr::new(10, 244, 0, 200)))
+            .unwrap();
+        new.serve(&[80]).unwrap();
+        more("tries before anybody knows it");
+        bed.write_cluster();
+        let friend = bed.lab.pod("x/friend").connect(to, DEADLINE).unwrap();
+        more("tries once it is known");
+        over.store(true, Ordering::Relaxed);
+        for dialled in dialling {
+            dialled.join().unwrap();
+        }
+        assert!(friend.is_connected(), "{friend}");
     });
 }
 

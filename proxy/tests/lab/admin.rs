@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use lab::runner::Test;
-use lab::{Kind, wait_for};
+use lab::{Kind, wait_for, wait_until};
 use serde_json::{Value, json};
 
 use crate::support::{
@@ -16,6 +16,7 @@ use crate::support::{
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     a_record_is_written_for_each_connection_with_the_promised_keys,
+    records_go_to_standard_output_if_a_dash_is_their_file,
     the_admin_port_tells_of_health_metrics_and_policies,
     metrics_keep_prometheus_conventions_and_are_those_of_the_page,
     bytes_of_a_live_connection_are_counted_while_it_lives,
@@ -158,6 +159,25 @@ fn records(file: &Path, count: usize) -> Vec<Value> {
         (lines.len() >= count).then_some(lines)
     })
     .unwrap()
+}
+
+fn records_go_to_standard_output_if_a_dash_is_their_file() {
+    let mut bed = Bed::bare(crate::support::small());
+    bed.write_policies(&policies());
+    bed.install(0, &[]);
+    bed.start(0, &["--trace-file", "-"]);
+    let b = bed.lab.pod("x/b").addr_v4(80);
+    let tried = bed.lab.pod("x/a").connect(b, SOON).unwrap();
+    assert_eq!(tried.kind(), Kind::TimedOut);
+    let said = bed.file(&format!("{}.log", bed.lab.node(0).name()));
+    wait_until(DEADLINE, "a record among what the daemon says", || {
+        let said = fs::read_to_string(&said).unwrap();
+        let mut records = said
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok());
+        records.any(|record: Value| record["verdict"] == "deny" && record["path"] == "spliced")
+    })
+    .unwrap();
 }
 
 fn the_admin_port_tells_of_health_metrics_and_policies() {

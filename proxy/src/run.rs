@@ -31,7 +31,7 @@ use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 use crate::recorder::Recorder;
 use crate::released::{PodCidrs, Released};
-use crate::telemetry::Spans;
+use crate::telemetry::{Spans, TelemetryError};
 use crate::worker::Worker;
 
 use follow::Follower;
@@ -72,7 +72,9 @@ pub(crate) fn run(args: &RunArgs) -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("portreeve: {error:#}");
-                ExitCode::FAILURE
+                // What a flag says is known to be wrong only there.
+                let wrong = matches!(error.downcast_ref(), Some(TelemetryError::Settings(_)));
+                ExitCode::from(if wrong { 2 } else { 1 })
             }
         }
     })

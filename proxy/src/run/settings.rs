@@ -74,6 +74,7 @@ pub(crate) struct RunArgs {
         long,
         value_name = "ADDR",
         default_value = "127.0.0.1:15020",
+        value_parser = place,
         env = "PORTREEVE_ADMIN"
     )]
     pub(crate) admin: SocketAddr,
@@ -85,7 +86,8 @@ pub(crate) struct RunArgs {
         long,
         value_name = "CIDR",
         env = "PORTREEVE_POD_CIDR",
-        value_delimiter = ','
+        value_delimiter = ',',
+        value_parser = block
     )]
     pub(crate) pod_cidr: Vec<IpNet>,
     /// Addresses of any node's pods (repeatable) [default: every Node's pod CIDRs].
@@ -93,7 +95,8 @@ pub(crate) struct RunArgs {
         long,
         value_name = "CIDR",
         env = "PORTREEVE_CLUSTER_CIDR",
-        value_delimiter = ','
+        value_delimiter = ',',
+        value_parser = block
     )]
     pub(crate) cluster_cidr: Vec<IpNet>,
     /// Traffic between a pod and the node that it runs on.
@@ -145,4 +148,14 @@ impl RunArgs {
             .ok()
             .context("the host's name is not text; give --node")
     }
+}
+
+fn block(text: &str) -> Result<IpNet, String> {
+    let parsed = text.parse();
+    parsed.map_err(|_| "write an address and a length, such as 10.244.0.0/24".to_owned())
+}
+
+fn place(text: &str) -> Result<SocketAddr, String> {
+    let parsed = text.parse();
+    parsed.map_err(|_| "write an address and a port, such as 127.0.0.1:15020".to_owned())
 }

@@ -119,7 +119,19 @@ fn wrong_flags_and_manifests_are_usage_errors() {
         2,
         &["--deny", "drop", "reject"],
     );
-    refused(bed.run_command(0, &["--hold", "soon"]), 2, &["--hold"]);
+    for (flag, value, remedy) in [
+        ("--hold", "soon", "--hold"),
+        ("--pod-cidr", "10.0.0.0/40", "10.244.0.0/24"),
+        ("--cluster-cidr", "pods", "10.244.0.0/24"),
+        ("--admin", "localhost:1", "127.0.0.1:15020"),
+        ("--otlp-endpoint", "https://jaeger:4317", "http://HOST:PORT"),
+    ] {
+        refused(
+            bed.run_command(0, &[flag, value]),
+            2,
+            &[flag, value, remedy],
+        );
+    }
     refused(
         bed.run_command(0, &["--cluster", &cluster(&bed.file("nowhere"))]),
         2,

@@ -196,6 +196,8 @@ fn prepared(server: SocketAddr, marks: Marks) -> io::Result<Socket> {
     // One port may serve towards many servers; the kernel still keeps every pair of ends unique.
     socket.set_reuse_address(true)?;
     socket.set_tcp_nodelay(true)?;
+    // Urgent data is data (RFC 6093, section 3.2): without this the kernel takes its byte out of the stream.
+    socket.set_out_of_band_inline(true)?;
     socket.set_tcp_keepalive(&keepalive())?;
     Ok(socket)
 }

@@ -162,6 +162,8 @@ async fn one_way(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> io::Result
     let mut full_reads = 0;
     let mut rest = Vec::new();
     loop {
+        // After a read that left room this still says yes, and the next read hears EAGAIN. To trust the
+        // short read instead would strand what is behind urgent data, where a read stops too.
         let ready = from.ready(Interest::READABLE | Interest::ERROR).await?;
         let taken = match copy(from, to, ready, &mut rest) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && !ready.is_error() => {

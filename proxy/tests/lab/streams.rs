@@ -21,6 +21,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     bulk_in_one_direction_arrives_whole_and_ends,
     every_end_of_a_stream_is_the_same_as_on_the_bare_network,
     a_server_that_speaks_first_is_heard_and_a_silent_one_is_awaited,
+    urgent_data_arrives_in_its_place_and_what_follows_it_too,
     two_thousand_idle_connections_cost_two_descriptors_each,
     a_thousand_connects_at_once_succeed_and_lose_no_syn,
 ];
@@ -298,6 +299,22 @@ fn a_server_that_speaks_first_is_heard_and_a_silent_one_is_awaited() {
         assert_eq!(silence.kind(), io::ErrorKind::WouldBlock, "{}", way.what);
         client.write_all(b"EHLO\r\n").unwrap();
         server.read_exact(&mut [0; 6]).unwrap();
+    }
+}
+
+fn urgent_data_arrives_in_its_place_and_what_follows_it_too() {
+    let bed = Bed::enforced(&[], &[allow_all()]);
+    let a = bed.lab.pod("x/a");
+    for way in bed.ways(83) {
+        let (client, server) = ends(&a, &bed.lab.pod(&way.server), way.to);
+        for (mut from, mut to) in [(&client, &server), (&server, &client)] {
+            from.write_all(b"ab").unwrap();
+            SockRef::from(from).send_out_of_band(b"c").unwrap();
+            from.write_all(b"de").unwrap();
+            let mut had = [0; 5];
+            to.read_exact(&mut had).unwrap();
+            assert_eq!(&had, b"abcde", "{}", way.what);
+        }
     }
 }
 

@@ -1,4 +1,6 @@
 //! What a scrape shows of what was counted.
+use std::sync::atomic::Ordering;
+
 use super::*;
 
 #[test]

@@ -1,0 +1,150 @@
+//! What is read when somebody asks, not counted when it happens.
+use std::sync::atomic::Ordering;
+
+use iptables_init::counters;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+use super::rules::Rules;
+use super::spans::Spans;
+use super::{Queues, whole};
+use crate::telemetry::SpanCounts;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StageLabel {
+    stage: &'static str,
+}
+
+/// What is known only when somebody asks.
+#[derive(Debug, Default)]
+pub(crate) struct Readings {
+    pub(crate) held: usize,
+    pub(crate) admitted: usize,
+    pub(crate) live: usize,
+    pub(crate) carried: usize,
+    pub(crate) generation: u64,
+    pub(crate) addresses: usize,
+    pub(crate) policies: usize,
+    pub(crate) problems: usize,
+    pub(crate) records_lost: u64,
+    pub(crate) spans: SpanCounts,
+    pub(crate) queues: Queues,
+    /// What the rules dropped; `None` if the kernel does not say.
+    pub(crate) rules: Option<counters::Packets>,
+    pub(crate) observers: usize,
+    pub(crate) ready: bool,
+}
+
+/// What is set from [`Readings`].
+#[derive(Default)]
+pub(super) struct Scraped {
+    connections: Family<StageLabel, Gauge>,
+    carried: Gauge,
+    held: Gauge,
+    generation: Gauge,
+    addresses: Gauge,
+    policies: Gauge,
+    problems: Gauge,
+    records_lost: Counter,
+    queue_drops: Counter,
+    rules: Rules,
+    observers: Gauge,
+    ready: Gauge,
+    spans: Spans,
+}
+
+impl Scraped {
+    /// In `registry`.
+    pub(super) fn registered(registry: &mut Registry) -> Self {
+        let all = Self {
+            spans: Spans::registered(registry),
+            rules: Rules::registered(registry),
+            ..Self::default()
+        };
+        registry.register(
+            "connections",
+            "Relayed connections by stage",
+            all.connections.clone(),
+        );
+        registry.register(
+            "carried_flows",
+            "Flows that the kernel carries",
+            all.carried.clone(),
+        );
+        registry.register(
+            "held_packets",
+            "Packets that wait in the kernel's queues",
+            all.held.clone(),
+        );
+        registry.register(
+            "table_generation",
+            "Generation of the policy table in force",
+            all.generation.clone(),
+        );
+        registry.register(
+            "table_addresses",
+            "Pod addresses in the policy table",
+            all.addresses.clone(),
+        );
+        registry.register("policies", "Policies in force", all.policies.clone());
+        registry.register(
+            "problems",
+            "Faults of the cluster's objects that stand now",
+            all.problems.clone(),
+        );
+        registry.register(
+            "records_lost",
+            "Records lost to a slow disk",
+            all.records_lost.clone(),
+        );
+        registry.register(
+            "queue_drops",
+            "Packets that the kernel dropped because a queue was full",
+            all.queue_drops.clone(),
+        );
+        registry.register(
+            "observers",
+            "Readers of the stream of decisions",
+            all.observers.clone(),
+        );
+        registry.register(
+            "ready",
+            "Whether this node enforces the newest state",
+            all.ready.clone(),
+        );
+        all
+    }
+
+    /// As `readings` have it.
+    pub(super) fn set(&self, readings: &Readings) {
+        let stages = [
+            ("held", readings.held),
+            ("admitted", readings.admitted),
+            ("live", readings.live),
+        ];
+        for (stage, count) in stages {
+            let gauge = self.connections.get_or_create(&StageLabel { stage });
+            gauge.set(whole(count as u64));
+        }
+        self.carried.set(whole(readings.carried as u64));
+        self.held.set(whole(readings.queues.held));
+        self.generation.set(whole(readings.generation));
+        self.addresses.set(whole(readings.addresses as u64));
+        self.policies.set(whole(readings.policies as u64));
+        self.problems.set(whole(readings.problems as u64));
+        let counters = [
+            (&self.records_lost, readings.records_lost),
+            (&self.queue_drops, readings.queues.drops),
+        ];
+        for (counter, count) in counters {
+            counter.inner().store(count, Ordering::Relaxed);
+        }
+        self.rules.set(readings.rules.as_ref());
+        self.observers.set(whole(readings.observers as u64));
+        self.ready.set(readings.ready.into());
+        self.spans.set(&readings.spans);
+    }
+}

@@ -1,8 +1,14 @@
 //! The little of netlink that netfilter's subsystems share: messages and their attributes
 //! (linux/netlink.h, linux/netfilter/nfnetlink.h).
 //!
-//! Writing cannot fail; reading trusts nothing to be whole. Knows no subsystem and no socket.
-use std::iter;
+//! Writing cannot fail; reading trusts nothing to be whole. Knows no subsystem; [`asking`] is all that
+//! it knows of sockets.
+use std::os::fd::OwnedFd;
+use std::{io, iter};
+
+use nix::sys::socket::sockopt::ReceiveTimeout;
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, setsockopt, socket};
+use nix::sys::time::TimeVal;
 
 /// `NLM_F_REQUEST`.
 pub const REQUEST: u16 = 0x1;
@@ -25,10 +31,24 @@ pub const DONE: u16 = 3;
 const NESTED: u16 = 0x8000;
 /// Of an attribute's type, what is no flag.
 const TYPE: u16 = 0x3fff;
+/// How long the kernel may take to answer, in seconds.
+const PATIENCE: i64 = 2;
 /// Bytes of `nlmsghdr`.
 const HEADER: usize = 16;
 /// Bytes of `nfgenmsg`.
 const NETFILTER_HEADER: usize = 4;
+
+/// A socket on which the kernel answers questions to a part of it. The wait for an answer is bounded:
+/// the kernel may answer less than once a message.
+///
+/// # Errors
+/// What `socket` answers.
+pub fn asking(part: SockProtocol) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, part)?;
+    setsockopt(&fd, ReceiveTimeout, &TimeVal::new(PATIENCE, 0))?;
+    Ok(fd)
+}
 
 /// What `nlmsghdr` and `nfgenmsg` say of a message.
 #[derive(Clone, Copy, Debug, Default)]
@@ -131,6 +151,17 @@ impl<'a> Message<'a> {
     #[must_use]
     pub fn code(&self) -> Option<i32> {
         chunk(self.body, 0).map(i32::from_ne_bytes)
+    }
+
+    /// Whether it is the last answer to a request that wants an acknowledgement or a list.
+    ///
+    /// # Errors
+    /// The refusal that it carries, if it does.
+    pub fn is_last(&self) -> io::Result<bool> {
+        match (self.kind, self.code()) {
+            (ERROR | DONE, Some(code)) if code < 0 => Err(io::Error::from_raw_os_error(-code)),
+            (kind, _) => Ok([ERROR, DONE].contains(&kind)),
+        }
     }
 
     /// What stands behind `nfgenmsg`.

@@ -5,11 +5,9 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
-};
+use nix::sys::socket::{MsgFlags, NetlinkAddr, SockProtocol, recv, sendto};
 
-use crate::netlink::{self, Attributes, Header, Message, messages};
+use crate::netlink::{self, Attributes, Header, messages};
 
 /// `NFPROTO_UNSPEC`: in a question, every family.
 pub(crate) const ANY_FAMILY: u8 = 0;
@@ -36,8 +34,7 @@ pub(crate) fn dump(
     let mut bodies = Vec::new();
     loop {
         for message in messages(&receive(&socket)?) {
-            refusal(&message)?;
-            if message.kind == netlink::DONE {
+            if message.is_last()? {
                 return Ok(bodies);
             }
             bodies.push(message.attributes().to_vec());
@@ -112,7 +109,7 @@ impl Batch {
         let mut outstanding = self.acks;
         while outstanding > 0 {
             for message in messages(&receive(&socket)?) {
-                refusal(&message)?;
+                message.is_last()?;
                 outstanding = outstanding.saturating_sub(1);
             }
         }
@@ -130,17 +127,9 @@ fn header(kind: u16, flags: u16, family: u8) -> Header {
     }
 }
 
-/// Sends on a new socket, on which the kernel answers; the wait for that is bounded, since a refused batch
-/// may answer less than once a message.
+/// Sends on a new socket, on which the kernel answers.
 fn ask(request: &[u8]) -> io::Result<OwnedFd> {
-    let fd = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkNetFilter,
-    )?;
-    let wait = nix::sys::time::TimeVal::new(2, 0);
-    nix::sys::socket::setsockopt(&fd, nix::sys::socket::sockopt::ReceiveTimeout, &wait)?;
+    let fd = netlink::asking(SockProtocol::NetlinkNetFilter)?;
     let kernel = NetlinkAddr::new(0, 0);
     sendto(fd.as_raw_fd(), request, &kernel, MsgFlags::empty())?;
     Ok(fd)
@@ -151,14 +140,4 @@ fn receive(socket: &OwnedFd) -> io::Result<Vec<u8>> {
     let length = recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
     answer.truncate(length);
     Ok(answer)
-}
-
-/// The error that a message carries, if it carries one.
-fn refusal(message: &Message<'_>) -> io::Result<()> {
-    match (message.kind, message.code()) {
-        (netlink::ERROR | netlink::DONE, Some(code)) if code < 0 => {
-            Err(io::Error::from_raw_os_error(-code))
-        }
-        _ => Ok(()),
-    }
 }

@@ -9,11 +9,7 @@ use iptables_init::bridges::{Bridge, Peer};
 use iptables_init::netlink::{self, Attributes, Header, Message, messages};
 use iptables_init::owners::{End, LinkAddress};
 use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket,
-    sockopt,
-};
-use nix::sys::time::TimeVal;
+use nix::sys::socket::{MsgFlags, SockProtocol, recv, send};
 
 use crate::sys;
 
@@ -65,13 +61,7 @@ struct Kernel(OwnedFd);
 
 impl Kernel {
     fn open() -> io::Result<Self> {
-        let fd = socket(
-            AddressFamily::Netlink,
-            SockType::Raw,
-            SockFlag::SOCK_CLOEXEC,
-            SockProtocol::NetlinkRoute,
-        )?;
-        setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::new(2, 0))?;
+        let fd = netlink::asking(SockProtocol::NetlinkRoute)?;
         // Else a dump looks at nothing of what it is asked.
         sys::check_requests(&fd)?;
         Ok(Self(fd))
@@ -134,13 +124,10 @@ impl Kernel {
         loop {
             let length = recv(self.0.as_raw_fd(), &mut answer, MsgFlags::empty())?;
             for message in messages(&answer[..length]) {
-                match (message.kind, message.code()) {
-                    (netlink::ERROR | netlink::DONE, Some(code)) if code < 0 => {
-                        return Err(io::Error::from_raw_os_error(-code));
-                    }
-                    (netlink::ERROR | netlink::DONE, _) => return Ok(()),
-                    _ => each(&message),
+                if message.is_last()? {
+                    return Ok(());
                 }
+                each(&message);
             }
         }
     }

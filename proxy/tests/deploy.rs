@@ -293,6 +293,36 @@ fn the_image_is_built_by_a_compiler_that_the_workspace_accepts() {
 }
 
 #[test]
+fn the_image_is_built_from_all_that_the_programs_include() {
+    let recipe = fs::read_to_string(deploy("image/Containerfile")).unwrap();
+    let copied: Vec<_> = recipe
+        .lines()
+        .filter_map(|line| line.strip_prefix("COPY ")?.split_once(' '))
+        .filter(|(from, to)| from == to)
+        .map(|(from, _)| root().join(from).canonicalize().unwrap())
+        .collect();
+    let mut folders: Vec<_> = copied.iter().map(|member| member.join("src")).collect();
+    let mut included = 0;
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+            if entry.path().is_dir() {
+                folders.push(entry.path());
+                continue;
+            }
+            let text = fs::read_to_string(entry.path()).unwrap();
+            let named = text.split("include_str!(\"").skip(1);
+            for file in named.filter_map(|rest| rest.split('"').next()) {
+                let file = folder.join(file).canonicalize().unwrap();
+                let there = copied.iter().any(|from| file.starts_with(from));
+                assert!(there, "{} is not copied", file.display());
+                included += 1;
+            }
+        }
+    }
+    assert!(included >= 5, "found only {included}");
+}
+
+#[test]
 fn the_policy_samples_are_valid() {
     let mut found = 0;
     for entry in fs::read_dir(deploy("samples/recipes")).unwrap() {

@@ -3,17 +3,19 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use lab::runner::Test;
 use lab::{Host, Kind, wait_until};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::support::{
-    Bed, DEADLINE, SOON, allow_all, allow_ingress, connected, deny_egress, echoes, metric,
+    Bed, DEADLINE, SOON, allow_all, allow_ingress, connected, deny_egress, deny_ingress, echoes,
+    metric,
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_syn_flood_of_a_denied_pod_does_not_stop_its_neighbour,
+    a_syn_flood_of_a_denied_pod_amid_changes_does_not_stop_its_neighbour,
     a_pod_over_its_bound_is_refused_and_its_neighbour_is_not,
     the_bound_of_the_node_is_told_apart_from_that_of_a_pod,
 ];
@@ -22,15 +24,15 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
 const FLOOD: usize = 20_000;
 /// Connections of the neighbour that must succeed meanwhile.
 const CONNECTS: usize = 200;
+/// Longer than a round trip, while the flood has the machine.
+const BRIEF: Duration = Duration::from_millis(50);
 /// SYNs of the flood that wait for the gate at most. A daemon that gets little of a busy machine's time, and
 /// was built without optimisation, takes fewer than the 10,000 a second that the rules let through.
 const WAITING: u64 = 1024;
 
-fn a_syn_flood_of_a_denied_pod_does_not_stop_its_neighbour() {
-    let bed = Bed::enforced(
-        &[],
-        &[deny_egress("d"), allow_ingress("b"), allow_ingress("c")],
-    );
+fn a_syn_flood_of_a_denied_pod_amid_changes_does_not_stop_its_neighbour() {
+    let policies = [deny_egress("d"), allow_ingress("b"), allow_ingress("c")];
+    let bed = Bed::enforced(&[], &policies);
     let (a, d, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/d"), bed.lab.node(0));
     let (stop, sent) = (AtomicBool::new(false), AtomicUsize::new(0));
     let victim = bed.lab.pod("x/b");
@@ -38,8 +40,14 @@ fn a_syn_flood_of_a_denied_pod_does_not_stop_its_neighbour() {
         scope.spawn(|| flood(&d, &victim, &node, &stop, &sent));
         // Also when an assertion fails: the flood must end for the scope to end.
         let _stopped = StopOnDrop(&stop);
-        let mut connects = 0;
+        let (mut connects, mut changes) = (0, 0);
         while sent.load(Ordering::Relaxed) < FLOOD || connects < CONNECTS {
+            // What holds for these connections stays, though policies come and go.
+            let other = [deny_ingress("d"), deny_ingress("a")][changes % 2].clone();
+            bed.write_policies(&[&policies[..], &[other]].concat());
+            changes += 1;
+            let denied = d.connect(victim.addr_v4(81), BRIEF).unwrap();
+            assert!(!denied.is_connected(), "change {changes}: {denied}");
             for way in bed.ways(80) {
                 let outcome = a.connect(way.to, DEADLINE).unwrap();
                 assert!(

@@ -4,20 +4,8 @@
 //! nothing of how selectors and rules came to be, nor of verdicts.
 use std::sync::Arc;
 
-use serde::Serialize;
-
 use crate::compile::{Rules, SelectorId};
-use crate::model::{Node, PodKey, PolicyKey, Protocol};
-
-/// Which way a connection goes, seen from the pod that a policy selects.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Direction {
-    /// From the pod.
-    Egress,
-    /// To the pod.
-    Ingress,
-}
+use crate::model::{Direction, Node, PodKey, PolicyKey, Protocol};
 
 /// The pod at an address, as traces and people know it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -28,10 +28,10 @@ pub mod v1;
 mod verdict;
 
 pub use cluster::{Cluster, Touched};
-pub use endpoint::{Direction, Endpoint, Identity};
+pub use endpoint::{Endpoint, Identity};
 pub use fault::InvalidPolicy;
 pub use model::{
-    Labels, Namespace, Node, Pod, PodKey, PodPort, PolicyKey, Protocol, UnknownProtocol,
+    Direction, Labels, Namespace, Node, Pod, PodKey, PodPort, PolicyKey, Protocol, UnknownProtocol,
 };
 pub use network_policy::NetworkPolicy;
 pub use verdict::{Exempt, OwnNode, Party, RuleRef, Side, Verdict, allows, judge};

@@ -35,6 +35,16 @@ pub struct PolicyKey {
     pub name: Arc<str>,
 }
 
+/// Which way a connection goes, seen from the pod that a policy selects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    /// From the pod.
+    Egress,
+    /// To the pod.
+    Ingress,
+}
+
 /// The protocol above IP of a connection, a rule or a container port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Protocol {

@@ -6,9 +6,8 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::endpoint::Direction;
 use crate::fault::{Faults, InvalidPolicy};
-use crate::model::{PolicyKey, Protocol};
+use crate::model::{Direction, PolicyKey, Protocol};
 use crate::ranges::IpBlock;
 use crate::selector::{LabelSelector, NamespaceScope, PeerSelector};
 use crate::{syntax, v1};

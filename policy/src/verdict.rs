@@ -7,8 +7,8 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 use crate::compile::Question;
-use crate::endpoint::{Direction, Endpoint};
-use crate::model::{Node, PolicyKey, Protocol};
+use crate::endpoint::Endpoint;
+use crate::model::{Direction, Node, PolicyKey, Protocol};
 
 /// What policy has to say about traffic between a pod and the node that it runs on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use super::Touched;
 use super::pod_state::PodState;
-use crate::endpoint::{Direction, Endpoint, Isolation};
-use crate::model::{PodKey, PolicyKey};
+use crate::endpoint::{Endpoint, Isolation};
+use crate::model::{Direction, PodKey, PolicyKey};
 
 #[derive(Debug, Default)]
 pub(super) struct Ownership {

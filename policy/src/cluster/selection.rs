@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::compile::Rules;
-use crate::endpoint::{Direction, Isolation};
-use crate::model::PolicyKey;
+use crate::endpoint::Isolation;
+use crate::model::{Direction, PolicyKey};
 
 /// One state of one policy; the next state has another id.
 pub(super) type PolicyId = u64;

@@ -1,7 +1,6 @@
 //! How the cluster publishes: what each event touches, and who owns an address.
 use super::*;
-use crate::endpoint::Direction;
-use crate::model::{PodPort, Protocol};
+use crate::model::{Direction, PodPort, Protocol};
 use crate::verdict::{OwnNode, allows, judge};
 
 fn address(text: &str) -> IpAddr {

@@ -9,8 +9,7 @@ use super::pod_state::{PodState, in_vain};
 use super::selection::{CompiledPolicy, Selection};
 use super::{Cluster, NamespaceState, PolicyState, Touched, pods_of};
 use crate::compile::{Rules, SelectorId};
-use crate::endpoint::Direction;
-use crate::model::{Labels, Namespace, Node, Pod, PodKey};
+use crate::model::{Direction, Labels, Namespace, Node, Pod, PodKey};
 use crate::network_policy::NetworkPolicy;
 use crate::selector::PeerSelector;
 

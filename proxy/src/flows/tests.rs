@@ -1,0 +1,210 @@
+//! The table of connections, with SYNs and a clock made up.
+use std::io::ErrorKind;
+
+use super::*;
+use crate::limits::{Bounds, Full, Limits};
+
+fn key(client: u16, server: u8) -> FlowKey {
+    FlowKey {
+        client: SocketAddr::from(([10, 0, 0, 1], client)),
+        server: SocketAddr::from(([10, 0, 0, server], 80)),
+    }
+}
+
+struct Bench {
+    flows: Flows,
+    limits: Arc<Limits>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self {
+            flows: Flows::default(),
+            limits: Limits::new(Bounds {
+                per_source: 2,
+                total: 4,
+            }),
+        }
+    }
+
+    fn arrive(&self, key: FlowKey, sequence: u32) -> Result<Arrival, Full> {
+        self.flows
+            .arrive(key, sequence, || self.limits.permit(key.client.ip()))
+    }
+
+    fn new_flow(&self, key: FlowKey, sequence: u32) -> Arc<Flow> {
+        match self.arrive(key, sequence) {
+            Ok(Arrival::New(flow)) => flow,
+            _ => panic!("not taken for new"),
+        }
+    }
+}
+
+/// A connected stream, for what needs one, and its peer.
+async fn stream_and_peer() -> (TcpStream, TcpStream) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let stream = TcpStream::connect(listener.local_addr().unwrap());
+    let (stream, peer) = tokio::join!(stream, listener.accept());
+    (stream.unwrap(), peer.unwrap().0)
+}
+
+async fn stream() -> TcpStream {
+    stream_and_peer().await.0
+}
+
+async fn is_reset(stream: &TcpStream) -> bool {
+    let readable = tokio::time::timeout(Duration::from_secs(1), stream.readable());
+    readable.await.expect("a reset wakes").unwrap();
+    stream.try_read(&mut [0]).err().map(|it| it.kind()) == Some(ErrorKind::ConnectionReset)
+}
+
+#[test]
+fn a_repeated_syn_is_the_same_attempt_even_when_translated_to_another_server() {
+    let bench = Bench::new();
+    let _first = bench.new_flow(key(1, 2), 7);
+    assert!(
+        matches!(bench.arrive(key(1, 2), 7), Ok(Arrival::Repeated)),
+        "the same SYN"
+    );
+    assert!(
+        matches!(bench.arrive(key(1, 3), 7), Ok(Arrival::Repeated)),
+        "sent to another pod of the Service"
+    );
+    assert_eq!(bench.flows.len(), 1);
+}
+
+#[test]
+fn another_sequence_number_is_a_new_attempt_and_ends_the_held_one() {
+    let bench = Bench::new();
+    let first = bench.new_flow(key(1, 2), 7);
+    let second = bench.new_flow(key(1, 2), 8);
+    assert_eq!(first.stage_name(), StageName::Over);
+    assert_eq!(second.stage_name(), StageName::Held);
+    bench.flows.remove(&first);
+    assert_eq!(
+        bench.flows.len(),
+        1,
+        "removing the old one again leaves the new one"
+    );
+}
+
+#[test]
+fn the_same_client_port_towards_another_server_is_another_connection() {
+    let bench = Bench::new();
+    let _first = bench.new_flow(key(1, 2), 7);
+    let _second = bench.new_flow(key(1, 3), 8);
+    assert_eq!(bench.flows.len(), 2);
+}
+
+#[test]
+fn a_source_over_its_bound_leaves_no_trace_in_the_table() {
+    let bench = Bench::new();
+    let held: Vec<_> = (1..=2)
+        .map(|port| bench.new_flow(key(port, 2), 7))
+        .collect();
+    assert_eq!(bench.arrive(key(3, 2), 7).err(), Some(Full::Source));
+    assert_eq!(bench.flows.len(), 2);
+    bench.flows.remove(&held[0]);
+    drop(held);
+    assert!(
+        matches!(bench.arrive(key(3, 2), 7), Ok(Arrival::New(_))),
+        "what has ended is given back"
+    );
+}
+
+#[tokio::test]
+async fn an_admitted_connection_is_paired_once_and_its_syn_goes_to_the_socket() {
+    let bench = Bench::new();
+    let flow = bench.new_flow(key(1, 2), 7);
+    assert!(
+        bench.flows.pair(&key(1, 2)).is_none(),
+        "held: there is no upstream yet"
+    );
+    bench.flows.admit(&flow, stream().await, 0);
+    assert!(
+        matches!(bench.arrive(key(1, 2), 7), Ok(Arrival::PastSyn)),
+        "the SYN-ACK was lost"
+    );
+    assert!(bench.flows.pair(&key(1, 2)).is_some());
+    assert!(bench.flows.pair(&key(1, 2)).is_none(), "once only");
+    assert!(
+        matches!(bench.arrive(key(1, 2), 7), Ok(Arrival::PastSyn)),
+        "a live socket answers itself"
+    );
+}
+
+#[tokio::test]
+async fn a_new_attempt_over_a_live_connection_waits_for_its_end_once() {
+    let bench = Bench::new();
+    let flow = bench.new_flow(key(1, 2), 7);
+    bench.flows.admit(&flow, stream().await, 0);
+    assert!(bench.flows.pair(&key(1, 2)).is_some());
+    assert!(matches!(
+        bench.arrive(key(1, 2), 9),
+        Ok(Arrival::Successor(_))
+    ));
+    assert!(
+        matches!(bench.arrive(key(1, 2), 10), Ok(Arrival::Repeated)),
+        "one waits already; a flood must not fill the queue"
+    );
+    assert!(!flow.over_within(Duration::ZERO).await, "it goes on");
+    let Ok(Arrival::Successor(last)) = bench.arrive(key(1, 2), 9) else {
+        panic!("none waits any more");
+    };
+    bench.flows.remove(&flow);
+    assert!(last.over_within(Duration::from_secs(1)).await);
+    assert!(matches!(bench.arrive(key(1, 2), 9), Ok(Arrival::New(_))));
+}
+
+#[tokio::test]
+async fn a_live_connection_is_reset_though_nobody_runs_its_relay() {
+    let bench = Bench::new();
+    let flow = bench.new_flow(key(1, 2), 7);
+    let (to_server, server) = stream_and_peer().await;
+    let (to_client, client) = stream_and_peer().await;
+    bench.flows.admit(&flow, to_server, 0);
+    let (_, upstream) = bench.flows.pair(&key(1, 2)).unwrap();
+    let legs = Arc::new(Legs {
+        server: upstream.stream,
+        client: to_client,
+    });
+    flow.lend(&legs);
+    flow.cut();
+    for stream in [&client, &server, &legs.client, &legs.server] {
+        assert!(is_reset(stream).await);
+    }
+    tokio::time::timeout(Duration::from_secs(1), flow.cut_off())
+        .await
+        .expect("the relay is told too");
+}
+
+#[tokio::test]
+async fn what_nobody_waits_for_expires() {
+    let bench = Bench::new();
+    let held = bench.new_flow(key(1, 2), 7);
+    let admitted = bench.new_flow(key(2, 2), 7);
+    bench.flows.admit(&admitted, stream().await, 0);
+    let at = |seconds| held.started + Duration::from_secs(seconds);
+    assert_eq!(
+        bench.flows.expire(at(3)),
+        0,
+        "the client may still repeat its SYN"
+    );
+    held.last_syn.store(3000, Ordering::Relaxed);
+    assert_eq!(
+        bench.flows.expire(at(9)),
+        0,
+        "it did, and would again at 7 s"
+    );
+    assert_eq!(bench.flows.expire(at(11)), 1, "it did not");
+    tokio::time::timeout(Duration::from_secs(1), held.cut_off())
+        .await
+        .expect("who connects for it is told");
+    bench.flows.remove(&held);
+    assert_eq!(
+        bench.flows.expire(at(75)),
+        1,
+        "the handshake was never completed"
+    );
+    assert_eq!(bench.flows.len(), 0);
+}

@@ -256,13 +256,14 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
         .map(|(entry, _)| enforcer.carried.get(&entry.flow))
         .collect();
     let entries = doomed.iter().map(|(entry, _)| entry);
-    // Who repeats its first packet is judged by it, once more.
+    // Who repeats its SYN is judged by it, once more.
+    let is_tcp = |entry: &Entry| entry.flow.protocol == Protocol::Tcp;
     let (others, live): (Vec<_>, Vec<_>) =
-        entries.partition(|entry| entry.over || entry.unanswered);
+        entries.partition(|entry| entry.over || entry.unanswered && is_tcp(entry));
     conntrack::delete(&others)?;
     let marks = enforcer.marks;
     // Before they are marked: if only some can be, all are forgotten nevertheless.
-    let connections = live.iter().filter(|it| it.flow.protocol == Protocol::Tcp);
+    let connections = live.iter().filter(|entry| is_tcp(entry));
     enforcer.carried.part(connections.copied().cloned());
     conntrack::set_mark(&live, marks.cut(), marks.mask())?;
     for ((entry, severance), listed) in doomed.iter().zip(listed) {

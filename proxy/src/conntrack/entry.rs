@@ -10,11 +10,12 @@ use policy::Protocol;
 
 pub(super) const CTA_TUPLE_ORIG: u16 = 1;
 pub(super) const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_STATUS: u16 = 3;
+/// `IPS_SEEN_REPLY` (linux/netfilter/nf_conntrack_common.h).
+const SEEN_REPLY: u32 = 1 << 1;
 const CTA_PROTOINFO: u16 = 4;
 const CTA_PROTOINFO_TCP: u16 = 1;
 const CTA_PROTOINFO_TCP_STATE: u16 = 1;
-/// `TCP_CONNTRACK_SYN_SENT`.
-const SYN_SENT: u8 = 1;
 /// `TCP_CONNTRACK_TIME_WAIT`; what is numbered higher is closed.
 const TIME_WAIT: u8 = 7;
 const CTA_COUNTERS_ORIG: u16 = 9;
@@ -75,7 +76,7 @@ pub(crate) struct Entry {
     pub(crate) began: Option<SystemTime>,
     /// A TCP connection that has ended, whose entry only waits out its time.
     pub(crate) over: bool,
-    /// A TCP connection that nobody has answered yet; another node may have denied it.
+    /// Nobody has answered it yet; another node may have denied it.
     pub(crate) unanswered: bool,
     /// `CTA_TUPLE_ORIG`, `CTA_ZONE` if there is one, `CTA_ID`: as the kernel wrote them.
     name: Vec<u8>,
@@ -90,7 +91,6 @@ impl Entry {
         let (_, server, _) = source(find(attributes, CTA_TUPLE_REPLY)?.value)?;
         let zone = find(attributes, CTA_ZONE).map_or(&[][..], |zone| zone.whole);
         let id = find(attributes, CTA_ID)?.whole;
-        let state = tcp_state(attributes);
         Some(Self {
             flow: FlowId {
                 protocol,
@@ -101,8 +101,8 @@ impl Entry {
             sent: bytes(attributes, CTA_COUNTERS_ORIG).unwrap_or(0),
             received: bytes(attributes, CTA_COUNTERS_REPLY).unwrap_or(0),
             began: began(attributes),
-            over: state.is_some_and(|state| state >= TIME_WAIT),
-            unanswered: state == Some(SYN_SENT),
+            over: tcp_state(attributes).is_some_and(|state| state >= TIME_WAIT),
+            unanswered: status(attributes).is_some_and(|status| status & SEEN_REPLY == 0),
             name: [original.whole, zone, id].concat(),
         })
     }
@@ -111,6 +111,11 @@ impl Entry {
     pub(super) fn name(&self) -> &[u8] {
         &self.name
     }
+}
+
+/// The bits of `enum ip_conntrack_status`.
+fn status(attributes: &[u8]) -> Option<u32> {
+    chunk(find(attributes, CTA_STATUS)?.value, 0).map(u32::from_be_bytes)
 }
 
 /// The state of a TCP entry (linux/netfilter/nf_conntrack_tcp.h).

@@ -29,7 +29,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_ping_needs_a_rule_without_ports,
     two_questions_at_once_from_one_socket_are_both_answered_behind_a_service,
     a_stream_that_has_ended_is_not_reported_as_cut,
-    a_stream_that_another_node_has_denied_is_not_reported_as_cut,
+    what_another_node_has_denied_is_not_reported_as_cut,
     a_flow_of_datagrams_is_recorded_at_its_end_with_what_it_moved,
     a_cut_flow_of_datagrams_is_recorded_with_what_it_moved,
     a_restarted_daemon_knows_what_the_kernel_carries,
@@ -390,13 +390,16 @@ fn a_stream_that_has_ended_is_not_reported_as_cut() {
     drop(live);
 }
 
-fn a_stream_that_another_node_has_denied_is_not_reported_as_cut() {
+fn what_another_node_has_denied_is_not_reported_as_cut() {
     let bed = bed(&[], &[deny_ingress("c")]);
     let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
     let severed = r#"portreeve_decisions_total{verdict="sever",path="kernel"}"#;
     // Its own node lets it go, so conntrack there knows it, and the server's does not let it in.
     for to in bed.lab.pod("x/c").addrs(80) {
         assert_eq!(a.connect(to, SOON).unwrap().kind(), Kind::TimedOut);
+    }
+    for to in bed.lab.pod("x/c").addrs(53) {
+        assert!(!goes_on(&flow(&a, to)), "{to}");
     }
     let live = connected(&b, a.addr_v4(80));
     bed.apply(&[deny_ingress("c"), deny_ingress("a")]);

@@ -63,6 +63,19 @@ impl Identity {
 }
 
 impl Endpoint {
+    /// One of which nothing is known but whose it is: to be named, not to be judged.
+    pub fn bare(identity: Identity) -> Self {
+        Self {
+            own_node: identity.node.clone(),
+            identity: Arc::new(identity),
+            matches: Arc::default(),
+            named_ports: Arc::default(),
+            egress: None,
+            ingress: None,
+            contested: false,
+        }
+    }
+
     /// Whether any policy isolates the pod in `direction`.
     pub fn isolated(&self, direction: Direction) -> bool {
         self.isolation(direction).is_some()

@@ -13,7 +13,8 @@ use crate::connect::keepalive;
 use crate::enforcer::Enforcer;
 use crate::flows::{Flow, FlowKey, Legs, Upstream};
 use crate::records::Outcome;
-use crate::relay::relay;
+use crate::relay::{InFlight, relay};
+use crate::succession::{self, Relayed};
 
 /// Completed handshakes that may wait for us; the kernel caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 16_384;
@@ -63,7 +64,7 @@ fn open(domain: Domain, address: SocketAddr) -> io::Result<std::net::TcpListener
 }
 
 /// Accepts for as long as the listener stands. Must run inside a `LocalSet`.
-pub(crate) async fn serve(listener: TcpListener, enforcer: Arc<Enforcer>, worker: usize) {
+pub(crate) async fn serve(listener: &TcpListener, enforcer: Arc<Enforcer>, worker: usize) {
     loop {
         match listener.accept().await {
             Ok((client, peer)) => accepted(client, peer, &enforcer, worker),
@@ -85,22 +86,83 @@ fn accepted(client: TcpStream, peer: SocketAddr, enforcer: &Arc<Enforcer>, worke
     });
     match pair {
         Some((flow, upstream)) => {
-            tokio::task::spawn_local(live(client, upstream, flow, Arc::clone(enforcer), worker));
+            let enforcer = Arc::clone(enforcer);
+            let task = live(
+                client,
+                upstream,
+                InFlight::default(),
+                flow,
+                enforcer,
+                worker,
+            );
+            tokio::task::spawn_local(task);
         }
         // Someone who dialled our port itself, or whose upstream has been cut meanwhile.
         None => reset(&client),
     }
 }
 
+/// Goes on with a connection that another daemon has relayed before. Must run inside a `LocalSet`.
+pub(crate) fn resume(relayed: Relayed, enforcer: &Arc<Enforcer>, worker: usize) {
+    let Relayed {
+        flow,
+        client,
+        server,
+        in_flight,
+    } = relayed;
+    let watched = TcpStream::from_std(client).and_then(|client| {
+        let stream = TcpStream::from_std(server)?;
+        Ok((client, Upstream { stream, worker }))
+    });
+    match watched {
+        Ok((client, server)) => {
+            let in_flight = InFlight::resumed(in_flight);
+            let task = live(
+                client,
+                server,
+                in_flight,
+                flow,
+                Arc::clone(enforcer),
+                worker,
+            );
+            tokio::task::spawn_local(task);
+        }
+        Err(error) => enforcer.ended(&flow, Outcome::Broken(error.kind())),
+    }
+}
+
 async fn live(
     client: TcpStream,
     upstream: Upstream,
+    in_flight: InFlight,
     flow: Arc<Flow>,
     enforcer: Arc<Enforcer>,
     worker: usize,
 ) {
     let outcome = match at_home(upstream, worker) {
-        Ok(server) => relayed(Arc::new(Legs { server, client }), &flow).await,
+        Ok(server) => {
+            let legs = Arc::new(Legs { server, client });
+            match relayed(&legs, &flow, &in_flight).await {
+                Outcome::Stopped
+                    if succession::leave(
+                        &enforcer,
+                        &flow,
+                        &legs.client,
+                        &legs.server,
+                        in_flight,
+                    ) =>
+                {
+                    return;
+                }
+                ended => {
+                    if ended != Outcome::Closed {
+                        reset(&legs.client);
+                        reset(&legs.server);
+                    }
+                    ended
+                }
+            }
+        }
         Err(error) => {
             reset(&client);
             drop(client);
@@ -111,21 +173,17 @@ async fn live(
 }
 
 /// Relays until both sides have ended, one breaks, or the connection is cut.
-async fn relayed(legs: Arc<Legs>, flow: &Flow) -> Outcome {
-    flow.lend(&legs);
-    let ended = tokio::select! {
+async fn relayed(legs: &Arc<Legs>, flow: &Flow, in_flight: &InFlight) -> Outcome {
+    flow.lend(legs);
+    let (client, server) = (&legs.client, &legs.server);
+    tokio::select! {
         biased;
         () = flow.cut_off() => Outcome::Stopped,
-        ended = relay(&legs.client, &legs.server, &flow.moved, flow.trail.get()) => match ended {
+        ended = relay(client, server, &flow.moved, flow.trail.get(), in_flight) => match ended {
             Ok(()) => Outcome::Closed,
             Err(error) => Outcome::Broken(error.kind()),
         },
-    };
-    if !matches!(ended, Outcome::Closed) {
-        reset(&legs.client);
-        reset(&legs.server);
     }
-    ended
 }
 
 /// Moves the upstream under this worker's reactor, if another made it.

@@ -12,6 +12,7 @@ use policy::{Endpoint, Protocol};
 use crate::carried::{Carried, Listed};
 use crate::decision::{Decision, Severance, Way};
 use crate::flows::{Flow, FlowKey, Flows};
+use crate::handover::Leaving;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::recorder::Recorder;
@@ -43,6 +44,8 @@ pub(crate) struct Enforcer {
     /// Numbers of our NFQUEUEs.
     pub(crate) queues: Range<u16>,
     pub(crate) recorder: Recorder,
+    /// What is left for the daemon that relieves this one.
+    pub(crate) leaving: Leaving,
 }
 
 impl Enforcer {

@@ -2,6 +2,7 @@
 //!
 //! A connection is in the table before its verdict is acted on, so that a change of policy finds
 //! it. Knows no packets and no policy; what a connection was decided by it carries as a value.
+mod adopted;
 mod by_address;
 mod stage;
 
@@ -23,6 +24,7 @@ use crate::records::Subject;
 use crate::relay::Moved;
 use crate::trail::Trail;
 
+pub(crate) use adopted::Adopted;
 pub(crate) use by_address::{ByAddress, Ends};
 pub(crate) use stage::{Legs, StageName, Upstream};
 
@@ -122,23 +124,9 @@ impl Flows {
             first.note_syn();
             return Ok(Arrival::Repeated);
         }
-        let flow = Arc::new(Flow {
-            id: self.next_id.fetch_add(1, Ordering::Relaxed),
-            key,
-            sequence,
-            opened: SystemTime::now(),
-            started: Instant::now(),
-            moved: Moved::default(),
-            trail: OnceLock::new(),
-            decision: Mutex::new(None),
-            severance: Mutex::new(None),
-            stage: Mutex::new(Stage::Held),
-            last_syn: AtomicU32::new(0),
-            cut: Notify::new(),
-            over: Notify::new(),
-            succeeded: AtomicBool::new(false),
-            _permit: permit()?,
-        });
+        let permit = permit()?;
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let flow = Arc::new(Flow::held(id, key, sequence, permit));
         // First, since from the next step on it may be taken out again.
         self.by_address.insert(&flow);
         match self.by_key.entry(key) {
@@ -259,6 +247,27 @@ impl Ends for Flow {
 }
 
 impl Flow {
+    /// One whose SYN has just come.
+    fn held(id: u64, key: FlowKey, sequence: u32, permit: Permit) -> Self {
+        Self {
+            id,
+            key,
+            sequence,
+            opened: SystemTime::now(),
+            started: Instant::now(),
+            moved: Moved::default(),
+            trail: OnceLock::new(),
+            decision: Mutex::new(None),
+            severance: Mutex::new(None),
+            stage: Mutex::new(Stage::Held),
+            last_syn: AtomicU32::new(0),
+            cut: Notify::new(),
+            over: Notify::new(),
+            succeeded: AtomicBool::new(false),
+            _permit: permit,
+        }
+    }
+
     /// Who decided, once that is known.
     pub(crate) fn decision(&self) -> Option<Arc<Decision>> {
         self.decision

@@ -9,6 +9,7 @@ mod packet;
 mod unreachable;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -81,6 +82,15 @@ impl Gate {
         }
     }
 
+    /// Drops what is held and leaves the queue, whose number this returns, to whoever gets the socket. To be
+    /// called after [`Self::serve`] has been dropped.
+    ///
+    /// # Errors
+    /// What the queue answers.
+    pub(crate) fn leave(&self) -> io::Result<(u16, OwnedFd)> {
+        self.queue.leave()
+    }
+
     fn arrived(self: &Rc<Self>, queued: &Queued<'_>) {
         match Packet::parse(queued.payload) {
             // Only what the rules have handed to the listener can be relayed; to this node itself the
@@ -137,7 +147,12 @@ impl Gate {
     /// past the gate the listener itself would answer it. Else the socket answers as TCP wants it
     /// (RFC 5961, section 4).
     async fn succeed(self: Rc<Self>, id: PacketId, syn: Syn, last: Arc<Flow>) {
-        if last.over_within(SUCCESSION).await {
+        let over = last.over_within(SUCCESSION).await;
+        if over && self.enforcer.leaving.has_begun() {
+            // It is dropped with the rest, and comes again to whoever relieves this daemon.
+            return;
+        }
+        if over {
             self.syn(id, syn);
         } else {
             self.answer(id, Answer::Accept);
@@ -225,6 +240,11 @@ impl Gate {
                     self.answer(id, answer);
                 }
                 enforcer.ended(&flow, Outcome::Unanswered(source.to_string()));
+            }
+            None if enforcer.leaving.has_begun() => {
+                // The client repeats its SYN, to whoever relieves this daemon.
+                self.queue.rule(id, Ruling::Drop);
+                enforcer.flows.remove(&flow);
             }
             Some(Err(ConnectError::Silent { .. })) | None => {
                 self.queue.rule(id, Ruling::Drop);

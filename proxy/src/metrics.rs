@@ -94,6 +94,7 @@ pub(crate) struct Metrics {
     connect: Histogram,
     change: Histogram,
     enforced: Gauge,
+    taken_over: Counter,
     scraped: Scraped,
 }
 
@@ -115,6 +116,12 @@ impl Metrics {
             "Newest generation of the policy table that the kernel's sets are in step with",
             enforced.clone(),
         );
+        let taken_over = Counter::default();
+        registry.register(
+            "handover_connections",
+            "Relayed connections taken over from the daemon before",
+            taken_over.clone(),
+        );
         Self {
             decisions,
             refusals,
@@ -123,6 +130,7 @@ impl Metrics {
             connect,
             change,
             enforced,
+            taken_over,
             scraped: Scraped::registered(&mut registry),
             registry,
         }
@@ -149,6 +157,11 @@ impl Metrics {
         if let Some(counter) = self.refusals.get(cause as usize) {
             counter.inc();
         }
+    }
+
+    /// Counts a connection that another daemon has left.
+    pub(crate) fn taken_over(&self) {
+        self.taken_over.inc();
     }
 
     /// Notes how long a first packet waited for the server.

@@ -2,10 +2,13 @@
 //!
 //! The first bytes of a direction go through a buffer that the whole thread shares; a direction
 //! that proves to be bulk goes through a pipe by `splice`. An idle connection holds neither. Knows
-//! nothing of policy: dropping the future leaves both sockets to the caller.
+//! nothing of policy: dropping the future leaves both sockets to the caller, and what is on its way between
+//! them.
+mod in_flight;
 mod pipe;
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
 use std::net::Shutdown;
@@ -19,6 +22,8 @@ use tokio::net::TcpStream;
 
 use crate::trail::{Moment, Trail};
 
+pub(crate) use in_flight::InFlight;
+use in_flight::Passing;
 use pipe::Pipe;
 
 /// Bytes that one read through the shared buffer can take.
@@ -41,6 +46,16 @@ pub(crate) struct Moved {
 }
 
 impl Moved {
+    /// Goes on from bytes sent and received that have been told by an earlier daemon.
+    pub(crate) fn resumed(moved: [u64; 2]) -> Self {
+        let [sent, received] = moved.map(AtomicU64::new);
+        Self {
+            sent,
+            received,
+            told: moved.map(AtomicU64::new),
+        }
+    }
+
     /// Bytes sent and received since this was last asked: each byte is told once, whoever asks.
     pub(crate) fn untold(&self) -> [u64; 2] {
         let mut moved = [&self.sent, &self.received].map(|all| all.load(Ordering::Relaxed));
@@ -51,7 +66,8 @@ impl Moved {
     }
 }
 
-/// Relays until both sides have closed. A half-close is passed on and the other direction goes on.
+/// Relays until both sides have closed. A half-close is passed on and the other direction goes on. What is `in_flight`
+/// goes first; what the future leaves there when it is dropped has been taken from one side and not given to the other.
 ///
 /// # Errors
 /// The first error of either side: a reset, a keep-alive that nobody answered. The caller is to
@@ -61,6 +77,7 @@ pub(crate) async fn relay(
     server: &TcpStream,
     moved: &Moved,
     trail: Option<&Trail>,
+    in_flight: &InFlight,
 ) -> io::Result<()> {
     let (client_ended, server_ended) = (Cell::new(false), Cell::new(false));
     let mut up = pin!(direction(
@@ -68,6 +85,7 @@ pub(crate) async fn relay(
         server,
         Side {
             moved: &moved.sent,
+            passing: &in_flight.up,
             trail,
             first: Moment::Sent,
             last: Moment::ClientEnded,
@@ -80,6 +98,7 @@ pub(crate) async fn relay(
         client,
         Side {
             moved: &moved.received,
+            passing: &in_flight.down,
             trail,
             first: Moment::Received,
             last: Moment::ServerEnded,
@@ -107,6 +126,7 @@ pub(crate) async fn relay(
 #[derive(Clone, Copy)]
 struct Side<'a> {
     moved: &'a AtomicU64,
+    passing: &'a Passing,
     trail: Option<&'a Trail>,
     /// Its first byte.
     first: Moment,
@@ -160,29 +180,27 @@ async fn direction(
 
 async fn one_way(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> io::Result<()> {
     let mut full_reads = 0;
-    let mut rest = Vec::new();
+    let rest = &side.passing.rest;
+    pass_on(to, rest).await?;
     loop {
         // After a read that left room this still says yes, and the next read hears EAGAIN. To trust the
         // short read instead would strand what is behind urgent data, where a read stops too.
         let ready = from.ready(Interest::READABLE | Interest::ERROR).await?;
-        let taken = match copy(from, to, ready, &mut rest) {
+        let taken = match copy(from, to, ready, rest) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && !ready.is_error() => {
                 continue;
             }
             other => other?,
         };
         side.took(taken);
-        if !rest.is_empty() {
-            write_all(to, &rest).await?;
-            rest = Vec::new();
-        }
+        pass_on(to, rest).await?;
         if is_last(ready, taken) {
             return Ok(());
         }
         full_reads = if taken == BUFFER { full_reads + 1 } else { 0 };
         if full_reads >= FULL_READS_OF_BULK {
             full_reads = 0;
-            if splice_while_bulk(from, to, side.moved).await? == Source::Ended {
+            if splice_while_bulk(from, to, side).await? == Source::Ended {
                 return Ok(());
             }
         }
@@ -198,7 +216,12 @@ fn is_last(ready: Ready, taken: usize) -> bool {
 
 /// One read and one write; what the write leaves over is put into `rest`. Last bytes are left to
 /// travel with the FIN that follows.
-fn copy(from: &TcpStream, to: &TcpStream, ready: Ready, rest: &mut Vec<u8>) -> io::Result<usize> {
+fn copy(
+    from: &TcpStream,
+    to: &TcpStream,
+    ready: Ready,
+    rest: &RefCell<VecDeque<u8>>,
+) -> io::Result<usize> {
     SHARED.with_borrow_mut(|shared| {
         let taken = from.try_read(shared)?;
         let bytes = &shared[..taken];
@@ -216,18 +239,23 @@ fn copy(from: &TcpStream, to: &TcpStream, ready: Ready, rest: &mut Vec<u8>) -> i
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
             other => other?,
         };
-        rest.extend_from_slice(&bytes[written..]);
+        rest.borrow_mut().extend(&bytes[written..]);
         Ok(taken)
     })
 }
 
-async fn write_all(to: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        let written = to
-            .async_io(Interest::WRITABLE, || to.try_write(bytes))
-            .await?;
-        bytes = &bytes[written..];
+/// Writes all of `rest`; what is there when this is dropped has not been written.
+async fn pass_on(to: &TcpStream, rest: &RefCell<VecDeque<u8>>) -> io::Result<()> {
+    if rest.borrow().is_empty() {
+        return Ok(());
     }
+    while !rest.borrow().is_empty() {
+        let write = || to.try_write(rest.borrow().as_slices().0);
+        let written = to.async_io(Interest::WRITABLE, write).await?;
+        rest.borrow_mut().drain(..written);
+    }
+    // Of an idle connection no buffer is kept.
+    rest.take();
     Ok(())
 }
 
@@ -238,15 +266,12 @@ enum Source {
 }
 
 /// Moves bytes through a pipe for as long as the source has them ready.
-async fn splice_while_bulk(
-    from: &TcpStream,
-    to: &TcpStream,
-    moved: &AtomicU64,
-) -> io::Result<Source> {
+async fn splice_while_bulk(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> io::Result<Source> {
     // Without a pipe (descriptors are short) the shared buffer does the work.
     let Ok(pipe) = Pipe::take() else {
         return Ok(Source::Paused);
     };
+    let pipe = side.passing.keep(pipe);
     loop {
         let taken = match from.try_io(Interest::READABLE, || pipe.fill_from(from)) {
             Ok(0) => return Ok(Source::Ended),
@@ -254,7 +279,7 @@ async fn splice_while_bulk(
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Source::Paused),
             Err(error) => return Err(error),
         };
-        moved.fetch_add(taken as u64, Ordering::Relaxed);
+        side.moved.fetch_add(taken as u64, Ordering::Relaxed);
         let mut left = taken;
         while left > 0 {
             left -= to

@@ -1,10 +1,13 @@
 //! `portreeve run`: builds the parts, runs them, and takes them down.
+mod ending;
 mod follow;
+mod relief;
 mod settings;
 mod source;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,9 +16,8 @@ use anyhow::{Context, bail};
 use controller::kube::WatchStatus;
 use controller::{Batch, Index, Table, TableSettings};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{SigSet, Signal};
-use tokio::signal::unix::{Signal as Signals, SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
 use tracing::{info, warn};
 
 use crate::accept;
@@ -25,26 +27,25 @@ use crate::carried::{Carried, upkeep};
 use crate::conntrack::Endings;
 use crate::enforcer::Enforcer;
 use crate::flows::Flows;
+use crate::handover::{Estate, Leaving};
 use crate::limits::{Bounds, Limits};
 use crate::links::{Changes, PodLinks};
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 use crate::recorder::Recorder;
 use crate::released::{PodCidrs, Released};
+use crate::succession;
 use crate::telemetry::{Spans, TelemetryError};
 use crate::worker::Worker;
 
+use ending::{Ended, Running, StopSignals, Thread};
 use follow::Follower;
+use relief::Relief;
 pub(crate) use settings::{LogFormat, RunArgs};
 use source::Source;
 
-/// A worker's thread.
-type Thread = std::thread::JoinHandle<std::io::Result<()>>;
-
 /// Descriptors for everything but connections: queues, listeners, admin, pipes of bulk streams.
 const DESCRIPTORS_KEPT: u64 = 1024;
-/// What the last records may take to be written when the daemon stops.
-const FINISH_WITHIN: Duration = Duration::from_secs(2);
 /// How often nobody's connections are looked for.
 const EXPIRE_EVERY: Duration = Duration::from_secs(1);
 
@@ -60,29 +61,41 @@ pub(crate) fn run(args: &RunArgs) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    runtime.block_on(async {
-        let source = match Source::open(args).await {
-            Ok(source) => source,
-            Err(refused) => {
-                eprintln!("portreeve: {refused}");
-                return ExitCode::from(2);
-            }
-        };
-        match enforce(args, source).await {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("portreeve: {error:#}");
-                // What a flag says is known to be wrong only there.
-                let wrong = matches!(error.downcast_ref(), Some(TelemetryError::Settings(_)));
-                ExitCode::from(if wrong { 2 } else { 1 })
-            }
+    let source = match runtime.block_on(Source::open(args)) {
+        Ok(source) => source,
+        Err(refused) => {
+            eprintln!("portreeve: {refused}");
+            return ExitCode::from(2);
         }
-    })
+    };
+    let ended = runtime.block_on(async {
+        in_place(args)?;
+        let mut signals = StopSignals::listen()?;
+        let ending = enforce(args, source, &mut signals).await?;
+        Ok((ending, signals))
+    });
+    let ended = ended.and_then(|(ending, signals)| match ending {
+        Ended::Stopped => Ok(()),
+        Ended::Relieved => Ok(relief::rest(runtime, signals)?),
+    });
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let error: anyhow::Error = error;
+            eprintln!("portreeve: {error:#}");
+            // What a flag says is known to be wrong only there.
+            let wrong = matches!(error.downcast_ref(), Some(TelemetryError::Settings(_)));
+            ExitCode::from(if wrong { 2 } else { 1 })
+        }
+    }
 }
 
-async fn enforce(args: &RunArgs, mut source: Source) -> anyhow::Result<()> {
-    in_place(args)?;
-    let mut signals = StopSignals::listen()?;
+async fn enforce(
+    args: &RunArgs,
+    mut source: Source,
+    signals: &mut StopSignals,
+) -> anyhow::Result<Ended> {
+    let relief = Relief::new(args)?;
     let node: Arc<str> = args.node()?.into();
     let table = Table::new(TableSettings {
         cluster_cidrs: args.cluster_cidr.clone(),
@@ -92,30 +105,34 @@ async fn enforce(args: &RunArgs, mut source: Source) -> anyhow::Result<()> {
     let readiness = Readiness::new(source.status());
     let enforcer = enforcer(args, node, Arc::clone(&table), source.status())?;
     let (stop, stopped) = watch::channel(false);
-    // Before the first state is there, which can take long: who waits wants to know for what.
-    let admin = admin::bind(args.admin).await?;
-    let serving = tokio::spawn(admin::serve(
-        admin,
-        Arc::clone(&enforcer),
-        readiness.clone(),
-        stopped.clone(),
-    ));
+    let serve = async || open_admin(args, &enforcer, &readiness, &stopped).await;
+    // Before the first state is there, which can take long: who waits wants to know for what. A daemon that is
+    // to be relieved still has the port.
+    let serving = match relief.is_due() {
+        true => None,
+        false => Some(serve().await?),
+    };
     let kernel = iptables_init::probe_kernel()?;
     let released = Released::closed(pods.clone(), kernel)?;
     let mut index = Index::new(Arc::clone(&table));
     let first = first_state(&mut source, &mut index, &pods, &readiness, &enforcer);
     let touched = tokio::select! {
-        () = signals.received() => return Ok(()),
+        () = signals.received() => return Ok(Ended::Stopped),
         touched = first => touched?,
     };
     let changes = Changes::of_routes().context("cannot hear of changes of routes (rtnetlink)")?;
     let links = PodLinks::new(table, Arc::clone(&enforcer.node), args.pod_cidr.clone())?;
-    tokio::spawn(links.follow(changes));
-    follow_carried(&enforcer)?;
-    let workers = start_workers(args, &enforcer, &stopped)?;
-    tokio::spawn(expire(Arc::clone(&enforcer)));
     let bridges = Bridges::new(args.redirect.bridge.clone(), pods, kernel)?;
-    tokio::spawn(bridges.watch(readiness.of_bridges()));
+    // From here on live connections may depend on this daemon.
+    let began = Instant::now();
+    let estate = relief.take_over().await?;
+    let serving = match serving {
+        Some(serving) => serving,
+        None => serve().await?,
+    };
+    let (workers, mut tasks) = begin(args, &enforcer, &stopped, estate, began)?;
+    tasks.spawn(links.follow(changes));
+    tasks.spawn(bridges.watch(readiness.of_bridges()));
     source::lift_taint(args, &readiness, &enforcer.node);
     let following = Follower {
         source,
@@ -125,22 +142,53 @@ async fn enforce(args: &RunArgs, mut source: Source) -> anyhow::Result<()> {
         readiness: readiness.clone(),
         touched,
         isolated: BTreeSet::new(),
+        stopped,
     };
-    let following = tokio::spawn(async move {
-        following.follow().await;
-        readiness.not_ready("this daemon no longer follows the cluster's state; restart it");
-    });
+    let following = tokio::spawn(follow(following, readiness));
     info!(node = %enforcer.node, admin = %args.admin, "enforcing");
 
-    let ended = until_told(workers, signals, || {
-        following.abort();
-        stop.send_replace(true);
-    });
-    let result = ended.await;
-    let _ = serving.await;
-    enforcer.recorder.finish(FINISH_WITHIN);
-    info!(node = %enforcer.node, "stopped");
-    result
+    let running = Running {
+        workers,
+        following,
+        tasks,
+        serving,
+        stop,
+    };
+    running
+        .until_ended(&enforcer, signals, relief.offer())
+        .await
+}
+
+async fn follow(follower: Follower, readiness: Readiness) {
+    follower.follow().await;
+    readiness.not_ready("this daemon no longer follows the cluster's state; restart it");
+}
+
+/// Takes up work: what `estate` has, and whatever comes.
+fn begin(
+    args: &RunArgs,
+    enforcer: &Arc<Enforcer>,
+    stopped: &watch::Receiver<bool>,
+    estate: Option<Estate>,
+    since: Instant,
+) -> anyhow::Result<(Vec<Thread>, JoinSet<()>)> {
+    let mut tasks = JoinSet::new();
+    follow_carried(enforcer, &mut tasks)?;
+    let workers = start_workers(args, enforcer, stopped, estate, since)?;
+    tasks.spawn(expire(Arc::clone(enforcer)));
+    Ok((workers, tasks))
+}
+
+async fn open_admin(
+    args: &RunArgs,
+    enforcer: &Arc<Enforcer>,
+    readiness: &Readiness,
+    stopped: &watch::Receiver<bool>,
+) -> anyhow::Result<JoinHandle<()>> {
+    let admin = admin::bind(args.admin).await?;
+    let (enforcer, readiness) = (Arc::clone(enforcer), readiness.clone());
+    let serving = admin::serve(admin, enforcer, readiness, stopped.clone());
+    Ok(tokio::spawn(serving))
 }
 
 /// Waits until there is a full state that says which addresses are this node's pods; until then
@@ -202,64 +250,8 @@ fn enforcer(
         metrics: Metrics::watching(watches),
         queues: args.redirect.queue..args.redirect.queue + args.redirect.queue_count(),
         recorder,
+        leaving: Leaving::default(),
     }))
-}
-
-/// The signals that end the daemon.
-struct StopSignals {
-    terminate: Signals,
-    interrupt: Signals,
-    _hangup: Signals,
-}
-
-impl StopSignals {
-    fn listen() -> anyhow::Result<Self> {
-        // Whoever started us may have blocked them, and a blocked signal is inherited.
-        SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]).thread_unblock()?;
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-            // State is watched; a hang-up must not end the daemon.
-            _hangup: signal(SignalKind::hangup())?,
-        })
-    }
-
-    /// Waits for SIGTERM or SIGINT.
-    async fn received(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
-    }
-}
-
-/// Waits for SIGTERM, SIGINT or the failure of a worker; then calls `stop` and waits for the workers.
-async fn until_told(
-    workers: Vec<Thread>,
-    mut signals: StopSignals,
-    stop: impl FnOnce(),
-) -> anyhow::Result<()> {
-    let (failed, mut failure) = tokio::sync::mpsc::channel(workers.len());
-    for worker in workers {
-        let failed = failed.clone();
-        tokio::task::spawn_blocking(move || {
-            let panicked = |_| Err(std::io::Error::other("a worker panicked"));
-            let result = worker.join().unwrap_or_else(panicked);
-            // The channel has a place for each.
-            let _ = failed.try_send(result);
-        });
-    }
-    drop(failed);
-    let early = tokio::select! {
-        () = signals.received() => None,
-        ended = failure.recv() => ended,
-    };
-    stop();
-    let mut result = early.unwrap_or(Ok(()));
-    while let Some(ended) = failure.recv().await {
-        result = result.and(ended);
-    }
-    result.context("a worker failed")
 }
 
 /// Says what is missing on this node before anything is started.
@@ -315,32 +307,55 @@ fn start_workers(
     args: &RunArgs,
     enforcer: &Arc<Enforcer>,
     stopped: &watch::Receiver<bool>,
+    estate: Option<Estate>,
+    since: Instant,
 ) -> anyhow::Result<Vec<Thread>> {
     let settings = &args.redirect;
     let mut workers = Vec::new();
+    let mut listeners = Vec::new();
     let count = settings.queue_count();
+    let relieves = estate.is_some();
+    let mut estate = estate.unwrap_or_default();
     for number in 0..count {
         let queue = settings.queue + number;
-        let worker = Worker::start(number.into(), count.into(), queue, Arc::clone(enforcer), stopped.clone())
+        let seat = estate.seats.remove(&queue);
+        let (bound, listener) = seat.map(|seat| (seat.queue, seat.listener)).unzip();
+        listeners.push(listener);
+        let worker = Worker::start(number.into(), count.into(), queue, bound, Arc::clone(enforcer), stopped.clone())
             .with_context(|| format!("cannot bind NFQUEUE {queue}: is another daemon running, or another program on that queue? (--queue chooses others)"))?;
         workers.push(worker);
     }
     let port = settings.proxy_port;
-    let listeners = workers.iter().map(|_| accept::listen(port)).collect::<Result<Vec<_>, _>>()
+    let listen = |left: Option<OwnedFd>| match left {
+        Some(listener) => Ok(listener.into()),
+        None => accept::listen(port),
+    };
+    let listeners = listeners.into_iter().map(listen).collect::<Result<Vec<_>, _>>()
         .with_context(|| format!("cannot listen on port {port}: is it in use? (--proxy-port chooses another, for iptables-init too)"))?;
-    Ok(workers
-        .into_iter()
-        .zip(listeners)
-        .map(|(worker, listener)| worker.listen(listener))
-        .collect())
+    let mut shares: Vec<Vec<_>> = workers.iter().map(|_| Vec::new()).collect();
+    let left = estate.take_connections();
+    if relieves {
+        let (connections, milliseconds) = (left.len(), since.elapsed().as_millis());
+        info!(
+            connections,
+            milliseconds, "took over from the daemon before"
+        );
+    }
+    let left = succession::adopt(enforcer, left);
+    for (turn, relayed) in left.into_iter().enumerate() {
+        shares[turn % workers.len()].push(relayed);
+    }
+    let given = listeners.into_iter().zip(shares);
+    let begin = |(worker, (listener, share)): (Worker, _)| worker.listen(listener, share);
+    Ok(workers.into_iter().zip(given).map(begin).collect())
 }
 
 /// To be called before the first flow: whose beginning nobody heard, of its end none is told.
-fn follow_carried(enforcer: &Arc<Enforcer>) -> anyhow::Result<()> {
+fn follow_carried(enforcer: &Arc<Enforcer>, tasks: &mut JoinSet<()>) -> anyhow::Result<()> {
     let endings = Endings::listen(enforcer.marks.carried())
         .context("cannot listen to conntrack; load it with `modprobe nf_conntrack_netlink`")?;
-    tokio::spawn(upkeep::follow(Arc::clone(enforcer), endings));
-    tokio::spawn(upkeep::forget_cut(Arc::clone(enforcer)));
+    tasks.spawn(upkeep::follow(Arc::clone(enforcer), endings));
+    tasks.spawn(upkeep::forget_cut(Arc::clone(enforcer)));
     Ok(())
 }
 

@@ -1,8 +1,9 @@
 //! The only unsafe code of the daemon: calls that no safe crate wraps.
 #![expect(unsafe_code, reason = "the one place for calls without a safe wrapper")]
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use tokio::io::unix::AsyncFd;
 
 /// Has tokio's reactor watch `fd`.
@@ -100,4 +101,29 @@ fn switch_on(netlink: impl AsFd, option: libc::c_int) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Receives a message with the descriptors that come with it, two at most (unix(7), `SCM_RIGHTS`), from a
+/// socket that keeps messages apart. No byte means that the peer is gone.
+///
+/// # Errors
+/// `WouldBlock` if there is none yet, `InvalidData` if it has more than fits, else what `recvmsg` answers.
+pub(crate) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = nix::cmsg_space!([RawFd; 2]);
+    let mut parts = [IoSliceMut::new(buffer)];
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let socket = socket.as_fd().as_raw_fd();
+    let message = recvmsg::<()>(socket, &mut parts, Some(&mut space), flags)?;
+    let mut descriptors = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(received) = control {
+            // SAFETY: the kernel has just opened them for us, and nobody else knows their numbers.
+            let owned = |fd| unsafe { OwnedFd::from_raw_fd(fd) };
+            descriptors.extend(received.into_iter().map(owned));
+        }
+    }
+    if message.flags.contains(MsgFlags::MSG_TRUNC) {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    Ok((message.bytes, descriptors))
 }

@@ -5,6 +5,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 /// Something that happens once in a connection's life, after its first packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Moment {
@@ -31,7 +33,7 @@ impl Moment {
 }
 
 /// How the connection left for another node: its source port there, and the SYN's timestamp.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Onward {
     pub(crate) port: u16,
     pub(crate) stamp: Option<u32>,
@@ -49,7 +51,7 @@ pub(crate) struct Trail {
 }
 
 /// What a [`Trail`] says at one time.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Seen {
     pub(crate) stamp: Option<u32>,
     pub(crate) onward: Option<Onward>,
@@ -68,12 +70,25 @@ impl Trail {
         }
     }
 
+    /// Goes on from what an earlier daemon has noted since `started`.
+    pub(crate) fn resumed(started: Instant, seen: Seen) -> Self {
+        let noted = |moment: Option<Duration>| {
+            let nanos = moment.map_or(0, |since| nanos(since) + 1);
+            AtomicU64::new(nanos)
+        };
+        Self {
+            started,
+            stamp: seen.stamp,
+            onward: seen.onward.map_or_else(OnceLock::new, OnceLock::from),
+            moments: seen.moments.map(noted),
+        }
+    }
+
     /// Notes that it happens now, unless it has happened before.
     pub(crate) fn note(&self, moment: Moment) {
         let place = &self.moments[moment as usize];
         if place.load(Ordering::Relaxed) == 0 {
-            let since = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX - 1);
-            place.store(since + 1, Ordering::Relaxed);
+            place.store(nanos(self.started.elapsed()) + 1, Ordering::Relaxed);
         }
     }
 
@@ -97,6 +112,10 @@ impl Trail {
     }
 }
 
+fn nanos(since: Duration) -> u64 {
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX - 1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,5 +130,23 @@ mod tests {
         assert!(first.is_some());
         assert_eq!(trail.seen().moments[Moment::Sent as usize], first);
         assert_eq!(trail.seen().moments[Moment::Received as usize], None);
+    }
+
+    #[test]
+    fn a_trail_goes_on_from_what_an_earlier_daemon_has_seen() {
+        let started = Instant::now();
+        let first = Trail::new(started, Some(7));
+        first.goes_on(16_000, Some(8));
+        first.note(Moment::Sent);
+        let seen = first.seen();
+        let second = Trail::resumed(started, seen);
+        assert_eq!(second.seen(), seen);
+        second.note(Moment::Sent);
+        second.note(Moment::Received);
+        assert_eq!(
+            second.seen().moments[Moment::Sent as usize],
+            seen.moments[Moment::Sent as usize]
+        );
+        assert!(second.seen().moments[Moment::Received as usize].is_some());
     }
 }

@@ -1,5 +1,6 @@
 //! One thread per core: its own runtime, queue, listener and relays.
 use std::io;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -13,19 +14,32 @@ use tokio::task::LocalSet;
 
 use crate::accept;
 use crate::enforcer::Enforcer;
+use crate::flows::StageName;
 use crate::gate::{Gate, Queue};
+use crate::handover::Seat;
+use crate::succession::Relayed;
 
-/// What connections may take to be reset when the daemon stops.
+/// What connections may take to be reset when the daemon stops, or left when it is relieved.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
+/// What servers that have been asked may take to answer before their clients have to ask again.
+const ANSWER_WITHIN: Duration = Duration::from_millis(50);
 
-/// A worker whose queue is bound and that waits for its listener.
+/// A worker whose queue is bound and that waits for its work.
 pub(crate) struct Worker {
-    listener: oneshot::Sender<std::net::TcpListener>,
+    work: oneshot::Sender<Work>,
     thread: JoinHandle<io::Result<()>>,
 }
 
+/// What a worker begins with.
+struct Work {
+    listener: std::net::TcpListener,
+    /// Connections that another daemon has left.
+    left: Vec<Relayed>,
+}
+
 impl Worker {
-    /// Starts worker `number` of `workers` on NFQUEUE `queue` and waits until the queue is bound.
+    /// Starts worker `number` of `workers` on NFQUEUE `queue` and waits until the queue is bound, if it is not by
+    /// this socket already.
     ///
     /// # Errors
     /// `EBUSY` if someone else has the queue, `EPERM` without `CAP_NET_ADMIN`; what a thread costs.
@@ -33,11 +47,12 @@ impl Worker {
         number: usize,
         workers: usize,
         queue: u16,
+        bound: Option<OwnedFd>,
         enforcer: Arc<Enforcer>,
         stop: watch::Receiver<bool>,
     ) -> io::Result<Self> {
-        let (listener, given) = oneshot::channel();
-        let (report, bound) = std::sync::mpsc::sync_channel(1);
+        let (work, given) = oneshot::channel();
+        let (report, ready) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
             .name(format!("worker-{number}"))
             .spawn(move || {
@@ -47,7 +62,10 @@ impl Worker {
                     .build()?;
                 let queue = {
                     let _guard = runtime.enter();
-                    Queue::bind(queue)
+                    match bound {
+                        Some(socket) => Queue::of(socket, queue),
+                        None => Queue::bind(queue),
+                    }
                 };
                 let queue = match queue {
                     Ok(queue) => queue,
@@ -57,19 +75,23 @@ impl Worker {
                     }
                 };
                 let _ = report.send(Ok(()));
-                LocalSet::new().block_on(&runtime, work(queue, given, number, enforcer, stop))
+                LocalSet::new().block_on(&runtime, serve(queue, given, number, enforcer, stop))
             })?;
-        match bound.recv() {
-            Ok(Ok(())) => Ok(Self { listener, thread }),
+        match ready.recv() {
+            Ok(Ok(())) => Ok(Self { work, thread }),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(io::Error::other("the worker ended before it had its queue")),
         }
     }
 
-    /// Hands the worker its listener: from now on connections come.
-    pub(crate) fn listen(self, listener: std::net::TcpListener) -> JoinHandle<io::Result<()>> {
+    /// Hands the worker its listener, and what was `left` for it: from now on connections come.
+    pub(crate) fn listen(
+        self,
+        listener: std::net::TcpListener,
+        left: Vec<Relayed>,
+    ) -> JoinHandle<io::Result<()>> {
         // It fails only if the worker is gone; its thread's result says why.
-        let _ = self.listener.send(listener);
+        let _ = self.work.send(Work { listener, left });
         self.thread
     }
 }
@@ -103,36 +125,68 @@ fn prefer_own_core(listener: &std::net::TcpListener, number: usize) {
     let _ = SockRef::from(listener).set_cpu_affinity(number);
 }
 
-/// Runs until told to stop, then resets what is live: a plain close would look like a complete stream.
-async fn work(
+/// Runs until told to stop, then leaves what is live to the daemon that relieves this one; without one it resets
+/// it: a plain close would look like a complete stream.
+async fn serve(
     queue: Queue,
-    listener: oneshot::Receiver<std::net::TcpListener>,
+    work: oneshot::Receiver<Work>,
     number: usize,
     enforcer: Arc<Enforcer>,
     mut stop: watch::Receiver<bool>,
 ) -> io::Result<()> {
-    let Ok(listener) = listener.await else {
+    let Ok(Work { listener, left }) = work.await else {
         return Ok(());
     };
     prefer_own_core(&listener, number);
     let listener = tokio::net::TcpListener::from_std(listener)?;
+    for relayed in left {
+        accept::resume(relayed, &enforcer, number);
+    }
     let gate = Gate::new(queue, Arc::clone(&enforcer), number);
     let result = tokio::select! {
         biased;
         _ = stop.wait_for(|stop| *stop) => Ok(()),
         result = Rc::clone(&gate).serve() => result,
-        () = accept::serve(listener, Arc::clone(&enforcer), number) => Ok(()),
+        () = accept::serve(&listener, Arc::clone(&enforcer), number) => Ok(()),
     };
+    if enforcer.leaving.has_begun() {
+        return leave(&gate, listener, &enforcer).await;
+    }
     enforcer.flows.end_all();
-    // Their tasks run on this very thread; each takes itself out of the table once it is done.
-    let settled = async {
-        while enforcer.flows.len() > 0 {
+    // Their tasks run on this very thread; each takes itself out of the table once it is done. Past the
+    // deadline the rest is closed by the kernel.
+    within(STOP_WITHIN, || enforcer.flows.len() == 0).await;
+    result
+}
+
+/// Leaves everything to the daemon that relieves this one.
+async fn leave(
+    gate: &Gate,
+    listener: tokio::net::TcpListener,
+    enforcer: &Enforcer,
+) -> io::Result<()> {
+    let (flows, leaving) = (&enforcer.flows, &enforcer.leaving);
+    leaving.gate_stopped();
+    let gates = enforcer.queues.len();
+    let answered = || leaving.gates_stopped() == gates && !flows.has_any(&[StageName::Held]);
+    within(ANSWER_WITHIN, answered).await;
+    flows.let_go();
+    let at_work = [StageName::Held, StageName::Live];
+    within(STOP_WITHIN, || !flows.has_any(&at_work)).await;
+    let (number, queue) = gate.leave()?;
+    let listener = listener.into_std()?.into();
+    leaving.seat(number, Seat { queue, listener });
+    Ok(())
+}
+
+/// Waits until `done`, for at most `limit`.
+async fn within(limit: Duration, done: impl Fn() -> bool) {
+    let look = async {
+        while !done() {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     };
-    // Past the deadline the rest is closed by the kernel.
-    let _ = tokio::time::timeout(STOP_WITHIN, settled).await;
-    result
+    let _ = tokio::time::timeout(limit, look).await;
 }
 
 #[cfg(test)]

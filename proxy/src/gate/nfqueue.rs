@@ -1,8 +1,8 @@
 //! One NFQUEUE: packets in, verdicts out (linux/netfilter/nfnetlink_queue.h).
 //!
 //! Verdicts are gathered and sent many to a call, each for one packet: a batch verdict would
-//! release every packet up to its number, held ones too. Knows nothing of what a packet means.
-use std::cell::RefCell;
+//! release every packet up to its number, held ones too; only who gives up uses it, for these. Knows nothing of what a packet means.
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -27,6 +27,7 @@ const RECEIVE_BUFFER: usize = 8 << 20;
 const PACKET: u16 = 3 << 8;
 const VERDICT: u16 = 3 << 8 | 1;
 const CONFIG: u16 = 3 << 8 | 2;
+const VERDICT_BATCH: u16 = 3 << 8 | 3;
 const NFQA_PACKET_HDR: u16 = 1;
 const NFQA_VERDICT_HDR: u16 = 2;
 const NFQA_MARK: u16 = 3;
@@ -71,6 +72,8 @@ pub(crate) struct Queue {
     socket: AsyncFd<OwnedFd>,
     number: u16,
     rulings: RefCell<Vec<u8>>,
+    /// The last packet that came.
+    last: Cell<Option<PacketId>>,
 }
 
 impl Queue {
@@ -91,11 +94,35 @@ impl Queue {
             setsockopt(&fd, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
         }
         configure(&fd, number)?;
+        Self::of(fd, number)
+    }
+
+    /// Goes on with queue `number`, which another process has bound with this socket. Within a tokio runtime.
+    ///
+    /// # Errors
+    /// Whatever `epoll_ctl` answers.
+    pub(crate) fn of(socket: OwnedFd, number: u16) -> io::Result<Self> {
         Ok(Self {
-            socket: sys::watch(fd)?,
+            socket: sys::watch(socket)?,
             number,
             rulings: RefCell::new(Vec::with_capacity(4096)),
+            last: Cell::new(None),
         })
+    }
+
+    /// Drops what came and was not ruled on, and leaves the queue to whoever gets this socket: what has not
+    /// come yet waits there.
+    ///
+    /// # Errors
+    /// If descriptors are short.
+    pub(crate) fn leave(&self) -> io::Result<(u16, OwnedFd)> {
+        self.flush()?;
+        if let Some(last) = self.last.get() {
+            let mut out = Vec::with_capacity(32);
+            write_verdict(&mut out, VERDICT_BATCH, self.number, last, Ruling::Drop);
+            send(self.socket.as_fd().as_raw_fd(), &out, MsgFlags::empty())?;
+        }
+        Ok((self.number, self.socket.get_ref().try_clone()?))
     }
 
     /// Waits until there may be a packet, then hands out up to `most` of them.
@@ -113,7 +140,10 @@ impl Queue {
             match recv(self.socket.get_ref().as_raw_fd(), buffer, MsgFlags::empty()) {
                 Ok(length) => messages(&buffer[..length])
                     .filter_map(|message| queued(&message))
-                    .for_each(&mut each),
+                    .for_each(|queued| {
+                        self.last.set(Some(queued.id));
+                        each(queued);
+                    }),
                 Err(nix::errno::Errno::EAGAIN) => {
                     ready.clear_ready();
                     break;
@@ -195,6 +225,11 @@ fn header(kind: u16, flags: u16, number: u16) -> Header {
 
 /// A verdict on one packet.
 fn write_ruling(out: &mut Vec<u8>, number: u16, id: PacketId, ruling: Ruling) {
+    write_verdict(out, VERDICT, number, id, ruling);
+}
+
+/// A verdict on one packet, or on all up to it.
+fn write_verdict(out: &mut Vec<u8>, kind: u16, number: u16, id: PacketId, ruling: Ruling) {
     let (verdict, mark) = match ruling {
         Ruling::Drop => (NF_DROP, None),
         Ruling::Accept { mark } => (NF_ACCEPT, Some(mark)),
@@ -202,7 +237,7 @@ fn write_ruling(out: &mut Vec<u8>, number: u16, id: PacketId, ruling: Ruling) {
     let mut both = [0; 8];
     both[..4].copy_from_slice(&verdict.to_be_bytes());
     both[4..].copy_from_slice(&id.0.to_be_bytes());
-    netlink::write(out, header(VERDICT, 0, number), |m| {
+    netlink::write(out, header(kind, 0, number), |m| {
         m.bytes(NFQA_VERDICT_HDR, &both);
         if let Some(mark) = mark {
             m.bytes(NFQA_MARK, &mark.to_be_bytes());

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
-use nix::unistd::pipe2;
+use nix::unistd::{pipe2, read};
 
 /// Bytes that a pipe is asked to hold. Beyond `fs.pipe-user-pages-soft` the kernel gives less to
 /// who lacks `CAP_SYS_RESOURCE`; everything works with any size.
@@ -64,11 +64,31 @@ impl Pipe {
         self.held.set(self.held.get() - moved);
         Ok(moved)
     }
+
+    /// Whether all that came in has gone out.
+    pub(super) fn is_empty(&self) -> bool {
+        self.held.get() == 0
+    }
+
+    /// Appends what is in the pipe to `bytes`, and leaves it empty.
+    ///
+    /// # Errors
+    /// What `read` answers.
+    pub(super) fn empty_into(&self, bytes: &mut Vec<u8>) -> io::Result<()> {
+        let mut at = bytes.len();
+        bytes.resize(at + self.held.get(), 0);
+        while !self.is_empty() {
+            let moved = read(&self.ends.read, &mut bytes[at..])?;
+            at += moved;
+            self.held.set(self.held.get() - moved);
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Pipe {
     fn drop(&mut self) {
-        if self.held.get() == 0 {
+        if self.is_empty() {
             POOL.with_borrow_mut(|pool| {
                 if pool.len() < KEPT {
                     pool.push(Rc::clone(&self.ends));

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use controller::{Batch, Index, Problem};
+use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use crate::carried::upkeep;
@@ -29,6 +30,8 @@ pub(super) struct Follower {
     pub(super) touched: BTreeSet<IpAddr>,
     /// Addresses whose flows from before they came under policy are still to be judged.
     pub(super) isolated: BTreeSet<IpAddr>,
+    /// Between two changes it stops, and leaves the kernel to another.
+    pub(super) stopped: watch::Receiver<bool>,
 }
 
 /// Says in the log which faults of the cluster's objects stand that did not before.
@@ -40,8 +43,9 @@ pub(super) fn announce(before: &[Problem], now: &[Problem]) {
 }
 
 impl Follower {
-    /// Follows the source without end; returns only if this daemon can no longer do so.
+    /// Follows the source until stopped; returns before only if this daemon can no longer do so.
     pub(super) async fn follow(mut self) {
+        let mut stopped = self.stopped.clone();
         let mut arrived = Instant::now();
         loop {
             let generation = self.enforcer.table.generation();
@@ -57,16 +61,20 @@ impl Follower {
                     self.enforcer.metrics.enforced(generation);
                     self.enforcer.metrics.took_effect(arrived.elapsed());
                     info!(generation, "in force");
-                    let batch = self.source.next().await;
+                    let batch = tokio::select! {
+                        _ = stopped.wait_for(|stopped| *stopped) => return,
+                        batch = self.source.next() => batch,
+                    };
                     arrived = Instant::now();
                     batch
                 }
                 Some(reason) => {
                     error!("{reason}");
                     self.readiness.not_ready(reason);
-                    match tokio::time::timeout(RETRY, self.source.next()).await {
-                        Ok(batch) => batch,
-                        Err(_) => continue,
+                    tokio::select! {
+                        _ = stopped.wait_for(|stopped| *stopped) => return,
+                        batch = self.source.next() => batch,
+                        () = tokio::time::sleep(RETRY) => continue,
                     }
                 }
             };

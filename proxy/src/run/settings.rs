@@ -110,6 +110,10 @@ pub(crate) struct RunArgs {
         env = "PORTREEVE_HOLD"
     )]
     pub(crate) hold: humantime::Duration,
+    /// Where a daemon that starts relieves the one that runs, and takes over its live connections: a path for a
+    /// socket, in a directory of root's own [default: none, a second daemon is refused].
+    #[arg(long, value_name = "PATH", env = "PORTREEVE_HANDOVER")]
+    pub(crate) handover: Option<PathBuf>,
     /// How log lines look; they go to standard error, and RUST_LOG chooses which.
     #[arg(long, value_enum, default_value_t = LogFormat::Text, env = "PORTREEVE_LOG_FORMAT")]
     pub(crate) log_format: LogFormat,

@@ -17,6 +17,7 @@ mod console;
 mod dials;
 mod ending;
 mod first;
+mod handover;
 mod image;
 mod isolation;
 mod jaeger;
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
         ports::TESTS,
         bounds::TESTS,
         restart::TESTS,
+        handover::TESTS,
         admin::TESTS,
         logs::TESTS,
         spans::TESTS,

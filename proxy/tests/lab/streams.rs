@@ -62,7 +62,7 @@ fn the_server_sees_the_clients_own_address() {
 }
 
 /// Both ends of a connection through the way: client and server.
-fn ends(client: &Host, server: &Host, to: SocketAddr) -> (TcpStream, TcpStream) {
+pub(crate) fn ends(client: &Host, server: &Host, to: SocketAddr) -> (TcpStream, TcpStream) {
     let any: SocketAddr = if to.is_ipv4() {
         ([0, 0, 0, 0], to.port()).into()
     } else {

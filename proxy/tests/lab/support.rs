@@ -171,9 +171,30 @@ impl Bed {
     }
 
     /// Starts `command` as the daemon of a node and waits until it enforces.
-    pub(crate) fn start_command(&mut self, node: usize, mut command: lab::Command) {
+    pub(crate) fn start_command(&mut self, node: usize, command: lab::Command) {
+        let log = self.file(&format!("{}.log", self.lab.node(node).name()));
+        self.daemons[node] = Some(self.started(node, command, log, |_| true));
+    }
+
+    /// Starts one more daemon on a node, and waits until it enforces and its log says that it has taken over from
+    /// the one that runs; returns that.
+    pub(crate) fn relieve(&mut self, node: usize, flags: &[&str]) -> Daemon {
+        let log = self.file(&format!("relief-{}.log", self.mark()));
+        let took_over = |log: &str| log.contains("took over") && log.contains("in force");
+        let command = self.run_command(node, flags);
+        let relief = self.started(node, command, log, took_over);
+        self.daemons[node].replace(relief).unwrap()
+    }
+
+    /// Starts a daemon, and waits until its log is `so` and it, or another, answers that it is ready.
+    fn started(
+        &self,
+        node: usize,
+        mut command: lab::Command,
+        log: PathBuf,
+        so: impl Fn(&str) -> bool,
+    ) -> Daemon {
         let host = self.lab.node(node);
-        let log = self.file(&format!("{}.log", host.name()));
         let written = File::options()
             .create(true)
             .append(true)
@@ -183,14 +204,17 @@ impl Bed {
         let mut child = command.spawn().unwrap();
         let ready = wait_for(DEADLINE, "the daemon to be ready", || {
             let ended = child.try_wait().unwrap();
-            let ready = ended.is_none() && ask(&host, "/readyz").is_some_and(|it| it.status == 200);
+            let said = fs::read_to_string(&log).unwrap();
+            let ready = ended.is_none()
+                && so(&said)
+                && ask(&host, "/readyz").is_some_and(|it| it.status == 200);
             (ready || ended.is_some()).then_some(ended)
         });
         match ready {
             Ok(None) => {}
             other => panic!("no daemon ({other:?}):\n{}", tail(&log)),
         }
-        self.daemons[node] = Some(Daemon { child, log });
+        Daemon { child, log }
     }
 
     /// `portreeve run` on a node, with its manifests.

@@ -1,0 +1,64 @@
+//! Connections on their way from one daemon to the next: let go of by the one that has them, and entered by
+//! the one that goes on with them.
+use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::time::{Instant, SystemTime};
+
+use super::{Flow, FlowKey, Flows, Stage, StageName};
+use crate::limits::Permit;
+use crate::relay::Moved;
+use crate::trail::Trail;
+
+/// A connection that an earlier daemon has let in.
+pub(crate) struct Adopted {
+    pub(crate) key: FlowKey,
+    /// Initial sequence number of the client's SYN.
+    pub(crate) sequence: u32,
+    pub(crate) opened: SystemTime,
+    pub(crate) started: Instant,
+    pub(crate) moved: Moved,
+    pub(crate) trail: Option<Trail>,
+}
+
+impl Flows {
+    /// Enters a connection as live.
+    pub(crate) fn adopt(&self, adopted: Adopted, permit: Permit) -> Arc<Flow> {
+        let Adopted {
+            key,
+            sequence,
+            opened,
+            started,
+            moved,
+            trail,
+        } = adopted;
+        let id = self
+            .next_id
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let flow = Arc::new(Flow {
+            opened,
+            started,
+            moved,
+            trail: trail.map_or_else(OnceLock::new, OnceLock::from),
+            stage: Mutex::new(Stage::Live(Weak::new())),
+            ..Flow::held(id, key, sequence, permit)
+        });
+        self.by_address.insert(&flow);
+        self.by_key.insert(key, Arc::clone(&flow));
+        flow
+    }
+
+    /// Has every task that has a connection stop where it is; what waits for its client to complete its
+    /// handshake stays.
+    pub(crate) fn let_go(&self) {
+        for flow in self.all() {
+            if flow.stage_name() != StageName::Admitted {
+                flow.cut.notify_one();
+            }
+        }
+    }
+
+    /// Whether there is a connection at one of these stages.
+    pub(crate) fn has_any(&self, stages: &[StageName]) -> bool {
+        let mut flows = self.by_key.iter();
+        flows.any(|flow| stages.contains(&flow.stage_name()))
+    }
+}

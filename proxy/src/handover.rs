@@ -1,0 +1,231 @@
+//! What a daemon hands to the one that takes its place, so that no stream ends with it: queues,
+//! listeners and every relayed connection, from process to process over a Unix socket.
+//!
+//! Knows neither flows nor policy: what is handed over is values and descriptors. Whoever takes over
+//! judges anew. A path of the file system and not an abstract name: that could be had by whoever runs in
+//! the node's network namespace, and with it every stream of the node.
+mod line;
+mod message;
+mod offer;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use iptables_init::settings::Settings;
+use serde::{Deserialize, Serialize};
+use socket2::SockRef;
+
+use crate::trail::Seen;
+
+pub(crate) use offer::{Offer, Successor, is_offered, take_over};
+
+/// What is said, and in which order, has this number; another daemon may speak another.
+const FORMAT: u32 = 1;
+/// What the handover may take in all, from either side.
+pub(crate) const WITHIN: Duration = Duration::from_secs(2);
+
+/// Why nothing was handed over.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum HandoverError {
+    #[error(
+        "cannot {operation} {path}: {source}; --handover needs a path that root alone can write to"
+    )]
+    Path {
+        operation: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error(
+        "the other end belongs to user {uid}, and only a daemon of our own user is one of ours"
+    )]
+    Stranger { uid: u32 },
+    #[error("the running daemon refused: {0}")]
+    Refused(String),
+    #[error("the other daemon did not answer in time; is it stopped? end it first")]
+    Late,
+    #[error("the other daemon ended meanwhile")]
+    Gone,
+    #[error("the other daemon said what makes no sense: {0}")]
+    Malformed(String),
+    #[error("the socket between the daemons failed")]
+    Io(#[from] io::Error),
+}
+
+/// Who may take over from whom: both must say the same, but for the format.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Terms {
+    format: u32,
+    /// Inode of the network namespace.
+    namespace: u64,
+    /// Of the redirect.
+    settings: String,
+}
+
+impl Terms {
+    /// This daemon's.
+    ///
+    /// # Errors
+    /// If `/proc` is not there.
+    pub(crate) fn new(redirect: &Settings) -> io::Result<Self> {
+        let Settings {
+            proxy_port,
+            queue,
+            mark_mask,
+            ..
+        } = redirect;
+        let queues = redirect.queue_count();
+        Ok(Self {
+            format: FORMAT,
+            namespace: std::fs::metadata("/proc/self/ns/net")?.ino(),
+            settings: format!(
+                "--proxy-port {proxy_port} --queue {queue} --queues {queues} --mark-mask {mark_mask}"
+            ),
+        })
+    }
+
+    /// Why a daemon with `others` must not take over from this one.
+    fn refuse(&self, others: &Self) -> Option<String> {
+        if others.namespace != self.namespace {
+            return Some("it enforces in another network namespace".to_owned());
+        }
+        (others.settings != self.settings).then(|| format!("it runs with {}", self.settings))
+    }
+}
+
+/// All that a daemon leaves. Connections that nobody has taken out of it when it is dropped are reset: a plain close
+/// would look like a complete stream.
+#[derive(Debug, Default)]
+pub(crate) struct Estate {
+    /// By number of the NFQUEUE.
+    pub(crate) seats: BTreeMap<u16, Seat>,
+    pub(crate) connections: Vec<Connection>,
+}
+
+/// What a worker works with. Bound and listening: what comes while nobody serves them waits.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    pub(crate) queue: OwnedFd,
+    pub(crate) listener: OwnedFd,
+}
+
+/// A relayed connection.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(crate) told: Told,
+    pub(crate) server: OwnedFd,
+    /// `None`: its handshake is still the listener's.
+    pub(crate) client: Option<OwnedFd>,
+    /// What was taken from the client, and from the server, and not passed on yet.
+    pub(crate) in_flight: [Vec<u8>; 2],
+}
+
+/// What is known of a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Told {
+    pub(crate) client: std::net::SocketAddr,
+    pub(crate) server: std::net::SocketAddr,
+    /// Of the client's SYN.
+    pub(crate) sequence: u32,
+    pub(crate) opened: SystemTime,
+    pub(crate) age: Duration,
+    /// Bytes from the client and from the server, those in flight included.
+    pub(crate) moved: [u64; 2],
+    /// Client and server, if they are pods.
+    pub(crate) pods: [Option<Pod>; 2],
+    pub(crate) seen: Option<Seen>,
+}
+
+/// The pod that a connection belongs to; another at its address must not inherit it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Pod {
+    pub(crate) namespace: String,
+    pub(crate) name: String,
+    pub(crate) uid: String,
+}
+
+impl Estate {
+    /// Bytes that were taken from one side of a connection and not given to the other yet.
+    pub(crate) fn in_flight(&self) -> usize {
+        let bytes = self.connections.iter().flat_map(|it| &it.in_flight);
+        bytes.map(Vec::len).sum()
+    }
+
+    /// The connections, which are the caller's from now on.
+    pub(crate) fn take_connections(&mut self) -> Vec<Connection> {
+        std::mem::take(&mut self.connections)
+    }
+}
+
+impl Drop for Estate {
+    fn drop(&mut self) {
+        self.take_connections()
+            .into_iter()
+            .for_each(Connection::reset);
+    }
+}
+
+impl Connection {
+    /// Ends it by a reset on both sides.
+    pub(crate) fn reset(self) {
+        for socket in self.client.iter().chain([&self.server]) {
+            // It fails only on what is no socket; then there is nothing to reset.
+            let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
+        }
+    }
+}
+
+/// Collects what is left by each part of a daemon that is being relieved.
+#[derive(Debug, Default)]
+pub(crate) struct Leaving {
+    begun: AtomicBool,
+    gates_stopped: AtomicUsize,
+    estate: Mutex<Estate>,
+}
+
+impl Leaving {
+    /// From now on connections are left, not ended.
+    pub(crate) fn begin(&self) {
+        self.begun.store(true, Ordering::Release);
+    }
+
+    /// Whether connections are to be left.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.begun.load(Ordering::Acquire)
+    }
+
+    /// To be called by each worker whose gate takes no packet any more.
+    pub(crate) fn gate_stopped(&self) {
+        self.gates_stopped.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// How many gates have stopped.
+    pub(crate) fn gates_stopped(&self) -> usize {
+        self.gates_stopped.load(Ordering::Acquire)
+    }
+
+    /// Leaves a connection.
+    pub(crate) fn connection(&self, connection: Connection) {
+        self.estate().connections.push(connection);
+    }
+
+    /// Leaves a worker's queue, of this number, and its listener.
+    pub(crate) fn seat(&self, queue: u16, seat: Seat) {
+        self.estate().seats.insert(queue, seat);
+    }
+
+    /// All that has been left.
+    pub(crate) fn take(&self) -> Estate {
+        std::mem::take(&mut *self.estate())
+    }
+
+    fn estate(&self) -> std::sync::MutexGuard<'_, Estate> {
+        self.estate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,98 @@
+//! Messages with descriptors between two processes, each in its time. Knows nothing of what they say.
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt};
+use nix::unistd::Uid;
+
+use super::HandoverError;
+use crate::sys;
+
+/// Bytes of the longest message.
+pub(super) const LONGEST: usize = 64 << 10;
+
+/// A connected socket of kind `SOCK_SEQPACKET`.
+pub(super) struct Line {
+    socket: OwnedFd,
+    deadline: Instant,
+    buffer: Vec<u8>,
+}
+
+impl Line {
+    /// Takes a socket whose other end belongs to `user`; what is sent and received is due by `deadline`.
+    ///
+    /// # Errors
+    /// [`HandoverError::Stranger`] if it belongs to somebody else.
+    pub(super) fn to(socket: OwnedFd, user: Uid, deadline: Instant) -> Result<Self, HandoverError> {
+        let peer = getsockopt(&socket, sockopt::PeerCredentials).map_err(io::Error::from)?;
+        if peer.uid() != user.as_raw() {
+            return Err(HandoverError::Stranger { uid: peer.uid() });
+        }
+        Ok(Self {
+            socket,
+            deadline,
+            buffer: vec![0; LONGEST],
+        })
+    }
+
+    /// Sends a message, with copies of these descriptors.
+    pub(super) fn send(
+        &self,
+        message: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), HandoverError> {
+        let raw: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let rights = if raw.is_empty() { &[] } else { &rights[..] };
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let parts = [IoSlice::new(message)];
+        let socket = self.socket.as_raw_fd();
+        let send = || Ok(sendmsg::<()>(socket, &parts, rights, flags, None)?);
+        self.in_time(PollFlags::POLLOUT, send).map(drop)
+    }
+
+    /// Receives a message.
+    pub(super) fn receive(&mut self) -> Result<(&[u8], Vec<OwnedFd>), HandoverError> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let received = self.in_time(PollFlags::POLLIN, || {
+            sys::receive(&self.socket, &mut buffer)
+        });
+        self.buffer = buffer;
+        match received? {
+            (0, _) => Err(HandoverError::Gone),
+            (length, descriptors) => Ok((&self.buffer[..length], descriptors)),
+        }
+    }
+
+    fn in_time<T>(
+        &self,
+        ready: PollFlags,
+        mut act: impl FnMut() -> io::Result<T>,
+    ) -> Result<T, HandoverError> {
+        loop {
+            match act() {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if is_end(&error) => return Err(HandoverError::Gone),
+                other => return Ok(other?),
+            }
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            let wait = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            match poll(&mut [PollFd::new(self.socket.as_fd(), ready)], wait) {
+                Ok(0) => return Err(HandoverError::Late),
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(io::Error::from(error).into()),
+            }
+        }
+    }
+}
+
+fn is_end(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
+}

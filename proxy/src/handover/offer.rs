@@ -1,0 +1,192 @@
+//! The path at which a running daemon waits for the next one, and how both come together there.
+use std::fs::{self, Permissions};
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::Instant;
+
+use nix::unistd::Uid;
+use socket2::{Domain, SockAddr, SockRef, Socket, Type};
+use tokio::io::unix::AsyncFd;
+use tracing::{debug, warn};
+
+use super::line::Line;
+use super::message::Reply;
+use super::{Estate, FORMAT, HandoverError, Terms, WITHIN};
+use crate::sys;
+
+/// A running daemon's readiness to be relieved.
+pub(crate) struct Offer {
+    listener: AsyncFd<OwnedFd>,
+    terms: Terms,
+}
+
+/// The daemon that relieves this one.
+pub(crate) struct Successor {
+    line: Line,
+    /// Whether it understands what would be handed over.
+    understands: bool,
+}
+
+impl Offer {
+    /// Waits at `path` from now on, for daemons of our own user only, in the place of whoever did before.
+    ///
+    /// # Errors
+    /// If nothing can be made there.
+    pub(crate) fn open(path: &Path, terms: Terms) -> Result<Self, HandoverError> {
+        let failed = |operation| {
+            move |source: io::Error| HandoverError::Path {
+                operation,
+                path: path.to_owned(),
+                source,
+            }
+        };
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(failed("replace")(error));
+            }
+            _ => {}
+        }
+        let address = SockAddr::unix(path).map_err(failed("name a socket"))?;
+        let socket = unix_socket()?;
+        socket.bind(&address).map_err(failed("make a socket at"))?;
+        // Before it listens: until then nobody can connect.
+        fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed("protect"))?;
+        socket.listen(8)?;
+        socket.set_nonblocking(true)?;
+        Ok(Self {
+            listener: sys::watch(socket.into())?,
+            terms,
+        })
+    }
+
+    /// Waits until a daemon wants to relieve this one, and may.
+    pub(crate) async fn taken(&self) -> Successor {
+        loop {
+            match self.asked().await {
+                Ok(successor) => return successor,
+                // Somebody who looked whether there is a daemon.
+                Err(HandoverError::Gone) => debug!("a daemon that starts has found this one"),
+                Err(error) => warn!("a daemon that wanted to take over may not: {error}"),
+            }
+        }
+    }
+
+    async fn asked(&self) -> Result<Successor, HandoverError> {
+        let socket = loop {
+            let mut ready = self.listener.readable().await?;
+            match ready.try_io(|listener| SockRef::from(listener.get_ref()).accept()) {
+                Ok(accepted) => break accepted?.0,
+                Err(_would_block) => {}
+            }
+        };
+        let terms = self.terms.clone();
+        let greet = move || Successor::greet(socket.into(), &terms, Uid::effective());
+        let greeted = tokio::task::spawn_blocking(greet).await;
+        greeted.unwrap_or_else(|panicked| Err(io::Error::other(panicked).into()))
+    }
+}
+
+impl Successor {
+    /// Hears what the other end wants, and refuses it if it must not have it.
+    fn greet(socket: OwnedFd, terms: &Terms, user: Uid) -> Result<Self, HandoverError> {
+        let mut line = Line::to(socket, user, Instant::now() + WITHIN)?;
+        let asked: Terms = line.hear()?;
+        let refused = terms.refuse(&asked);
+        line.say(&Reply {
+            format: FORMAT,
+            refused: refused.clone(),
+        })?;
+        match refused {
+            Some(reason) => Err(HandoverError::Refused(reason)),
+            None => Ok(Self {
+                line,
+                understands: asked.format == FORMAT,
+            }),
+        }
+    }
+
+    /// Hands all over, or ends what cannot be handed over. Blocks. Returns whether it was handed over.
+    ///
+    /// # Errors
+    /// If the other end may not have it all; all connections are reset then.
+    pub(crate) fn give(mut self, mut estate: Estate) -> Result<bool, HandoverError> {
+        if self.understands {
+            self.line.give(&estate)?;
+            // They live on as copies.
+            drop(estate.take_connections());
+        }
+        Ok(self.understands)
+    }
+}
+
+/// Whether a daemon waits at `path` to be relieved.
+pub(crate) fn is_offered(path: &Path) -> bool {
+    connected(path).is_ok_and(|socket| socket.is_some())
+}
+
+/// Takes over from the daemon that waits at `path`, if there is one. Blocks, for [`WITHIN`] at most. Of another
+/// format all it can give is its place.
+///
+/// # Errors
+/// Why it did not hand over; what came of it by then is reset.
+pub(crate) fn take_over(path: &Path, terms: &Terms) -> Result<Option<Estate>, HandoverError> {
+    let Some(socket) = connected(path)? else {
+        return Ok(None);
+    };
+    let mut line = Line::to(socket, Uid::effective(), Instant::now() + WITHIN)?;
+    line.say(terms)?;
+    let reply: Reply = line.hear()?;
+    if let Some(reason) = reply.refused {
+        return Err(HandoverError::Refused(reason));
+    }
+    let mut estate = Estate::default();
+    if reply.format == FORMAT {
+        line.take(&mut estate)?;
+        return Ok(Some(estate));
+    }
+    warn!(
+        "the running daemon speaks another format ({}, not {FORMAT}): it ends without a handover",
+        reply.format
+    );
+    match line.receive() {
+        Err(HandoverError::Gone) => Ok(Some(estate)),
+        Err(error) => Err(error),
+        Ok(_) => Err(HandoverError::Malformed("it goes on to speak".to_owned())),
+    }
+}
+
+/// `None`: nobody is there.
+fn connected(path: &Path) -> Result<Option<OwnedFd>, HandoverError> {
+    let failed = |operation| {
+        move |source: io::Error| HandoverError::Path {
+            operation,
+            path: path.to_owned(),
+            source,
+        }
+    };
+    let address = SockAddr::unix(path).map_err(failed("name a socket"))?;
+    let socket = unix_socket()?;
+    // A full backlog must not make it wait.
+    socket.set_nonblocking(true)?;
+    match socket.connect(&address) {
+        Ok(()) => Ok(Some(socket.into())),
+        Err(error)
+            if matches!(
+                error.kind(),
+                ErrorKind::NotFound | ErrorKind::ConnectionRefused
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(failed("reach the daemon at")(error)),
+    }
+}
+
+fn unix_socket() -> io::Result<Socket> {
+    Socket::new(Domain::UNIX, Type::SEQPACKET, None)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,215 @@
+//! Connections that outlive their daemon: what one leaves of them, and what the next makes of it.
+//!
+//! Each is judged anew by whoever takes it over; only the pods that it belongs to are taken on trust.
+use std::net::TcpStream;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use controller::Judgement;
+use policy::{Endpoint, Identity, PodKey, Protocol, Side, Verdict};
+
+use crate::decision::{Decision, Way};
+use crate::enforcer::Enforcer;
+use crate::flows::{Adopted, Flow, FlowKey};
+use crate::handover::{Connection, Pod, Told};
+use crate::limits::Full;
+use crate::metrics::Cause;
+use crate::relay::{InFlight, Moved};
+use crate::trail::Trail;
+
+/// The worker of a leg that the control thread watches until a worker wants it.
+const CONTROL: usize = usize::MAX;
+
+/// A connection that has been relayed before and wants to be relayed on.
+pub(crate) struct Relayed {
+    pub(crate) flow: Arc<Flow>,
+    pub(crate) client: TcpStream,
+    pub(crate) server: TcpStream,
+    pub(crate) in_flight: [Vec<u8>; 2],
+}
+
+/// Leaves a connection whose relay has been stopped, if this daemon is being relieved; from then on it is not
+/// ours. False: it is to be ended.
+pub(crate) fn leave(
+    enforcer: &Enforcer,
+    flow: &Arc<Flow>,
+    client: impl AsFd,
+    server: impl AsFd,
+    in_flight: InFlight,
+) -> bool {
+    if !enforcer.leaving.has_begun() || flow.severance().is_some() {
+        return false;
+    }
+    let copy = |socket: &dyn AsFd| socket.as_fd().try_clone_to_owned();
+    match (copy(&client), copy(&server), in_flight.left()) {
+        (Ok(client), Ok(server), Ok(in_flight)) => {
+            enter(enforcer, flow, server, Some(client), in_flight);
+            true
+        }
+        _ => false,
+    }
+}
+
+/// Leaves the connections that wait for their client to complete its handshake; no worker may run any more.
+pub(crate) fn leave_admitted(enforcer: &Enforcer) {
+    for flow in enforcer.flows.all() {
+        let Some((flow, upstream)) = enforcer.flows.pair(&flow.key) else {
+            continue;
+        };
+        // Else the listener resets its client.
+        if let Ok(server) = upstream.stream.into_std() {
+            enter(enforcer, &flow, server.into(), None, Default::default());
+        }
+    }
+}
+
+fn enter(
+    enforcer: &Enforcer,
+    flow: &Arc<Flow>,
+    server: OwnedFd,
+    client: Option<OwnedFd>,
+    in_flight: [Vec<u8>; 2],
+) {
+    let decision = flow.decision();
+    let pods = match &decision {
+        Some(decision) => [&decision.from, &decision.to].map(|pod| pod.as_deref().map(named)),
+        None => [None, None],
+    };
+    let subject = flow.subject();
+    let told = Told {
+        client: flow.key.client,
+        server: flow.key.server,
+        sequence: flow.sequence,
+        opened: flow.opened,
+        age: flow.started.elapsed(),
+        moved: [subject.sent, subject.received],
+        pods,
+        seen: subject.seen,
+    };
+    enforcer.leaving.connection(Connection {
+        told,
+        server,
+        client,
+        in_flight,
+    });
+    enforcer.flows.remove(flow);
+}
+
+fn named(pod: &Endpoint) -> Pod {
+    let Identity { key, uid, .. } = &*pod.identity;
+    Pod {
+        namespace: key.namespace.to_string(),
+        name: key.name.to_string(),
+        uid: uid.to_string(),
+    }
+}
+
+/// Enters connections that another daemon has left, before the first packet comes to this one, and has those
+/// end that must not go on. Within a tokio runtime. Returns what is to be relayed.
+pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<Connection>) -> Vec<Relayed> {
+    let adopted = left.into_iter().filter_map(|connection| {
+        let permit = match enforcer.limits.permit(connection.told.client.ip()) {
+            Ok(permit) => permit,
+            Err(full) => {
+                enforcer.metrics.refused(match full {
+                    Full::Source => Cause::SourceLimit,
+                    Full::Node => Cause::NodeLimit,
+                });
+                connection.reset();
+                return None;
+            }
+        };
+        let Connection {
+            told,
+            server,
+            client,
+            in_flight,
+        } = connection;
+        let pods = told.pods.clone();
+        let flow = enforcer.flows.adopt(adopted(told), permit);
+        enforcer.metrics.taken_over();
+        let server = TcpStream::from(server);
+        let relayed = match client {
+            Some(client) => Some(Relayed {
+                flow: Arc::clone(&flow),
+                client: client.into(),
+                server,
+                in_flight,
+            }),
+            None => {
+                match tokio::net::TcpStream::from_std(server) {
+                    Ok(server) => enforcer.flows.admit(&flow, server, CONTROL),
+                    Err(_) => enforcer.flows.remove(&flow),
+                }
+                None
+            }
+        };
+        judge(enforcer, &flow, pods);
+        relayed
+    });
+    adopted.collect()
+}
+
+fn adopted(told: Told) -> Adopted {
+    let now = Instant::now();
+    let started = now.checked_sub(told.age).unwrap_or(now);
+    Adopted {
+        key: FlowKey {
+            client: told.client,
+            server: told.server,
+        },
+        sequence: told.sequence,
+        opened: told.opened,
+        started,
+        moved: Moved::resumed(told.moved),
+        trail: told.seen.map(|seen| Trail::resumed(started, seen)),
+    }
+}
+
+/// Judges a connection by this daemon's own table, and cuts it if it is denied or another's.
+fn judge(enforcer: &Enforcer, flow: &Arc<Flow>, pods: [Option<Pod>; 2]) {
+    let FlowKey { client, server } = flow.key;
+    let port = Some(server.port());
+    let judge = || {
+        let table = &enforcer.table;
+        table.judge(client.ip(), server.ip(), port, Protocol::Tcp)
+    };
+    let was = let_in_between(pods);
+    if let Some(severance) = was.overturned(client.ip(), server.ip(), judge()) {
+        flow.decide(Arc::new(was));
+        enforcer.metrics.severed(&severance.decision, Way::Spliced);
+        enforcer.flows.sever(flow, severance);
+        return;
+    }
+    flow.decide(Arc::new(match judge() {
+        Judgement::Settled { verdict, from, to } => Decision { verdict, from, to },
+        Judgement::Unknown(_) => was,
+    }));
+}
+
+/// What is known of the decision by which the other daemon let a connection in.
+fn let_in_between(pods: [Option<Pod>; 2]) -> Decision {
+    let [from, to] = pods.map(|pod| {
+        let pod = pod?;
+        Some(Arc::new(Endpoint::bare(Identity {
+            key: PodKey {
+                namespace: pod.namespace.into(),
+                name: pod.name.into(),
+            },
+            uid: pod.uid.into(),
+            node_name: "".into(),
+            node: None,
+        })))
+    });
+    let allowed = || Side {
+        allowed: true,
+        ..Side::default()
+    };
+    let verdict = Verdict {
+        egress: allowed(),
+        ingress: allowed(),
+        exempt: None,
+    };
+    Decision { verdict, from, to }
+}

@@ -43,7 +43,9 @@ pub fn inspect(settings: &Settings) -> Vec<Finding> {
     if let Err(error) = redirect::validate(settings) {
         findings.error(error);
     }
-    if findings.nft_works() && findings.kernel_can() {
+    if let Some(in_use) = findings.nft_works()
+        && findings.kernel_can(in_use)
+    {
         findings.table(settings);
     }
     findings.routing(settings);
@@ -78,22 +80,23 @@ impl Findings {
         self.fatal(problem, remedy);
     }
 
-    /// Whether `nft` is there and may be used; else all questions to it would fail alike.
-    fn nft_works(&mut self) -> bool {
+    /// Whether our tables are there, if `nft` can be asked; else all questions to it would fail alike.
+    fn nft_works(&mut self) -> Option<bool> {
         match Loaded::read() {
-            Ok(_) => true,
+            Ok(loaded) => Some(loaded.is_some()),
             // A listing that fails for another reason is told by the probes that follow.
-            Err(CommandError::Refused { .. }) => true,
+            Err(CommandError::Refused { .. }) => Some(false),
             Err(error) => {
                 self.error(error);
-                false
+                None
             }
         }
     }
 
-    fn kernel_can(&mut self) -> bool {
+    /// While the tables are `in_use` packets may wait, and must not be disturbed.
+    fn kernel_can(&mut self, in_use: bool) -> bool {
         let mut all = true;
-        for feature in &FEATURES {
+        for feature in FEATURES.iter().filter(|it| !(in_use && it.disturbs)) {
             match feature.probe() {
                 Ok(()) => {}
                 Err(CommandError::Refused { message, .. }) => {

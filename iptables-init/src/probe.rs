@@ -1,5 +1,9 @@
 //! What this kernel's netfilter can do, found out by asking it: `nft -c` sends the rules and breaks
 //! the transaction off, so nothing changes.
+//!
+//! To take out a hook, or a rule that sets a zone, the kernel drops all packets that wait in any queue of the
+//! network namespace (linux net/netfilter, `nf_queue_nf_hook_drop`), after a trial too. So chains have no hook
+//! where they can do without, and what has to be tried so is not where packets of ours may wait.
 use std::io;
 
 use crate::command::{self, CommandError, Program};
@@ -15,10 +19,13 @@ pub(crate) struct Feature {
     pub(crate) options: &'static str,
     /// The modules that bring it.
     pub(crate) modules: &'static str,
-    /// The family of the table that it is tried in, the chain, and the rule.
+    /// The family of the table that it is tried in, and the rule.
     family: &'static str,
-    chain: &'static str,
     rule: &'static str,
+    /// What hooks the chain, for what can be tried in no other.
+    hook: Option<&'static str>,
+    /// To try it drops what waits in a queue.
+    pub(crate) disturbs: bool,
 }
 
 /// All that is needed but a way to queue.
@@ -28,64 +35,72 @@ pub(crate) const FEATURES: [Feature; 8] = [
         options: "CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET",
         modules: "nf_tables",
         family: "inet",
-        chain: "type filter hook prerouting priority -99;",
         rule: "accept",
+        hook: None,
+        disturbs: false,
     },
     Feature {
         name: "nft tproxy",
         options: "CONFIG_NFT_TPROXY",
         modules: "nft_tproxy",
         family: "inet",
-        chain: "type filter hook prerouting priority -99;",
         rule: "meta l4proto tcp tproxy to :15001",
+        hook: None,
+        disturbs: false,
     },
     Feature {
         name: "nft socket",
         options: "CONFIG_NFT_SOCKET",
         modules: "nft_socket",
         family: "inet",
-        chain: "type filter hook prerouting priority -99;",
         rule: "socket transparent 1",
+        hook: None,
+        disturbs: false,
     },
     Feature {
         name: "nft fib",
         options: "CONFIG_NFT_FIB_INET, CONFIG_NFT_FIB_IPV4, CONFIG_NFT_FIB_IPV6",
         modules: "nft_fib_inet",
         family: "inet",
-        chain: "type filter hook prerouting priority -99;",
         rule: "fib daddr type local fib saddr . iif oif missing",
+        hook: None,
+        disturbs: false,
     },
     Feature {
         name: "nft matches on IPv4 options",
         options: "CONFIG_NF_TABLES of Linux 5.3 or later",
         modules: "nf_tables",
         family: "inet",
-        chain: "type filter hook prerouting priority -99;",
         rule: "ip option lsrr exists",
+        hook: None,
+        disturbs: false,
     },
     Feature {
         name: "connection tracking with marks and zones in nft",
         options: "CONFIG_NFT_CT, CONFIG_NF_CONNTRACK_MARK, CONFIG_NF_CONNTRACK_ZONES",
         modules: "nf_conntrack nft_ct",
         family: "inet",
-        chain: "type filter hook output priority raw;",
         rule: "ct original zone set 15001 ct mark set ct mark or 0x400",
+        hook: None,
+        disturbs: true,
     },
     Feature {
         name: "nft nat",
         options: "CONFIG_NFT_NAT, CONFIG_NF_NAT",
         modules: "nft_chain_nat",
         family: "inet",
-        chain: "type nat hook postrouting priority srcnat;",
         rule: "accept",
+        hook: Some("type nat hook postrouting priority srcnat;"),
+        disturbs: true,
     },
     Feature {
         name: "nft reject",
         options: "CONFIG_NFT_REJECT_INET",
         modules: "nft_reject_inet",
         family: "inet",
-        chain: "type filter hook input priority 102;",
         rule: "reject with icmpx admin-prohibited",
+        hook: None,
+        disturbs: false,
     },
 ];
 
@@ -95,8 +110,9 @@ pub(crate) const BRIDGES: Feature = Feature {
     options: "CONFIG_NF_TABLES_BRIDGE",
     modules: "bridge nf_tables",
     family: BRIDGE,
-    chain: "type filter hook prerouting priority dstnat;",
     rule: "meta iifkind \"veth\" ether daddr set 02:00:00:00:00:01 meta pkttype set host",
+    hook: None,
+    disturbs: false,
 };
 
 /// Why no way to hand packets to user space was found.
@@ -142,11 +158,7 @@ pub fn probe_kernel() -> Result<Kernel, ProbeError> {
 /// # Errors
 /// [`ProbeError`] with kernel options, modules and packages if there is none.
 pub fn probe_queue_rule() -> Result<QueueRule, ProbeError> {
-    let native = match ask(
-        "inet",
-        "type filter hook input priority 101;",
-        "queue flags fanout,bypass num 100-101",
-    ) {
+    let native = match ask("inet", None, "queue flags fanout,bypass num 100-101") {
         Ok(()) => return Ok(QueueRule::Native),
         Err(CommandError::Refused { message, .. }) => message,
         Err(error) => return Err(error.into()),
@@ -169,13 +181,14 @@ impl Feature {
     /// # Errors
     /// [`CommandError::Refused`] with what nft said if not.
     pub(crate) fn probe(&self) -> Result<(), CommandError> {
-        ask(self.family, self.chain, self.rule)
+        ask(self.family, self.hook, self.rule)
     }
 }
 
-fn ask(family: &str, chain: &str, rule: &str) -> Result<(), CommandError> {
+fn ask(family: &str, hook: Option<&str>, rule: &str) -> Result<(), CommandError> {
+    let hook = hook.unwrap_or_default();
     let script = format!(
-        "table {family} portreeve_probe {{\n\tchain probe {{\n\t\t{chain} policy accept;\n\t\t{rule}\n\t}}\n}}\n"
+        "table {family} portreeve_probe {{\n\tchain probe {{\n\t\t{hook}\n\t\t{rule}\n\t}}\n}}\n"
     );
     command::run(Program::Nft, &["-c", "-f", "-"], &script).map(drop)
 }

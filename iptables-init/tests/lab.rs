@@ -60,6 +60,7 @@ fn main() -> ExitCode {
         open_lets_everything_through_while_no_daemon_runs,
         released_pods_go_on_while_no_daemon_runs,
         a_packet_to_be_held_waits_in_a_queue_of_the_right_number,
+        a_packet_that_waits_is_disturbed_by_no_question_and_no_second_install,
         only_the_sysctls_that_check_names_break_the_redirect,
     ])
 }
@@ -597,6 +598,21 @@ fn a_packet_to_be_held_waits_in_a_queue_of_the_right_number() {
             lab.waiting() > waiting
         })
         .unwrap();
+    }
+}
+
+fn a_packet_that_waits_is_disturbed_by_no_question_and_no_second_install() {
+    let flags = "--queue 31 --queues 2";
+    let lab = Lab::new(&format!("install {flags}"), Released::Nobody);
+    let node = lab.node.netns();
+    let _queues = [31, 32].map(|number| node.run(|| queue(number)).unwrap());
+    for address in lab.b.addresses() {
+        let _unanswered = lab.a.ask_udp(SocketAddr::new(address, 90), b"?", SOON);
+    }
+    wait_until(DEADLINE, "both datagrams to wait", || lab.waiting() == 2).unwrap();
+    for call in ["check", "install", "print"] {
+        init(node, &format!("{call} {flags}")).ok();
+        assert_eq!(lab.waiting(), 2, "after `{call}`");
     }
 }
 

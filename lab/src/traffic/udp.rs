@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{setsockopt, sockopt};
 
 use super::dial::{Greeting, errno_of, timeout};
 use crate::cluster::host::io_error;
@@ -91,6 +92,10 @@ fn failed(error: &io::Error) -> UdpOutcome {
     }
 }
 
+/// Bytes that may wait for a server: the kernel's default takes 277 datagrams, and drops what else comes while a
+/// busy machine gives the server no time.
+const RECEIVE_BUFFER: usize = 8 << 20;
+
 #[derive(Debug)]
 pub(super) struct EchoSocket {
     socket: UdpSocket,
@@ -102,6 +107,8 @@ impl EchoSocket {
     pub(super) fn bind(at: SocketAddr, name: Option<&str>) -> io::Result<Self> {
         let socket = UdpSocket::bind(at)?;
         socket.set_nonblocking(true)?;
+        // Without the right to force it, the system's limit has to do.
+        let _ = setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER);
         let name = name.map(str::to_owned);
         Ok(Self { socket, name })
     }

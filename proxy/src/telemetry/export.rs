@@ -97,10 +97,15 @@ impl Exporter {
     fn send(&mut self, spans: Vec<SpanData>) {
         let number = spans.len() as u64;
         let export = self.exporter.export(spans);
+        let began = Instant::now();
         let limited = async { tokio::time::timeout(self.timeout, export).await };
         let (count, failure) = match self.runtime.block_on(limited) {
             Ok(Ok(())) => (&self.counts.sent, None),
-            Ok(Err(error @ OTelSdkError::Timeout(_))) => {
+            // The exporter has the same limit. Where both are seen to have passed at once, its word for that is an
+            // error like any other.
+            Ok(Err(error))
+                if matches!(error, OTelSdkError::Timeout(_)) || began.elapsed() >= self.timeout =>
+            {
                 (&self.counts.timed_out, Some(error.to_string()))
             }
             Ok(Err(error)) => (&self.counts.refused, Some(error.to_string())),

@@ -1,7 +1,8 @@
 //! One NFQUEUE: packets in, verdicts out (linux/netfilter/nfnetlink_queue.h).
 //!
 //! Verdicts are gathered and sent many to a call, each for one packet: a batch verdict would
-//! release every packet up to its number, held ones too; only who gives up uses it, for these. Knows nothing of what a packet means.
+//! release every packet up to its number, held ones too; only who leaves the queue uses it, for these.
+//! Knows nothing of what a packet means.
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};

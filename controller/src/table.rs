@@ -90,6 +90,8 @@ pub struct Table {
 /// What is known of addresses that are no pod's.
 #[derive(Debug, Default)]
 struct Surroundings {
+    /// The cluster's CIDRs, as few as say the same.
+    cidrs: Arc<[IpNet]>,
     /// First and last addresses of the cluster's CIDRs, disjoint and sorted.
     cluster: Vec<(IpAddr, IpAddr)>,
     nodes: HashSet<IpAddr, ahash::RandomState>,
@@ -101,8 +103,9 @@ impl Surroundings {
             [] => cluster.pod_cidrs(),
             given => given.to_vec(),
         };
-        let mut ranges: Vec<_> = IpNet::aggregate(&cidrs)
-            .into_iter()
+        let cidrs: Arc<[IpNet]> = IpNet::aggregate(&cidrs).into();
+        let mut ranges: Vec<_> = cidrs
+            .iter()
             .map(|cidr| (cidr.network(), cidr.broadcast()))
             .collect();
         ranges.sort_unstable();
@@ -111,6 +114,7 @@ impl Surroundings {
             .flat_map(|node| node.addresses.iter().copied())
             .collect();
         Self {
+            cidrs,
             cluster: ranges,
             nodes,
         }
@@ -237,6 +241,12 @@ impl Table {
         let cluster = self.cluster();
         let found = cluster.node(node);
         found.map(|node| node.pod_cidrs.clone()).unwrap_or_default()
+    }
+
+    /// Which addresses are pods at all: as few CIDRs as say it, in no order.
+    #[must_use]
+    pub fn cluster_cidrs(&self) -> Arc<[IpNet]> {
+        Arc::clone(&read_lock(&self.surroundings).cidrs)
     }
 
     /// The pod of this key, whatever its state.

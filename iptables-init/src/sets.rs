@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 use std::fmt::{Display, Write};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
@@ -20,6 +21,8 @@ const CHUNK: usize = 512;
 pub struct Sets {
     /// Which addresses are this node's pods; bits beyond the prefix do not count.
     pub pods: BTreeSet<IpNet>,
+    /// Which addresses are pods of any node; may lag behind, since nothing is let through by it.
+    pub cluster: Arc<[IpNet]>,
     /// Pods that are known and not isolated for egress.
     pub egress_released: BTreeSet<IpAddr>,
     /// Pods that are known and not isolated for ingress.
@@ -98,7 +101,7 @@ impl Sets {
             if new == old {
                 continue;
             }
-            if name.contains(PODS) {
+            if name.contains(PODS) || name.contains(CLUSTER) {
                 // The kernel holds these merged: taking out one CIDR would tear a hole into
                 // another that covers it.
                 replace(&mut script, &name, &new);
@@ -121,12 +124,17 @@ impl Sets {
                     .map(ToString::to_string)
                     .collect()
             };
-            let pods = self.pods.iter().filter(|n| is_ours(&n.addr()));
-            let pods: BTreeSet<_> = pods.map(|n| n.trunc().to_string()).collect();
+            let networks = |all: &mut dyn Iterator<Item = &IpNet>| -> BTreeSet<String> {
+                all.filter(|n| is_ours(&n.addr()))
+                    .map(|n| n.trunc().to_string())
+                    .collect()
+            };
+            let pods = networks(&mut self.pods.iter());
             if self.bridged.is_some() {
                 sets.push((format!("{BRIDGE} {TABLE} {PODS}{family}"), pods.clone()));
             }
             sets.push((inet(PODS, family), pods));
+            sets.push((inet(CLUSTER, family), networks(&mut self.cluster.iter())));
             sets.push((inet(EGRESS_RELEASED, family), of(&self.egress_released)));
             sets.push((inet(INGRESS_RELEASED, family), of(&self.ingress_released)));
             let selves = self.selves.iter().filter(|a| is_ours(a));
@@ -168,6 +176,7 @@ pub fn load(script: &str) -> Result<(), SetsError> {
 }
 
 const PODS: &str = "pods";
+const CLUSTER: &str = "cluster";
 const GROUPS: &str = "groups";
 const EGRESS_RELEASED: &str = "egress_released";
 const INGRESS_RELEASED: &str = "ingress_released";
@@ -212,6 +221,7 @@ mod tests {
         let addresses = |list: &[&str]| list.iter().map(|a| a.parse().unwrap()).collect();
         Sets {
             pods: pods.iter().map(|n| n.parse().unwrap()).collect(),
+            cluster: ["10.1.0.0/16".parse().unwrap()].into(),
             egress_released: addresses(egress),
             ingress_released: addresses(ingress),
             selves: addresses(selves),
@@ -231,6 +241,8 @@ mod tests {
         insta::assert_snapshot!(wanted.replace_script(), @r"
         flush set inet portreeve pods4
         add element inet portreeve pods4 { 10.1.2.0/24 }
+        flush set inet portreeve cluster4
+        add element inet portreeve cluster4 { 10.1.0.0/16 }
         flush set inet portreeve egress_released4
         add element inet portreeve egress_released4 { 10.1.2.4 }
         flush set inet portreeve ingress_released4
@@ -239,6 +251,7 @@ mod tests {
         add element inet portreeve self4 { 10.1.2.4 . 10.1.2.4 }
         flush set inet portreeve pods6
         add element inet portreeve pods6 { fd00:1::/64 }
+        flush set inet portreeve cluster6
         flush set inet portreeve egress_released6
         flush set inet portreeve ingress_released6
         add element inet portreeve ingress_released6 { fd00:1::4 }

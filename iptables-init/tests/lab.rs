@@ -790,6 +790,9 @@ fn some_sets() -> Sets {
         ]
         .map(|net| net.parse().unwrap())
         .into(),
+        cluster: ["10.0.0.0/8", "fd00::/16"]
+            .map(|net| net.parse().unwrap())
+            .into(),
         egress_released: addresses(&["10.1.2.3", "10.1.2.4", "fd00:1::3"]),
         ingress_released: addresses(&["10.1.2.3", "fd00:1::4"]),
         selves: addresses(&["10.1.2.3", "fd00:1::3"]),

@@ -132,7 +132,9 @@ impl Released {
                 && loaded.egress_released.contains(address) == released(Direction::Egress)
                 && loaded.ingress_released.contains(address) == released(Direction::Ingress)
         };
-        (cidrs.is_empty() || cidrs == loaded.pods) && touched.iter().all(same)
+        (cidrs.is_empty() || cidrs == loaded.pods)
+            && loaded.cluster == self.pods.table.cluster_cidrs()
+            && touched.iter().all(same)
     }
 
     fn wanted(&mut self) -> Sets {
@@ -155,6 +157,7 @@ impl Released {
         let groups = if isolated { Groups::Stay } else { Groups::Pass };
         Sets {
             pods: self.known.iter().copied().collect(),
+            cluster: self.pods.table.cluster_cidrs(),
             egress_released: addresses(&|pod| !pod.egress_isolated),
             ingress_released: addresses(&|pod| !pod.ingress_isolated),
             selves: addresses(&|_| true),

@@ -16,13 +16,13 @@ use crate::api::items;
 use crate::cases::case::Family;
 use crate::control;
 use crate::dials::{By, Dial, Reached, dial_all};
-use crate::support::{Bed, DEADLINE, SOON, greeted, policy};
+use crate::support::{Bed, DEADLINE, greeted, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     services_of_kube_proxy_with_iptables_are_judged_by_the_documented_source,
     services_of_kube_proxy_with_nftables_are_judged_by_the_documented_source,
     session_affinity_holds_with_and_without_policy,
-    a_service_without_endpoints_refuses_except_policed_pods_beside_nftables,
+    a_service_without_endpoints_refuses_with_and_without_policy,
 ];
 
 fn services_of_kube_proxy_with_iptables_are_judged_by_the_documented_source() {
@@ -530,27 +530,16 @@ fn session_affinity_holds_with_and_without_policy() {
     }
 }
 
-fn a_service_without_endpoints_refuses_except_policed_pods_beside_nftables() {
+fn a_service_without_endpoints_refuses_with_and_without_policy() {
     for mode in [ProxyMode::Iptables, ProxyMode::Nftables] {
         let small = Small::new(mode, &[("empty", EMPTY, "None")]);
-        for (client, policed) in small.clients().into_iter().zip([true, false]) {
-            // Its rules reject before the gate, and the kernel sends no error from an address that is not its own.
-            let (expected, limit) = match mode {
-                ProxyMode::Nftables if policed => (Kind::TimedOut, SOON),
-                _ => (Kind::Refused, DEADLINE),
-            };
+        for client in small.clients() {
             for ip in cluster_ips(EMPTY) {
-                let outcome = client.connect((ip, 80).into(), limit).unwrap();
-                let what = format!("{mode:?}, {} to {ip}: {outcome}", client.name());
-                assert_eq!(outcome.kind(), expected, "{what}");
-                // A datagram is on its way through FORWARD, where they reject in both modes.
+                let what = format!("{mode:?}, {} to {ip}", client.name());
+                let outcome = client.connect((ip, 80).into(), DEADLINE).unwrap();
+                assert_eq!(outcome.kind(), Kind::Refused, "{what}: {outcome}");
                 let asked = client.ask_udp((ip, 80).into(), b"who?", DEADLINE).unwrap();
-                assert_eq!(
-                    asked,
-                    UdpOutcome::Refused,
-                    "{mode:?}, {} to {ip}",
-                    client.name()
-                );
+                assert_eq!(asked, UdpOutcome::Refused, "{what}");
             }
         }
     }

@@ -84,7 +84,14 @@ pub(crate) fn run(args: &RunArgs) -> ExitCode {
             let error: anyhow::Error = error;
             eprintln!("portreeve: {error:#}");
             // What a flag says is known to be wrong only there.
-            let wrong = matches!(error.downcast_ref(), Some(TelemetryError::Settings(_)));
+            let wrong = matches!(
+                error.downcast_ref(),
+                Some(
+                    TelemetryError::Settings(_)
+                        | TelemetryError::Tls(_)
+                        | TelemetryError::Url { .. }
+                )
+            );
             ExitCode::from(if wrong { 2 } else { 1 })
         }
     }

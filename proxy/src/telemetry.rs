@@ -8,6 +8,7 @@ mod fold;
 mod place;
 mod settings;
 mod span;
+mod tls;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,6 +18,7 @@ use crate::records::{Fate, Queue, Sink, Subject};
 use export::Exporter;
 use place::{Sampler, Wire};
 pub(crate) use settings::{SettingsError, TelemetryArgs};
+pub(crate) use tls::TlsError;
 
 /// Spans on their way to a collector.
 pub(crate) struct Spans {
@@ -44,6 +46,18 @@ pub(crate) enum TelemetryError {
         "spans cannot be exported; correct --otlp-endpoint or the OTEL_EXPORTER_OTLP_* variable that is named"
     )]
     Exporter(#[source] opentelemetry_otlp::ExporterBuildError),
+    /// The collector is at `https://`, and certificates are missing or wrong.
+    #[error("spans cannot be sent over TLS")]
+    Tls(#[from] TlsError),
+    /// The collector's URL is none.
+    #[error("the collector's URL {url:?} cannot be read; correct --otlp-endpoint")]
+    Url {
+        /// What it is.
+        url: String,
+        /// What is wrong with it.
+        #[source]
+        source: tonic::transport::Error,
+    },
     /// There can be no thread or no runtime for it.
     #[error("the thread that sends spans cannot be started; see the process limits")]
     Thread(#[source] std::io::Error),

@@ -2,19 +2,26 @@
 //!
 //! It sends in batches and waits for each answer; meanwhile records wait in the queue, and when that
 //! is full they are lost and counted there.
-use std::sync::Arc;
+use std::error::Error;
+use std::iter;
+use std::pin::Pin;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use opentelemetry_otlp::{SpanExporter, WithExportConfig};
+use opentelemetry_http::hyper::HyperClient;
+use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response};
+use opentelemetry_otlp::{SpanExporter, WithExportConfig, WithHttpConfig, WithTonicConfig};
 use opentelemetry_sdk::error::OTelSdkError;
 use opentelemetry_sdk::trace::{SpanData, SpanExporter as _};
 use tokio::runtime::Runtime;
+use tonic::transport::{Channel, Endpoint};
 use tracing::{info, warn};
 
 use super::fold::{Fold, Folded};
 use super::settings::{Settings, Transport};
 use super::span::Spanner;
+use super::tls::{self, Connector};
 use super::{Counts, TelemetryError};
 use crate::records::{Queue, Record};
 
@@ -27,7 +34,18 @@ pub(super) struct Exporter {
     delay: Duration,
     batch: usize,
     timeout: Duration,
+    failure: Failure,
     failing: bool,
+}
+
+/// Why the last request failed, where the exporter does not say it itself.
+type Failure = Arc<Mutex<Option<String>>>;
+
+/// Hyper's client, whose errors the exporter would have told as "network error".
+#[derive(Debug)]
+struct Client {
+    inner: HyperClient<Connector>,
+    failure: Failure,
 }
 
 impl Exporter {
@@ -44,22 +62,18 @@ impl Exporter {
             .enable_all()
             .build()
             .map_err(TelemetryError::Thread)?;
+        let failure = Failure::default();
         let guard = runtime.enter();
-        let exporter = match settings.transport {
-            Transport::Grpc => SpanExporter::builder()
-                .with_tonic()
-                .with_endpoint(settings.endpoint)
-                .with_timeout(settings.timeout)
-                .build(),
-            Transport::Http => SpanExporter::builder()
-                .with_http()
-                .with_protocol(opentelemetry_otlp::Protocol::HttpBinary)
-                .with_endpoint(settings.endpoint)
-                .with_timeout(settings.timeout)
-                .build(),
-        };
+        let exporter = exporter(&settings, &failure);
         drop(guard);
-        let mut exporter = exporter.map_err(TelemetryError::Exporter)?;
+        let mut exporter = match exporter {
+            Ok(exporter) => exporter,
+            Err(error) => {
+                // The caller has a runtime too, in which this one must not be waited for.
+                runtime.shutdown_background();
+                return Err(error);
+            }
+        };
         exporter.set_resource(&settings.resource);
         Ok(Self {
             runtime,
@@ -69,6 +83,7 @@ impl Exporter {
             delay: settings.delay,
             batch: settings.batch,
             timeout: settings.timeout,
+            failure,
             failing: false,
         })
     }
@@ -115,6 +130,11 @@ impl Exporter {
             ),
         };
         count.fetch_add(number, Ordering::Relaxed);
+        let cause = self.failure.lock().ok().and_then(|mut last| last.take());
+        let failure = failure.map(|why| match cause {
+            Some(cause) => format!("{why}: {cause}"),
+            None => why,
+        });
         match failure {
             Some(why) if !self.failing => {
                 warn!(
@@ -130,4 +150,70 @@ impl Exporter {
             _ => {}
         }
     }
+}
+
+impl HttpClient for Client {
+    fn send_bytes<'a, 'b>(
+        &'a self,
+        request: Request<Bytes>,
+    ) -> Pin<Box<dyn Future<Output = Result<Response<Bytes>, HttpError>> + Send + 'b>>
+    where
+        'a: 'b,
+    {
+        let sent = self.inner.send_bytes(request);
+        Box::pin(async move {
+            sent.await.inspect_err(|error| {
+                if let Ok(mut last) = self.failure.lock() {
+                    *last = Some(chain(&**error));
+                }
+            })
+        })
+    }
+}
+
+/// What an error says, and all that it came from.
+fn chain(error: &(dyn Error + 'static)) -> String {
+    let causes = iter::successors(Some(error), |error| (*error).source());
+    let said: Vec<_> = causes.map(ToString::to_string).collect();
+    said.join(": ")
+}
+
+fn exporter(settings: &Settings, failure: &Failure) -> Result<SpanExporter, TelemetryError> {
+    let Settings {
+        endpoint,
+        transport,
+        timeout,
+        ..
+    } = settings;
+    let connector = tls::connector(endpoint, &settings.files, *transport)?;
+    let exporter = match transport {
+        Transport::Grpc => SpanExporter::builder()
+            .with_tonic()
+            .with_channel(channel(endpoint, *timeout, connector)?)
+            .with_timeout(*timeout)
+            .build(),
+        Transport::Http => SpanExporter::builder()
+            .with_http()
+            .with_http_client(Client {
+                inner: HyperClient::new(connector, *timeout, None),
+                failure: Arc::clone(failure),
+            })
+            .with_protocol(opentelemetry_otlp::Protocol::HttpBinary)
+            .with_endpoint(endpoint)
+            .with_timeout(*timeout)
+            .build(),
+    };
+    exporter.map_err(TelemetryError::Exporter)
+}
+
+/// Connects when there is something to send, and again after a failure.
+fn channel(url: &str, timeout: Duration, connector: Connector) -> Result<Channel, TelemetryError> {
+    let endpoint = Endpoint::from_shared(url.to_owned());
+    let endpoint = endpoint.map_err(|source| TelemetryError::Url {
+        url: url.to_owned(),
+        source,
+    })?;
+    Ok(endpoint
+        .timeout(timeout)
+        .connect_with_connector_lazy(connector))
 }

@@ -1,7 +1,7 @@
 //! Where spans go and how: the daemon's flags, then OpenTelemetry's standard environment variables.
 //!
-//! Read once, into values that are valid. Headers, compression and certificates are left to the
-//! exporter, which reads `OTEL_EXPORTER_OTLP_*` itself.
+//! Read once, into values that are valid. Headers are left to the exporter, which reads
+//! `OTEL_EXPORTER_OTLP_HEADERS` itself.
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -9,6 +9,8 @@ use opentelemetry::KeyValue;
 use opentelemetry_sdk::Resource;
 use opentelemetry_semantic_conventions::attribute::{K8S_NODE_NAME, SERVICE_NAME, SERVICE_VERSION};
 use percent_encoding::percent_decode_str;
+
+use super::tls::{File, Files};
 
 /// The flags about spans; each can be given as an environment variable too.
 #[derive(Clone, Debug, clap::Args)]
@@ -48,13 +50,21 @@ pub(crate) enum SettingsError {
     },
     /// The collector's URL cannot be used.
     #[error(
-        "{source_name} is {url:?}; give http://HOST:PORT of an OTLP collector: TLS is not in this version, so send to a collector on the node or in the cluster"
+        "{source_name} is {url:?}; give http://HOST:PORT or https://HOST:PORT of an OTLP collector"
     )]
     Endpoint {
         /// Flag or variable.
         source_name: &'static str,
         /// What it says.
         url: String,
+    },
+    /// Who shows a certificate must have its key.
+    #[error("{given} is set without {missing}; a certificate and its key go together")]
+    Half {
+        /// The one that is set.
+        given: &'static str,
+        /// The one that is not.
+        missing: &'static str,
     },
     /// An attribute has no value or no name.
     #[error("OTEL_RESOURCE_ATTRIBUTES has {entry:?}; write name=value, with commas in between")]
@@ -78,6 +88,8 @@ pub(super) struct Settings {
     /// With a path if the transport wants one.
     pub(super) endpoint: String,
     pub(super) transport: Transport,
+    /// Of certificates, for a collector at `https://`.
+    pub(super) files: Files,
     pub(super) resource: Resource,
     /// Share of allowed connections.
     pub(super) allowed: f64,
@@ -117,7 +129,7 @@ impl Settings {
         let Some((source_name, url)) = given else {
             return Ok(None);
         };
-        if !url.starts_with("http://") {
+        if !url.starts_with("http://") && !url.starts_with("https://") {
             return Err(SettingsError::Endpoint { source_name, url });
         }
         let transport = variables.transport(&url)?;
@@ -136,6 +148,7 @@ impl Settings {
         Ok(Some(Self {
             endpoint: endpoint(url, transport, whole),
             transport,
+            files: variables.files()?,
             resource: variables.resource(node)?,
             allowed: args.trace_allowed,
             room,
@@ -191,6 +204,38 @@ impl<F: Fn(&str) -> Option<String>> Variables<F> {
                 })
             }
         }
+    }
+
+    /// OpenTelemetry's three files, each for traces or for all signals.
+    fn files(&self) -> Result<Files, SettingsError> {
+        let file = |names| {
+            let (variable, path) = self.first(names)?;
+            let path = path.into();
+            Some(File { variable, path })
+        };
+        let authorities = file([
+            "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE",
+            "OTEL_EXPORTER_OTLP_CERTIFICATE",
+        ]);
+        let own = file([
+            "OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE",
+            "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE",
+        ]);
+        let key = file([
+            "OTEL_EXPORTER_OTLP_TRACES_CLIENT_KEY",
+            "OTEL_EXPORTER_OTLP_CLIENT_KEY",
+        ]);
+        let half = |given: File, missing| {
+            let given = given.variable;
+            Err(SettingsError::Half { given, missing })
+        };
+        let own = match (own, key) {
+            (Some(own), Some(key)) => Some((own, key)),
+            (None, None) => None,
+            (Some(own), None) => return half(own, "OTEL_EXPORTER_OTLP_CLIENT_KEY"),
+            (None, Some(key)) => return half(key, "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE"),
+        };
+        Ok(Files { authorities, own })
     }
 
     /// Who sends: the service, this program's version, the node, and what the operator adds (the

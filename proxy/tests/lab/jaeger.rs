@@ -11,6 +11,7 @@ use lab::{Child, Host, wait_for, wait_until};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::certificates::Certificates;
 use crate::support::DEADLINE;
 
 const OTLP_GRPC: u16 = 4317;
@@ -22,6 +23,7 @@ const ALL: u32 = 100_000;
 /// Jaeger with its own memory.
 pub(crate) struct Jaeger {
     host: Host,
+    scheme: &'static str,
     _child: Child,
     _files: TempDir,
 }
@@ -42,10 +44,19 @@ pub(crate) struct Span {
 impl Jaeger {
     /// Starts it and waits until it answers.
     pub(crate) fn start(host: Host) -> Self {
+        Self::start_as(host, None)
+    }
+
+    /// The same, but it takes spans over TLS only, as `server`, from those for whom `ca` vouches.
+    pub(crate) fn start_with_tls(host: Host, certificates: &Certificates) -> Self {
+        Self::start_as(host, Some(certificates))
+    }
+
+    fn start_as(host: Host, certificates: Option<&Certificates>) -> Self {
         let program = lab::built("jaeger").unwrap().join("jaeger");
         let files = TempDir::new().unwrap();
         let config = files.path().join("config.yaml");
-        fs::write(&config, configuration(&host)).unwrap();
+        fs::write(&config, configuration(&host, certificates)).unwrap();
         let log = files.path().join("log");
         let mut command = host.command(program);
         command.args(["--config".as_ref(), config.as_os_str()]);
@@ -53,6 +64,11 @@ impl Jaeger {
         command.stdout(written.try_clone().unwrap()).stderr(written);
         let jaeger = Self {
             _child: command.spawn().unwrap(),
+            scheme: if certificates.is_some() {
+                "https"
+            } else {
+                "http"
+            },
             host,
             _files: files,
         };
@@ -67,12 +83,12 @@ impl Jaeger {
 
     /// Where it takes spans by gRPC.
     pub(crate) fn grpc(&self) -> String {
-        format!("http://{}", self.host.addr_v4(OTLP_GRPC))
+        format!("{}://{}", self.scheme, self.host.addr_v4(OTLP_GRPC))
     }
 
     /// Where it takes spans by HTTP, over IPv6.
     pub(crate) fn http(&self) -> String {
-        format!("http://{}", self.host.addr_v6(OTLP_HTTP))
+        format!("{}://{}", self.scheme, self.host.addr_v6(OTLP_HTTP))
     }
 
     /// The page of a trace.
@@ -121,10 +137,18 @@ impl Jaeger {
     }
 }
 
-fn configuration(host: &Host) -> String {
+fn configuration(host: &Host, certificates: Option<&Certificates>) -> String {
     let (v4, v6) = (host.ipv4(), host.ipv6());
     let page = std::env::var("PORTREEVE_JAEGER_UI").unwrap_or_default();
+    let tls = certificates.map(|of| {
+        let (own, key) = (of.certificate("server"), of.key("server"));
+        let clients = of.certificate("ca");
+        format!(
+            r#", tls: {{ cert_file: "{own}", key_file: "{key}", client_ca_file: "{clients}" }}"#
+        )
+    });
     include_str!("../jaeger.yaml")
+        .replace(" TLS", &tls.unwrap_or_default())
         .replace("PAGE", &page)
         .replace("OTLP_GRPC", &format!("{v4}:{OTLP_GRPC}"))
         .replace("OTLP_HTTP", &format!("[{v6}]:{OTLP_HTTP}"))

@@ -12,6 +12,7 @@ mod bridges;
 mod browser;
 mod carried;
 mod cases;
+mod certificates;
 mod changes;
 mod console;
 mod dials;

@@ -15,6 +15,7 @@ use socket2::SockRef;
 use crate::browser::Browser;
 use crate::carried::accounting;
 use crate::cases::world::{Change, World, policy_key};
+use crate::certificates::Certificates;
 use crate::jaeger::{Jaeger, Span};
 use crate::policies::Manifests;
 use crate::stage::{self, Refused, Source, Stage};
@@ -27,6 +28,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_connection_through_two_nodes_is_one_trace_with_both_decisions,
     what_one_node_allows_and_the_next_denies_is_one_trace_too,
     a_retrying_client_is_told_once_and_then_counted,
+    a_collector_that_proves_itself_gets_spans_over_tls_and_no_impostor_does,
     no_collector_however_bad_delays_a_packet_and_every_lost_span_is_counted,
 ];
 
@@ -306,6 +308,62 @@ fn a_retrying_client_is_told_once_and_then_counted() {
     (1..TRIES).for_each(|_| try_once());
     let spans = jaeger.spans_when("deny", |spans| count(spans) == TRIES);
     assert!(spans.len() <= 3, "{spans:#?}");
+}
+
+fn a_collector_that_proves_itself_gets_spans_over_tls_and_no_impostor_does() {
+    let mut bed = Bed::bare(small());
+    let outside = bed.lab.outside();
+    let addresses = [outside.ipv4().into(), outside.ipv6().into()];
+    let certificates = Certificates::make(&addresses);
+    let jaeger = Jaeger::start_with_tls(outside, &certificates);
+    let ca = "OTEL_EXPORTER_OTLP_CERTIFICATE";
+    let own = "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE";
+    let key = "OTEL_EXPORTER_OTLP_CLIENT_KEY";
+    bed.set_env("OTEL_BSP_SCHEDULE_DELAY", PROMPT);
+    bed.write_policies(&[deny_ingress("b")]);
+    bed.install(0, &[]);
+    let (host, a) = (bed.lab.node(0), bed.lab.pod("x/a"));
+    let b = bed.lab.pod("x/b").addr_v4(80);
+    for (to, authority, shown, warned) in [
+        (jaeger.grpc(), "ca", "client", None),
+        (jaeger.http(), "ca", "client", None),
+        (jaeger.grpc(), "stranger", "client", Some("UnknownIssuer")),
+        (jaeger.http(), "stranger", "client", Some("UnknownIssuer")),
+        // Its refusal can be lost with the connection.
+        (jaeger.grpc(), "ca", "stranger", Some("WARN")),
+        (jaeger.http(), "ca", "stranger", Some("WARN")),
+    ] {
+        let case = format!("{to} {authority} {shown}");
+        bed.set_env(ca, certificates.certificate(authority));
+        bed.set_env(own, certificates.certificate(shown));
+        bed.set_env(key, certificates.key(shown));
+        let before = jaeger.spans("deny").len();
+        bed.start(0, &["--otlp-endpoint", &to, "--deny", "reject"]);
+        assert!(a.connect(b, DEADLINE).unwrap().into_stream().is_err());
+        let gone = ["portreeve_spans_lost_total", "portreeve_spans_sent_total"];
+        let counts = if warned.is_none() { [0, 1] } else { [1, 0] };
+        wait_until(DEADLINE * 2, format!("{case}: a span to go"), || {
+            gone.map(|name| metric(&host, name)) == counts
+        })
+        .unwrap_or_else(|error| panic!("{error}\n{}", bed.logs()));
+        let after = before + usize::from(warned.is_none());
+        jaeger.spans_when("deny", |spans| spans.len() == after);
+        let daemon = bed.daemon(0);
+        let said = daemon.log();
+        match warned {
+            None => assert!(!said.contains("WARN"), "{case}: {said}"),
+            Some(why) => assert!(said.contains(why), "{case}: {said}"),
+        }
+        daemon.child.terminate();
+        daemon.child.wait(Duration::from_secs(5)).unwrap();
+        std::fs::remove_file(bed.file(&format!("{}.log", host.name()))).unwrap();
+    }
+    bed.set_env(key, certificates.key("ca"));
+    let refused = bed.run_command(0, &["--otlp-endpoint", &jaeger.grpc()]);
+    let refused = refused.output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    assert!(said.contains(own), "{said}");
 }
 
 fn no_collector_however_bad_delays_a_packet_and_every_lost_span_is_counted() {

@@ -124,7 +124,8 @@ fn wrong_flags_and_manifests_are_usage_errors() {
         ("--pod-cidr", "10.0.0.0/40", "10.244.0.0/24"),
         ("--cluster-cidr", "pods", "10.244.0.0/24"),
         ("--admin", "localhost:1", "127.0.0.1:15020"),
-        ("--otlp-endpoint", "https://jaeger:4317", "http://HOST:PORT"),
+        ("--otlp-endpoint", "jaeger:4317", "https://HOST:PORT"),
+        ("--otlp-endpoint", "http://j:4317:x", "cannot be read"),
     ] {
         refused(
             bed.run_command(0, &[flag, value]),

@@ -31,7 +31,7 @@ pub(crate) struct Bed {
     directory: TempDir,
     daemons: Vec<Option<Daemon>>,
     applied: Cell<u32>,
-    variables: Vec<(&'static str, &'static str)>,
+    variables: Vec<(&'static str, String)>,
 }
 
 pub(crate) struct Daemon {
@@ -146,8 +146,8 @@ impl Bed {
     }
 
     /// Starts daemons from now on with this environment variable.
-    pub(crate) fn set_env(&mut self, name: &'static str, value: &'static str) {
-        self.variables.push((name, value));
+    pub(crate) fn set_env(&mut self, name: &'static str, value: impl Into<String>) {
+        self.variables.push((name, value.into()));
     }
 
     /// The directory that the daemons watch.

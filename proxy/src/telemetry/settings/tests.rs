@@ -81,6 +81,12 @@ fn where_spans_go_and_how_follows_flag_then_variables_then_the_port() {
             Some((Grpc, "http://c:4318")),
         ),
         (
+            Some("https://c:4318"),
+            &[],
+            Some((Http, "https://c:4318/v1/traces")),
+        ),
+        (Some("https://c"), &[], Some((Grpc, "https://c"))),
+        (
             None,
             &[(base, "http://c:1"), (traces, "http://d:4318/x")],
             Some((Http, "http://d:4318/x")),
@@ -127,8 +133,18 @@ fn what_is_wrong_is_named_with_its_variable() {
         ),
         (
             None,
-            [("OTEL_EXPORTER_OTLP_ENDPOINT", "https://c")],
-            "OTEL_EXPORTER_OTLP_ENDPOINT is \"https://c\"",
+            [("OTEL_EXPORTER_OTLP_ENDPOINT", "ftp://c")],
+            "OTEL_EXPORTER_OTLP_ENDPOINT is \"ftp://c\"",
+        ),
+        (
+            to,
+            [("OTEL_EXPORTER_OTLP_CLIENT_KEY", "/k")],
+            "OTEL_EXPORTER_OTLP_CLIENT_KEY is set without OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE",
+        ),
+        (
+            to,
+            [("OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE", "/c")],
+            "OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE is set without OTEL_EXPORTER_OTLP_CLIENT_KEY",
         ),
     ] {
         let refused = read(flag, &variables)

@@ -1,5 +1,6 @@
 //! A real Kubernetes control plane, etcd and kube-apiserver, for clusters of the lab; the lab plays
-//! what is behind it: kubelet, scheduler, controllers.
+//! what is behind it: kubelet, scheduler, controllers. Where these matter, there are real ones:
+//! [`ControlPlane::controllers`] and [`ControlPlane::node`].
 //!
 //! One control plane serves one cluster after the other, see [`ControlPlane::join`] and
 //! [`ControlPlane::publish`]. It authorises by RBAC and admits as by default. Its programs come from
@@ -7,9 +8,11 @@
 
 mod api;
 mod bulk;
+mod controllers;
 mod error;
 mod etcd;
 mod kube_proxy;
+mod node;
 mod objects;
 mod start;
 mod state;
@@ -33,8 +36,10 @@ use crate::wait::wait_until;
 use api::Api;
 use start::Programs;
 
+pub use controllers::Controllers;
 pub use error::KubernetesError;
 pub use kube_proxy::ProxyMode;
+pub use node::{BUSYBOX, Image, Node};
 
 /// Where the API server is for the nodes of the cluster that has joined.
 pub const API_V4: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 2);
@@ -239,6 +244,24 @@ impl ControlPlane {
     /// [`KubernetesError`], if it could not be started.
     pub fn kube_proxy(&self, node: &Host, mode: ProxyMode) -> Result<Child, KubernetesError> {
         kube_proxy::start(&self.programs, &self.directory, node, mode)
+    }
+
+    /// Starts the real controllers that pods on a real node need, and the scheduler. They take as
+    /// theirs what is in the API, so this control plane should serve no other cluster.
+    ///
+    /// # Errors
+    /// [`KubernetesError`], if they could not be started.
+    pub fn controllers(&self) -> Result<Controllers, KubernetesError> {
+        controllers::start(&self.netns, &self.programs, &self.directory)
+    }
+
+    /// Makes the first node of `cluster`, which must have joined, a real one: kubelet and containerd,
+    /// and waits until it is ready. The cluster must have no pods of the lab's own there.
+    ///
+    /// # Errors
+    /// [`KubernetesError`], with the end of the log of a program that failed.
+    pub fn node(&self, cluster: &Cluster) -> Result<Node, KubernetesError> {
+        Node::start(self, &cluster.node(0), &cluster.manifests())
     }
 
     /// The API server's certificate authority, in PEM.

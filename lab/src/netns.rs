@@ -65,17 +65,27 @@ impl Netns {
     pub fn new() -> Result<Self, NetnsError> {
         let made = on_throwaway_thread(|| -> io::Result<_> {
             unshare(CloneFlags::CLONE_NEWNET)?;
-            let handle = File::open("/proc/thread-self/ns/net")?;
-            let inode = handle.metadata()?.ino();
-            Ok(Inner {
-                handle,
-                inode,
-                keeper: Mutex::new(None),
-            })
+            Self::held("/proc/thread-self/ns/net")
         });
-        made.and_then(|inner| inner)
-            .map(|inner| Self(Arc::new(inner)))
-            .map_err(NetnsError::Create)
+        made.and_then(|held| held).map_err(NetnsError::Create)
+    }
+
+    /// The namespace that a process is in.
+    ///
+    /// # Errors
+    /// [`NetnsError::Enter`] if there is no such process, or without the right to look at it.
+    pub fn of_process(id: u32) -> Result<Self, NetnsError> {
+        Self::held(&format!("/proc/{id}/ns/net")).map_err(NetnsError::Enter)
+    }
+
+    fn held(path: &str) -> io::Result<Self> {
+        let handle = File::open(path)?;
+        let inode = handle.metadata()?.ino();
+        Ok(Self(Arc::new(Inner {
+            handle,
+            inode,
+            keeper: Mutex::new(None),
+        })))
     }
 
     /// Runs `work` on a throw-away thread inside the namespace and hands back its result.

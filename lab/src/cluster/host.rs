@@ -30,7 +30,7 @@ struct Inner {
 }
 
 impl Host {
-    pub(super) fn new(name: &str, netns: Netns, v4: Ipv4Addr, v6: Ipv6Addr) -> Self {
+    pub(crate) fn new(name: &str, netns: Netns, v4: Ipv4Addr, v6: Ipv6Addr) -> Self {
         let servers = Mutex::default();
         Self(Arc::new(Inner {
             name: name.into(),

@@ -78,6 +78,25 @@ pub enum KubernetesError {
         /// The object as JSON.
         object: String,
     },
+    /// A cgroup could not be made or used.
+    #[error(
+        "no cgroups of the lab's own below {path}; run as root, where /sys/fs/cgroup is mounted and writable (docker run --privileged --cgroupns=host -v /sys/fs/cgroup:/sys/fs/cgroup)"
+    )]
+    Cgroups {
+        /// Where.
+        path: PathBuf,
+        /// What the kernel answered.
+        #[source]
+        source: io::Error,
+    },
+    /// A tool failed.
+    #[error("`{called}`: {complaint}")]
+    Failed {
+        /// What was called.
+        called: String,
+        /// What it wrote on standard error.
+        complaint: String,
+    },
     /// `kubectl` failed.
     #[error("`kubectl {args}`: {complaint}")]
     Kubectl {

@@ -20,7 +20,8 @@ pub(super) const GATEWAY: &str = "gateway.sock";
 /// How long a program may take until it serves. On two busy cores the API server took 20 s.
 const STARTED: Duration = Duration::from_secs(120);
 /// Who authenticates with which static token: token, user, uid, groups.
-const TOKENS: &str = "lab,lab,lab,system:masters\nkube-proxy,system:kube-proxy,system:kube-proxy\n";
+const TOKENS: &str = "lab,lab,lab,system:masters\nkube-proxy,system:kube-proxy,system:kube-proxy\n\
+    node-0,system:node:node-0,system:node:node-0,system:nodes\n";
 /// The token of `system:kube-proxy`, which RBAC's defaults let do a kube-proxy's work.
 pub(super) const KUBE_PROXY_TOKEN: &str = "kube-proxy";
 
@@ -35,6 +36,8 @@ pub(super) struct Programs {
     server: PathBuf,
     pub(super) kubectl: PathBuf,
     pub(super) kube_proxy: PathBuf,
+    pub(super) controller_manager: PathBuf,
+    pub(super) scheduler: PathBuf,
 }
 
 impl Programs {
@@ -54,6 +57,8 @@ impl Programs {
             server: kubernetes.join("kube-apiserver"),
             kubectl: kubernetes.join("kubectl"),
             kube_proxy: kubernetes.join("kube-proxy"),
+            controller_manager: kubernetes.join("kube-controller-manager"),
+            scheduler: kubernetes.join("kube-scheduler"),
         })
     }
 }
@@ -97,7 +102,9 @@ pub(super) fn server(
     let tokens = directory.join("tokens.csv");
     server.arg(format!("--token-auth-file={}", tokens.display()));
     server.args([
-        "--authorization-mode=RBAC",
+        "--authorization-mode=Node,RBAC",
+        // Nobody resolves a node's name.
+        "--kubelet-preferred-address-types=InternalIP",
         "--allow-privileged=true",
         "--profiling=false",
     ]);

@@ -1,0 +1,252 @@
+//! A real node: kubelet and containerd in a node of the lab, whose pods are containers.
+//!
+//! It has mounts, processes and cgroups of its own below one process; when that ends, nothing is left
+//! on the machine. Needs root, and cgroups that root may write to. Knows the pods as far as it is to
+//! find their processes.
+
+mod cgroups;
+mod configuration;
+mod image;
+
+use std::fs;
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::error::KubernetesError;
+use super::start;
+use super::{API_V4, ControlPlane, write};
+use crate::cluster::Host;
+use crate::netns::Netns;
+use crate::process::{Child, Command, find_program};
+use crate::tools::{ToolError, built};
+use cgroups::Cgroups;
+
+pub use configuration::BUSYBOX;
+pub use image::Image;
+
+/// What the first process of the node does.
+const ROOM: &str = include_str!("node/room.sh");
+/// Where Debian's package has the CNI plugins.
+const PLUGINS: &str = "/usr/lib/cni";
+
+/// A node that runs containers. Dropping it ends them all.
+#[derive(Debug)]
+pub struct Node {
+    host: Host,
+    directory: PathBuf,
+    // In the order in which they are ended: the room takes all that is in it along.
+    room: Child,
+    kubelet: Child,
+    cgroups: Cgroups,
+}
+
+impl Node {
+    /// Makes a node a real one that `manifests` has, and waits until the API has it as ready.
+    pub(super) fn start(
+        control: &ControlPlane,
+        host: &Host,
+        manifests: &Value,
+    ) -> Result<Self, KubernetesError> {
+        let name = host.name();
+        let mut objects = manifests["items"].as_array().into_iter().flatten();
+        let object = objects.find(|it| it["kind"] == "Node" && it["metadata"]["name"] == name);
+        let object = object.cloned().unwrap_or_default();
+        // The pods' networks are the cluster's to give; the rest kubelet adds.
+        control.apply(&object)?;
+        let directory = control.directory.join(name);
+        let cni = directory.join("cni");
+        fs::create_dir_all(&cni).map_err(|source| file_error(&cni, source))?;
+        let network = configuration::network(&object["spec"]["podCIDRs"]);
+        write(cni.join("10-lab.conflist"), &network.to_string())?;
+        let containerd = configuration::containerd(&cni, Path::new(PLUGINS));
+        write(directory.join("containerd.toml"), &containerd)?;
+        let cgroups = Cgroups::new()?;
+        let room = room(host, &directory, &cgroups)?;
+        let program = built("kubelet")?.join("kubelet");
+        let kubelet = kubelet(control, host, &directory, enter(host, room.id(), &program))?;
+        let mut node = Self {
+            host: host.clone(),
+            directory,
+            room,
+            kubelet,
+            cgroups,
+        };
+        node.import_busybox()?;
+        node.await_ready(control)?;
+        Ok(node)
+    }
+
+    /// Gives the node an image, which no registry needs to have then.
+    ///
+    /// # Errors
+    /// If the archive cannot be made, or containerd refuses it.
+    pub fn import(&self, image: &Image<'_>) -> Result<(), KubernetesError> {
+        let archive = image.archive(&self.directory)?;
+        let mut command = self.containerd();
+        command.args(["images", "import"]).arg(&archive);
+        let said = command.output()?;
+        if !said.status.success() {
+            return Err(KubernetesError::Failed {
+                called: format!("ctr images import {}", image.name),
+                complaint: String::from_utf8_lossy(&said.stderr).trim().into(),
+            });
+        }
+        fs::remove_file(&archive).map_err(|source| file_error(&archive, source))
+    }
+
+    /// A program to be started among the node's own mounts, processes and cgroups.
+    #[must_use]
+    pub fn command(&self, program: impl AsRef<Path>) -> Command {
+        enter(&self.host, self.room.id(), program.as_ref())
+    }
+
+    /// The processes of a pod by its uid, sandbox and all containers, as the machine numbers them.
+    #[must_use]
+    pub fn processes(&self, uid: &str) -> Vec<u32> {
+        self.cgroups.processes(&format!("pod{uid}"))
+    }
+
+    /// A pod that runs here, as a host of the lab: its object in, what it has on the network out.
+    ///
+    /// # Errors
+    /// [`KubernetesError::Incomplete`] if it has no addresses or no process yet.
+    pub fn pod(&self, pod: &Value) -> Result<Host, KubernetesError> {
+        let incomplete = |field| KubernetesError::Incomplete {
+            field,
+            object: pod["metadata"]["name"].to_string(),
+        };
+        let metadata = &pod["metadata"];
+        let uid = metadata["uid"].as_str().unwrap_or_default();
+        let processes = self.processes(uid);
+        let netns = processes.iter().find_map(|id| Netns::of_process(*id).ok());
+        let netns = netns.ok_or_else(|| incomplete("process"))?;
+        let addresses = pod["status"]["podIPs"].as_array().into_iter().flatten();
+        let addresses = addresses.filter_map(|it| it["ip"].as_str()?.parse::<IpAddr>().ok());
+        let (mut v4, mut v6) = (None, None);
+        for address in addresses {
+            match address {
+                IpAddr::V4(address) => v4 = Some(address),
+                IpAddr::V6(address) => v6 = Some(address),
+            }
+        }
+        let name = format!(
+            "{}/{}",
+            metadata["namespace"].as_str().unwrap_or_default(),
+            metadata["name"].as_str().unwrap_or_default()
+        );
+        let both = v4.zip(v6).ok_or_else(|| incomplete("status.podIPs"))?;
+        Ok(Host::new(&name, netns, both.0, both.1))
+    }
+
+    /// The ends of the logs of kubelet and containerd.
+    #[must_use]
+    pub fn log(&self) -> String {
+        let [kubelet, containerd] =
+            ["kubelet", "containerd"].map(|name| start::tail(&self.directory, name));
+        format!("kubelet:\n{kubelet}\ncontainerd:\n{containerd}")
+    }
+
+    /// containerd's own client.
+    fn containerd(&self) -> Command {
+        let mut command = self.command("ctr");
+        command.args(["--address", configuration::SOCKET, "--namespace", "k8s.io"]);
+        command
+    }
+
+    fn import_busybox(&self) -> Result<(), KubernetesError> {
+        let root = self.directory.join("busybox");
+        image::busybox(&root)?;
+        self.import(&Image {
+            name: BUSYBOX,
+            root: &root,
+            environment: &["PATH=/bin"],
+            // What a sandbox does: until it is killed, nothing.
+            command: &["sleep", "2147483647"],
+        })
+    }
+
+    fn await_ready(&mut self, control: &ControlPlane) -> Result<(), KubernetesError> {
+        let path = format!("/api/v1/nodes/{}", self.host.name());
+        start::await_start(&self.directory, "kubelet", &mut self.kubelet, || {
+            let node = control.request("GET", &path, None).unwrap_or_default();
+            let conditions = node["status"]["conditions"].as_array();
+            let mut conditions = conditions.into_iter().flatten();
+            conditions.any(|it| it["type"] == "Ready" && it["status"] == "True")
+        })
+    }
+}
+
+/// Starts the process that all others are below, and waits until containerd serves.
+fn room(host: &Host, directory: &Path, cgroups: &Cgroups) -> Result<Child, KubernetesError> {
+    let containerd = installed("containerd", "containerd")?;
+    installed("runc", "runc")?;
+    if !Path::new(PLUGINS).join("ptp").is_file() {
+        return Err(ToolError::Missing {
+            program: "ptp",
+            package: "containernetworking-plugins",
+        }
+        .into());
+    }
+    let script = write(directory.join("room.sh"), ROOM)?;
+    let (stdin, mut go) = io::pipe().map_err(|source| file_error(directory, source))?;
+    let mut command = host.command("sh");
+    // It is to be in its cgroups before it has a namespace of them.
+    let unshare = "unshare --mount --pid --cgroup --fork --kill-child";
+    command.args(["-c", &format!("read go && exec {unshare} sh \"$@\"")]);
+    command.arg("sh").arg(script).arg(directory).arg(containerd);
+    command.stdin(stdin);
+    let mut room = start::spawn(command, directory, "containerd")?;
+    let id = room.id();
+    cgroups.take(id)?;
+    go.write_all(b"go\n")
+        .map_err(|source| file_error(directory, source))?;
+    start::await_start(directory, "containerd", &mut room, || {
+        let mut version = enter(host, id, Path::new("ctr"));
+        version.args(["--address", configuration::SOCKET, "version"]);
+        version.output().is_ok_and(|said| said.status.success())
+    })?;
+    Ok(room)
+}
+
+/// A program in the namespaces that the process `room` has made.
+fn enter(host: &Host, room: u32, program: &Path) -> Command {
+    let mut command = host.command("nsenter");
+    command.arg(format!("--mount=/proc/{room}/ns/mnt"));
+    command.arg(format!("--pid=/proc/{room}/ns/pid_for_children"));
+    command.arg(format!("--cgroup=/proc/{room}/ns/cgroup"));
+    command.arg("--").arg(program);
+    command
+}
+
+fn kubelet(
+    control: &ControlPlane,
+    host: &Host,
+    directory: &Path,
+    mut kubelet: Command,
+) -> Result<Child, KubernetesError> {
+    let name = host.name();
+    // Nobody's names can be asked for.
+    let resolver = write(directory.join("resolv.conf"), "")?;
+    let configuration = configuration::kubelet(&resolver).to_string();
+    let configuration = write(directory.join("kubelet.json"), &configuration)?;
+    let kubeconfig = start::write_kubeconfig(&control.directory, name, API_V4, name)?;
+    kubelet.arg("--config").arg(configuration);
+    kubelet.arg("--kubeconfig").arg(kubeconfig);
+    kubelet.args(["--hostname-override", name]);
+    kubelet.args(["--node-ip", &format!("{},{}", host.ipv4(), host.ipv6())]);
+    start::spawn(kubelet, directory, "kubelet")
+}
+
+fn installed(program: &'static str, package: &'static str) -> Result<PathBuf, ToolError> {
+    find_program(Path::new(program)).ok_or(ToolError::Missing { program, package })
+}
+
+fn file_error(path: &Path, source: io::Error) -> KubernetesError {
+    KubernetesError::File {
+        path: path.into(),
+        source,
+    }
+}

@@ -1,0 +1,75 @@
+//! What containerd, the CNI plugins and kubelet of a node are told.
+//!
+//! Pure: values in, text out.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+/// The image of every pod's sandbox, and one that tests use.
+pub const BUSYBOX: &str = "docker.io/lab/busybox:1";
+pub(super) const SOCKET: &str = "/run/containerd/containerd.sock";
+
+/// containerd's. Without `CAP_SYS_RESOURCE` nobody can make a container less likely to be killed
+/// than containerd itself.
+pub(super) fn containerd(networks: &Path, plugins: &Path) -> String {
+    format!(
+        r#"version = 2
+root = "/var/lib/containerd"
+state = "/run/containerd"
+[grpc]
+  address = "{SOCKET}"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{BUSYBOX}"
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "{}"
+    conf_dir = "{}"
+"#,
+        plugins.display(),
+        networks.display()
+    )
+}
+
+/// The pods' network: a veth each, behind an address of the node.
+pub(super) fn network(pod_cidrs: &Value) -> Value {
+    let ranges = pod_cidrs.as_array().into_iter().flatten();
+    let ranges: Vec<_> = ranges.map(|subnet| json!([{ "subnet": subnet }])).collect();
+    json!({
+        "cniVersion": "1.0.0",
+        "name": "lab",
+        "plugins": [
+            {
+                "type": "ptp",
+                "ipam": {
+                    "type": "host-local",
+                    "ranges": ranges,
+                    "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }],
+                },
+            },
+            { "type": "portmap", "capabilities": { "portMappings": true } },
+        ],
+    })
+}
+
+/// kubelet's. Only the API server's host reaches it, so it believes whoever asks.
+pub(super) fn kubelet(resolver: &Path) -> Value {
+    json!({
+        "apiVersion": "kubelet.config.k8s.io/v1beta1",
+        "kind": "KubeletConfiguration",
+        "containerRuntimeEndpoint": format!("unix://{SOCKET}"),
+        "cgroupDriver": "cgroupfs",
+        "failCgroupV1": false,
+        "failSwapOn": false,
+        "authentication": { "anonymous": { "enabled": true }, "webhook": { "enabled": false } },
+        "authorization": { "mode": "AlwaysAllow" },
+        "resolvConf": resolver,
+        "volumePluginDir": "/var/lib/kubelet/volume-plugins",
+        // A full disk of the machine is not the lab's business.
+        "imageGCHighThresholdPercent": 100,
+        "evictionHard": {
+            "memory.available": "0%", "nodefs.available": "0%", "nodefs.inodesFree": "0%",
+            "imagefs.available": "0%", "imagefs.inodesFree": "0%",
+        },
+    })
+}

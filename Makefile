@@ -11,7 +11,8 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 TOOLS := nft:nftables ip:iproute2 setpriv:util-linux cc:gcc
 # What it takes to build the programs of other projects.
 TOOLS_TOOLS := curl:curl unzip:unzip
-TEST_TOOLS := bwrap:bubblewrap chromium:chromium chromedriver:chromium-driver openssl:openssl
+TEST_TOOLS := bwrap:bubblewrap chromium:chromium chromedriver:chromium-driver openssl:openssl iptables:iptables \
+  containerd:containerd runc:runc busybox:busybox-static /usr/lib/cni/ptp:containernetworking-plugins
 BENCH_TOOLS := haproxy:haproxy
 
 .PHONY: help demo test test-oldest tools lint check bench bench-change prerequisites test-prerequisites bench-prerequisites toolchain

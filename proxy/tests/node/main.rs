@@ -1,0 +1,24 @@
+//! The DaemonSet on a real node: kubelet and containerd run our image as the manifests have it, and the pods
+//! that it polices.
+//!
+//! One node serves all tests, one after the other; every test has a namespace of its own.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test panics at what it cannot do; clippy knows no tests without libtest"
+)]
+mod daemonset;
+mod enforcement;
+mod pods;
+mod room;
+#[expect(dead_code, reason = "the lab's other tests use more")]
+#[path = "../lab/support.rs"]
+mod support;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let tests: Vec<_> = [daemonset::TESTS, enforcement::TESTS].concat();
+    let code = lab::runner::main(&tests);
+    room::close();
+    code
+}

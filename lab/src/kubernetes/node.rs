@@ -159,12 +159,14 @@ impl Node {
     fn import_busybox(&self) -> Result<(), KubernetesError> {
         let root = self.directory.join("busybox");
         image::busybox(&root)?;
-        self.import(&Image {
-            name: BUSYBOX,
-            root: &root,
-            environment: &["PATH=/bin"],
-            // What a sandbox does: until it is killed, nothing.
-            command: &["sleep", "2147483647"],
+        [BUSYBOX, configuration::PAUSE].iter().try_for_each(|name| {
+            self.import(&Image {
+                name,
+                root: &root,
+                environment: &["PATH=/bin"],
+                // What a sandbox does: until it is killed, nothing.
+                command: &["sleep", "2147483647"],
+            })
         })
     }
 

@@ -165,7 +165,7 @@ fn what_a_pod_dials_as_its_first_act_is_judged() {
 }
 
 /// A server, one that may reach it, and one that may not, in a namespace of their own.
-fn policed(room: &Room, name: &str) -> (lab::Host, lab::Host, lab::Host) {
+pub(crate) fn policed(room: &Room, name: &str) -> (lab::Host, lab::Host, lab::Host) {
     namespace(room, name);
     let pods = [
         server(name, "web"),

@@ -8,6 +8,7 @@
 )]
 mod daemonset;
 mod enforcement;
+mod overlays;
 mod pods;
 mod room;
 #[expect(dead_code, reason = "the lab's other tests use more")]
@@ -17,7 +18,7 @@ mod support;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let tests: Vec<_> = [daemonset::TESTS, enforcement::TESTS].concat();
+    let tests: Vec<_> = [daemonset::TESTS, enforcement::TESTS, overlays::TESTS].concat();
     let code = lab::runner::main(&tests);
     room::close();
     code

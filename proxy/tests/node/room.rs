@@ -67,8 +67,13 @@ impl Room {
             lab,
             _directory: directory,
         };
-        room.kubectl(&["apply", "-k", deploy("base").to_str().unwrap_or_default()]);
+        room.install("base");
         Ok(room)
+    }
+
+    /// Applies a directory of `deploy/`.
+    pub(crate) fn install(&self, directory: &str) {
+        self.kubectl(&["apply", "-k", deploy(directory).to_str().unwrap()]);
     }
 
     /// Runs `kubectl`; it must succeed.
@@ -194,7 +199,7 @@ fn import(node: &Node) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-pub(crate) fn deploy(path: &str) -> PathBuf {
+fn deploy(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("../deploy")
         .join(path)

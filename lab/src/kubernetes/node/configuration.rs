@@ -6,8 +6,10 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-/// The image of every pod's sandbox, and one that tests use.
+/// An image with a shell and the usual programs; what runs without a command does nothing.
 pub const BUSYBOX: &str = "docker.io/lab/busybox:1";
+/// The image of every pod's sandbox, by the name that clusters have it by.
+pub(super) const PAUSE: &str = "registry.k8s.io/pause:3.10";
 pub(super) const SOCKET: &str = "/run/containerd/containerd.sock";
 
 /// containerd's. Without `CAP_SYS_RESOURCE` nobody can make a container less likely to be killed
@@ -20,7 +22,7 @@ state = "/run/containerd"
 [grpc]
   address = "{SOCKET}"
 [plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{BUSYBOX}"
+  sandbox_image = "{PAUSE}"
   restrict_oom_score_adj = true
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "{}"

@@ -1,0 +1,71 @@
+//! The variants of the DaemonSet that do something with the node; each ends with `base` in its place again.
+use lab::runner::Test;
+
+use crate::enforcement::policed;
+use crate::pods::{idle, is_kept_from, namespace, reaches, ready};
+use crate::room::{Room, room};
+
+pub(crate) const TESTS: &[Test] = &lab::tests![
+    the_taint_of_a_new_node_goes_when_its_daemon_enforces_and_pods_start_then,
+    uninstalled_a_node_is_as_it_was_and_installed_again_it_is_policed,
+];
+
+const TAINT: &str = "portreeve.io/agent-not-ready";
+
+fn the_taint_of_a_new_node_goes_when_its_daemon_enforces_and_pods_start_then() {
+    let room = room();
+    namespace(&room, "new");
+    room.kubectl(&[
+        "taint",
+        "node",
+        "node-0",
+        &format!("{TAINT}=true:NoSchedule"),
+    ]);
+    let pod = idle("new", "early");
+    room.apply(&pod);
+    room.wait_for_pod(("new", "early"), "to be kept waiting", |pod| {
+        let mut conditions = pod["status"]["conditions"].as_array().into_iter().flatten();
+        conditions.any(|it| {
+            it["reason"] == "Unschedulable"
+                && it["message"].to_string().contains("untolerated taint")
+        })
+    });
+    room.install("overlays/startup-taint");
+    ready(&room, &pod);
+    let tainted = room.kubectl(&["get", "node", "node-0", "-o", "jsonpath={.spec.taints}"]);
+    assert!(!tainted.contains(TAINT), "{tainted}");
+    room.install("base");
+    room.rolled_out();
+}
+
+fn uninstalled_a_node_is_as_it_was_and_installed_again_it_is_policed() {
+    let room = room();
+    let (web, friend, stranger) = policed(&room, "out");
+    room.install("overlays/uninstall");
+    room.rolled_out();
+    let left = [
+        "nft list tables",
+        "ip rule show",
+        "ip route show table 15001",
+    ]
+    .map(|call| said(&room, call));
+    assert!(
+        !left.concat().contains("portreeve") && !left.concat().contains("15001"),
+        "{left:?}"
+    );
+    assert_eq!(left[2], "");
+    reaches(&stranger, &web);
+    room.install("base");
+    room.rolled_out();
+    room.in_force("only-friends-out");
+    reaches(&friend, &web);
+    is_kept_from(&stranger, &web);
+}
+
+/// What a program says on the node.
+fn said(room: &Room, call: &str) -> String {
+    let mut words = call.split(' ');
+    let mut command = room.lab.node(0).command(words.next().unwrap());
+    command.args(words);
+    String::from_utf8(command.output().unwrap().stdout).unwrap()
+}

@@ -11,7 +11,7 @@ mod stream;
 
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -61,9 +61,11 @@ struct Answer {
 }
 
 /// What the admin port answers from.
-struct Admin {
+pub(crate) struct Admin {
     enforcer: Arc<Enforcer>,
     readiness: Readiness,
+    /// The pod that it answers for, as soon as another pod's daemon can relieve this one; for all until then.
+    pod: Arc<OnceLock<String>>,
     page: Page,
     streams: Arc<Semaphore>,
 }
@@ -79,19 +81,9 @@ pub(crate) async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
 }
 
 /// Serves until told to stop.
-pub(crate) async fn serve(
-    listener: TcpListener,
-    enforcer: Arc<Enforcer>,
-    readiness: Readiness,
-    mut stop: watch::Receiver<bool>,
-) {
+pub(crate) async fn serve(listener: TcpListener, admin: Admin, mut stop: watch::Receiver<bool>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
-    let admin = Arc::new(Admin {
-        enforcer,
-        readiness,
-        page: Page::new(),
-        streams: Arc::new(Semaphore::new(STREAMS)),
-    });
+    let admin = Arc::new(admin);
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else {
             return;
@@ -128,6 +120,21 @@ pub(crate) async fn serve(
 }
 
 impl Admin {
+    /// Answers for this daemon: for that of `pod` only, once it is told.
+    pub(crate) fn new(
+        enforcer: Arc<Enforcer>,
+        readiness: Readiness,
+        pod: Arc<OnceLock<String>>,
+    ) -> Self {
+        Self {
+            enforcer,
+            readiness,
+            pod,
+            page: Page::new(),
+            streams: Arc::new(Semaphore::new(STREAMS)),
+        }
+    }
+
     async fn respond(&self, request: &Request<Incoming>) -> Response<Body> {
         let answer = if request.method() != Method::GET && request.method() != Method::HEAD {
             Answer::text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n")
@@ -149,7 +156,7 @@ impl Admin {
         match request.uri().path() {
             "/" => self.page.answer(),
             "/livez" => Answer::text(StatusCode::OK, "ok\n"),
-            "/readyz" => answers::readyz(enforcer, readiness),
+            "/readyz" => answers::readyz(enforcer, readiness, self.pod.get(), query),
             "/metrics" => answers::metrics(enforcer, readiness),
             "/connections" => answers::connections(enforcer, query),
             "/policies" => answers::policies(enforcer),

@@ -7,6 +7,7 @@
 mod line;
 mod message;
 mod offer;
+mod order;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -23,10 +24,10 @@ use socket2::SockRef;
 
 use crate::trail::Seen;
 
-pub(crate) use offer::{Offer, Successor, is_offered, take_over};
+pub(crate) use offer::{Offer, Successor, come, is_offered, take_over};
 
 /// What is said, and in which order, has this number; another daemon may speak another.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// What the handover may take in all, from either side.
 pub(crate) const WITHIN: Duration = Duration::from_secs(2);
 
@@ -48,6 +49,10 @@ pub(crate) enum HandoverError {
     Stranger { uid: u32 },
     #[error("the running daemon refused: {0}")]
     Refused(String),
+    #[error(
+        "this node's daemon is of pod {pod}, which came after this one's; it is not relieved by this one (to have it so, delete that pod)"
+    )]
+    Newer { pod: String },
     #[error("the other daemon did not answer in time; is it stopped? end it first")]
     Late,
     #[error("the other daemon ended meanwhile")]
@@ -58,7 +63,7 @@ pub(crate) enum HandoverError {
     Io(#[from] io::Error),
 }
 
-/// Who may take over from whom: both must say the same, but for the format.
+/// Who wants to take over from whom.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Terms {
     format: u32,
@@ -66,14 +71,17 @@ pub(crate) struct Terms {
     namespace: u64,
     /// Of the redirect.
     settings: String,
+    /// The uid of the pod that the daemon runs in, if it was told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pod: Option<String>,
 }
 
 impl Terms {
-    /// This daemon's.
+    /// This daemon's, which runs in `pod`.
     ///
     /// # Errors
     /// If `/proc` is not there.
-    pub(crate) fn new(redirect: &Settings) -> io::Result<Self> {
+    pub(crate) fn new(redirect: &Settings, pod: Option<String>) -> io::Result<Self> {
         let Settings {
             proxy_port,
             queue,
@@ -87,15 +95,19 @@ impl Terms {
             settings: format!(
                 "--proxy-port {proxy_port} --queue {queue} --queues {queues} --mark-mask {mark_mask}"
             ),
+            pod,
         })
     }
 
-    /// Why a daemon with `others` must not take over from this one.
-    fn refuse(&self, others: &Self) -> Option<String> {
-        if others.namespace != self.namespace {
-            return Some("it enforces in another network namespace".to_owned());
-        }
-        (others.settings != self.settings).then(|| format!("it runs with {}", self.settings))
+    /// The pod that the daemon runs in, if it was told.
+    pub(crate) fn pod(&self) -> Option<&str> {
+        self.pod.as_deref()
+    }
+
+    /// Whether a daemon with `others` understands and can use what this one would hand over. One that cannot takes
+    /// the place all the same: where it starts, the rules are by its settings, and not by this one's any more.
+    fn suit(&self, others: &Self) -> bool {
+        others.format == self.format && others.settings == self.settings
     }
 }
 

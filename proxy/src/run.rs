@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -21,7 +21,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tracing::{info, warn};
 
 use crate::accept;
-use crate::admin;
+use crate::admin::{self, Admin};
 use crate::bridges::Bridges;
 use crate::carried::{Carried, upkeep};
 use crate::conntrack::Endings;
@@ -40,7 +40,7 @@ use crate::worker::Worker;
 
 use ending::{Ended, Running, StopSignals, Thread};
 use follow::Follower;
-use relief::Relief;
+use relief::{Relief, Rest};
 pub(crate) use settings::{LogFormat, RunArgs};
 use source::Source;
 
@@ -51,58 +51,73 @@ const EXPIRE_EVERY: Duration = Duration::from_secs(1);
 
 /// Enforces until SIGTERM or SIGINT. Exit code 2: flags or manifests are wrong; 1: the node is.
 pub(crate) fn run(args: &RunArgs) -> ExitCode {
-    let runtime = match tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-    {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("portreeve: cannot start: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
-    let source = match runtime.block_on(Source::open(args)) {
-        Ok(source) => source,
-        Err(refused) => {
-            eprintln!("portreeve: {refused}");
-            return ExitCode::from(2);
-        }
-    };
-    let ended = runtime.block_on(async {
-        in_place(args)?;
-        let mut signals = StopSignals::listen()?;
-        let ending = enforce(args, source, &mut signals).await?;
-        Ok((ending, signals))
-    });
-    let ended = ended.and_then(|(ending, signals)| match ending {
-        Ended::Stopped => Ok(()),
-        Ended::Relieved => Ok(relief::rest(runtime, signals)?),
-    });
-    match ended {
+    match work_and_rest(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let error: anyhow::Error = error;
             eprintln!("portreeve: {error:#}");
             // What a flag says is known to be wrong only there.
-            let wrong = matches!(
-                error.downcast_ref(),
-                Some(
-                    TelemetryError::Settings(_)
-                        | TelemetryError::Tls(_)
-                        | TelemetryError::Url { .. }
-                )
-            );
+            let wrong = error.is::<Unusable>()
+                || matches!(
+                    error.downcast_ref(),
+                    Some(
+                        TelemetryError::Settings(_)
+                            | TelemetryError::Tls(_)
+                            | TelemetryError::Url { .. }
+                    )
+                );
             ExitCode::from(if wrong { 2 } else { 1 })
         }
     }
 }
 
+/// Why nothing can be followed: flags, manifests or the client configuration are wrong.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Unusable(anyhow::Error);
+
+/// Enforces; rests while another daemon does, and then enforces again.
+fn work_and_rest(args: &RunArgs) -> anyhow::Result<()> {
+    let mut resting: Option<(Relief, StopSignals)> = None;
+    loop {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("cannot start")?;
+        let (relief, mut signals, ended) = runtime.block_on(async {
+            let source = Source::open(args).await.map_err(Unusable)?;
+            in_place(args)?;
+            let (relief, mut signals) = match resting.take() {
+                Some(again) => again,
+                None => (Relief::new(args)?, StopSignals::listen()?),
+            };
+            let ended = enforce(args, &relief, source, &mut signals).await;
+            anyhow::Ok((relief, signals, ended))
+        })?;
+        let rest = match ended {
+            Ok(Ended::Stopped) => return Ok(()),
+            Ok(Ended::Relieved) => Rest::Relieved,
+            Err(error) => {
+                let Some(rest) = relief.rest_for(&error) else {
+                    return Err(error);
+                };
+                warn!("waiting: {error:#}");
+                rest
+            }
+        };
+        if !relief.rest(runtime, &mut signals, rest)? {
+            return Ok(());
+        }
+        info!("this daemon tries to take the node on");
+        resting = Some((relief, signals));
+    }
+}
+
 async fn enforce(
     args: &RunArgs,
+    relief: &Relief,
     mut source: Source,
     signals: &mut StopSignals,
 ) -> anyhow::Result<Ended> {
-    let relief = Relief::new(args)?;
     let node: Arc<str> = args.node()?.into();
     let table = Table::new(TableSettings {
         cluster_cidrs: args.cluster_cidr.clone(),
@@ -112,7 +127,8 @@ async fn enforce(
     let readiness = Readiness::new(source.status());
     let enforcer = enforcer(args, node, Arc::clone(&table), source.status())?;
     let (stop, stopped) = watch::channel(false);
-    let serve = async || open_admin(args, &enforcer, &readiness, &stopped).await;
+    let pod = Arc::default();
+    let serve = async || open_admin(args, &pod, &enforcer, &readiness, &stopped).await;
     // Before the first state is there, which can take long: who waits wants to know for what. A daemon that is
     // to be relieved still has the port.
     let serving = match relief.is_due() {
@@ -162,7 +178,7 @@ async fn enforce(
         stop,
     };
     running
-        .until_ended(&enforcer, signals, relief.offer())
+        .until_ended(&enforcer, signals, relief.offer(&pod))
         .await
 }
 
@@ -188,13 +204,15 @@ fn begin(
 
 async fn open_admin(
     args: &RunArgs,
+    pod: &Arc<OnceLock<String>>,
     enforcer: &Arc<Enforcer>,
     readiness: &Readiness,
     stopped: &watch::Receiver<bool>,
 ) -> anyhow::Result<JoinHandle<()>> {
     let admin = admin::bind(args.admin).await?;
     let (enforcer, readiness) = (Arc::clone(enforcer), readiness.clone());
-    let serving = admin::serve(admin, enforcer, readiness, stopped.clone());
+    let answering = Admin::new(enforcer, readiness, Arc::clone(pod));
+    let serving = admin::serve(admin, answering, stopped.clone());
     Ok(tokio::spawn(serving))
 }
 

@@ -18,9 +18,25 @@ use crate::metrics::{Queues, Readings};
 use crate::readiness::Readiness;
 use crate::records::{shown, timestamp};
 
-/// Ready or why not, and every fault of the cluster's objects that stands.
-pub(super) fn readyz(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
-    let (status, mut body) = match readiness.check() {
+/// Ready or why not, and every fault of the cluster's objects that stands. Asked for another pod's daemon, this one is
+/// not ready, if it tells pods apart.
+pub(super) fn readyz(
+    enforcer: &Enforcer,
+    readiness: &Readiness,
+    own: Option<&String>,
+    query: &str,
+) -> Answer {
+    let asked = match Query::parse(query, &["pod"]) {
+        Ok(asked) => asked,
+        Err(error) => return Answer::refused(&error),
+    };
+    let check = match (own, asked.get("pod")) {
+        (Some(own), Some(asked)) if own != asked => Err(format!(
+            "this node's daemon is that of pod {own}, and not that of pod {asked}"
+        )),
+        _ => readiness.check(),
+    };
+    let (status, mut body) = match check {
         Ok(()) => (StatusCode::OK, "ready\n".to_owned()),
         Err(reason) => (
             StatusCode::SERVICE_UNAVAILABLE,

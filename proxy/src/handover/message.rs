@@ -18,6 +18,12 @@ pub(super) struct Reply {
     /// Why not, if not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) refused: Option<String>,
+    /// The running daemon's pod, if it came after the other's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) newer: Option<String>,
+    /// What the running daemon's redirect is set to; empty if it does not say.
+    #[serde(default)]
+    pub(super) settings: String,
 }
 
 /// A part of the estate, or its end.

@@ -3,7 +3,7 @@ use std::fs::{self, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use nix::unistd::Uid;
@@ -13,20 +13,21 @@ use tracing::{debug, warn};
 
 use super::line::Line;
 use super::message::Reply;
-use super::{Estate, FORMAT, HandoverError, Terms, WITHIN};
+use super::{Estate, FORMAT, HandoverError, Terms, WITHIN, order};
 use crate::sys;
 
 /// A running daemon's readiness to be relieved.
 pub(crate) struct Offer {
     listener: AsyncFd<OwnedFd>,
+    place: PathBuf,
     terms: Terms,
 }
 
 /// The daemon that relieves this one.
 pub(crate) struct Successor {
     line: Line,
-    /// Whether it understands what would be handed over.
-    understands: bool,
+    /// Whether it can use what would be handed over.
+    suited: bool,
 }
 
 impl Offer {
@@ -57,6 +58,7 @@ impl Offer {
         socket.set_nonblocking(true)?;
         Ok(Self {
             listener: sys::watch(socket.into())?,
+            place: path.to_owned(),
             terms,
         })
     }
@@ -67,7 +69,7 @@ impl Offer {
             match self.asked().await {
                 Ok(successor) => return successor,
                 // Somebody who looked whether there is a daemon.
-                Err(HandoverError::Gone) => debug!("a daemon that starts has found this one"),
+                Err(HandoverError::Gone) => debug!("a daemon has found this one"),
                 Err(error) => warn!("a daemon that wanted to take over may not: {error}"),
             }
         }
@@ -81,8 +83,8 @@ impl Offer {
                 Err(_would_block) => {}
             }
         };
-        let terms = self.terms.clone();
-        let greet = move || Successor::greet(socket.into(), &terms, Uid::effective());
+        let (place, terms) = (self.place.clone(), self.terms.clone());
+        let greet = move || Successor::greet(socket.into(), &place, &terms, Uid::effective());
         let greeted = tokio::task::spawn_blocking(greet).await;
         greeted.unwrap_or_else(|panicked| Err(io::Error::other(panicked).into()))
     }
@@ -90,19 +92,21 @@ impl Offer {
 
 impl Successor {
     /// Hears what the other end wants, and refuses it if it must not have it.
-    fn greet(socket: OwnedFd, terms: &Terms, user: Uid) -> Result<Self, HandoverError> {
+    fn greet(
+        socket: OwnedFd,
+        place: &Path,
+        terms: &Terms,
+        user: Uid,
+    ) -> Result<Self, HandoverError> {
         let mut line = Line::to(socket, user, Instant::now() + WITHIN)?;
         let asked: Terms = line.hear()?;
-        let refused = terms.refuse(&asked);
-        line.say(&Reply {
-            format: FORMAT,
-            refused: refused.clone(),
-        })?;
-        match refused {
+        let reply = reply(place, terms, &asked);
+        line.say(&reply)?;
+        match reply.refused {
             Some(reason) => Err(HandoverError::Refused(reason)),
             None => Ok(Self {
                 line,
-                understands: asked.format == FORMAT,
+                suited: terms.suit(&asked),
             }),
         }
     }
@@ -112,13 +116,49 @@ impl Successor {
     /// # Errors
     /// If the other end may not have it all; all connections are reset then.
     pub(crate) fn give(mut self, mut estate: Estate) -> Result<bool, HandoverError> {
-        if self.understands {
+        if self.suited {
             self.line.give(&estate)?;
             // They live on as copies.
             drop(estate.take_connections());
         }
-        Ok(self.understands)
+        Ok(self.suited)
     }
+}
+
+/// What the daemon with `terms` answers one that wants to relieve it.
+fn reply(place: &Path, terms: &Terms, asked: &Terms) -> Reply {
+    let newer = match (terms.pod(), asked.pod()) {
+        (Some(ours), Some(theirs)) => order::is_before(place, theirs, ours).then_some(ours),
+        _ => None,
+    };
+    let refused = match newer {
+        _ if asked.namespace != terms.namespace => {
+            Some("it enforces in another network namespace".to_owned())
+        }
+        Some(ours) => Some(format!("its pod, {ours}, came after the other's")),
+        None => None,
+    };
+    Reply {
+        format: FORMAT,
+        refused,
+        newer: newer.map(str::to_owned),
+        settings: terms.settings.clone(),
+    }
+}
+
+/// Notes that the daemon with `terms` has come to where daemons wait to be relieved.
+///
+/// # Errors
+/// If that cannot be noted down there.
+pub(crate) fn come(path: &Path, terms: &Terms) -> Result<(), HandoverError> {
+    let failed = |source| HandoverError::Path {
+        operation: "note down which pods came to",
+        path: path.to_owned(),
+        source,
+    };
+    terms
+        .pod()
+        .map_or(Ok(()), |pod| order::enter(path, pod).map_err(failed))
 }
 
 /// Whether a daemon waits at `path` to be relieved.
@@ -127,7 +167,7 @@ pub(crate) fn is_offered(path: &Path) -> bool {
 }
 
 /// Takes over from the daemon that waits at `path`, if there is one. Blocks, for [`WITHIN`] at most. Of another
-/// format all it can give is its place.
+/// format, or with other settings, all it can give is its place.
 ///
 /// # Errors
 /// Why it did not hand over; what came of it by then is reset.
@@ -138,18 +178,30 @@ pub(crate) fn take_over(path: &Path, terms: &Terms) -> Result<Option<Estate>, Ha
     let mut line = Line::to(socket, Uid::effective(), Instant::now() + WITHIN)?;
     line.say(terms)?;
     let reply: Reply = line.hear()?;
-    if let Some(reason) = reply.refused {
-        return Err(HandoverError::Refused(reason));
+    match reply {
+        Reply {
+            newer: Some(pod), ..
+        } => return Err(HandoverError::Newer { pod }),
+        Reply {
+            refused: Some(reason),
+            ..
+        } => return Err(HandoverError::Refused(reason)),
+        _ => {}
     }
     let mut estate = Estate::default();
-    if reply.format == FORMAT {
-        line.take(&mut estate)?;
-        return Ok(Some(estate));
-    }
-    warn!(
-        "the running daemon speaks another format ({}, not {FORMAT}): it ends without a handover",
-        reply.format
-    );
+    let differs = match &reply {
+        Reply { format, .. } if *format != FORMAT => {
+            format!("speaks another format ({format}, not {FORMAT})")
+        }
+        Reply { settings, .. } if *settings != terms.settings => {
+            format!("runs with other settings ({settings})")
+        }
+        _ => {
+            line.take(&mut estate)?;
+            return Ok(Some(estate));
+        }
+    };
+    warn!("the running daemon {differs}: it ends without a handover");
     match line.receive() {
         Err(HandoverError::Gone) => Ok(Some(estate)),
         Err(error) => Err(error),

@@ -137,6 +137,12 @@ pub(crate) struct RunArgs {
 }
 
 impl RunArgs {
+    /// The uid of the pod that this daemon runs in, where Kubernetes has told it (`POD_UID`).
+    pub(crate) fn pod(&self) -> Option<String> {
+        let told = std::env::var("POD_UID").ok();
+        told.filter(|uid| !uid.is_empty() && !uid.contains(char::is_whitespace))
+    }
+
     /// The Node's name, as told or as the host has it.
     pub(crate) fn node(&self) -> anyhow::Result<String> {
         if let Some(name) = self

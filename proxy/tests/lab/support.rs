@@ -179,29 +179,40 @@ impl Bed {
     /// Starts one more daemon on a node, and waits until it enforces and its log says that it has taken over from
     /// the one that runs; returns that.
     pub(crate) fn relieve(&mut self, node: usize, flags: &[&str]) -> Daemon {
+        self.relieve_by(node, self.run_command(node, flags))
+    }
+
+    /// The same with the command of the new daemon.
+    pub(crate) fn relieve_by(&mut self, node: usize, command: lab::Command) -> Daemon {
         let log = self.file(&format!("relief-{}.log", self.mark()));
         let took_over = |log: &str| log.contains("took over") && log.contains("in force");
-        let command = self.run_command(node, flags);
         let relief = self.started(node, command, log, took_over);
         self.daemons[node].replace(relief).unwrap()
+    }
+
+    /// Starts a daemon that need not enforce.
+    pub(crate) fn spawn(&self, command: lab::Command) -> Daemon {
+        self.logging(command, self.file(&format!("{}.log", self.mark())))
+    }
+
+    fn logging(&self, mut command: lab::Command, log: PathBuf) -> Daemon {
+        let mut options = File::options();
+        let written = options.create(true).append(true).open(&log).unwrap();
+        command.stdout(written.try_clone().unwrap()).stderr(written);
+        let child = command.spawn().unwrap();
+        Daemon { child, log }
     }
 
     /// Starts a daemon, and waits until its log is `so` and it, or another, answers that it is ready.
     fn started(
         &self,
         node: usize,
-        mut command: lab::Command,
+        command: lab::Command,
         log: PathBuf,
         so: impl Fn(&str) -> bool,
     ) -> Daemon {
         let host = self.lab.node(node);
-        let written = File::options()
-            .create(true)
-            .append(true)
-            .open(&log)
-            .unwrap();
-        command.stdout(written.try_clone().unwrap()).stderr(written);
-        let mut child = command.spawn().unwrap();
+        let Daemon { mut child, log } = self.logging(command, log);
         let ready = wait_for(DEADLINE, "the daemon to be ready", || {
             let ended = child.try_wait().unwrap();
             let said = fs::read_to_string(&log).unwrap();
@@ -353,6 +364,19 @@ impl Daemon {
         fs::read_dir(format!("/proc/{}/fd", self.child.id()))
             .unwrap()
             .count()
+    }
+
+    /// Waits until its log has this.
+    pub(crate) fn says(&self, text: &str) {
+        let said = wait_until(DEADLINE, text, || self.log().contains(text));
+        said.unwrap_or_else(|error| panic!("{error}\n{}", self.log()));
+    }
+
+    /// Ends it as Kubernetes ends a pod; it must end well.
+    pub(crate) fn terminate(&mut self) {
+        self.child.terminate();
+        let status = self.child.wait(DEADLINE).unwrap();
+        assert!(status.success(), "{status}\n{}", self.log());
     }
 
     /// What it has logged.

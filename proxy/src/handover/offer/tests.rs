@@ -24,6 +24,7 @@ fn terms() -> Terms {
         format: FORMAT,
         namespace: 7,
         settings: "--proxy-port 15001".to_owned(),
+        pod: None,
     }
 }
 
@@ -182,7 +183,7 @@ fn who_belongs_to_another_user_is_refused_before_anything_is_said() {
     let (kind, flags) = (SockType::SeqPacket, SockFlag::empty());
     let (one, other) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
     let another = Uid::from_raw(Uid::effective().as_raw() + 1);
-    let refused = Successor::greet(one, &terms(), another).err();
+    let refused = Successor::greet(one, Path::new(""), &terms(), another).err();
     assert!(
         matches!(refused, Some(HandoverError::Stranger { uid }) if uid == Uid::effective().as_raw())
     );
@@ -203,14 +204,14 @@ fn who_says_nothing_is_not_waited_for() {
 
 #[test]
 fn what_cannot_be_handed_over_is_reset() {
-    for understands in [true, false] {
+    for suited in [true, false] {
         let (line, other) = lines(WITHIN);
         drop(other);
         let (connection, ends) = connection(1, Default::default());
         let mut estate = Estate::default();
         estate.connections.push(connection);
-        let given = Successor { line, understands }.give(estate);
-        assert_eq!(given.is_err(), understands, "{given:?}");
+        let given = Successor { line, suited }.give(estate);
+        assert_eq!(given.is_err(), suited, "{given:?}");
         for end in &ends {
             assert_eq!(end_of(end), ErrorKind::ConnectionReset);
         }
@@ -218,19 +219,38 @@ fn what_cannot_be_handed_over_is_reset() {
 }
 
 #[test]
-fn only_a_daemon_in_the_same_place_with_the_same_settings_may_take_over() {
-    let with = |change: fn(&mut Terms)| {
-        let mut others = terms();
-        change(&mut others);
-        terms().refuse(&others).is_some()
+fn who_may_not_take_over_is_refused_and_who_cannot_use_it_gets_the_place_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("handover.sock");
+    let of = |pod: Option<&str>| Terms {
+        pod: pod.map(str::to_owned),
+        ..terms()
     };
-    assert!(!with(|_| {}));
-    assert!(
-        !with(|it| it.format += 1),
-        "it gets the place and nothing else"
-    );
-    assert!(with(|it| it.namespace += 1));
-    assert!(with(|it| it.settings.push('0')));
+    for pod in ["old", "running", "new"] {
+        come(&place, &of(Some(pod))).unwrap();
+    }
+    let (running, same) = (of(Some("running")), of(None));
+    let asked = |change: fn(&mut Terms)| {
+        let mut others = same.clone();
+        change(&mut others);
+        let reply = reply(&place, &running, &others);
+        (reply.refused.is_some(), running.suit(&others))
+    };
+    assert_eq!(asked(|_| {}), (false, true));
+    assert_eq!(asked(|it| it.format += 1), (false, false));
+    assert_eq!(asked(|it| it.settings.push('0')), (false, false));
+    assert!(asked(|it| it.namespace += 1).0);
+    for (pod, refused) in [
+        (Some("old"), true),
+        (Some("running"), false),
+        (Some("new"), false),
+        (Some("never seen"), false),
+        (None, false),
+    ] {
+        let reply = reply(&place, &running, &of(pod));
+        assert_eq!(reply.refused.is_some(), refused, "{pod:?}");
+        assert_eq!(reply.newer.is_some(), refused, "{pod:?}");
+    }
 }
 
 #[tokio::test]

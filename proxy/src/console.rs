@@ -1,5 +1,5 @@
 //! Commands that ask a running daemon: `portreeve explain`, `portreeve connections`, `portreeve
-//! observe`.
+//! observe`, `portreeve ready`.
 //!
 //! They need no privilege, only the daemon's admin port. Knows nothing of policies: what the daemon
 //! says is shown.
@@ -7,6 +7,7 @@ mod client;
 mod connections;
 mod explain;
 mod observe;
+mod ready;
 mod words;
 
 use std::io;
@@ -18,6 +19,7 @@ use clap::{Args, ValueEnum};
 pub(crate) use connections::{ConnectionsArgs, connections};
 pub(crate) use explain::{ExplainArgs, explain};
 pub(crate) use observe::{ObserveArgs, observe};
+pub(crate) use ready::{ReadyArgs, ready};
 
 use client::ClientError;
 

@@ -55,6 +55,7 @@ enum Command {
     Explain(console::ExplainArgs),
     Connections(console::ConnectionsArgs),
     Observe(console::ObserveArgs),
+    Ready(console::ReadyArgs),
     Demo(demo::DemoArgs),
 }
 
@@ -70,6 +71,7 @@ fn main() -> ExitCode {
         Command::Explain(args) => console::explain(&args),
         Command::Connections(args) => console::connections(&args),
         Command::Observe(args) => console::observe(&args),
+        Command::Ready(args) => console::ready(&args),
         Command::Demo(args) => demo::demo(&args),
     }
 }

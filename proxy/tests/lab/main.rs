@@ -41,6 +41,7 @@ mod startup;
 mod strange;
 mod streams;
 mod support;
+mod surge;
 mod topology;
 
 use std::process::ExitCode;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         bounds::TESTS,
         restart::TESTS,
         handover::TESTS,
+        surge::TESTS,
         admin::TESTS,
         logs::TESTS,
         spans::TESTS,

@@ -213,6 +213,45 @@ fn the_probes_ask_where_the_admin_port_is() {
 }
 
 #[test]
+fn a_new_pod_starts_beside_the_old_one_and_has_started_when_its_own_daemon_answers() {
+    for (directory, _) in INSTALLS {
+        let objects = kustomized(directory);
+        let daemons = &objects["DaemonSet portreeve"]["spec"];
+        let container = &daemons["template"]["spec"]["containers"][0];
+        let update = &daemons["updateStrategy"]["rollingUpdate"];
+        let beside = [&update["maxSurge"], &update["maxUnavailable"]] == [1, 0];
+        if *directory == "overlays/uninstall" {
+            assert!(!beside && update["maxSurge"] == 0, "{directory}: {update}");
+            continue;
+        }
+        assert!(beside, "{directory}: {update}");
+        let probe = &container["startupProbe"]["exec"]["command"];
+        assert_eq!(*probe, serde_json::json!(["portreeve", "ready"]));
+        let environment = container["env"].as_array().unwrap().iter();
+        let mut names = environment.map(|it| &it["name"]);
+        assert!(names.any(|it| it == "POD_UID"), "{directory}");
+        // Where both pods of a node find it, and no ordinary pod.
+        let command = container["command"].as_array().unwrap();
+        let [.., flag, place] = &command[..] else {
+            panic!("{directory}: {command:?}");
+        };
+        assert_eq!(flag, "--handover");
+        let (folder, _) = place.as_str().unwrap().rsplit_once('/').unwrap();
+        let mounts = container["volumeMounts"].as_array().unwrap().iter();
+        let mut at = mounts.filter(|it| it["mountPath"] == folder);
+        let mut volumes = daemons["template"]["spec"]["volumes"]
+            .as_array()
+            .unwrap()
+            .iter();
+        let name = &at.next().unwrap()["name"];
+        let volume = volumes.find(|it| it["name"] == *name).unwrap();
+        assert_eq!(volume["hostPath"]["type"], "DirectoryOrCreate");
+        // A port that is declared is reserved, and the new pod would find no node.
+        assert!(container["ports"].is_null(), "{directory}");
+    }
+}
+
+#[test]
 fn every_container_has_no_more_than_it_says() {
     for (directory, _) in INSTALLS {
         let objects = kustomized(directory);

@@ -24,6 +24,7 @@ use crate::support::{
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     the_images_programs_enforce_with_what_the_daemonset_grants,
+    the_next_pods_container_takes_the_streams_over_and_its_probe_says_so,
     what_is_in_the_way_of_bridges_can_be_switched_off_from_a_container,
     every_capability_of_the_daemonset_is_needed,
     a_capability_lets_the_daemon_hear_of_pods_addresses_on_bridges,
@@ -59,6 +60,35 @@ fn the_images_programs_enforce_with_what_the_daemonset_grants() {
     }
     let granted = image.granted("portreeve");
     assert_eq!(privilege(bed.daemon(0).child.id()), Privilege::of(&granted));
+}
+
+fn the_next_pods_container_takes_the_streams_over_and_its_probe_says_so() {
+    let mut image = Image::build("base");
+    let mut bed = Bed::bare(small());
+    bed.write_policies(&[allow_all()]);
+    let [first, granted] = ["iptables-init", "portreeve"].map(|name| image.granted(name));
+    image.install(&bed, 0, &first);
+    image.run(&mut bed, 0, &granted);
+    let old = image.probe(&bed, 0);
+    assert_eq!(old.output().unwrap().status.code(), Some(0));
+    let (a, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"));
+    let streams = c.addrs(80).map(|to| connected(&a, to));
+
+    let old = image.probe(&bed, 0);
+    image.uid = "another".to_owned();
+    let new = image.probe(&bed, 0);
+    // As kubelet does, while the old one enforces.
+    let said = image.install(&bed, 0, &first);
+    assert!(said.status.success(), "{said:?}");
+    let command = image.daemon(&bed, 0, &granted);
+    let mut relieved = bed.relieve_by(0, command);
+    for (probe, code) in [(old, 1), (new, 0)] {
+        let said = probe.output().unwrap();
+        assert_eq!(said.status.code(), Some(code), "{said:?}");
+    }
+    streams.iter().for_each(|it| echoes(it, "taken over"));
+    relieved.child.kill();
+    streams.iter().for_each(|it| echoes(it, "the new one's"));
 }
 
 fn what_is_in_the_way_of_bridges_can_be_switched_off_from_a_container() {
@@ -155,6 +185,7 @@ struct Image {
     /// Makes the runtime's default filter.
     seccomp: PathBuf,
     pod: Value,
+    uid: String,
     settings: BTreeMap<String, String>,
     recipe: String,
 }
@@ -178,6 +209,7 @@ impl Image {
             volumes: TempDir::new().unwrap(),
             seccomp: tool("seccomp", "seccomp"),
             pod: only("DaemonSet")["spec"]["template"]["spec"].clone(),
+            uid: "0a1b2c3d".to_owned(),
             settings: serde_json::from_value(only("ConfigMap")["data"].clone()).unwrap(),
             recipe,
         };
@@ -227,8 +259,23 @@ impl Image {
         command
     }
 
+    /// The probe by which a pod has started.
+    fn probe(&self, bed: &Bed, node: usize) -> lab::Command {
+        let (name, probe) = ("portreeve", "startupProbe");
+        let mut command = self.sandbox(bed, node, name, &self.granted(name));
+        command.args(strings(&self.container(name)[probe]["exec"]["command"]));
+        command
+    }
+
     /// A container's command as its pod has it, on a node.
     fn command(&self, bed: &Bed, node: usize, name: &str, capabilities: &[String]) -> lab::Command {
+        let mut command = self.sandbox(bed, node, name, capabilities);
+        command.args(strings(&self.container(name)["command"]));
+        command
+    }
+
+    /// What a container's programs run in; to be followed by one.
+    fn sandbox(&self, bed: &Bed, node: usize, name: &str, capabilities: &[String]) -> lab::Command {
         let container = self.container(name);
         let context = &container["securityContext"];
         assert_eq!(context["readOnlyRootFilesystem"], true);
@@ -271,8 +318,7 @@ impl Image {
         for (key, value) in self.environment(container, host.name()) {
             command.args(["--setenv", &key, &value]);
         }
-        let program: Vec<String> = serde_json::from_value(container["command"].clone()).unwrap();
-        command.arg("--").args(program);
+        command.arg("--");
         command
     }
 
@@ -317,7 +363,7 @@ impl Image {
                 Some("spec.nodeName") => node,
                 Some("metadata.namespace") => "portreeve-system",
                 Some("metadata.name") => "portreeve-x1y2z",
-                Some("metadata.uid") => "0a1b2c3d",
+                Some("metadata.uid") => &self.uid,
                 Some(other) => panic!("this test does not know the field {other}"),
                 None => own["value"].as_str().unwrap(),
             };
@@ -330,6 +376,10 @@ impl Image {
         }
         all
     }
+}
+
+fn strings(list: &Value) -> Vec<String> {
+    serde_json::from_value(list.clone()).unwrap()
 }
 
 fn deploy(path: &str) -> PathBuf {

@@ -10,6 +10,7 @@ mod daemonset;
 mod enforcement;
 mod overlays;
 mod pods;
+mod rolling;
 mod room;
 #[expect(dead_code, reason = "the lab's other tests use more")]
 #[path = "../lab/support.rs"]
@@ -18,7 +19,13 @@ mod support;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let tests: Vec<_> = [daemonset::TESTS, enforcement::TESTS, overlays::TESTS].concat();
+    let tests: Vec<_> = [
+        daemonset::TESTS,
+        enforcement::TESTS,
+        rolling::TESTS,
+        overlays::TESTS,
+    ]
+    .concat();
     let code = lab::runner::main(&tests);
     room::close();
     code

@@ -115,6 +115,7 @@ impl Ruleset {
             "divert" => marks.divert(),
             "hold" => marks.hold(),
             "held" => marks.hold() | marks.divert(),
+            "asking" => marks.hold() | marks.answer(Answer::Reset),
             "held_answer" => marks.hold() | marks.answering(),
             "upstream" => marks.upstream(),
             "client" => marks.client(),

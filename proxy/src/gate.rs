@@ -286,7 +286,7 @@ impl Gate {
     fn answer(&self, id: PacketId, answer: Answer) {
         self.queue.rule(
             id,
-            Ruling::Accept {
+            Ruling::Answer {
                 mark: self.enforcer.marks.answer(answer),
             },
         );

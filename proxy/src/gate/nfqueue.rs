@@ -42,7 +42,7 @@ const NFQNL_CFG_CMD_BIND: u8 = 1;
 const NFQNL_COPY_PACKET: u8 = 2;
 const NFQA_CFG_F_GSO: u32 = 4;
 const NF_DROP: u32 = 0;
-const NF_ACCEPT: u32 = 1;
+const NF_REPEAT: u32 = 4;
 
 /// The number by which the kernel knows a waiting packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -62,8 +62,8 @@ pub(crate) struct Queued<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ruling {
     Drop,
-    /// Goes on at the hook's next chain with this packet mark.
-    Accept {
+    /// Begins anew the chain that held it, with this packet mark.
+    Answer {
         mark: u32,
     },
 }
@@ -233,7 +233,7 @@ fn write_ruling(out: &mut Vec<u8>, number: u16, id: PacketId, ruling: Ruling) {
 fn write_verdict(out: &mut Vec<u8>, kind: u16, number: u16, id: PacketId, ruling: Ruling) {
     let (verdict, mark) = match ruling {
         Ruling::Drop => (NF_DROP, None),
-        Ruling::Accept { mark } => (NF_ACCEPT, Some(mark)),
+        Ruling::Answer { mark } => (NF_REPEAT, Some(mark)),
     };
     let mut both = [0; 8];
     both[..4].copy_from_slice(&verdict.to_be_bytes());

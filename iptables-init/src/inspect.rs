@@ -51,8 +51,24 @@ pub fn inspect(settings: &Settings) -> Vec<Finding> {
     findings.routing(settings);
     findings.sysctls(Path::new("/proc/sys/net"));
     findings.sctp(Path::new("/proc/sys/net"));
-    findings.ipvs(Path::new("/proc/sys/net"));
+    findings.0.extend(ipvs());
     findings.0
+}
+
+/// Whether Services are translated by IPVS in this network namespace. By it a Service's address is one of the
+/// node's own, and is translated where packets for the node itself arrive (linux net/netfilter/ipvs, hook
+/// `LOCAL_IN`): what goes there is never taken. Looks at two files.
+#[must_use]
+pub fn ipvs() -> Option<Finding> {
+    let links = Path::new("/proc/sys/net/ipv4/conf");
+    // Where kube-proxy and kube-router put these addresses.
+    let mut known = ["kube-ipvs0", "kube-dummy-if"].into_iter();
+    let link = known.find(|link| links.join(link).exists())?;
+    Some(Finding {
+        problem: format!("Services are translated by IPVS (there is a link {link}): what pods send to them passes by the redirect, so policies do not hold for it"),
+        remedy: "give kube-proxy the mode nftables or iptables, and take away what the old one left (`kube-proxy --cleanup`)".to_owned(),
+        fatal: true,
+    })
 }
 
 #[derive(Default)]
@@ -261,20 +277,6 @@ impl Findings {
                 "connection tracking does not know SCTP (CONFIG_NF_CT_PROTO_SCTP): its packets are judged one by one in user space, and answers are told by addresses only",
                 "use a kernel with it where pods speak SCTP",
             );
-        }
-    }
-
-    /// By IPVS a Service's address is one of the node's own, and is translated where packets for the node
-    /// itself arrive (linux net/netfilter/ipvs, hook `LOCAL_IN`): what goes there is never taken.
-    fn ipvs(&mut self, net: &Path) {
-        // Where kube-proxy and kube-router put these addresses.
-        for link in ["kube-ipvs0", "kube-dummy-if"] {
-            if net.join("ipv4/conf").join(link).exists() {
-                self.fatal(
-                    format!("Services are translated by IPVS (there is a link {link}): what pods send to them passes by the redirect, so policies would not hold for it"),
-                    "give kube-proxy the mode nftables or iptables, and take away what the old one left (`kube-proxy --cleanup`)",
-                );
-            }
         }
     }
 

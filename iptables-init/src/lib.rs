@@ -22,5 +22,5 @@ pub mod settings;
 mod sysctl;
 mod table;
 
-pub use inspect::{Finding, inspect};
+pub use inspect::{Finding, inspect, ipvs};
 pub use probe::{probe_kernel, probe_queue_rule};

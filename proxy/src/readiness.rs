@@ -10,7 +10,7 @@ use crate::records::timestamp;
 /// Shared by those who find out and those who ask; it speaks for one part of the work.
 #[derive(Clone)]
 pub(crate) struct Readiness {
-    parts: Arc<watch::Sender<[State; 2]>>,
+    parts: Arc<watch::Sender<[State; PARTS]>>,
     part: usize,
     /// Of the watches of the Kubernetes API, if that is the source.
     watches: Option<Arc<WatchStatus>>,
@@ -20,6 +20,9 @@ pub(crate) struct Readiness {
 const CLUSTER: usize = 0;
 /// Watching the node's bridges.
 const BRIDGES: usize = 1;
+/// Watching what others do on the node.
+const NODE: usize = 2;
+const PARTS: usize = 3;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct State {
@@ -38,6 +41,7 @@ impl Readiness {
         let parts = [
             state("the first state is not in force yet"),
             state("the node's bridges have not been looked at yet"),
+            state("the node has not been looked at yet"),
         ];
         Self {
             parts: Arc::new(watch::Sender::new(parts)),
@@ -50,6 +54,14 @@ impl Readiness {
     pub(crate) fn of_bridges(&self) -> Self {
         Self {
             part: BRIDGES,
+            ..self.clone()
+        }
+    }
+
+    /// The same, to speak for what others do on the node.
+    pub(crate) fn of_node(&self) -> Self {
+        Self {
+            part: NODE,
             ..self.clone()
         }
     }
@@ -67,7 +79,7 @@ impl Readiness {
     /// Waits until everything known is in force, all parts of it.
     pub(crate) async fn awaited(&self) {
         let mut parts = self.parts.subscribe();
-        let ready = |parts: &[State; 2]| parts.iter().all(|part| part.reason.is_none());
+        let ready = |parts: &[State; PARTS]| parts.iter().all(|part| part.reason.is_none());
         // It fails without a sender only, and here is one.
         let _ = parts.wait_for(ready).await;
     }
@@ -138,6 +150,7 @@ mod tests {
         let cluster = Readiness::new(None);
         let bridges = cluster.of_bridges();
         cluster.ready();
+        cluster.of_node().ready();
         let reason = cluster.check().unwrap_err();
         assert!(
             reason.contains("bridges have not been looked at"),

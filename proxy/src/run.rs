@@ -1,6 +1,7 @@
 //! `portreeve run`: builds the parts, runs them, and takes them down.
 mod ending;
 mod follow;
+mod node;
 mod relief;
 mod settings;
 mod source;
@@ -155,7 +156,7 @@ async fn enforce(
     };
     let (workers, mut tasks) = begin(args, &enforcer, &stopped, estate, began)?;
     tasks.spawn(links.follow(changes));
-    tasks.spawn(bridges.watch(readiness.of_bridges()));
+    watch_node(&mut tasks, bridges, &readiness);
     source::lift_taint(args, &readiness, &enforcer.node);
     let following = Follower {
         source,
@@ -180,6 +181,11 @@ async fn enforce(
     running
         .until_ended(&enforcer, signals, relief.offer(&pod))
         .await
+}
+
+fn watch_node(tasks: &mut JoinSet<()>, bridges: Bridges, readiness: &Readiness) {
+    tasks.spawn(bridges.watch(readiness.of_bridges()));
+    tasks.spawn(node::watch(readiness.of_node()));
 }
 
 async fn follow(follower: Follower, readiness: Readiness) {

@@ -4,13 +4,14 @@ use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::process::Output;
+use std::time::{Duration, Instant};
 
-use lab::Command;
 use lab::runner::Test;
+use lab::{Command, wait_until};
 use serde_json::json;
 
 use crate::support::{
-    Bed, PORTREEVE, allow_all, connected, deny_ingress, echoes, init, policy, small,
+    Bed, DEADLINE, PORTREEVE, allow_all, ask, connected, deny_ingress, echoes, init, policy, small,
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
@@ -24,6 +25,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_node_without_pod_addresses_is_named,
     a_source_that_cannot_be_used_is_refused,
     a_trace_file_that_cannot_be_opened_is_named,
+    ipvs_that_begins_beside_a_daemon_is_reported,
 ];
 
 /// Expects a refusal with this exit code that names all of this.
@@ -253,4 +255,28 @@ fn a_trace_file_that_cannot_be_opened_is_named() {
     );
     // Nothing of it is left: the real one starts.
     assert!(init(&bed.lab.node(0), "check", &[]).status.success());
+}
+
+/// The kernel here has no IPVS: what kube-proxy makes for it is a link, of whatever kind.
+fn ipvs_that_begins_beside_a_daemon_is_reported() {
+    let bed = Bed::enforced(&[], &[allow_all()]);
+    let node = bed.lab.node(0);
+    let readyz = || ask(&node, "/readyz").unwrap();
+    for link in ["kube-ipvs0", "kube-dummy-if"] {
+        assert_eq!(readyz().status, 200, "{}", readyz().body);
+        node.ip(&format!("link add {link} type bridge\n")).unwrap();
+        let since = Instant::now();
+        wait_until(DEADLINE, "the node not to be ready", || {
+            readyz().status == 503
+        })
+        .unwrap();
+        assert!(since.elapsed() < Duration::from_secs(5));
+        let told = readyz().body;
+        assert!(
+            told.contains(link) && told.contains("kube-proxy --cleanup"),
+            "{told}"
+        );
+        node.ip(&format!("link del {link}\n")).unwrap();
+        wait_until(DEADLINE, "the node to be ready", || readyz().status == 200).unwrap();
+    }
 }

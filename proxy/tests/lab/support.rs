@@ -10,7 +10,7 @@ use std::process::Output;
 use std::time::Duration;
 
 use lab::traffic::{Greeting, greeting};
-use lab::{Child, Cluster, Host, PodSpec, ServiceSpec, wait_for, wait_until};
+use lab::{Child, Cluster, Host, PodSpec, Protocol, ServiceSpec, wait_for, wait_until};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -61,6 +61,9 @@ pub(crate) fn small() -> lab::Builder {
             .port(81, 81)
             .port(82, 82)
             .port(83, 83)
+            .port_of(53, 53, Protocol::Udp)
+            .port_of(54, 54, Protocol::Udp)
+            .port_of(55, 55, Protocol::Udp)
     };
     Cluster::builder()
         .nodes(2)

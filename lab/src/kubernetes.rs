@@ -39,7 +39,7 @@ use start::Programs;
 pub use controllers::Controllers;
 pub use error::KubernetesError;
 pub use kube_proxy::ProxyMode;
-pub use node::{BUSYBOX, Image, Node};
+pub use node::{BUSYBOX, Image, Network, Node};
 
 /// Where the API server is for the nodes of the cluster that has joined.
 pub const API_V4: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 2);

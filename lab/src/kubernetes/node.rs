@@ -12,6 +12,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -22,20 +23,27 @@ use crate::cluster::Host;
 use crate::netns::Netns;
 use crate::process::{Child, Command, find_program};
 use crate::tools::{ToolError, built};
+use crate::wait::wait_until;
 use cgroups::Cgroups;
 
-pub use configuration::BUSYBOX;
+pub use configuration::{BUSYBOX, Network};
 pub use image::Image;
 
 /// What the first process of the node does.
 const ROOM: &str = include_str!("node/room.sh");
 /// Where Debian's package has the CNI plugins.
 const PLUGINS: &str = "/usr/lib/cni";
+/// Where containerd looks for networks, in the node's directory.
+const NETWORKS: &str = "cni";
+const TAKEN_IN: Duration = Duration::from_secs(10);
+/// What containerd says for debugging as it does.
+const TAKES_IN: &str = "receiving change event from cni conf dir";
 
 /// A node that runs containers. Dropping it ends them all.
 #[derive(Debug)]
 pub struct Node {
     host: Host,
+    pod_cidrs: Value,
     directory: PathBuf,
     // In the order in which they are ended: the room takes all that is in it along.
     room: Child,
@@ -57,10 +65,10 @@ impl Node {
         // The pods' networks are the cluster's to give; the rest kubelet adds.
         control.apply(&object)?;
         let directory = control.directory.join(name);
-        let cni = directory.join("cni");
+        let cni = directory.join(NETWORKS);
         fs::create_dir_all(&cni).map_err(|source| file_error(&cni, source))?;
-        let network = configuration::network(&object["spec"]["podCIDRs"]);
-        write(cni.join("10-lab.conflist"), &network.to_string())?;
+        let pod_cidrs = object["spec"]["podCIDRs"].clone();
+        write_network(&directory, Network::Ptp, &pod_cidrs)?;
         let containerd = configuration::containerd(&cni, Path::new(PLUGINS));
         write(directory.join("containerd.toml"), &containerd)?;
         let cgroups = Cgroups::new()?;
@@ -69,6 +77,7 @@ impl Node {
         let kubelet = kubelet(control, host, &directory, enter(host, room.id(), &program))?;
         let mut node = Self {
             host: host.clone(),
+            pod_cidrs,
             directory,
             room,
             kubelet,
@@ -95,6 +104,22 @@ impl Node {
             });
         }
         fs::remove_file(&archive).map_err(|source| file_error(&archive, source))
+    }
+
+    /// Gives the pods that are started from now on another network.
+    ///
+    /// # Errors
+    /// If containerd does not take it in.
+    pub fn network(&self, network: Network) -> Result<(), KubernetesError> {
+        let log = || start::whole(&self.directory, "containerd");
+        let before = log().len();
+        write_network(&self.directory, network, &self.pod_cidrs)?;
+        wait_until(TAKEN_IN, "containerd to take a network in", || {
+            log()
+                .get(before..)
+                .is_some_and(|new| new.contains(TAKES_IN))
+        })?;
+        Ok(())
     }
 
     /// A program to be started among the node's own mounts, processes and cgroups.
@@ -144,9 +169,15 @@ impl Node {
     /// The ends of the logs of kubelet and containerd.
     #[must_use]
     pub fn log(&self) -> String {
-        let [kubelet, containerd] =
-            ["kubelet", "containerd"].map(|name| start::tail(&self.directory, name));
-        format!("kubelet:\n{kubelet}\ncontainerd:\n{containerd}")
+        let kubelet = start::tail(&self.directory, "kubelet");
+        let containerd = start::whole(&self.directory, "containerd");
+        let lines = containerd.lines().filter(|it| !it.contains("level=debug"));
+        let last: Vec<_> = lines.rev().take(30).collect();
+        let containerd: Vec<_> = last.into_iter().rev().collect();
+        format!(
+            "kubelet:\n{kubelet}\ncontainerd:\n{}",
+            containerd.join("\n")
+        )
     }
 
     /// containerd's own client.
@@ -179,6 +210,25 @@ impl Node {
             conditions.any(|it| it["type"] == "Ready" && it["status"] == "True")
         })
     }
+}
+
+/// Makes `network` the only one that there is. containerd looks again when a file goes, not when a
+/// whole one comes.
+fn write_network(
+    directory: &Path,
+    network: Network,
+    pod_cidrs: &Value,
+) -> Result<(), KubernetesError> {
+    let text = configuration::network(network, pod_cidrs).to_string();
+    let new = write(directory.join("network"), &text)?;
+    let networks = directory.join(NETWORKS);
+    let place = networks.join(format!("{network:?}.conflist"));
+    fs::rename(new, &place).map_err(|source| file_error(&place, source))?;
+    let others = fs::read_dir(&networks).map_err(|source| file_error(&networks, source))?;
+    others
+        .filter_map(|other| Some(other.ok()?.path()))
+        .filter(|other| *other != place)
+        .try_for_each(|other| fs::remove_file(&other).map_err(|source| file_error(&other, source)))
 }
 
 /// Starts the process that all others are below, and waits until containerd serves.

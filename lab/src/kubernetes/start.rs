@@ -205,8 +205,13 @@ pub(super) fn await_start(
 
 /// The last lines of a program's log.
 pub(super) fn tail(directory: &Path, name: &str) -> String {
-    let path = directory.join(format!("{name}.log"));
-    let text = fs::read_to_string(&path).unwrap_or_else(|error| error.to_string());
+    let text = whole(directory, name);
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(30)..].join("\n")
+}
+
+/// All of a program's log so far.
+pub(super) fn whole(directory: &Path, name: &str) -> String {
+    let path = directory.join(format!("{name}.log"));
+    fs::read_to_string(&path).unwrap_or_else(|error| error.to_string())
 }

@@ -19,6 +19,8 @@ pub(super) fn containerd(networks: &Path, plugins: &Path) -> String {
         r#"version = 2
 root = "/var/lib/containerd"
 state = "/run/containerd"
+[debug]
+  level = "debug"
 [grpc]
   address = "{SOCKET}"
 [plugins."io.containerd.grpc.v1.cri"]
@@ -33,25 +35,30 @@ state = "/run/containerd"
     )
 }
 
-/// The pods' network: a veth each, behind an address of the node.
-pub(super) fn network(pod_cidrs: &Value) -> Value {
+/// What a real node's pods hang on, by the CNI plugin that makes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Network {
+    /// `ptp`: a veth each, behind an address of the node.
+    Ptp,
+    /// `bridge`: a bridge `cni0`, without hairpin mode.
+    Bridge,
+}
+
+/// The list of plugins that a pod's network is made by.
+pub(super) fn network(network: Network, pod_cidrs: &Value) -> Value {
     let ranges = pod_cidrs.as_array().into_iter().flatten();
     let ranges: Vec<_> = ranges.map(|subnet| json!([{ "subnet": subnet }])).collect();
-    json!({
-        "cniVersion": "1.0.0",
-        "name": "lab",
-        "plugins": [
-            {
-                "type": "ptp",
-                "ipam": {
-                    "type": "host-local",
-                    "ranges": ranges,
-                    "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }],
-                },
-            },
-            { "type": "portmap", "capabilities": { "portMappings": true } },
-        ],
-    })
+    let mut first = match network {
+        Network::Ptp => json!({ "type": "ptp" }),
+        Network::Bridge => json!({ "type": "bridge", "bridge": "cni0", "isGateway": true }),
+    };
+    first["ipam"] = json!({
+        "type": "host-local",
+        "ranges": ranges,
+        "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }],
+    });
+    let ports = json!({ "type": "portmap", "capabilities": { "portMappings": true } });
+    json!({ "cniVersion": "1.0.0", "name": "lab", "plugins": [first, ports] })
 }
 
 /// kubelet's. Only the API server's host reaches it, so it believes whoever asks.

@@ -48,14 +48,7 @@ fn kubelet_runs_the_daemonset_as_its_manifest_has_it() {
         "{mounts}"
     );
 
-    let log = room.kubectl(&[
-        "-n",
-        NAMESPACE,
-        "logs",
-        "daemonset/portreeve",
-        "-c",
-        "portreeve",
-    ]);
+    let log = room.log();
     assert!(log.contains("in force"), "{log}");
     let said = room.kubectl(&[
         "-n",

@@ -8,6 +8,7 @@
 )]
 mod daemonset;
 mod enforcement;
+mod network;
 mod overlays;
 mod pods;
 mod rolling;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         daemonset::TESTS,
         enforcement::TESTS,
         rolling::TESTS,
+        network::TESTS,
         overlays::TESTS,
     ]
     .concat();

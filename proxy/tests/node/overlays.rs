@@ -3,7 +3,7 @@ use lab::runner::Test;
 
 use crate::enforcement::policed;
 use crate::pods::{idle, is_kept_from, namespace, reaches, ready};
-use crate::room::{Room, room};
+use crate::room::room;
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     the_taint_of_a_new_node_goes_when_its_daemon_enforces_and_pods_start_then,
@@ -48,7 +48,7 @@ fn uninstalled_a_node_is_as_it_was_and_installed_again_it_is_policed() {
         "ip rule show",
         "ip route show table 15001",
     ]
-    .map(|call| said(&room, call));
+    .map(|call| room.said(call));
     assert!(
         !left.concat().contains("portreeve") && !left.concat().contains("15001"),
         "{left:?}"
@@ -60,12 +60,4 @@ fn uninstalled_a_node_is_as_it_was_and_installed_again_it_is_policed() {
     room.in_force("only-friends-out");
     reaches(&friend, &web);
     is_kept_from(&stranger, &web);
-}
-
-/// What a program says on the node.
-fn said(room: &Room, call: &str) -> String {
-    let mut words = call.split(' ');
-    let mut command = room.lab.node(0).command(words.next().unwrap());
-    command.args(words);
-    String::from_utf8(command.output().unwrap().stdout).unwrap()
 }

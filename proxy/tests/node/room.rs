@@ -51,7 +51,7 @@ fn shared() -> MutexGuard<'static, Option<Arc<Room>>> {
 impl Room {
     fn make() -> Result<Self, Box<dyn std::error::Error>> {
         let directory = TempDir::new()?;
-        let lab = Cluster::builder().nodes(1).build()?;
+        let lab = Cluster::builder().nodes(2).build()?;
         let control = ControlPlane::start(directory.path())?;
         control.join(&lab)?;
         let controllers = control.controllers()?;
@@ -142,6 +142,26 @@ impl Room {
             in_force(&host, policy)
         })
         .unwrap_or_else(|error| panic!("{error}\n{}", self.told()));
+    }
+
+    /// What the daemon has logged.
+    pub(crate) fn log(&self) -> String {
+        self.kubectl(&[
+            "-n",
+            NAMESPACE,
+            "logs",
+            "daemonset/portreeve",
+            "-c",
+            "portreeve",
+        ])
+    }
+
+    /// What a program says on the node.
+    pub(crate) fn said(&self, call: &str) -> String {
+        let mut words = call.split(' ');
+        let mut command = self.lab.node(0).command(words.next().unwrap());
+        command.args(words);
+        String::from_utf8(command.output().unwrap().stdout).unwrap()
     }
 
     /// All that helps to see why something did not happen.

@@ -12,6 +12,7 @@ pub mod marks;
 pub mod netlink;
 mod nf_tables;
 pub mod owners;
+pub mod presence;
 pub mod probe;
 mod queue_target;
 pub mod redirect;

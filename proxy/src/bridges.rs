@@ -107,8 +107,8 @@ impl Bridges {
         })
     }
 
-    /// Watches without end.
-    pub(crate) async fn watch(mut self, readiness: Readiness) {
+    /// Watches without end; tells the kernel's tables all again when they are `renewed`.
+    pub(crate) async fn watch(mut self, readiness: Readiness, mut renewed: watch::Receiver<()>) {
         let mut every = tokio::time::interval(READ_EVERY);
         every.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut table = self.pods.changed();
@@ -136,16 +136,22 @@ impl Bridges {
             }
             last = fault;
             tokio::time::sleep(PAUSE).await;
-            self.until_due(&mut every, &mut table).await;
+            self.until_due(&mut every, &mut table, &mut renewed).await;
         }
     }
 
     /// Waits for the next reason to look.
-    async fn until_due(&mut self, every: &mut Interval, table: &mut watch::Receiver<u64>) {
+    async fn until_due(
+        &mut self,
+        every: &mut Interval,
+        table: &mut watch::Receiver<u64>,
+        renewed: &mut watch::Receiver<()>,
+    ) {
         loop {
             tokio::select! {
                 _ = every.tick() => return,
                 _ = self.changes.next() => self.seen.bridges = None,
+                Ok(()) = renewed.changed() => self.seen.loaded = None,
                 Ok(()) = table.changed() => {
                     let before = std::mem::replace(&mut self.seen.pods, self.pods.taken());
                     if self.seen.pods.is_subset(&before) {

@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context;
 use controller::Table;
 use ipnet::IpNet;
 use iptables_init::links::{self, Links};
@@ -18,6 +19,7 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
 use tracing::warn;
 
 use crate::sys;
@@ -37,6 +39,7 @@ pub(crate) struct PodLinks {
     node: Arc<str>,
     /// `--pod-cidr`; empty: the Node object's.
     pod_cidrs: Vec<IpNet>,
+    changes: Changes,
     loaded: Option<Loaded>,
 }
 
@@ -55,7 +58,7 @@ pub(crate) struct Changes {
 }
 
 impl PodLinks {
-    /// Fills the set for the first time.
+    /// Fills the set for the first time, and hears of changes from then on.
     ///
     /// # Errors
     /// What `ip` or `nft` say.
@@ -68,20 +71,26 @@ impl PodLinks {
             table,
             node,
             pod_cidrs,
+            changes: Changes::listen(ROUTES)
+                .context("cannot hear of changes of routes (rtnetlink)")?,
             loaded: None,
         };
         links.sync(true)?;
         Ok(links)
     }
 
-    /// Keeps the set in step without end.
-    pub(crate) async fn follow(mut self, changes: Changes) {
+    /// Keeps the set in step without end; fills it again when the kernel's tables are `renewed`.
+    pub(crate) async fn follow(mut self, mut renewed: watch::Receiver<()>) {
         let mut table = self.table.changed();
         let mut retry = false;
         loop {
             let routes = tokio::select! {
                 () = tokio::time::sleep(RETRY), if retry => true,
-                changed = changes.next() => changed.is_ok(),
+                changed = self.changes.next() => changed.is_ok(),
+                Ok(()) = renewed.changed() => {
+                    self.loaded = None;
+                    true
+                }
                 changed = table.changed() => match changed {
                     Ok(()) => false,
                     Err(_) => return,
@@ -128,14 +137,6 @@ impl PodLinks {
 }
 
 impl Changes {
-    /// Listens from now on for links and routes.
-    ///
-    /// # Errors
-    /// What the kernel answers.
-    pub(crate) fn of_routes() -> io::Result<Self> {
-        Self::listen(ROUTES)
-    }
-
     /// Listens from now on for links and addresses; if `CAP_NET_BROADCAST` lets us, for those of pods
     /// too.
     ///

@@ -25,6 +25,7 @@ mod released;
 mod run;
 mod succession;
 mod sys;
+mod tables;
 mod telemetry;
 mod trail;
 mod worker;

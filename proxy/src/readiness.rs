@@ -22,7 +22,9 @@ const CLUSTER: usize = 0;
 const BRIDGES: usize = 1;
 /// Watching what others do on the node.
 const NODE: usize = 2;
-const PARTS: usize = 3;
+/// Watching the kernel's tables.
+const TABLES: usize = 3;
+const PARTS: usize = 4;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct State {
@@ -42,6 +44,7 @@ impl Readiness {
             state("the first state is not in force yet"),
             state("the node's bridges have not been looked at yet"),
             state("the node has not been looked at yet"),
+            state("the kernel's tables have not been looked at yet"),
         ];
         Self {
             parts: Arc::new(watch::Sender::new(parts)),
@@ -62,6 +65,14 @@ impl Readiness {
     pub(crate) fn of_node(&self) -> Self {
         Self {
             part: NODE,
+            ..self.clone()
+        }
+    }
+
+    /// The same, to speak for the kernel's tables.
+    pub(crate) fn of_tables(&self) -> Self {
+        Self {
+            part: TABLES,
             ..self.clone()
         }
     }
@@ -157,6 +168,8 @@ mod tests {
             "{reason}"
         );
         bridges.ready();
+        assert!(cluster.check().unwrap_err().contains("tables have not"));
+        cluster.of_tables().ready();
         assert_eq!(cluster.check(), Ok(()));
         bridges.not_ready("cni0 is gone");
         assert!(

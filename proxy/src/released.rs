@@ -119,6 +119,11 @@ impl Released {
         Ok(isolated)
     }
 
+    /// The kernel's sets are others by now: the next [`Self::sync`] replaces all.
+    pub(crate) fn forget(&mut self) {
+        self.loaded = None;
+    }
+
     fn is_in_step(&self, touched: &BTreeSet<IpAddr>) -> bool {
         let Some(loaded) = &self.loaded else {
             return false;

@@ -30,12 +30,13 @@ use crate::enforcer::Enforcer;
 use crate::flows::Flows;
 use crate::handover::{Estate, Leaving};
 use crate::limits::{Bounds, Limits};
-use crate::links::{Changes, PodLinks};
+use crate::links::PodLinks;
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 use crate::recorder::Recorder;
 use crate::released::{PodCidrs, Released};
 use crate::succession;
+use crate::tables::Tables;
 use crate::telemetry::{Spans, TelemetryError};
 use crate::worker::Worker;
 
@@ -120,10 +121,7 @@ async fn enforce(
     signals: &mut StopSignals,
 ) -> anyhow::Result<Ended> {
     let node: Arc<str> = args.node()?.into();
-    let table = Table::new(TableSettings {
-        cluster_cidrs: args.cluster_cidr.clone(),
-        own_node: args.own_node.into(),
-    });
+    let table = table(args);
     let pods = PodCidrs::new(Arc::clone(&table), Arc::clone(&node), args.pod_cidr.clone());
     let readiness = Readiness::new(source.status());
     let enforcer = enforcer(args, node, Arc::clone(&table), source.status())?;
@@ -137,6 +135,7 @@ async fn enforce(
         false => Some(serve().await?),
     };
     let kernel = iptables_init::probe_kernel()?;
+    let tables = Tables::now().context("cannot ask the kernel for its tables (nf_tables)")?;
     let released = Released::closed(pods.clone(), kernel)?;
     let mut index = Index::new(Arc::clone(&table));
     let first = first_state(&mut source, &mut index, &pods, &readiness, &enforcer);
@@ -144,7 +143,6 @@ async fn enforce(
         () = signals.received() => return Ok(Ended::Stopped),
         touched = first => touched?,
     };
-    let changes = Changes::of_routes().context("cannot hear of changes of routes (rtnetlink)")?;
     let links = PodLinks::new(table, Arc::clone(&enforcer.node), args.pod_cidr.clone())?;
     let bridges = Bridges::new(args.redirect.bridge.clone(), pods, kernel)?;
     // From here on live connections may depend on this daemon.
@@ -155,8 +153,8 @@ async fn enforce(
         None => serve().await?,
     };
     let (workers, mut tasks) = begin(args, &enforcer, &stopped, estate, began)?;
-    tasks.spawn(links.follow(changes));
-    watch_node(&mut tasks, bridges, &readiness);
+    let renewed = tables.renewed();
+    node::watch(&mut tasks, &readiness, (links, bridges, tables));
     source::lift_taint(args, &readiness, &enforcer.node);
     let following = Follower {
         source,
@@ -166,6 +164,7 @@ async fn enforce(
         readiness: readiness.clone(),
         touched,
         isolated: BTreeSet::new(),
+        renewed,
         stopped,
     };
     let following = tokio::spawn(follow(following, readiness));
@@ -178,14 +177,8 @@ async fn enforce(
         serving,
         stop,
     };
-    running
-        .until_ended(&enforcer, signals, relief.offer(&pod))
-        .await
-}
-
-fn watch_node(tasks: &mut JoinSet<()>, bridges: Bridges, readiness: &Readiness) {
-    tasks.spawn(bridges.watch(readiness.of_bridges()));
-    tasks.spawn(node::watch(readiness.of_node()));
+    let offer = relief.offer(&pod);
+    running.until_ended(&enforcer, signals, offer).await
 }
 
 async fn follow(follower: Follower, readiness: Readiness) {
@@ -260,6 +253,13 @@ async fn first_state(
         }
         readiness.not_ready(reason);
     }
+}
+
+fn table(args: &RunArgs) -> Arc<Table> {
+    Table::new(TableSettings {
+        cluster_cidrs: args.cluster_cidr.clone(),
+        own_node: args.own_node.into(),
+    })
 }
 
 fn enforcer(

@@ -30,6 +30,8 @@ pub(super) struct Follower {
     pub(super) touched: BTreeSet<IpAddr>,
     /// Addresses whose flows from before they came under policy are still to be judged.
     pub(super) isolated: BTreeSet<IpAddr>,
+    /// When the kernel's tables are to be filled again.
+    pub(super) renewed: watch::Receiver<()>,
     /// Between two changes it stops, and leaves the kernel to another.
     pub(super) stopped: watch::Receiver<bool>,
 }
@@ -64,6 +66,11 @@ impl Follower {
                     let batch = tokio::select! {
                         _ = stopped.wait_for(|stopped| *stopped) => return,
                         batch = self.source.next() => batch,
+                        Ok(()) = self.renewed.changed() => {
+                            self.released.forget();
+                            arrived = Instant::now();
+                            continue;
+                        }
                     };
                     arrived = Instant::now();
                     batch

@@ -1,17 +1,17 @@
 //! The end of a daemon, foreseen and not, and what stays of it.
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use lab::runner::Test;
-use lab::{Kind, Netns};
+use lab::{Kind, Netns, wait_until};
 
 use crate::support::{
-    Bed, DEADLINE, SOON, allow_all, allow_ingress, connected, deny_ingress, echoes, greeted, init,
-    small,
+    Bed, DEADLINE, SOON, allow_all, allow_ingress, ask, connected, deny_ingress, echoes, greeted,
+    init, small,
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
@@ -19,6 +19,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     with_fail_open_new_connections_pass_while_no_daemon_runs,
     sigterm_ends_it_within_two_seconds_and_resets_live_streams,
     uninstall_restores_the_node_to_the_byte_after_a_full_run,
+    a_redirect_that_is_taken_away_is_reported_and_one_that_comes_anew_is_filled_again,
 ];
 
 fn with_the_daemon_killed_denied_stays_denied_and_released_pods_go_on() {
@@ -191,4 +192,55 @@ fn read_tree(directory: &Path, into: &mut BTreeMap<String, String>) {
             into.insert(entry.path().display().to_string(), value);
         }
     }
+}
+
+fn a_redirect_that_is_taken_away_is_reported_and_one_that_comes_anew_is_filled_again() {
+    let bed = Bed::enforced(&[], &[deny_ingress("b")]);
+    let node = bed.lab.node(0);
+    let [a, b, d] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
+    let sets = |names: &[&str]| {
+        let list = names.iter().map(|name| {
+            let mut nft = node.command("nft");
+            nft.args(["list", "set", "inet", "portreeve", name]);
+            String::from_utf8(nft.output().unwrap().stdout).unwrap()
+        });
+        list.collect::<Vec<_>>()
+    };
+    let filled = [
+        "pods4",
+        "egress_released4",
+        "ingress_released4",
+        "pod_links",
+    ];
+    let before = sets(&filled);
+    assert!(
+        before.iter().all(|set| set.contains("elements")),
+        "{before:?}"
+    );
+    // As a reload of the node's firewall does.
+    let mut nft = node.command("nft");
+    nft.args(["flush", "ruleset"]);
+    assert!(nft.output().unwrap().status.success());
+    let reported = || {
+        let answer = ask(&node, "/readyz").unwrap();
+        answer.status == 503 && answer.body.contains("iptables-init install")
+    };
+    wait_until(DEADLINE, "the daemon to say so", reported).unwrap();
+    // Let through by nobody.
+    let passed = connected(&a, b.addr_v4(80));
+
+    bed.install(0, &[]);
+    let ready = || ask(&node, "/readyz").is_some_and(|it| it.status == 200);
+    wait_until(DEADLINE, "the daemon to be ready", ready).unwrap();
+    wait_until(DEADLINE, "the sets to be filled", || {
+        sets(&filled) == before
+    })
+    .unwrap();
+    let outcome = a.connect(b.addr_v4(80), SOON).unwrap();
+    assert_eq!(outcome.kind(), Kind::TimedOut);
+    greeted(&a, d.addr_v4(80));
+    // It is judged at its next packet.
+    (&passed).write_all(b"a word").unwrap();
+    passed.set_read_timeout(Some(SOON)).unwrap();
+    assert!((&passed).read(&mut [0; 8]).is_err());
 }

@@ -221,7 +221,7 @@ fn a_bridge_that_looks_into_packets_again_is_reported_and_opens_nothing() {
     }
 }
 
-/// By unicast, broadcast and multicast, to the pod's own and to link-local addresses, every protocol
+/// By unicast, broadcast, multicast and the groups that bridges keep, to the pod's own and to link-local addresses, every protocol
 /// number, other EtherTypes, and a VLAN tag before all.
 fn nothing_of_an_isolated_pod_passes_its_bridge() {
     let mut bed = Bed::bare(small().gateway(BRIDGE));
@@ -253,6 +253,12 @@ fn nothing_of_an_isolated_pod_passes_its_bridge() {
             link.send_frame(*kind, payload).unwrap();
             let tagged = [&[0, 7][..], &kind.to_be_bytes(), payload].concat();
             link.send_frame(0x8100, &tagged).unwrap();
+        }
+    }
+    for group in kept_by_bridges() {
+        let link = a.injector().unwrap().towards(group);
+        for (kind, payload) in &frames[..4] {
+            link.send_frame(*kind, payload).unwrap();
         }
     }
     shout(EVERYBODY);
@@ -411,6 +417,11 @@ fn lies(liar: &Host, victim: &Host, gateway: &str) -> Vec<(&'static str, [u8; 6]
             packet(liars, victims, 0),
         ),
     ]
+}
+
+/// The groups that a bridge keeps for itself (IEEE 802.1Q, table 8-1).
+fn kept_by_bridges() -> impl Iterator<Item = [u8; 6]> {
+    (0..16).map(|last| [1, 0x80, 0xc2, 0, 0, last])
 }
 
 /// The elements of a set of the table for bridges, as nft writes them.

@@ -20,6 +20,9 @@ use crate::table::Loaded;
 
 const PORTS: &str = "ports";
 const SWITCHED_OFF: &str = "switched_off";
+const KEPT_FROM_LEARNING: &str = "kept_from_learning";
+/// The bridge's own parameter, as `ip` names it.
+const NO_LEARNING: &str = "no_linklocal_learn";
 
 /// Why pods on a bridge cannot be policed.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +64,9 @@ pub struct Bridge {
     /// Whether the bridge itself is told to look into IP packets (`nf_call_iptables`,
     /// `nf_call_ip6tables`), whatever the sysctls say.
     pub looks_into_ip: bool,
+    /// Whether it takes who is behind a port from frames to the groups that it keeps for itself (IEEE 802.1Q,
+    /// table 8-1), and can be kept from it (`no_linklocal_learn`, Linux 5.0 and iproute2 5.0).
+    pub learns_unseen: bool,
 }
 
 /// A port of a bridge.
@@ -121,6 +127,7 @@ fn among(links: &[Value], names: &[String], pods: &[IpNet]) -> Vec<Bridge> {
             address: link["address"].as_str()?.to_owned(),
             addresses: networks(link).map(|net| net.addr()).collect(),
             ports: ports.filter_map(port).collect(),
+            learns_unseen: told[NO_LEARNING] == 0,
             looks_into_ip: SWITCHES.iter().any(|it| told[format!("nf_call_{it}")] == 1),
         })
     };
@@ -224,6 +231,28 @@ pub fn switch_off() -> Result<bool, BridgeError> {
     Ok(true)
 }
 
+/// Keeps a bridge that [learns from frames which no table sees](Bridge::learns_unseen) from it: by one a pod would
+/// draw what is for another to its own port. Notes it in the table for `uninstall`.
+///
+/// # Errors
+/// If `nft` or `ip` is missing or refuses.
+pub fn keep_from_learning(bridge: &Bridge) -> Result<(), SetsError> {
+    if !sets::is_plain(&bridge.name) {
+        return Ok(());
+    }
+    let mut note = String::new();
+    let set = format!("{BRIDGE} {TABLE} {KEPT_FROM_LEARNING}");
+    let name = format!("\"{}\"", bridge.name);
+    sets::elements(&mut note, "add", &set, [name].into_iter());
+    sets::load(&note)?;
+    Ok(set_no_learning(&bridge.name, "1")?)
+}
+
+fn set_no_learning(bridge: &str, value: &str) -> Result<(), CommandError> {
+    let set = ["link", "set", "dev", bridge, "type", "bridge"];
+    command::run(Program::Ip, &[&set[..], &[NO_LEARNING, value]].concat(), "").map(drop)
+}
+
 /// What [`switch_off`] does, for `print`.
 pub(crate) fn switch_off_script() -> String {
     let lines = SWITCHES.map(|switch| format!("[ ! -e {0} ] || echo 0 > {0}\n", file(switch)));
@@ -233,8 +262,12 @@ pub(crate) fn switch_off_script() -> String {
     )
 }
 
-/// Undoes [`switch_off`], as `loaded` has it noted.
+/// Undoes [`switch_off`] and [`keep_from_learning`], as `loaded` has it noted.
 pub(crate) fn switch_on_again(loaded: &Loaded) -> Result<(), BridgeError> {
+    for bridge in loaded.strings(BRIDGE, KEPT_FROM_LEARNING) {
+        // One that is gone refuses.
+        let _ = set_no_learning(bridge, "0");
+    }
     let noted: Vec<_> = loaded.strings(BRIDGE, SWITCHED_OFF).collect();
     let there = SWITCHES
         .iter()
@@ -258,7 +291,7 @@ mod tests {
         let bridge = |name: &str, address: &str, local: &str, length: u8, looks: u8| {
             serde_json::json!({
                 "ifname": name, "address": address,
-                "linkinfo": { "info_kind": "bridge", "info_data": { "nf_call_iptables": looks, "nf_call_ip6tables": 0 } },
+                "linkinfo": { "info_kind": "bridge", "info_data": { "nf_call_iptables": looks, "nf_call_ip6tables": 0, "no_linklocal_learn": 0 } },
                 "addr_info": [
                     { "local": local, "prefixlen": length },
                     { "local": "fe80::1", "prefixlen": 64 },
@@ -333,6 +366,7 @@ mod tests {
                 peer: Some(Peer { netns: 5, index: 2 }),
             }],
             looks_into_ip: true,
+            learns_unseen: true,
         };
         assert_eq!(among(&links(), &[], &pods), [expected]);
     }

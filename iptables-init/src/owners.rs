@@ -131,6 +131,7 @@ mod tests {
             addresses: vec!["10.1.0.1".parse().unwrap()],
             ports: Vec::new(),
             looks_into_ip: false,
+            learns_unseen: false,
         }
     }
 

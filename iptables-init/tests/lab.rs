@@ -825,6 +825,7 @@ fn fill_sets(netns: &Netns) {
             })
             .into(),
         looks_into_ip: false,
+        learns_unseen: false,
     };
     let ends = ["pod0", "ip", "3"]
         .into_iter()

@@ -198,6 +198,9 @@ impl Bridges {
                 );
             }
             bridges::switch_off()?;
+            for bridge in found.iter().filter(|bridge| bridge.learns_unseen) {
+                bridges::keep_from_learning(bridge)?;
+            }
         }
         self.seen.prepared = names;
         self.ask(found)?;

@@ -310,6 +310,14 @@ fn a_pod_takes_no_other_pods_address_on_its_bridge() {
         assert!(counted.is_ok(), "{what}: {}", spoofed());
     }
     assert_eq!(tap.heard(), 0);
+    for group in kept_by_bridges() {
+        let way = liar.injector().unwrap().towards(group);
+        let theirs = way.in_the_name_of(link_address(&victim));
+        theirs.send_frame(0x88b5, MAGIC).unwrap();
+    }
+    for to in victim.addrs(80) {
+        assert_eq!(greeted(&node, to).server, "x/d");
+    }
     // What the victim says of itself is heard, and what is for it comes to it.
     for host in [&hearer, &node] {
         host.ip("neigh flush all\n").unwrap();
@@ -322,7 +330,9 @@ fn a_pod_takes_no_other_pods_address_on_its_bridge() {
     assert_eq!(theirs, 0);
     // Without the rules each of these would be heard.
     bed.kill(0);
+    assert_eq!(no_learning(&node), 1);
     assert!(init(&node, "uninstall", &[]).status.success());
+    assert_eq!(no_learning(&node), 0);
     for (what, link, kind, payload) in &lies {
         let before = tap.heard();
         let way = liar.injector().unwrap().towards(EVERYBODY);
@@ -429,6 +439,15 @@ fn listed(node: &Host, set: &str) -> String {
     let mut nft = node.command("nft");
     nft.args(["list", "set", "bridge", "portreeve", set]);
     String::from_utf8_lossy(&nft.output().unwrap().stdout).into_owned()
+}
+
+/// Whether the bridge of the pods takes nothing from frames to the groups that it keeps.
+fn no_learning(node: &Host) -> u64 {
+    let mut ip = node.command("ip");
+    ip.args(["-j", "-d", "link", "show", "cni0"]);
+    let links: serde_json::Value = serde_json::from_slice(&ip.output().unwrap().stdout).unwrap();
+    let learning = &links[0]["linkinfo"]["info_data"]["no_linklocal_learn"];
+    learning.as_u64().unwrap()
 }
 
 /// Where a pod's default route leads, IPv4.

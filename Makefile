@@ -37,7 +37,7 @@ test: prerequisites test-prerequisites tools ## Every test: pure ones, the demo,
 test-oldest: prerequisites test-prerequisites tools ## The tests that have an API server, against the oldest supported release
 	@lab/tools/build kubernetes-oldest
 	@$(CARGO) build --locked --workspace --bins
-	@LAB_KUBERNETES=oldest $(CARGO) test --locked -p proxy --test kube
+	@LAB_KUBERNETES=oldest $(CARGO) test --locked -p proxy --test kube --test node
 
 tools: ## Other projects' programs that tests need, at pinned versions, built once into ~/.cache/portreeve
 	@$(call install,$(TOOLS_TOOLS))

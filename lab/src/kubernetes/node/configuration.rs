@@ -12,7 +12,7 @@ pub const BUSYBOX: &str = "docker.io/lab/busybox:1";
 pub(super) const PAUSE: &str = "registry.k8s.io/pause:3.10";
 pub(super) const SOCKET: &str = "/run/containerd/containerd.sock";
 
-/// containerd's. Without `CAP_SYS_RESOURCE` nobody can make a container less likely to be killed
+/// containerd's. What it says for debugging tells when it has taken another network in. Without `CAP_SYS_RESOURCE` nobody can make a container less likely to be killed
 /// than containerd itself.
 pub(super) fn containerd(networks: &Path, plugins: &Path) -> String {
     format!(

@@ -140,18 +140,18 @@ impl Jaeger {
 fn configuration(host: &Host, certificates: Option<&Certificates>) -> String {
     let (v4, v6) = (host.ipv4(), host.ipv6());
     let page = std::env::var("PORTREEVE_JAEGER_UI").unwrap_or_default();
-    let tls = certificates.map(|of| {
+    let tls = certificates.map_or_else(String::new, |of| {
         let (own, key) = (of.certificate("server"), of.key("server"));
         let clients = of.certificate("ca");
         format!(
             r#", tls: {{ cert_file: "{own}", key_file: "{key}", client_ca_file: "{clients}" }}"#
         )
     });
+    let receiver = |address: &str| format!("\"{address}\"{tls}");
     include_str!("../jaeger.yaml")
-        .replace(" TLS", &tls.unwrap_or_default())
         .replace("PAGE", &page)
-        .replace("OTLP_GRPC", &format!("{v4}:{OTLP_GRPC}"))
-        .replace("OTLP_HTTP", &format!("[{v6}]:{OTLP_HTTP}"))
+        .replace("\"OTLP_GRPC\"", &receiver(&format!("{v4}:{OTLP_GRPC}")))
+        .replace("\"OTLP_HTTP\"", &receiver(&format!("[{v6}]:{OTLP_HTTP}")))
         .replace("QUERY_HTTP", &format!("{v4}:{QUERY}"))
         .replace("QUERY_GRPC", &format!("{v4}:{}", QUERY - 1))
 }

@@ -18,7 +18,7 @@ use iptables_init::ruleset::Kernel;
 use iptables_init::sets::{self, SetsError};
 use tokio::sync::watch;
 use tokio::time::{Interval, MissedTickBehavior};
-use tracing::{error, info};
+use tracing::info;
 
 use crate::links::Changes;
 use crate::readiness::Readiness;
@@ -113,7 +113,6 @@ impl Bridges {
         every.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut table = self.pods.changed();
         self.seen.asked.again(Instant::now());
-        let mut last = None;
         loop {
             let looked = tokio::task::spawn_blocking(move || {
                 let fault = self.look().err().map(|fault| fault.to_string());
@@ -125,16 +124,7 @@ impl Bridges {
                     .not_ready("this daemon no longer watches the node's bridges; restart it");
             };
             self = next;
-            match &fault {
-                None => readiness.ready(),
-                Some(reason) => {
-                    if last != fault {
-                        error!("{reason}");
-                    }
-                    readiness.not_ready(reason.clone());
-                }
-            }
-            last = fault;
+            readiness.found(fault);
             tokio::time::sleep(PAUSE).await;
             self.until_due(&mut every, &mut table, &mut renewed).await;
         }

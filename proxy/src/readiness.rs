@@ -4,6 +4,7 @@ use std::time::SystemTime;
 
 use controller::kube::WatchStatus;
 use tokio::sync::watch;
+use tracing::error;
 
 use crate::records::timestamp;
 
@@ -85,6 +86,16 @@ impl Readiness {
     /// Something is not in force; `reason` says what and names the remedy.
     pub(crate) fn not_ready(&self, reason: impl Into<String>) {
         self.set(Some(reason.into()));
+    }
+
+    /// What was found at a look, of many: `None` is well. A fault is logged when it is another than at the last look.
+    pub(crate) fn found(&self, fault: Option<String>) {
+        if let Some(reason) = &fault
+            && self.parts.borrow()[self.part].reason != fault
+        {
+            error!("{reason}");
+        }
+        self.set(fault);
     }
 
     /// Waits until everything known is in force, all parts of it.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use iptables_init::presence;
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
-use tracing::{error, warn};
+use tracing::warn;
 
 use crate::readiness::Readiness;
 
@@ -42,20 +42,9 @@ impl Tables {
     pub(crate) async fn watch(mut self, readiness: Readiness) {
         let mut every = tokio::time::interval(LOOK_EVERY);
         every.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut last = None;
         loop {
             every.tick().await;
-            let fault = self.look().err();
-            match &fault {
-                None => readiness.ready(),
-                Some(reason) => {
-                    if last != fault {
-                        error!("{reason}");
-                    }
-                    readiness.not_ready(reason.clone());
-                }
-            }
-            last = fault;
+            readiness.found(self.look().err());
         }
     }
 

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
-use tracing::error;
 
 use crate::bridges::Bridges;
 use crate::links::PodLinks;
@@ -29,20 +28,9 @@ pub(super) fn watch(
 async fn watch_others(readiness: Readiness) {
     let mut every = tokio::time::interval(LOOK_EVERY);
     every.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut last = None;
     loop {
         every.tick().await;
         let found = iptables_init::ipvs();
-        match &found {
-            None => readiness.ready(),
-            Some(finding) => {
-                let reason = format!("{}; {}", finding.problem, finding.remedy);
-                if found != last {
-                    error!("{reason}");
-                }
-                readiness.not_ready(reason);
-            }
-        }
-        last = found;
+        readiness.found(found.map(|it| format!("{}; {}", it.problem, it.remedy)));
     }
 }

@@ -42,6 +42,7 @@ test-oldest: prerequisites test-prerequisites tools ## The tests that have an AP
 tools: ## Other projects' programs that tests need, at pinned versions, built once into ~/.cache/portreeve
 	@$(call install,$(TOOLS_TOOLS))
 	@lab/tools/promtool --fetch
+	@lab/tools/nft --fetch
 	@lab/tools/build $(filter-out kubernetes-oldest,$(notdir $(patsubst %/go.mod,%,$(wildcard lab/tools/*/go.mod))))
 
 lint: toolchain ## Format and lints

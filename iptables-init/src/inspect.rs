@@ -164,7 +164,8 @@ impl Findings {
             Err(error) => return self.error(error),
             Ok(None) => {
                 let problem = format!("nft table inet {TABLE} is not there");
-                return self.fatal(problem, INSTALL);
+                self.fatal(problem, INSTALL);
+                return self.dry_run(&ruleset);
             }
             Ok(Some(loaded)) if loaded.stamp != Some(Stamp::of(&ruleset)) => self.fatal(
                 format!(
@@ -193,6 +194,27 @@ impl Findings {
                     "run as root or with CAP_NET_ADMIN",
                 ),
             }
+        }
+    }
+
+    /// Whether nft and the kernel would take all of the rules. Only where none of them is loaded: a trial of hooked
+    /// chains drops what waits in a queue.
+    fn dry_run(&mut self, ruleset: &Ruleset) {
+        let Err(error) = redirect::dry_run(ruleset) else {
+            return;
+        };
+        match error {
+            CommandError::Refused { message, .. } if message.contains("Could not process rule") => {
+                self.fatal(
+                    format!("the kernel refuses the rules of this version: {message}"),
+                    format!("install the kernel's full set of modules ({MODULE_PACKAGES})"),
+                );
+            }
+            CommandError::Refused { message, .. } => self.fatal(
+                format!("nft refuses the rules of this version: {message}"),
+                "install an nftables that loads them, such as 1.0.6 or 1.1.3, and report the version that does not (`nft --version`)",
+            ),
+            other => self.error(other),
         }
     }
 

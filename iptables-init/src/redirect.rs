@@ -205,6 +205,16 @@ fn of_routes(error: CommandError) -> RedirectError {
     }
 }
 
+/// Lets nft and the kernel check all that [`install`] loads, and load none of it. Drops what waits in any queue of
+/// the network namespace.
+///
+/// # Errors
+/// [`CommandError::Refused`] with what nft said.
+pub(crate) fn dry_run(ruleset: &Ruleset) -> Result<(), CommandError> {
+    let script = table::create_script(ruleset);
+    command::run(Program::Nft, &["-c", "-f", "-"], &script).map(drop)
+}
+
 fn load_table(ruleset: &Ruleset) -> Result<bool, RedirectError> {
     let script = match Loaded::read()? {
         None => table::create_script(ruleset),

@@ -10,7 +10,7 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use clap::Parser;
@@ -46,6 +46,9 @@ fn main() -> ExitCode {
         bridges_look_into_packets_again_after_uninstall_only_if_they_did_before,
         another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements,
         nft_understands_its_own_queue_for_any_number_of_queues,
+        nft_of_each_debian_loads_and_removes_the_rules,
+        nft_of_each_debian_keeps_the_elements_of_the_sets,
+        check_names_an_nft_that_refuses_the_rules,
         sets_in_the_kernel_are_what_the_scripts_say,
         sets_without_an_installed_table_are_refused_with_the_remedy,
         check_names_each_thing_that_is_wrong,
@@ -242,6 +245,14 @@ fn another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements(
 }
 
 fn nft_understands_its_own_queue_for_any_number_of_queues() {
+    let folders = nft_of_each_release();
+    // The machine's own, too.
+    for folder in folders.iter().map(String::as_str).chain(["/usr/sbin"]) {
+        understands_its_own_queue(folder);
+    }
+}
+
+fn understands_its_own_queue(folder: &str) {
     for queues in [1, 2, 256] {
         for fail in ["open", "closed"] {
             let flags = format!("x --queues {queues} --fail {fail}");
@@ -249,17 +260,97 @@ fn nft_understands_its_own_queue_for_any_number_of_queues() {
             let ruleset = Ruleset::new(&line.settings, NATIVE);
             let netns = namespace();
             let mut command = netns.command("sh");
-            command.args(["-ec", &format!("nft -c -f - <<'END'\n{ruleset}\nEND")]);
+            command.args([
+                "-ec",
+                &format!("PATH={folder}:$PATH; nft -c -f - <<'END'\n{ruleset}\nEND"),
+            ]);
             let ran = Ran::from(command);
             // What nft understands, it asks the kernel, which may well lack CONFIG_NFT_QUEUE.
             let asked = ran.success || ran.stderr.contains("Could not process rule");
             assert!(
                 asked && !ran.stderr.contains("syntax"),
-                "{flags}: {}",
+                "{folder}, {flags}: {}",
                 ran.stderr
             );
         }
     }
+}
+
+/// The folders of nft as Debian's releases have it, each with its own libraries.
+fn nft_of_each_release() -> Vec<String> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lab/tools/nft");
+    let ask = |arguments: &[&str]| {
+        let said = Command::new(&script).args(arguments).output().unwrap();
+        let complaint = String::from_utf8_lossy(&said.stderr);
+        assert!(said.status.success(), "{complaint}");
+        String::from_utf8(said.stdout).unwrap().trim().to_owned()
+    };
+    let releases = ask(&["--releases"]);
+    let folders: Vec<_> = releases.lines().map(|it| ask(&["--where", it])).collect();
+    assert!(folders.len() >= 3, "{releases}");
+    folders
+}
+
+fn nft_of_each_debian_loads_and_removes_the_rules() {
+    for folder in nft_of_each_release() {
+        let netns = namespace();
+        sh(
+            &netns,
+            &format!(
+                "PATH={folder}:$PATH
+                iptables-init install; iptables-init check
+                iptables-init install | grep -q ^already
+                iptables-init install --fail open --mark-mask 0xf0000 --queues 1
+                iptables-init uninstall; test -z \"$(nft list ruleset)\""
+            ),
+        );
+    }
+}
+
+/// What the daemon writes into the sets, and how another layout takes it over.
+fn nft_of_each_debian_keeps_the_elements_of_the_sets() {
+    for folder in nft_of_each_release() {
+        let netns = namespace();
+        let path = format!("PATH={folder}:$PATH\n");
+        sh(&netns, &format!("{path} iptables-init install"));
+        let list = format!("{path} nft list sets; nft list maps");
+        let script = all_sets();
+        sh(&netns, &format!("{path} nft -f - <<'END'\n{script}END"));
+        let before = sh(&netns, &list);
+        assert!(before.contains("fd00:1::3"), "{folder}: {before}");
+        sh(
+            &netns,
+            &format!(
+                "{path} nft flush chain inet portreeve installed_by
+                iptables-init install | grep -q ^installed"
+            ),
+        );
+        assert_eq!(sorted(&sh(&netns, &list)), sorted(&before), "{folder}");
+    }
+}
+
+/// As nft 1.1.2 began to refuse a rule of an earlier version.
+fn check_names_an_nft_that_refuses_the_rules() {
+    let netns = namespace();
+    let mut command = netns.command("sh");
+    let script = format!(
+        r#"nft=$(command -v nft || echo /usr/sbin/nft); bin=$(mktemp -d); trap 'rm -r $bin' EXIT
+        cat >$bin/nft <<END
+#!/bin/sh
+input=\$(cat)
+case "\$1 \$input" in
+  -c*own_node_judged*) echo "/dev/stdin:52:3-25: Error: conflicting protocols specified: unknown vs. tcp" >&2; exit 1 ;;
+esac
+printf '%s\n' "\$input" | $nft "\$@"
+END
+        chmod +x $bin/nft
+        PATH=$bin:$PATH {INIT} check"#
+    );
+    command.args(["-c", &script]);
+    let said = Ran::from(command);
+    assert_eq!(said.code, Some(1));
+    let named = "error: nft refuses the rules of this version: conflicting protocols specified: unknown vs. tcp; ";
+    assert!(said.stdout.contains(named), "{said:?}");
 }
 
 fn sets_in_the_kernel_are_what_the_scripts_say() {
@@ -814,6 +905,16 @@ fn links() -> Links {
 
 fn fill_sets(netns: &Netns) {
     load(netns, &iptables_init::sets::pod_links_script(&links()));
+    load(netns, &all_sets());
+    // Where bridges have ports of pods, `check` looks at these.
+    for name in ["iptables", "ip6tables"] {
+        let name = format!("bridge/bridge-nf-call-{name}");
+        netns.set_sysctls(&[(&name, "0")]).unwrap();
+    }
+}
+
+/// The script that fills every set that outlives another layout.
+fn all_sets() -> String {
     let bridge = Bridge {
         name: "cni0".into(),
         address: "0a:58:0a:f4:00:01".into(),
@@ -840,13 +941,7 @@ fn fill_sets(netns: &Netns) {
         });
     let bridges = [bridge];
     let owners = Owners::default().now(&bridges, &ends.collect::<Vec<_>>());
-    let script = some_sets().replace_script() + &ports_script(&bridges) + &owners.script();
-    load(netns, &script);
-    // Where bridges have ports of pods, `check` looks at these.
-    for name in ["iptables", "ip6tables"] {
-        let name = format!("bridge/bridge-nf-call-{name}");
-        netns.set_sysctls(&[(&name, "0")]).unwrap();
-    }
+    some_sets().replace_script() + &ports_script(&bridges) + &owners.script()
 }
 
 fn load(netns: &Netns, script: &str) {

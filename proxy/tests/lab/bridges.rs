@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use lab::runner::Test;
 use lab::traffic::{UdpOutcome, craft};
-use lab::{Cluster, Gateway, Host, Kind, PodSpec, wait_until};
+use lab::{Cluster, Gateway, Host, Kind, PodSpec, RpFilter, wait_until};
 use nix::ifaddrs::getifaddrs;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::support::{
     Bed, DEADLINE, SOON, allow_ingress, ask, connected, counter, counter_of, deny_egress,
-    deny_ingress, greeted, init, small,
+    deny_ingress, greeted, init, metric, small,
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
@@ -21,6 +21,8 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_bridge_that_looks_into_packets_again_is_reported_and_opens_nothing,
     nothing_of_an_isolated_pod_passes_its_bridge,
     a_pod_takes_no_other_pods_address_on_its_bridge,
+    a_header_before_ip_carries_no_other_pods_address,
+    a_frame_to_a_kept_group_reaches_no_node_socket,
     a_pods_new_address_is_its_own_at_once,
 ];
 
@@ -344,6 +346,140 @@ fn a_pod_takes_no_other_pods_address_on_its_bridge() {
     }
 }
 
+/// VLAN tags and the like: the kernel takes some of them away between the bridge and IP.
+fn a_header_before_ip_carries_no_other_pods_address() {
+    let mut bed = Bed::bare(small().gateway(BRIDGE).rp_filter(RpFilter::Off));
+    bed.enforce(&[]);
+    let [liar, hearer, victim] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
+    let node = bed.lab.node(0);
+    for to in hearer.addrs(80).into_iter().chain(victim.addrs(80)) {
+        greeted(&liar, to);
+        greeted(&node, to);
+    }
+    for address in victim.addresses() {
+        let set = if address.is_ipv4() {
+            "owners4"
+        } else {
+            "owners6"
+        };
+        wait_until(DEADLINE, "the victim's address to be known", || {
+            listed(&node, set).contains(&address.to_string())
+        })
+        .unwrap();
+    }
+    let capture = hearer.capture().unwrap();
+    // Whom the pod has in its table first may be another pod.
+    let way = liar.injector().unwrap().towards(link_of(&node, "cni0"));
+    let lied = |at: usize| capture.count(|it| it.source.ip() == victim.addresses()[at]);
+    let honest = |port: u16| {
+        for (from, to) in liar.addrs(port).into_iter().zip(hearer.addrs(port)) {
+            way.send(&craft::udp(from, to, MAGIC)).unwrap();
+            capture
+                .wait_for(DEADLINE, "an honest datagram", 1, |it| it.source == from)
+                .unwrap();
+        }
+    };
+    let lies = |kind: u16| match kind {
+        0x0800 => craft::udp(victim.addr_v4(9), hearer.addr_v4(9), MAGIC),
+        0x86dd => craft::udp(victim.addr_v6(9), hearer.addr_v6(9), MAGIC),
+        _ => {
+            let gateway: Ipv4Addr = gateway(&liar).parse().unwrap();
+            let theirs = (victim.ipv4(), link_address(&liar));
+            craft::arp(2, theirs, (gateway, [0; 6]))
+        }
+    };
+    let mut sent = 0;
+    for kind in [0x0800, 0x86dd, 0x0806] {
+        for (outer, between) in before_ip(kind) {
+            way.send_frame(outer, &[between, lies(kind)].concat())
+                .unwrap();
+            sent += 1;
+        }
+    }
+    honest(53);
+    assert_eq!([lied(0), lied(1)], [0, 0]);
+    assert_eq!(neighbour(&node, &victim), link_address(&victim));
+    assert_eq!(counter_of(&node, "bridge", "frame"), sent);
+    assert_eq!(
+        metric(&node, "portreeve_rule_drops_total{cause=\"frame\"}"),
+        sent
+    );
+}
+
+/// Frames to the groups that a bridge keeps go to IP as if its port had received them.
+fn a_frame_to_a_kept_group_reaches_no_node_socket() {
+    let mut bed = Bed::bare(small().gateway(BRIDGE).rp_filter(RpFilter::Off));
+    bed.enforce(&[]);
+    let [liar, victim] = ["x/a", "x/d"].map(|name| bed.lab.pod(name));
+    let node = bed.lab.node(0);
+    node.serve_udp(&[53]).unwrap();
+    for to in node.addrs(53) {
+        assert!(is_answered(&liar, to), "{to}");
+    }
+    let capture = victim.capture().unwrap();
+    let answered = || capture.count(|it| it.source.port() == 53);
+    let mut sent = 0;
+    for group in kept_by_bridges() {
+        let way = liar.injector().unwrap().towards(group);
+        for (from, to) in victim.addrs(9).into_iter().zip(node.addrs(53)) {
+            way.send(&craft::udp(from, to, MAGIC)).unwrap();
+            sent += 1;
+        }
+    }
+    // What comes after them shows that they have been seen.
+    for to in node.addrs(53) {
+        assert!(is_answered(&liar, to), "{to}");
+        assert!(is_answered(&victim, to), "{to}");
+    }
+    assert_eq!(answered(), 2, "of {sent} in the victim's name");
+    // Two groups are no way to IP: a bridge without STP passes its frames on, and ends those that pause a link.
+    assert_eq!(counter(&node, "frame"), sent - 4);
+}
+
+fn is_answered(from: &Host, to: SocketAddr) -> bool {
+    let outcome = from.ask_udp(to, b"who?", SOON).unwrap();
+    matches!(outcome, UdpOutcome::Answered { .. })
+}
+
+/// What can stand between a frame's addresses and a payload of `kind`: the frame's type, and what follows it. Linux takes
+/// tags of VLAN 0 away (IEEE 802.1Q), however many.
+fn before_ip(kind: u16) -> Vec<(u16, Vec<u8>)> {
+    let tag = |vlan: u16, next: u16| [vlan.to_be_bytes(), next.to_be_bytes()].concat();
+    let snap = [&[0xaa, 0xaa, 3, 0, 0, 0][..], &kind.to_be_bytes()].concat();
+    vec![
+        (0x8100, tag(0, kind)),
+        (0x8100, [tag(0, 0x8100), tag(0, kind)].concat()),
+        (
+            0x8100,
+            [tag(0, 0x8100), tag(0, 0x8100), tag(0, kind)].concat(),
+        ),
+        (0x88a8, tag(0, kind)),
+        // QinQ (IEEE 802.1ad), and the other way round.
+        (0x88a8, [tag(0, 0x8100), tag(0, kind)].concat()),
+        (0x8100, [tag(0, 0x88a8), tag(0, kind)].concat()),
+        // With a priority, of VLAN 7, and with an older service tag.
+        (0x8100, tag(0xe000, kind)),
+        (0x8100, tag(7, kind)),
+        (0x9100, tag(0, kind)),
+        // MPLS, PPPoE, and a length in the type's place (IEEE 802.3) with SNAP.
+        (0x8847, vec![0, 0, 1, 64]),
+        (0x8864, vec![0x11, 0, 0, 1, 0, 40, 0, 0x21]),
+        (64, snap),
+    ]
+}
+
+/// Where the node's table says that a pod is.
+fn neighbour(node: &Host, pod: &Host) -> [u8; 6] {
+    let mut ip = node.command("ip");
+    ip.args(["-j", "neigh", "show", &pod.ipv4().to_string()]);
+    let found: serde_json::Value = serde_json::from_slice(&ip.output().unwrap().stdout).unwrap();
+    let text = found[0]["lladdr"].as_str().unwrap();
+    let bytes = text
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16).unwrap());
+    bytes.collect::<Vec<_>>().try_into().unwrap()
+}
+
 /// One after the other: asked for every two seconds, they would take 16.
 fn a_pods_new_address_is_its_own_at_once() {
     let mut bed = Bed::bare(small().gateway(BRIDGE));
@@ -526,10 +662,15 @@ impl Tap {
 
 /// The address of a pod's link (IEEE 802).
 fn link_address(pod: &Host) -> [u8; 6] {
-    let found = pod.run(|| {
+    link_of(pod, "eth0")
+}
+
+/// The address of a link (IEEE 802).
+fn link_of(host: &Host, name: &str) -> [u8; 6] {
+    let found = host.run(|| {
         let mut links = getifaddrs()
             .unwrap()
-            .filter(|link| link.interface_name == "eth0");
+            .filter(|link| link.interface_name == name);
         links.find_map(|link| link.address?.as_link_addr()?.addr())
     });
     found.unwrap().unwrap()

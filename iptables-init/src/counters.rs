@@ -16,7 +16,15 @@ const NFTA_OBJ_DATA: u16 = 4;
 const NFTA_COUNTER_PACKETS: u16 = 2;
 
 /// The counters of `ruleset.nft` and `bridges.nft`, as nft names them.
-pub const NAMES: [&str; 6] = ["no_daemon", "spoofed", "stray", "flood", "bridged", "frame"];
+pub const NAMES: [&str; 7] = [
+    "no_daemon",
+    "spoofed",
+    "stray",
+    "flood",
+    "bridged",
+    "frame",
+    "link_local",
+];
 
 /// Packets by counter, in the order of [`NAMES`], since the tables were loaded.
 pub type Packets = [u64; NAMES.len()];

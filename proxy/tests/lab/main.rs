@@ -24,6 +24,7 @@ mod isolation;
 mod jaeger;
 mod likeness;
 mod logs;
+mod martians;
 mod odd;
 mod own_node;
 mod page;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         pmtu::TESTS,
         sctp::TESTS,
         spoof::TESTS,
+        martians::TESTS,
         changes::TESTS,
         likeness::TESTS,
         streams::TESTS,

@@ -1,14 +1,20 @@
 //! A pod and the node that it runs on, a node and the pods of others, pods on the host's network,
 //! and a pod with itself.
 use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{
+    IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket,
+};
 use std::time::{Duration, Instant};
 
 use lab::runner::Test;
-use lab::traffic::{UdpOutcome, introduce};
+use lab::traffic::{UdpOutcome, craft, introduce};
 use lab::{Cluster, Gateway, Host, Kind, PodSpec, Protocol, ServiceSpec, wait_until};
+use nix::ifaddrs::getifaddrs;
+use nix::net::if_::if_nametoindex;
 use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
 
+use crate::bridges::BRIDGE;
 use crate::support::{
     Bed, DEADLINE, SOON, ask, connected, counter, deny_egress, deny_ingress, echoes, greeted,
     metric, policy, small,
@@ -20,6 +26,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     judged_the_own_node_is_one_more_destination_of_a_pod,
     judged_a_change_stops_what_a_pod_has_with_its_node,
     judged_a_node_that_goes_on_sending_keeps_no_stream_open_that_a_change_denies,
+    judged_a_pods_link_local_address_does_not_reach_its_node,
     a_node_reaches_its_pods_and_no_others_whatever_policy_says,
     pods_on_the_hosts_network_are_the_node_as_target_and_as_peer,
     a_pod_reaches_itself_and_by_its_own_service_whatever_policy_says,
@@ -206,6 +213,117 @@ fn judged_a_node_that_goes_on_sending_keeps_no_stream_open_that_a_change_denies(
         assert!(heard.is_err(), "{:?}: {heard:?}", server.local_addr());
     }
     assert!(counter(&node, "stray") > 0, "without a beginning");
+}
+
+/// By TCP and UDP between link-local addresses, and between one of them and a global one; with broadcasts in nobody's name.
+fn judged_a_pods_link_local_address_does_not_reach_its_node() {
+    for gateway in [BRIDGE, Gateway::NodeAddress, Gateway::LinkLocal] {
+        let mut bed = Bed::bare(small().gateway(gateway));
+        bed.write_policies(&[deny_egress("a"), deny_ingress("a")]);
+        bed.enforce(&[]);
+        let (a, node) = (bed.lab.pod("x/a"), bed.lab.node(0));
+        let link = match gateway {
+            BRIDGE => "cni0".to_owned(),
+            _ => bed.lab.link_of("x/a").unwrap(),
+        };
+        // Each knows its neighbour from here on.
+        greeted(&node, a.addr_v4(80));
+        let everywhere = (Ipv6Addr::UNSPECIFIED, 85).into();
+        let _server = node.listen(everywhere).unwrap();
+        let datagrams = node.run(|| UdpSocket::bind(everywhere)).unwrap().unwrap();
+        datagrams.set_read_timeout(Some(DEADLINE)).unwrap();
+        let heard = || {
+            let mut text = [0; 8];
+            let length = datagrams.recv(&mut text).unwrap();
+            text[..length].to_vec()
+        };
+        let (near, far) = (link_local(&a, "eth0"), link_local(&node, &link));
+        let ways = [
+            (near, far),
+            (near, node.ipv6()),
+            (a.ipv6(), far),
+            (near, ALL_NODES),
+        ];
+        for (from, to) in &ways[..3] {
+            assert!(
+                dials(&a, *from, *to),
+                "allowed: {from} to {to}, {gateway:?}"
+            );
+        }
+        for (from, to) in ways {
+            tells(&a, from, to, b"allowed");
+            assert_eq!(heard(), b"allowed", "{from} to {to}, {gateway:?}");
+        }
+        bed.kill(0);
+        bed.start(0, &["--own-node", "judge"]);
+        for (from, to) in &ways[..3] {
+            assert!(!dials(&a, *from, *to), "{from} to {to}, {gateway:?}");
+        }
+        for (from, to) in ways {
+            tells(&a, from, to, b"judged");
+        }
+        let everybody = a.injector().unwrap().towards([0xff; 6]);
+        let ends = (
+            (Ipv4Addr::UNSPECIFIED, 85).into(),
+            (Ipv4Addr::BROADCAST, 85).into(),
+        );
+        let broadcast = craft::udp(ends.0, ends.1, b"judged");
+        everybody.send(&broadcast).unwrap();
+        let dropped = || counter(&node, "link_local");
+        // Of each family; the broadcast, too.
+        wait_until(DEADLINE, "all to be looked at", || dropped() >= 5).unwrap();
+        tells(&node, Ipv6Addr::LOCALHOST, Ipv6Addr::LOCALHOST, b"itself");
+        assert_eq!(heard(), b"itself", "{gateway:?}");
+        // The node asks its pods by any address, and neighbour discovery goes on.
+        let _pod = a.listen((Ipv6Addr::UNSPECIFIED, 85).into()).unwrap();
+        a.ip("neigh flush all\n").unwrap();
+        node.ip("neigh flush all\n").unwrap();
+        assert!(dials_by(&node, &link, far, near), "{gateway:?}");
+        assert_eq!(greeted(&node, a.addr_v6(80)).server, "x/a");
+    }
+}
+
+const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+
+/// A link's own IPv6 address.
+fn link_local(host: &Host, link: &str) -> Ipv6Addr {
+    let found = host.run(|| {
+        let addresses = getifaddrs().unwrap().filter(|it| it.interface_name == link);
+        let v6 = addresses.filter_map(|it| Some(it.address?.as_sockaddr_in6()?.ip()));
+        v6.into_iter().find(Ipv6Addr::is_unicast_link_local)
+    });
+    found.unwrap().unwrap()
+}
+
+fn dials(from: &Host, source: Ipv6Addr, to: Ipv6Addr) -> bool {
+    dials_by(from, "eth0", source, to)
+}
+
+/// Whether a TCP connection from one address to port 85 of the other succeeds, both on a link.
+fn dials_by(from: &Host, link: &str, source: Ipv6Addr, to: Ipv6Addr) -> bool {
+    from.run(|| {
+        let socket = Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
+        let index = if_nametoindex(link).unwrap();
+        socket
+            .bind(&SocketAddrV6::new(source, 0, 0, index).into())
+            .unwrap();
+        let to = SocketAddrV6::new(to, 85, 0, index);
+        socket.connect_timeout(&to.into(), ASK).is_ok()
+    })
+    .unwrap()
+}
+
+/// Sends a datagram from one address to port 85 of the other.
+fn tells(from: &Host, source: Ipv6Addr, to: Ipv6Addr, text: &[u8]) {
+    from.run(|| {
+        let link = if to.is_loopback() { "lo" } else { "eth0" };
+        let index = if_nametoindex(link).unwrap();
+        let socket = UdpSocket::bind(SocketAddrV6::new(source, 0, 0, index)).unwrap();
+        socket
+            .send_to(text, SocketAddrV6::new(to, 85, 0, index))
+            .unwrap();
+    })
+    .unwrap();
 }
 
 fn a_node_reaches_its_pods_and_no_others_whatever_policy_says() {

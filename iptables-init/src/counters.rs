@@ -16,7 +16,7 @@ const NFTA_OBJ_DATA: u16 = 4;
 const NFTA_COUNTER_PACKETS: u16 = 2;
 
 /// The counters of `ruleset.nft` and `bridges.nft`, as nft names them.
-pub const NAMES: [&str; 7] = [
+pub const NAMES: [&str; 9] = [
     "no_daemon",
     "spoofed",
     "stray",
@@ -24,6 +24,8 @@ pub const NAMES: [&str; 7] = [
     "bridged",
     "frame",
     "link_local",
+    "martian",
+    "source_route",
 ];
 
 /// Packets by counter, in the order of [`NAMES`], since the tables were loaded.

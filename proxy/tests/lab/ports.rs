@@ -1,13 +1,20 @@
 //! Source ports: pods choose theirs as they like, whatever the proxy uses for its own legs.
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsRawFd;
 
+use iptables_init::netlink::{self, Header};
 use lab::runner::Test;
+use lab::traffic::craft::{self, ACK, FIN, PSH, SYN};
 use lab::traffic::greeting;
-use lab::{Dial, Serve};
+use lab::{Dial, Host, Kind, Serve};
+use nix::sys::socket::{MsgFlags, NetlinkAddr, SockProtocol, recv, sendto};
 use socket2::SockRef;
 use std::time::Duration;
 
-use crate::support::{Bed, DEADLINE, allow_all, allow_ingress, echoes};
+use crate::support::{
+    Bed, DEADLINE, SOON, allow_all, allow_ingress, connected, counter, deny_egress, deny_ingress,
+    echoes, small,
+};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     two_pods_that_dial_from_the_same_port_do_not_disturb_each_other,
@@ -16,6 +23,9 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_source_port_can_be_used_again_right_after_the_server_closed,
     a_source_port_can_be_used_again_right_after_a_reset,
     a_source_port_can_go_to_a_pod_and_then_to_its_service,
+    a_server_reaches_no_listener_by_a_stale_upstream_entry,
+    streams_to_the_proxys_port_outlive_conntracks_memory,
+    nobody_answers_for_others_on_the_proxys_port,
 ];
 
 fn two_pods_that_dial_from_the_same_port_do_not_disturb_each_other() {
@@ -186,4 +196,103 @@ fn a_source_port_can_go_to_a_pod_and_then_to_its_service() {
             }
         }
     }
+}
+
+/// Our leg is gone, conntrack's entry of it not: a SYN of the server would come to whoever listens on the leg's port.
+fn a_server_reaches_no_listener_by_a_stale_upstream_entry() {
+    let mut bed = Bed::bare(small());
+    bed.write_policies(&[allow_ingress("b"), deny_egress("b")]);
+    bed.enforce(&["--own-node", "judge"]);
+    let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
+    // It says nothing, as a server behind a firewall.
+    b.nft(
+        "table inet silent { chain in { type filter hook input priority 0; tcp dport 99 drop; }; }",
+    )
+    .unwrap();
+    let capture = b.capture().unwrap();
+    let mut legs = Vec::new();
+    for to in b.addrs(99) {
+        assert_eq!(a.connect(to, SOON).unwrap().kind(), Kind::TimedOut);
+        let leg = capture.packets().into_iter().find(|it| it.is_syn_to(to));
+        legs.push((to, leg.unwrap().source));
+    }
+    bed.kill(0);
+    let way = b.injector().unwrap();
+    for (at, (from, to)) in legs.into_iter().enumerate().rev() {
+        let any: IpAddr = if to.is_ipv4() {
+            Ipv4Addr::UNSPECIFIED.into()
+        } else {
+            Ipv6Addr::UNSPECIFIED.into()
+        };
+        let _listener = node.listen((any, to.port()).into()).unwrap();
+        let before = counter(&node, "stray");
+        way.send(&craft::tcp(from, to, SYN, 1, &[])).unwrap();
+        // One honest packet, which comes back after it.
+        let _pong = node.connect(b.addrs(80)[at], DEADLINE).unwrap();
+        assert_eq!(capture.syn_acks_from(to), 0, "{to}");
+        assert_eq!(counter(&node, "stray"), before + 1, "{to}");
+    }
+}
+
+fn streams_to_the_proxys_port_outlive_conntracks_memory() {
+    let bed = Bed::enforced(&[], &[deny_ingress("d")]);
+    let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
+    b.serve(&[15_001, 15_002]).unwrap();
+    let to = [b.addrs(15_001), b.addrs(15_002)].concat();
+    let streams: Vec<_> = to.into_iter().map(|to| connected(&a, to)).collect();
+    forget_all(&node);
+    for stream in &streams {
+        echoes(stream, "still here");
+    }
+}
+
+/// Neither of addresses that nobody has, nor of pods; whatever the packet is.
+fn nobody_answers_for_others_on_the_proxys_port() {
+    let bed = Bed::enforced(&[], &[deny_ingress("d")]);
+    let (a, b, outside) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.outside());
+    for to in b.addrs(80) {
+        drop(connected(&a, to));
+    }
+    let capture = a.capture().unwrap();
+    let way = a.injector().unwrap();
+    let others = [bed.lab.blackhole(15_001), bed.lab.unreachable(15_001)];
+    for to in others.concat() {
+        let from = a.addrs(4000)[usize::from(to.is_ipv6())];
+        for flags in [ACK, ACK | PSH, FIN | ACK, SYN | ACK, 0] {
+            way.send(&craft::tcp(from, to, flags, 1, &[])).unwrap();
+        }
+    }
+    // What is there answers for itself, and shows that all has been looked at.
+    for (from, to) in a.addrs(4001).into_iter().zip(outside.addrs(15_001)) {
+        way.send(&craft::tcp(from, to, ACK, 1, &[])).unwrap();
+        capture
+            .wait_for(DEADLINE, "a reset", 1, |it| {
+                it.source == to && it.flags.is_reset()
+            })
+            .unwrap();
+    }
+    let answered = |it: &lab::Packet| it.destination.port() == 4000 && it.protocol == 6;
+    assert_eq!(capture.count(answered), 0);
+}
+
+/// Has conntrack of a node forget every connection (linux/netfilter/nfnetlink_conntrack.h).
+fn forget_all(node: &Host) {
+    const CTNETLINK_DELETE: u16 = 1 << 8 | 2;
+    node.run(|| {
+        let kernel = netlink::asking(SockProtocol::NetlinkNetFilter).unwrap();
+        let mut request = Vec::new();
+        let header = Header {
+            kind: CTNETLINK_DELETE,
+            flags: netlink::REQUEST | netlink::ACK,
+            ..Header::default()
+        };
+        netlink::write(&mut request, header, |_| {});
+        let fd = kernel.as_raw_fd();
+        sendto(fd, &request, &NetlinkAddr::new(0, 0), MsgFlags::empty()).unwrap();
+        let mut answer = [0; 256];
+        let length = recv(fd, &mut answer, MsgFlags::empty()).unwrap();
+        let last = netlink::messages(&answer[..length]).all(|it| it.is_last().unwrap());
+        assert!(last);
+    })
+    .unwrap();
 }

@@ -15,6 +15,7 @@ mod cases;
 mod certificates;
 mod changes;
 mod console;
+mod cookies;
 mod dials;
 mod ending;
 mod first;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         first::TESTS,
         reuse::TESTS,
         ports::TESTS,
+        cookies::TESTS,
         bounds::TESTS,
         restart::TESTS,
         handover::TESTS,

@@ -153,13 +153,19 @@ impl<'a> Message<'a> {
         chunk(self.body, 0).map(i32::from_ne_bytes)
     }
 
+    /// The errno of that number: 0 if all went well. Whatever stands there, it can be read.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        self.code().map(i32::wrapping_neg)
+    }
+
     /// Whether it is the last answer to a request that wants an acknowledgement or a list.
     ///
     /// # Errors
     /// The refusal that it carries, if it does.
     pub fn is_last(&self) -> io::Result<bool> {
-        match (self.kind, self.code()) {
-            (ERROR | DONE, Some(code)) if code < 0 => Err(io::Error::from_raw_os_error(-code)),
+        match (self.kind, self.errno()) {
+            (ERROR | DONE, Some(errno)) if errno != 0 => Err(io::Error::from_raw_os_error(errno)),
             (kind, _) => Ok([ERROR, DONE].contains(&kind)),
         }
     }
@@ -256,6 +262,27 @@ mod tests {
             assert_eq!(find(nested.value, 3).unwrap().value, [1, 2, 3, 4, 5]);
             assert_eq!(nested.whole.len() % 4, 0);
             assert!(find(attributes, 9).is_none());
+        }
+    }
+
+    #[test]
+    fn every_number_of_an_error_message_can_be_read() {
+        for (code, refused) in [
+            (0, false),
+            (-1, true),
+            (i32::MIN + 1, true),
+            (i32::MIN, true),
+        ] {
+            let mut out = Vec::new();
+            let header = Header {
+                kind: ERROR,
+                ..Header::default()
+            };
+            write(&mut out, header, |m| m.raw(&[0; 4]));
+            out[HEADER..HEADER + 4].copy_from_slice(&code.to_ne_bytes());
+            let (message, _) = Message::split(&out).unwrap();
+            assert_eq!(message.is_last().is_err(), refused, "{code}");
+            assert_eq!(message.errno(), Some(code.wrapping_neg()));
         }
     }
 

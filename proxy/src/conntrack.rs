@@ -290,11 +290,11 @@ fn request(
     out
 }
 
-/// The errno that `NLMSG_ERROR` and `NLMSG_DONE` begin with, negative there.
+/// The errno that `NLMSG_ERROR` and `NLMSG_DONE` begin with.
 fn errno(message: &Message<'_>) -> Option<Result<(), Errno>> {
-    Some(match message.code()? {
+    Some(match message.errno()? {
         0 => Ok(()),
-        code => Err(Errno::from_raw(code.wrapping_neg())),
+        errno => Err(Errno::from_raw(errno)),
     })
 }
 

@@ -204,10 +204,10 @@ fn configure(fd: &OwnedFd, number: u16) -> io::Result<()> {
                 write_ruling(&mut ruling, number, early.id, Ruling::Drop);
                 send(fd.as_raw_fd(), &ruling, MsgFlags::empty())?;
             }
-            match message.code().filter(|_| message.kind == netlink::ERROR) {
+            match message.errno().filter(|_| message.kind == netlink::ERROR) {
                 Some(0) => return Ok(()),
                 // EBUSY if another socket has the queue; older kernels say EPERM.
-                Some(code) => return Err(io::Error::from_raw_os_error(-code)),
+                Some(errno) => return Err(io::Error::from_raw_os_error(errno)),
                 None => {}
             }
         }

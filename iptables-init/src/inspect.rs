@@ -6,10 +6,12 @@ use std::path::Path;
 
 use crate::bridges::{self, BridgeError};
 use crate::command::{CommandError, Program};
+use crate::contents::Contents;
+use crate::lookup;
 use crate::probe::{FEATURES, Feature, MODULE_PACKAGES, ProbeError, probe_kernel};
 use crate::queue_target;
-use crate::redirect;
-use crate::routes::{Family, State};
+use crate::redirect::{self, RedirectError};
+use crate::routes::{self, Family, State};
 use crate::ruleset::{Kernel, QUEUE_CHAIN, Ruleset, TABLE};
 use crate::settings::Settings;
 use crate::table::{Loaded, Stamp};
@@ -173,14 +175,7 @@ impl Findings {
                 ),
                 format!("{INSTALL} with the flags that are given here, or give its flags here"),
             ),
-            Ok(Some(loaded)) => {
-                if let Some((family, chain)) = loaded.tampered_chain(&ruleset) {
-                    self.fatal(
-                        format!("chain {chain} of nft table {family} {TABLE} was changed since"),
-                        format!("find out who changes foreign tables, and {INSTALL}"),
-                    );
-                }
-            }
+            Ok(Some(loaded)) => self.contents(&loaded, &ruleset),
         }
         if let Some(target) = redirect::queue_target(&ruleset) {
             match queue_target::is_loaded(target) {
@@ -216,6 +211,20 @@ impl Findings {
             ),
             other => self.error(other),
         }
+    }
+
+    /// Whether the tables hold what was installed.
+    fn contents(&mut self, loaded: &Loaded, ruleset: &Ruleset) {
+        let what = match (loaded.tampered_chain(ruleset), Contents::read()) {
+            (Some((family, chain)), _) => format!("chain {chain} of nft table {family} {TABLE}"),
+            (None, Ok((_, now))) if loaded.noted == Some(now.digest()) => return,
+            (None, Ok(_)) => format!("a rule, chain or set of nft tables {TABLE}"),
+            (None, Err(error)) => return self.error(RedirectError::Contents(error)),
+        };
+        self.fatal(
+            format!("{what} was changed since"),
+            format!("find out who changes foreign tables, and {INSTALL}"),
+        );
     }
 
     /// What must be for pods on a Linux bridge, where there are any.
@@ -286,6 +295,12 @@ impl Findings {
                             INSTALL,
                         );
                     }
+                    let whole = state.route && state.has_rule(settings.mark_mask);
+                    // If it cannot be asked, that is no fault of the redirect.
+                    if whole && !lookup::diverts(family, settings.mark_mask).unwrap_or(true) {
+                        let (problem, remedy) = routes::shadowed(family);
+                        self.fatal(problem, remedy);
+                    }
                 }
             }
         }
@@ -302,26 +317,9 @@ impl Findings {
         }
     }
 
-    /// Found out in network namespaces: which values break what. `rp_filter`, strict or loose, is
-    /// none of them.
     fn sysctls(&mut self, net: &Path) {
-        let is_on = |name: &str| {
-            std::fs::read_to_string(net.join(name)).is_ok_and(|value| value.trim() != "0")
-        };
-        for interface in interfaces(&net.join("ipv4/conf")) {
-            if interface != "lo" && is_on(&format!("ipv4/conf/{interface}/src_valid_mark")) {
-                self.fatal(
-                    format!("sysctl net.ipv4.conf.{interface}.src_valid_mark is 1: the kernel drops diverted IPv4 packets as spoofed, whatever rp_filter is"),
-                    format!("`sysctl -w net/ipv4/conf/{interface}/src_valid_mark=0` (wg-quick sets it for a default route through WireGuard: give that its route by hand)"),
-                );
-            }
-        }
-        if is_on("ipv4/tcp_fwmark_accept") {
-            self.fatal(
-                "sysctl net.ipv4.tcp_fwmark_accept is 1: answers of accepted connections inherit the divert mark and never leave the node",
-                "`sysctl -w net.ipv4.tcp_fwmark_accept=0`",
-            );
-        }
+        self.0.extend(breaking_sysctls(net, &interfaces(net)));
+        let is_on = |name: &str| is_on(net, name);
         for name in ["ipv4", "ipv6"] {
             if is_on(&format!("{name}/fwmark_reflect")) {
                 self.note(
@@ -351,6 +349,37 @@ impl Findings {
     }
 }
 
+/// The sysctls, of those under `net`, with which the redirect does not work; those of links only for `links`.
+///
+/// Found out in network namespaces: which values break what. `rp_filter`, strict or loose, is none of them.
+pub(crate) fn breaking_sysctls(net: &Path, links: &[String]) -> Vec<Finding> {
+    let mut findings = Findings::default();
+    for link in links.iter().filter(|link| validates_by_mark(net, link)) {
+        findings.fatal(
+            format!("sysctl net.ipv4.conf.{link}.src_valid_mark is 1: the kernel drops diverted IPv4 packets as spoofed, whatever rp_filter is"),
+            format!("`sysctl -w net/ipv4/conf/{link}/src_valid_mark=0` (wg-quick sets it for a default route through WireGuard: give that its route by hand)"),
+        );
+    }
+    if is_on(net, "ipv4/tcp_fwmark_accept") {
+        findings.fatal(
+            "sysctl net.ipv4.tcp_fwmark_accept is 1: answers of accepted connections inherit the divert mark and never leave the node",
+            "`sysctl -w net.ipv4.tcp_fwmark_accept=0`",
+        );
+    }
+    findings.0
+}
+
+/// Whether the kernel looks up the sources of what comes in on a link by the packets' marks; diverted packets come in
+/// on every link but `lo`.
+pub(crate) fn validates_by_mark(net: &Path, link: &str) -> bool {
+    link != "lo" && is_on(net, &format!("ipv4/conf/{link}/src_valid_mark"))
+}
+
+/// Whether a sysctl of those under `net` is there and not 0.
+fn is_on(net: &Path, name: &str) -> bool {
+    std::fs::read_to_string(net.join(name)).is_ok_and(|value| value.trim() != "0")
+}
+
 /// An error of this crate reads "problem; remedy".
 fn split(error: impl fmt::Display) -> (String, String) {
     let text = error.to_string();
@@ -363,8 +392,8 @@ fn split(error: impl fmt::Display) -> (String, String) {
 const INSTALL: &str = "run `iptables-init install`";
 
 /// `all`, `default` and every interface, sorted.
-fn interfaces(directory: &Path) -> Vec<String> {
-    let Ok(entries) = std::fs::read_dir(directory) else {
+pub(crate) fn interfaces(net: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(net.join("ipv4/conf")) else {
         return Vec::new();
     };
     let names = entries
@@ -426,7 +455,7 @@ mod tests {
             program: Program::Ip,
         });
         findings.error(BridgeError::NoFamily);
-        findings.error(redirect::RedirectError::QueueRange {
+        findings.error(RedirectError::QueueRange {
             first: 65535,
             count: 2,
         });

@@ -13,10 +13,14 @@ use crate::netlink::{self, Attributes, Header, messages};
 pub(crate) const ANY_FAMILY: u8 = 0;
 /// `NFPROTO_INET`.
 pub(crate) const INET: u8 = 1;
+/// `NFPROTO_BRIDGE`.
+pub(crate) const BRIDGE: u8 = 7;
 
 const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
 const NFNL_MSG_BATCH_END: u16 = 0x11;
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
+const NFT_MSG_GETGEN: u16 = 16;
+const NFTA_GEN_ID: u16 = 1;
 
 /// Asks nf_tables to list what `body` asks for, and returns the attributes of each.
 ///
@@ -38,6 +42,30 @@ pub(crate) fn dump(
                 return Ok(bodies);
             }
             bodies.push(message.attributes().to_vec());
+        }
+    }
+}
+
+/// The generation of this network namespace's tables: another after every change that anybody made.
+///
+/// # Errors
+/// What the kernel answered, such as `EPERM` without `CAP_NET_ADMIN`.
+pub(crate) fn generation() -> io::Result<u32> {
+    let mut request = Vec::with_capacity(32);
+    let flags = netlink::REQUEST | netlink::ACK;
+    let header = header(NFT_MSG_GETGEN, flags, ANY_FAMILY);
+    netlink::write(&mut request, header, |_| {});
+    let socket = ask(&request)?;
+    let mut generation = None;
+    loop {
+        for message in messages(&receive(&socket)?) {
+            if message.is_last()? {
+                return generation.ok_or_else(|| io::ErrorKind::InvalidData.into());
+            }
+            let id = netlink::find(message.attributes(), NFTA_GEN_ID);
+            generation = id
+                .and_then(|id| netlink::chunk(id.value, 0))
+                .map(u32::from_be_bytes);
         }
     }
 }

@@ -8,6 +8,7 @@ use std::io;
 use crate::accounting;
 use crate::bridges::{self, BridgeError};
 use crate::command::{self, CommandError, Program};
+use crate::contents::Contents;
 use crate::probe::{ProbeError, probe_kernel};
 use crate::queue_target::{self, QueueTarget};
 use crate::routes::{self, Family};
@@ -48,6 +49,11 @@ pub enum RedirectError {
     /// `nft` or `ip` refused.
     #[error(transparent)]
     Command(#[from] CommandError),
+    /// The kernel does not tell what it holds.
+    #[error(
+        "the kernel does not say what is in nft tables {TABLE} ({0}); run as root or with CAP_NET_ADMIN, or again if others change nft tables now"
+    )]
+    Contents(#[source] io::Error),
     /// The kernel refused the rule that queues.
     #[error(
         "the kernel refused the NFQUEUE rule in chain {QUEUE_CHAIN} of nft table inet {TABLE}; what it would hold is dropped: see `iptables-init check`, or take all out with `iptables-init uninstall`"
@@ -78,12 +84,8 @@ pub fn install(settings: &Settings) -> Result<Outcome, RedirectError> {
         return Err(BridgeError::NoFamily.into());
     }
     let ruleset = Ruleset::new(settings, kernel);
-    let mut changed = false;
-    for family in routes::enabled_families() {
-        changed |= routes::install(family, settings.mark_mask).map_err(of_routes)?;
-    }
+    let mut changed = install_routes(settings)?;
     changed |= load_table(&ruleset)?;
-    changed |= load_queue_target(&ruleset)?;
     changed |= accounting::switch_on()?;
     if !settings.bridge.is_empty() {
         changed |= bridges::switch_off()?;
@@ -195,6 +197,15 @@ pub(crate) fn validate(settings: &Settings) -> Result<(), RedirectError> {
     Ok(())
 }
 
+/// Puts the rules and routes in; whether anything was to be done.
+pub(crate) fn install_routes(settings: &Settings) -> Result<bool, RedirectError> {
+    let mut changed = false;
+    for family in routes::enabled_families() {
+        changed |= routes::install(family, settings.mark_mask).map_err(of_routes)?;
+    }
+    Ok(changed)
+}
+
 /// What it means that `ip` refuses our routes.
 fn of_routes(error: CommandError) -> RedirectError {
     match error {
@@ -215,28 +226,35 @@ pub(crate) fn dry_run(ruleset: &Ruleset) -> Result<(), CommandError> {
     command::run(Program::Nft, &["-c", "-f", "-"], &script).map(drop)
 }
 
+/// Loads the tables where they are not as `ruleset` has them, and notes then what the kernel holds.
 fn load_table(ruleset: &Ruleset) -> Result<bool, RedirectError> {
     let script = match Loaded::read()? {
         None => table::create_script(ruleset),
-        Some(loaded)
+        Some(loaded) => {
+            let now = Contents::read()
+                .map_err(RedirectError::Contents)?
+                .1
+                .digest();
             if loaded.stamp == Some(Stamp::of(ruleset))
-                && loaded.tampered_chain(ruleset).is_none() =>
-        {
-            return Ok(false);
+                && loaded.noted == Some(now)
+                && loaded.tampered_chain(ruleset).is_none()
+            {
+                return Ok(false);
+            }
+            table::replace_script(&loaded, ruleset, now)?
         }
-        Some(loaded) => table::replace_script(&loaded, ruleset)?,
     };
     command::run(Program::Nft, &["-f", "-"], &script)?;
-    Ok(true)
-}
-
-fn load_queue_target(ruleset: &Ruleset) -> Result<bool, RedirectError> {
-    let Some(target) = queue_target(ruleset) else {
-        return Ok(false);
-    };
-    if queue_target::is_loaded(target).map_err(RedirectError::QueueTarget)? {
-        return Ok(false);
+    if let Some(target) = queue_target(ruleset)
+        && !queue_target::is_loaded(target).map_err(RedirectError::QueueTarget)?
+    {
+        queue_target::load(target).map_err(RedirectError::QueueTarget)?;
     }
-    queue_target::load(target).map_err(RedirectError::QueueTarget)?;
+    let now = Contents::read()
+        .map_err(RedirectError::Contents)?
+        .1
+        .digest();
+    let note = table::note_script(ruleset, now);
+    command::run(Program::Nft, &["-f", "-"], &note)?;
     Ok(true)
 }

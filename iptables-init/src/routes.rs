@@ -8,7 +8,7 @@ use crate::command::{self, CommandError, Program};
 use crate::marks::Marks;
 
 /// The routing table that holds the one route.
-const ROUTE_TABLE: &str = "15001";
+pub(crate) const ROUTE_TABLE: &str = "15001";
 /// Who made the rule and the route (`/etc/iproute2/rt_protos`), so that only ours are removed.
 const PROTOCOL: &str = "177";
 const PREFERENCE: &str = "10";
@@ -125,6 +125,20 @@ impl State {
     pub(crate) fn has_rule(&self, marks: Marks) -> bool {
         self.rules == [wanted_rule(marks)]
     }
+}
+
+/// What it means that rule and route are there and packets do not come to this host by them, and the remedy.
+pub(crate) fn shadowed(family: Family) -> (String, String) {
+    (
+        format!(
+            "another {} rule or route comes before the one for diverted packets, so that they leave the node",
+            family.name()
+        ),
+        format!(
+            "see `ip {0} rule show` and `ip {0} route show table {ROUTE_TABLE}`, and give others a preference above {PREFERENCE}",
+            family.flag()
+        ),
+    )
 }
 
 /// Makes a family's rule and route as wanted; whether anything was to be done.

@@ -78,6 +78,19 @@ impl Ruleset {
         self.kernel.queue_rule
     }
 
+    /// The settings that it was made for, as text.
+    pub(crate) fn settings(&self) -> String {
+        let Self {
+            proxy_port,
+            first_queue,
+            queue_count,
+            marks,
+            fail,
+            kernel: _,
+        } = self;
+        format!("{proxy_port} {first_queue} {queue_count} {marks} {fail:?}")
+    }
+
     /// First queue, how many, and whether a packet passes when nobody listens.
     #[must_use]
     pub fn queue(&self) -> (u16, u16, bool) {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::command::{self, CommandError, Program};
+use crate::elements::noting;
 use crate::links::Links;
 use crate::ruleset::{BRIDGE, TABLE};
 
@@ -164,6 +165,10 @@ impl Sets {
 /// # Errors
 /// [`SetsError`] with what nft said.
 pub fn load(script: &str) -> Result<(), SetsError> {
+    noting(script, || run(script))
+}
+
+fn run(script: &str) -> Result<(), SetsError> {
     match command::run(Program::Nft, &["-f", "-"], script) {
         Ok(_) => Ok(()),
         Err(CommandError::Refused { message, .. })

@@ -4,11 +4,16 @@
 use serde_json::Value;
 
 use crate::command::{self, CommandError, Program};
+use crate::contents::Digest;
 use crate::ruleset::{FAMILIES, QUEUE_CHAIN, QueueRule, Ruleset, TABLE};
 use crate::sets::{PINNED, elements};
 
-/// The chain whose one rule never runs and carries the [`Stamp`] as its comment.
+/// The chain whose rules never run: one carries the [`Stamp`] as its comment, another what the kernel made of the
+/// tables.
 pub(crate) const STAMP_CHAIN: &str = "installed_by";
+
+/// What the comment begins with that says what the kernel held after the installation.
+const NOTED: &str = "portreeve holds ";
 
 /// What a loaded table was made from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +22,8 @@ pub(crate) struct Stamp {
     layout: String,
     /// Hash of everything.
     content: String,
+    /// Hash of the settings; empty in tables of versions that did not note it.
+    settings: String,
 }
 
 impl Stamp {
@@ -31,18 +38,26 @@ impl Stamp {
         Self {
             layout: fnv1a(&declarations.collect::<String>()),
             content: fnv1a(&text),
+            settings: fnv1a(&ruleset.settings()),
         }
     }
 
+    /// Whether both were made from the same settings, by whatever versions.
+    pub(crate) fn has_settings_of(&self, other: &Self) -> bool {
+        self.settings == other.settings
+    }
+
     fn parse(comment: &str) -> Option<Self> {
-        let mut words = comment
+        let (layout, rest) = comment
             .strip_prefix("portreeve layout ")?
-            .split(" content ");
-        let stamp = Self {
-            layout: words.next()?.to_owned(),
-            content: words.next()?.to_owned(),
-        };
-        Some(stamp)
+            .split_once(" content ")?;
+        let (content, settings) = rest.split_once(" settings ").unwrap_or((rest, ""));
+        let [layout, content, settings] = [layout, content, settings].map(str::to_owned);
+        Some(Self {
+            layout,
+            content,
+            settings,
+        })
     }
 }
 
@@ -50,8 +65,8 @@ impl std::fmt::Display for Stamp {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "portreeve layout {} content {}",
-            self.layout, self.content
+            "portreeve layout {} content {} settings {}",
+            self.layout, self.content, self.settings
         )
     }
 }
@@ -61,6 +76,8 @@ impl std::fmt::Display for Stamp {
 pub(crate) struct Loaded {
     /// `None`: made by something else, or tampered with.
     pub(crate) stamp: Option<Stamp>,
+    /// What the kernel held when they were installed; `None`: that was not finished.
+    pub(crate) noted: Option<Digest>,
     /// The families that there is a table of.
     families: Vec<&'static str>,
     objects: Vec<Value>,
@@ -79,13 +96,16 @@ impl Loaded {
         if families.is_empty() {
             return Ok(None);
         }
-        let stamp = objects
-            .iter()
-            .map(|object| &object["rule"])
-            .filter(|rule| rule["chain"] == STAMP_CHAIN)
-            .find_map(|rule| Stamp::parse(rule["comment"].as_str()?));
+        let comments = || {
+            let rules = objects.iter().map(|object| &object["rule"]);
+            let ours = rules.filter(|rule| rule["chain"] == STAMP_CHAIN);
+            ours.filter_map(|rule| rule["comment"].as_str())
+        };
+        let stamp = comments().find_map(Stamp::parse);
+        let noted = comments().find_map(|it| Digest::parse(it.strip_prefix(NOTED)?));
         Ok(Some(Self {
             stamp,
+            noted,
             families,
             objects,
         }))
@@ -156,17 +176,35 @@ pub(crate) fn create_script(ruleset: &Ruleset) -> String {
     )
 }
 
+/// The nft script that notes what the kernel holds now that `ruleset` is loaded.
+pub(crate) fn note_script(ruleset: &Ruleset, digest: Digest) -> String {
+    let chain = format!("inet {TABLE} {STAMP_CHAIN}");
+    let stamp = Stamp::of(ruleset);
+    format!(
+        "flush chain {chain}\nadd rule {chain} return comment \"{stamp}\"\nadd rule {chain} return comment \"{NOTED}{digest}\"\n"
+    )
+}
+
 /// The nft script that puts `ruleset` in the place of `loaded`, in one transaction. The sets keep
-/// their elements, but for those that time out: a count of the last seconds begins anew.
+/// their elements, but for those that time out: a count of the last seconds begins anew. `now` is what the kernel
+/// holds: while chains and sets are what they were, no chain is made again.
 ///
 /// # Errors
 /// [`UnknownElement`] rather than to leave one out: a pod's address could be among them.
-pub(crate) fn replace_script(loaded: &Loaded, ruleset: &Ruleset) -> Result<String, UnknownElement> {
+pub(crate) fn replace_script(
+    loaded: &Loaded,
+    ruleset: &Ruleset,
+    now: Digest,
+) -> Result<String, UnknownElement> {
     let new = create_script(ruleset);
-    if loaded
-        .stamp
-        .as_ref()
-        .is_some_and(|stamp| stamp.layout == Stamp::of(ruleset).layout)
+    let whole = loaded
+        .noted
+        .is_none_or(|noted| noted.declared == now.declared);
+    if whole
+        && loaded
+            .stamp
+            .as_ref()
+            .is_some_and(|stamp| stamp.layout == Stamp::of(ruleset).layout)
     {
         return Ok(swap_rules(loaded, ruleset) + &new);
     }

@@ -15,7 +15,6 @@ pub mod marks;
 pub mod netlink;
 mod nf_tables;
 pub mod owners;
-pub mod presence;
 pub mod probe;
 mod queue_target;
 pub mod redirect;
@@ -25,6 +24,7 @@ pub mod sets;
 pub mod settings;
 mod sysctl;
 mod table;
+pub mod watch;
 
 pub use inspect::{Finding, inspect, ipvs};
 pub use probe::{probe_kernel, probe_queue_rule};

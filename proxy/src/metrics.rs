@@ -10,6 +10,7 @@ mod watch;
 
 use std::time::Duration;
 
+use iptables_init::watch::Part;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -95,6 +96,8 @@ pub(crate) struct Metrics {
     change: Histogram,
     enforced: Gauge,
     taken_over: Counter,
+    /// In the order of [`Part::ALL`].
+    redirect: [Counter; Part::ALL.len()],
     scraped: Scraped,
 }
 
@@ -122,7 +125,18 @@ impl Metrics {
             "Relayed connections taken over from the daemon before",
             taken_over.clone(),
         );
+        let redirect = Family::<CauseLabel, Counter>::default();
+        registry.register(
+            "redirect_faults",
+            "How often a part of the redirect was found gone or changed",
+            redirect.clone(),
+        );
         Self {
+            redirect: Part::ALL.map(|part| {
+                redirect.get_or_create_owned(&CauseLabel {
+                    cause: part.label(),
+                })
+            }),
             decisions,
             refusals,
             bytes,
@@ -155,6 +169,13 @@ impl Metrics {
     /// Counts a packet refused for another reason.
     pub(crate) fn refused(&self, cause: Cause) {
         if let Some(counter) = self.refusals.get(cause as usize) {
+            counter.inc();
+        }
+    }
+
+    /// Counts a part of the redirect that was found gone or changed.
+    pub(crate) fn redirect_fault(&self, part: Part) {
+        if let Some(counter) = self.redirect.get(part as usize) {
             counter.inc();
         }
     }

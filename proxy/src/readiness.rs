@@ -23,8 +23,8 @@ const CLUSTER: usize = 0;
 const BRIDGES: usize = 1;
 /// Watching what others do on the node.
 const NODE: usize = 2;
-/// Watching the kernel's tables.
-const TABLES: usize = 3;
+/// Watching the redirect.
+const REDIRECT: usize = 3;
 const PARTS: usize = 4;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +45,7 @@ impl Readiness {
             state("the first state is not in force yet"),
             state("the node's bridges have not been looked at yet"),
             state("the node has not been looked at yet"),
-            state("the kernel's tables have not been looked at yet"),
+            state("the redirect has not been looked at yet"),
         ];
         Self {
             parts: Arc::new(watch::Sender::new(parts)),
@@ -70,10 +70,10 @@ impl Readiness {
         }
     }
 
-    /// The same, to speak for the kernel's tables.
-    pub(crate) fn of_tables(&self) -> Self {
+    /// The same, to speak for the redirect.
+    pub(crate) fn of_redirect(&self) -> Self {
         Self {
-            part: TABLES,
+            part: REDIRECT,
             ..self.clone()
         }
     }
@@ -179,8 +179,8 @@ mod tests {
             "{reason}"
         );
         bridges.ready();
-        assert!(cluster.check().unwrap_err().contains("tables have not"));
-        cluster.of_tables().ready();
+        assert!(cluster.check().unwrap_err().contains("redirect has not"));
+        cluster.of_redirect().ready();
         assert_eq!(cluster.check(), Ok(()));
         bridges.not_ready("cni0 is gone");
         assert!(

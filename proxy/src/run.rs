@@ -34,9 +34,9 @@ use crate::links::PodLinks;
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 use crate::recorder::Recorder;
+use crate::redirect::Redirect;
 use crate::released::{PodCidrs, Released};
 use crate::succession;
-use crate::tables::Tables;
 use crate::telemetry::{Spans, TelemetryError};
 use crate::worker::Worker;
 
@@ -135,7 +135,7 @@ async fn enforce(
         false => Some(serve().await?),
     };
     let kernel = iptables_init::probe_kernel()?;
-    let tables = Tables::now().context("cannot ask the kernel for its tables (nf_tables)")?;
+    let redirect = Redirect::now(&args.redirect, kernel)?;
     let released = Released::closed(pods.clone(), kernel)?;
     let mut index = Index::new(Arc::clone(&table));
     let first = first_state(&mut source, &mut index, &pods, &readiness, &enforcer);
@@ -153,8 +153,8 @@ async fn enforce(
         None => serve().await?,
     };
     let (workers, mut tasks) = begin(args, &enforcer, &stopped, estate, began)?;
-    let renewed = tables.renewed();
-    node::watch(&mut tasks, &readiness, (links, bridges, tables));
+    let watched = (links, bridges, redirect);
+    let renewed = node::watch(&mut tasks, &readiness, &enforcer, watched);
     source::lift_taint(args, &readiness, &enforcer.node);
     let following = Follower {
         source,

@@ -1,28 +1,36 @@
 //! Watches the node: what the kernel has to be told of it, and what others may do there that would let packets pass by
 //! the redirect.
+use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
 use crate::bridges::Bridges;
+use crate::enforcer::Enforcer;
 use crate::links::PodLinks;
 use crate::readiness::Readiness;
-use crate::tables::Tables;
+use crate::redirect::Redirect;
 
 /// How often. Nobody tells of it, and it costs two calls.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-/// Watches links, bridges, tables and others, each as a task without end.
+/// Watches links, bridges, the redirect and others, each as a task without end. Returns what tells when
+/// the kernel's sets are to be filled again.
 pub(super) fn watch(
     tasks: &mut JoinSet<()>,
     readiness: &Readiness,
-    (links, bridges, tables): (PodLinks, Bridges, Tables),
-) {
-    tasks.spawn(links.follow(tables.renewed()));
-    tasks.spawn(bridges.watch(readiness.of_bridges(), tables.renewed()));
-    tasks.spawn(tables.watch(readiness.of_tables()));
+    enforcer: &Arc<Enforcer>,
+    (links, bridges, redirect): (PodLinks, Bridges, Redirect),
+) -> watch::Receiver<()> {
+    let renewed = redirect.renewed();
+    tasks.spawn(links.follow(redirect.renewed()));
+    tasks.spawn(bridges.watch(readiness.of_bridges(), redirect.renewed()));
+    let enforcer = Arc::clone(enforcer);
+    tasks.spawn(redirect.watch(readiness.of_redirect(), enforcer));
     tasks.spawn(watch_others(readiness.of_node()));
+    renewed
 }
 
 async fn watch_others(readiness: Readiness) {

@@ -32,6 +32,7 @@ mod page;
 mod pmtu;
 mod policies;
 mod ports;
+mod redirect;
 mod restart;
 mod reuse;
 mod sctp;
@@ -71,6 +72,7 @@ fn main() -> ExitCode {
         ports::TESTS,
         cookies::TESTS,
         bounds::TESTS,
+        redirect::TESTS,
         restart::TESTS,
         handover::TESTS,
         surge::TESTS,

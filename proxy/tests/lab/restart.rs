@@ -217,10 +217,7 @@ fn a_redirect_that_is_taken_away_is_reported_and_one_that_comes_anew_is_filled_a
         before.iter().all(|set| set.contains("elements")),
         "{before:?}"
     );
-    // As a reload of the node's firewall does.
-    let mut nft = node.command("nft");
-    nft.args(["flush", "ruleset"]);
-    assert!(nft.output().unwrap().status.success());
+    assert!(init(&node, "uninstall", &[]).status.success());
     let reported = || {
         let answer = ask(&node, "/readyz").unwrap();
         answer.status == 503 && answer.body.contains("iptables-init install")

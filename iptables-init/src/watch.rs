@@ -1,0 +1,318 @@
+//! Watches what `install` put in, under a daemon that depends on it: finds what was taken away or changed, and puts
+//! it back.
+//!
+//! A look asks the kernel by netlink and reads sysctls: some ten microseconds while nothing has changed. `nft` and
+//! `ip` run only where something is wrong. Knows neither pods nor policies; what sets are to hold it knows from
+//! [`elements`].
+use std::io;
+use std::path::Path;
+
+use crate::command::CommandError;
+use crate::contents::Contents;
+use crate::elements;
+use crate::inspect::{Finding, breaking_sysctls, interfaces, validates_by_mark};
+use crate::lookup;
+use crate::nf_tables;
+use crate::redirect::{self, RedirectError};
+use crate::routes::{self, Family, State};
+use crate::ruleset::{Kernel, Ruleset, TABLE};
+use crate::settings::Settings;
+use crate::table::{Loaded, Stamp};
+
+const NET: &str = "/proc/sys/net";
+/// Links whose sysctls are read at one look.
+const LINKS: usize = 64;
+/// What stands for many links is read at every look.
+const ALWAYS: [&str; 2] = ["all", "default"];
+
+/// A part of the redirect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    /// An nft table.
+    Table,
+    /// Rules, chains, hooks or declared sets of a table.
+    Rules,
+    /// Elements of sets.
+    Elements,
+    /// The `ip rule` for diverted packets.
+    IpRule,
+    /// The route for diverted packets.
+    Route,
+    /// Rule and route are there, and another takes the packets.
+    Shadowed,
+    /// A sysctl with which the redirect does not work.
+    Sysctl,
+}
+
+impl Part {
+    /// Every one of them, in the order in which they are declared.
+    pub const ALL: [Self; 7] = [
+        Self::Table,
+        Self::Rules,
+        Self::Elements,
+        Self::IpRule,
+        Self::Route,
+        Self::Shadowed,
+        Self::Sysctl,
+    ];
+
+    /// In one word, for a metric.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Table => "table",
+            Self::Rules => "rules",
+            Self::Elements => "elements",
+            Self::IpRule => "ip_rule",
+            Self::Route => "route",
+            Self::Shadowed => "shadowed",
+            Self::Sysctl => "sysctl",
+        }
+    }
+}
+
+/// Something that was taken away or changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damage {
+    /// Which part of the redirect.
+    pub part: Part,
+    /// What of it, as a noun or as a sentence that names the remedy.
+    pub what: String,
+    /// Whether [`Watch::put_back`], or filling the sets again, can undo it.
+    pub ours: bool,
+}
+
+/// What a look found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Empty: all is as it was installed.
+    pub damages: Vec<Damage>,
+    /// Somebody has installed the tables again: their sets are to be filled.
+    pub installed_again: bool,
+}
+
+/// Why a look or a repair failed.
+#[derive(Debug, thiserror::Error)]
+pub enum WatchError {
+    /// The kernel does not tell what it holds.
+    #[error("the kernel does not tell whether the redirect is there: {0}")]
+    Kernel(#[from] io::Error),
+    /// `nft` or `ip` failed.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// It could not be installed.
+    #[error(transparent)]
+    Redirect(#[from] RedirectError),
+}
+
+/// The redirect as it was when it was last whole.
+#[derive(Debug)]
+pub struct Watch {
+    settings: Settings,
+    stamp: Stamp,
+    wanted: Contents,
+    /// Of the tables when they were last found whole; `None`: to be read.
+    generation: Option<u32>,
+    /// The last look found tables that somebody was installing.
+    unfinished: bool,
+    /// The links whose sysctls were not looked at yet in this turn.
+    links: Vec<String>,
+    /// Those whose sysctls break the redirect.
+    broken: Vec<String>,
+}
+
+impl Watch {
+    /// Takes what is there for whole, and forgets what an earlier daemon of this process has loaded into the sets.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn begin(settings: &Settings, kernel: Kernel) -> io::Result<Self> {
+        elements::forget();
+        let (_, wanted) = Contents::read()?;
+        Ok(Self {
+            settings: settings.clone(),
+            stamp: Stamp::of(&Ruleset::new(settings, kernel)),
+            wanted,
+            generation: None,
+            unfinished: false,
+            links: Vec::new(),
+            broken: Vec::new(),
+        })
+    }
+
+    /// Looks at everything, but only at some links' sysctls: at all links in so many looks as they are times
+    /// [`LINKS`]. Blocks: see above.
+    ///
+    /// # Errors
+    /// If the kernel, `nft` or `ip` cannot be asked.
+    pub fn look(&mut self) -> Result<Found, WatchError> {
+        let mut found = Found::default();
+        self.tables(&mut found)?;
+        for family in routes::enabled_families() {
+            self.routing(family, &mut found)?;
+        }
+        if is_uninstalled(&found.damages) {
+            found.damages.iter_mut().for_each(|it| it.ours = false);
+        }
+        self.sysctls(&mut found);
+        Ok(found)
+    }
+
+    /// Puts back what of `damages` is ours, but for the elements of sets. Blocks for as long as `nft` and `ip` take.
+    ///
+    /// # Errors
+    /// What [`redirect::install`] says.
+    pub fn put_back(&mut self, damages: &[Damage]) -> Result<(), WatchError> {
+        let any = |parts: &[Part]| damages.iter().any(|it| it.ours && parts.contains(&it.part));
+        self.generation = None;
+        if any(&[Part::Table, Part::Rules]) {
+            redirect::install(&self.settings)?;
+        } else if any(&[Part::IpRule, Part::Route]) {
+            redirect::install_routes(&self.settings)?;
+        }
+        Ok(())
+    }
+
+    fn tables(&mut self, found: &mut Found) -> Result<(), WatchError> {
+        if self.generation == Some(nf_tables::generation()?) {
+            return Ok(());
+        }
+        self.generation = None;
+        let (generation, now) = match Contents::read() {
+            // Others change their tables all the time: the next look will tell.
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return Ok(()),
+            read => read?,
+        };
+        if now != self.wanted {
+            self.compare(now, found)?;
+            if self.unfinished {
+                return Ok(());
+            }
+        }
+        if found.damages.is_empty() {
+            match elements::differing()? {
+                // The next look will tell.
+                None => return Ok(()),
+                Some(sets) => found.damages.extend(sets.into_iter().map(|set| Damage {
+                    part: Part::Elements,
+                    what: format!("elements of nft set {set}"),
+                    ours: true,
+                })),
+            }
+        }
+        if found.damages.is_empty() {
+            self.generation = Some(generation);
+        }
+        Ok(())
+    }
+
+    fn sysctls(&mut self, found: &mut Found) {
+        let net = Path::new(NET);
+        if self.links.is_empty() {
+            self.links = interfaces(net);
+        }
+        let rest = self.links.len().saturating_sub(LINKS);
+        let mut links = self.links.split_off(rest);
+        links.extend(ALWAYS.map(str::to_owned));
+        // What was wrong once is looked at until it is right.
+        links.append(&mut self.broken);
+        links.sort_unstable();
+        links.dedup();
+        links.retain(|it| validates_by_mark(net, it));
+        self.broken = links;
+        let sysctls = breaking_sysctls(net, &self.broken);
+        found.damages.extend(sysctls.into_iter().map(of_sysctl));
+    }
+
+    /// What it means that the kernel holds other tables than before.
+    fn compare(&mut self, now: Contents, found: &mut Found) -> Result<(), WatchError> {
+        if now.handles.len() < self.wanted.handles.len() {
+            found.damages.push(Damage {
+                part: Part::Table,
+                what: format!("nft table {TABLE}"),
+                ours: true,
+            });
+            return Ok(());
+        }
+        let loaded = Loaded::read()?;
+        let loaded = loaded.as_ref();
+        let stamp = loaded.and_then(|it| it.stamp.as_ref());
+        let noted = loaded.and_then(|it| it.noted);
+        // `install` notes what the kernel holds right after it has loaded the tables.
+        let installing = stamp.is_some() && noted.is_none();
+        if installing && !std::mem::replace(&mut self.unfinished, installing) {
+            return Ok(());
+        }
+        self.unfinished = installing;
+        if noted != Some(now.digest()) {
+            // What another version has installed, that version has to put back.
+            let ours = stamp.is_none_or(|it| *it == self.stamp);
+            let parts = now.differing(&self.wanted);
+            found.damages.extend(parts.into_iter().map(|part| Damage {
+                part: Part::Rules,
+                what: format!("nft {part}"),
+                ours,
+            }));
+            return Ok(());
+        }
+        if !stamp.is_some_and(|it| it.has_settings_of(&self.stamp)) {
+            found.damages.push(Damage {
+                part: Part::Table,
+                what: "the redirect was installed with other flags under this daemon; run `iptables-init install` with the daemon's own, or start the daemon with those".to_owned(),
+                ours: false,
+            });
+            return Ok(());
+        }
+        found.installed_again = true;
+        self.wanted = now;
+        Ok(())
+    }
+
+    fn routing(&self, family: Family, found: &mut Found) -> Result<(), WatchError> {
+        let marks = self.settings.mark_mask;
+        if lookup::diverts(family, marks)? {
+            return Ok(());
+        }
+        let state = State::read(family)?;
+        let name = family.name();
+        let before = found.damages.len();
+        if !state.has_rule(marks) {
+            found.damages.push(Damage {
+                part: Part::IpRule,
+                what: format!("the {name} `ip rule` for diverted packets"),
+                ours: true,
+            });
+        }
+        if !state.route {
+            found.damages.push(Damage {
+                part: Part::Route,
+                what: format!("the {name} route for diverted packets"),
+                ours: true,
+            });
+        }
+        if found.damages.len() == before && !lookup::diverts(family, marks)? {
+            let (what, remedy) = routes::shadowed(family);
+            found.damages.push(Damage {
+                part: Part::Shadowed,
+                what: format!("{what}; {remedy}"),
+                ours: false,
+            });
+        }
+        Ok(())
+    }
+}
+
+fn of_sysctl(finding: Finding) -> Damage {
+    Damage {
+        part: Part::Sysctl,
+        what: format!("{}; {}", finding.problem, finding.remedy),
+        ours: false,
+    }
+}
+
+/// Whether all is gone at once: that is `iptables-init uninstall`, which is not to be undone.
+fn is_uninstalled(damages: &[Damage]) -> bool {
+    let gone = |part| damages.iter().filter(|it| it.part == part).count();
+    let families = routes::enabled_families().count();
+    gone(Part::Table) > 0 && gone(Part::IpRule) == families && gone(Part::Route) == families
+}

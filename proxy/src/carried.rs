@@ -4,30 +4,38 @@
 //! The kernel has the flows themselves; this is what tells, without asking it, which of them a change
 //! concerns, and what a record says at their end. Knows neither packets nor how to reach the kernel;
 //! [`upkeep`] keeps both in step.
+mod backlog;
 pub(crate) mod upkeep;
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as Place;
+use policy::Endpoint;
 
 use crate::conntrack::{Entry, FlowId};
 use crate::decision::{Decision, Severance, Way};
 use crate::flows::{ByAddress, Ends};
 use crate::records::Subject;
 
+use backlog::Backlog;
+
 /// Flows that are listed; a flow beyond is carried all the same, and found in conntrack itself.
 const MOST: usize = 65_536;
+/// Those of one source, which is a pod, or a host outside (of IPv6 a network of /64).
+const SHARE: usize = 4096;
 
 /// All listed flows.
 pub(crate) struct Carried {
     most: usize,
+    share: usize,
     by_id: DashMap<FlowId, Arc<CarriedFlow>, ahash::RandomState>,
     by_address: ByAddress<CarriedFlow>,
+    by_source: DashMap<Source, usize, ahash::RandomState>,
     next: AtomicU64,
     /// How often the list was compared with conntrack.
     round: AtomicU64,
@@ -36,6 +44,30 @@ pub(crate) struct Carried {
     unlisted: AtomicU64,
     /// TCP connections that were cut and that conntrack still has, and since when.
     parting: Mutex<Vec<(Instant, Entry)>>,
+    /// Addresses whose flows that are not listed are to be judged again.
+    backlog: Backlog,
+}
+
+/// Who begins flows, as shares of the list count them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Source {
+    /// By its uid.
+    Pod(Arc<str>),
+    /// By its address, or the beginning of it.
+    Outside(IpAddr),
+}
+
+impl Source {
+    fn of(pod: Option<&Endpoint>, address: IpAddr) -> Self {
+        match (pod, address) {
+            (Some(pod), _) => Self::Pod(Arc::clone(&pod.identity.uid)),
+            (None, IpAddr::V4(_)) => Self::Outside(address),
+            (None, IpAddr::V6(v6)) => {
+                let network = v6.to_bits() >> 64 << 64;
+                Self::Outside(Ipv6Addr::from_bits(network).into())
+            }
+        }
+    }
 }
 
 /// A flow that was let through at its first packet.
@@ -73,20 +105,23 @@ pub(crate) enum Listed {
 
 impl Default for Carried {
     fn default() -> Self {
-        Self::with_room_for(MOST)
+        Self::with_room_for(MOST, SHARE)
     }
 }
 
 impl Carried {
-    fn with_room_for(most: usize) -> Self {
+    fn with_room_for(most: usize, share: usize) -> Self {
         Self {
             most,
+            share,
             by_id: DashMap::default(),
             by_address: ByAddress::default(),
+            by_source: DashMap::default(),
             next: AtomicU64::new(0),
             round: AtomicU64::new(0),
             unlisted: AtomicU64::new(1),
             parting: Mutex::default(),
+            backlog: Backlog::default(),
         }
     }
 
@@ -110,8 +145,9 @@ impl Carried {
             known.again.store(true, Ordering::Relaxed);
             return Listed::Again;
         }
-        if self.by_id.len() >= self.most {
-            self.unlisted.fetch_add(1, Ordering::Relaxed);
+        let source = Source::of(decision.from.as_deref(), id.client.ip());
+        if !self.has_room(&source) {
+            self.pass_over();
             return Listed::Full;
         }
         let flow = Arc::new(CarriedFlow {
@@ -135,16 +171,42 @@ impl Carried {
             }
             Place::Vacant(place) => {
                 place.insert(flow);
+                *self.by_source.entry(source).or_insert(0) += 1;
                 Listed::New
             }
         }
+    }
+
+    /// Whether one more flow of a source would be listed. Those that are entered at once may be some more.
+    fn has_room(&self, source: &Source) -> bool {
+        let has = self.by_source.get(source).map_or(0, |count| *count);
+        has < self.share && self.by_id.len() < self.most
+    }
+
+    /// Notes that conntrack has a flow of ours that is not listed.
+    fn pass_over(&self) {
+        self.unlisted.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Takes a flow out; it is handed to one caller only.
     pub(crate) fn remove(&self, id: &FlowId) -> Option<Arc<CarriedFlow>> {
         let (_, flow) = self.by_id.remove(id)?;
         self.by_address.remove(&flow);
+        let source = Source::of(flow.decision.from.as_deref(), id.client.ip());
+        self.by_source.remove_if_mut(&source, |_, count| {
+            *count = count.saturating_sub(1);
+            *count == 0
+        });
         Some(flow)
+    }
+
+    /// Gives back memory that a flood needed once.
+    fn shrink(&self) {
+        if self.by_id.capacity() > 4 * self.by_id.len().max(1024) {
+            self.by_id.shrink_to_fit();
+            self.by_source.shrink_to_fit();
+            self.by_address.shrink();
+        }
     }
 
     /// Takes out the flow that conntrack let go of, unless it may have been an earlier one between
@@ -359,7 +421,7 @@ mod tests {
 
     #[test]
     fn the_list_is_bounded_and_knows_that_it_is_not_complete() {
-        let carried = Carried::with_room_for(1);
+        let carried = Carried::with_room_for(1, 1);
         assert!(
             carried.is_incomplete(),
             "at the start conntrack is not read"
@@ -372,5 +434,32 @@ mod tests {
         assert_eq!(enter(&carried, 2), Listed::Full);
         carried.end_round(round);
         assert!(carried.is_incomplete(), "one found no room meanwhile");
+    }
+
+    #[test]
+    fn a_source_over_its_share_leaves_room_for_others() {
+        let carried = Carried::with_room_for(3, 2);
+        let listed: Vec<_> = (1..=3).map(|port| enter(&carried, port)).collect();
+        assert_eq!(listed, [Listed::New, Listed::New, Listed::Full]);
+        let mut other = id(1);
+        other.client.set_ip([10, 0, 0, 9].into());
+        let enter_other = || carried.enter(other, SystemTime::now(), &allowed());
+        assert_eq!(enter_other(), Listed::New);
+        carried.remove(&id(1));
+        carried.remove(&other);
+        assert_eq!(enter(&carried, 4), Listed::New, "its share is given back");
+        assert_eq!(enter_other(), Listed::New);
+        for id in [id(2), id(4), other] {
+            assert!(carried.remove(&id).is_some());
+        }
+        assert!(carried.by_source.is_empty());
+    }
+
+    #[test]
+    fn a_source_outside_is_one_host_or_one_network_of_ipv6() {
+        let of = |text: &str| Source::of(None, text.parse().unwrap());
+        assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
+        assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:1"));
+        assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
     }
 }

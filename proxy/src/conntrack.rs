@@ -5,6 +5,7 @@
 //! flows must go, is the caller's business.
 mod endings;
 mod entry;
+mod filter;
 
 use std::io;
 use std::net::SocketAddr;
@@ -20,6 +21,9 @@ use nix::sys::time::{TimeVal, TimeValLike};
 
 pub(crate) use endings::{Endings, Heard};
 pub(crate) use entry::{Entry, FlowId};
+pub(crate) use filter::each_with_end;
+
+use filter::Filter;
 
 /// Seconds that the kernel may take for one datagram of its answer.
 const PATIENCE: i64 = 5;
@@ -51,17 +55,32 @@ const CTA_MARK_MASK: u16 = 21;
 /// [`io::ErrorKind::InvalidData`] for an answer that cannot be read: a list with a hole would
 /// leave a denied flow alone unseen.
 pub(crate) fn marked(mark: u32, mask: u32) -> io::Result<Vec<Entry>> {
-    let mut conntrack = Conntrack::open()?;
-    for _ in 0..DUMPS {
-        let dump = conntrack.dump(mark, mask)?;
-        if !dump.interrupted {
-            return Ok(dump.entries);
-        }
-    }
-    Err(io::Error::new(
-        io::ErrorKind::ResourceBusy,
-        "the conntrack table changed during every dump; list it again later",
-    ))
+    let mut entries = Vec::new();
+    each_marked(mark, mask, |entry| {
+        entries.push(entry);
+        Ok(())
+    })?;
+    Ok(entries)
+}
+
+/// Hands out what [`marked`] lists as it comes, so that no more than a datagram of it is in memory. If the table
+/// changes under a dump, all are handed out once more.
+///
+/// # Errors
+/// As [`marked`], and what `each` returns.
+pub(crate) fn each_marked(
+    mark: u32,
+    mask: u32,
+    each: impl FnMut(Entry) -> io::Result<()>,
+) -> io::Result<()> {
+    Conntrack::open()?.each(
+        Filter {
+            mark,
+            mask,
+            end: None,
+        },
+        each,
+    )
 }
 
 /// Deletes entries and returns how many went. One that is gone already is no error.
@@ -146,17 +165,36 @@ impl Conntrack {
         })
     }
 
-    fn dump(&mut self, mark: u32, mask: u32) -> io::Result<Dump> {
-        self.request(CT_GET, netlink::DUMP, NFPROTO_UNSPEC, |m| {
-            m.bytes(CTA_MARK, &mark.to_be_bytes());
-            m.bytes(CTA_MARK_MASK, &mask.to_be_bytes());
-        })?;
+    fn each(
+        &mut self,
+        filter: Filter,
+        mut each: impl FnMut(Entry) -> io::Result<()>,
+    ) -> io::Result<()> {
+        for _ in 0..DUMPS {
+            if !self.dump(filter, &mut each)? {
+                return Ok(());
+            }
+        }
+        Err(io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            "the conntrack table changed during every dump; list it again later",
+        ))
+    }
+
+    /// Whether the table changed meanwhile.
+    fn dump(
+        &mut self,
+        filter: Filter,
+        each: &mut impl FnMut(Entry) -> io::Result<()>,
+    ) -> io::Result<bool> {
+        self.request(CT_GET, netlink::DUMP, filter.family(), |m| filter.write(m))?;
         let mut dump = Dump::default();
         while !dump.done {
             let sequence = self.sequence;
             dump.read(self.receive()?, sequence)?;
+            dump.entries.drain(..).try_for_each(&mut *each)?;
         }
-        Ok(dump)
+        Ok(dump.interrupted)
     }
 
     /// The inner result is what the kernel said to it.

@@ -385,8 +385,7 @@ fn start_workers(
 fn follow_carried(enforcer: &Arc<Enforcer>, tasks: &mut JoinSet<()>) -> anyhow::Result<()> {
     let endings = Endings::listen(enforcer.marks.carried())
         .context("cannot listen to conntrack; load it with `modprobe nf_conntrack_netlink`")?;
-    tasks.spawn(upkeep::follow(Arc::clone(enforcer), endings));
-    tasks.spawn(upkeep::forget_cut(Arc::clone(enforcer)));
+    upkeep::spawn(tasks, enforcer, endings);
     Ok(())
 }
 

@@ -10,13 +10,14 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use controller::Judgement;
 use policy::Protocol;
+use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::{CarriedFlow, Listed};
+use super::{CarriedFlow, Listed, Source, backlog};
 use crate::conntrack::{self, Endings, Entry, FlowId, Heard};
 use crate::decision::{Decision, Severance, Way};
 use crate::enforcer::Enforcer;
@@ -24,15 +25,28 @@ use crate::records::{Outcome, Subject};
 
 /// How often the list is compared with conntrack.
 const COMPARE_EVERY: Duration = Duration::from_secs(15);
+/// How soon it is compared again when endings were lost, as they are all the time while somebody begins many flows.
+const COMPARE_AGAIN: Duration = Duration::from_secs(5);
 /// How long a flow may take from its verdict to conntrack's table.
 const ON_ITS_WAY: Duration = Duration::from_millis(100);
 /// How long the other node may take to learn of the change and reset the connection.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How soon it is looked for again.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// How long a change waits until flows beyond the list are judged again. Longer takes only who has many.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// Flows that are ended together.
+const AT_ONCE: usize = 1024;
 
 /// Flows that must go, and why; those that were never judged have nothing to be recorded.
 type Doomed = Vec<(Entry, Option<Severance>)>;
+
+/// Begins all that goes on beside changes, as tasks without end.
+pub(crate) fn spawn(tasks: &mut JoinSet<()>, enforcer: &Arc<Enforcer>, endings: Endings) {
+    tasks.spawn(follow(Arc::clone(enforcer), endings));
+    tasks.spawn(forget_cut(Arc::clone(enforcer)));
+    tasks.spawn(backlog::work_off(Arc::clone(enforcer)));
+}
 
 /// Judges the listed flows of these addresses again and ends those that are denied, or one of whose
 /// pods is no longer the one behind its address. Blocks if there are any.
@@ -52,14 +66,17 @@ pub(crate) fn judge_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io
     }
     let carried = enforcer.marks.carried();
     while !denied.is_empty() {
-        let entries = conntrack::marked(carried, carried)?;
-        let doomed: Doomed = entries
-            .into_iter()
-            .filter_map(|entry| {
-                let severance = denied.remove(&entry.flow)?;
-                Some((entry, Some(severance)))
-            })
-            .collect();
+        let ends = denied
+            .keys()
+            .flat_map(|id| [id.client.ip(), id.server.ip()]);
+        let ends = ends.filter(|end| touched.contains(end)).collect();
+        let mut doomed = Doomed::new();
+        conntrack::each_with_end(&ends, carried, carried, |entry| {
+            if let Some(severance) = denied.remove(&entry.flow) {
+                doomed.push((entry, Some(severance)));
+            }
+            Ok(())
+        })?;
         cut(enforcer, &doomed)?;
         // What has ended by itself will not come; what has just been let through will.
         denied.retain(|id, _| {
@@ -71,14 +88,13 @@ pub(crate) fn judge_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io
         }
     }
     if enforcer.carried.is_incomplete() {
-        let unlisted = |flow: &FlowId| enforcer.carried.get(flow).is_none();
-        judge_unlisted(enforcer, carried, carried, touched, unlisted)?;
+        enforcer.carried.backlog.add(touched, PATIENCE);
     }
     Ok(())
 }
 
 /// Judges the flows that nobody has looked at yet of addresses that have just come under policy, and
-/// ends those that are denied. Blocks: it reads conntrack's whole table.
+/// ends those that are denied. Blocks.
 ///
 /// To be called after the kernel's sets are in step: what comes later is held anyway.
 ///
@@ -93,7 +109,7 @@ pub(crate) fn judge_unmarked(enforcer: &Enforcer, isolated: &BTreeSet<IpAddr>) -
 }
 
 /// Lets conntrack forget connections that were cut, by an earlier daemon too, once their last words are said.
-pub(crate) async fn forget_cut(enforcer: Arc<Enforcer>) {
+async fn forget_cut(enforcer: Arc<Enforcer>) {
     let cut = enforcer.marks.cut();
     let left = tokio::task::spawn_blocking(move || conntrack::marked(cut, cut)).await;
     match left {
@@ -121,15 +137,16 @@ pub(crate) async fn forget_cut(enforcer: Arc<Enforcer>) {
 }
 
 /// Follows what becomes of carried flows until conntrack can no longer be heard.
-pub(crate) async fn follow(enforcer: Arc<Enforcer>, mut endings: Endings) {
+async fn follow(enforcer: Arc<Enforcer>, mut endings: Endings) {
     let mut compare = tokio::time::interval(COMPARE_EVERY);
+    let mut compared: Option<Instant> = None;
     loop {
         let due = tokio::select! {
             heard = endings.next(|entry| ended(&enforcer, &entry)) => match heard {
                 Ok(Heard::All) => false,
                 Ok(Heard::SomeLost) => {
                     debug!("conntrack had more endings to tell than we could take");
-                    true
+                    compared.is_none_or(|it| it.elapsed() > COMPARE_AGAIN)
                 }
                 Err(error) => {
                     warn!(%error, "conntrack tells no more of endings; records of carried flows come late");
@@ -140,6 +157,7 @@ pub(crate) async fn follow(enforcer: Arc<Enforcer>, mut endings: Endings) {
         };
         if due {
             compare_in_background(&enforcer).await;
+            compared = Some(Instant::now());
         }
     }
     loop {
@@ -157,10 +175,17 @@ pub(crate) fn compare(enforcer: &Enforcer) -> io::Result<()> {
     let round = enforcer.carried.begin_round();
     let carried = enforcer.marks.carried();
     let mut doomed = Doomed::new();
-    for entry in conntrack::marked(carried, carried)? {
+    conntrack::each_marked(carried, carried, |entry| {
         if let Some(flow) = enforcer.carried.get(&entry.flow) {
             flow.seen_in(&round, &entry);
-            continue;
+            return Ok(());
+        }
+        let client = entry.flow.client.ip();
+        let source = Source::of(enforcer.table.endpoint(client).as_deref(), client);
+        if !enforcer.carried.has_room(&source) {
+            // Changes find it without the list.
+            enforcer.carried.pass_over();
+            return Ok(());
         }
         let opened = entry.began.unwrap_or_else(SystemTime::now);
         match enforcer.carry(entry.flow, opened) {
@@ -172,13 +197,15 @@ pub(crate) fn compare(enforcer: &Enforcer) -> io::Result<()> {
                 }
             }
         }
-    }
+        cut_if_many(enforcer, &mut doomed)
+    })?;
     cut(enforcer, &doomed)?;
     for flow in enforcer.carried.end_round(round) {
         if let Some(flow) = enforcer.carried.remove(&flow.id) {
             enforcer.carried_over(&flow);
         }
     }
+    enforcer.carried.shrink();
     Ok(())
 }
 
@@ -206,7 +233,7 @@ fn judge(enforcer: &Enforcer, flow: &FlowId) -> Judgement {
 
 /// Judges the flows of these addresses in conntrack whose mark under `mask` is `mark`, but for those
 /// that are not `concerned`, and ends those that are denied.
-fn judge_unlisted(
+pub(super) fn judge_unlisted(
     enforcer: &Enforcer,
     mark: u32,
     mask: u32,
@@ -214,10 +241,9 @@ fn judge_unlisted(
     concerned: impl Fn(&FlowId) -> bool,
 ) -> io::Result<()> {
     let mut doomed = Doomed::new();
-    for entry in conntrack::marked(mark, mask)? {
-        let ends = [entry.flow.client.ip(), entry.flow.server.ip()];
-        if !ends.iter().any(|end| addresses.contains(end)) || !concerned(&entry.flow) {
-            continue;
+    conntrack::each_with_end(addresses, mark, mask, |entry| {
+        if !concerned(&entry.flow) {
+            return Ok(());
         }
         match judge(enforcer, &entry.flow) {
             // Whose the address was we cannot know: nobody inherits the flow.
@@ -234,8 +260,18 @@ fn judge_unlisted(
                 }
             }
         }
-    }
+        cut_if_many(enforcer, &mut doomed)
+    })?;
     cut(enforcer, &doomed)
+}
+
+/// Ends what is [`AT_ONCE`] or more, so that no more than that waits in memory.
+fn cut_if_many(enforcer: &Enforcer, doomed: &mut Doomed) -> io::Result<()> {
+    if doomed.len() >= AT_ONCE {
+        cut(enforcer, doomed)?;
+        doomed.clear();
+    }
+    Ok(())
 }
 
 /// Ends flows in conntrack and records them as severed, but for those that had ended by themselves.

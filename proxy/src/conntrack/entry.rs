@@ -5,7 +5,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
-use iptables_init::netlink::{Message, chunk, find};
+use iptables_init::netlink::{Attributes, Message, chunk, find};
 use policy::Protocol;
 
 pub(super) const CTA_TUPLE_ORIG: u16 = 1;
@@ -111,6 +111,14 @@ impl Entry {
     pub(super) fn name(&self) -> &[u8] {
         &self.name
     }
+}
+
+/// Writes what a tuple says of the address that it begins at.
+pub(super) fn write_source(tuple: &mut Attributes<'_>, address: IpAddr) {
+    tuple.nested(CTA_TUPLE_IP, |ip| match address {
+        IpAddr::V4(v4) => ip.bytes(CTA_IP_V4_SRC, &v4.octets()),
+        IpAddr::V6(v6) => ip.bytes(CTA_IP_V6_SRC, &v6.octets()),
+    });
 }
 
 /// The bits of `enum ip_conntrack_status`.

@@ -48,6 +48,11 @@ impl<T: Ends> ByAddress<T> {
         }
     }
 
+    /// Gives back memory that more flows needed once.
+    pub(crate) fn shrink(&self) {
+        self.flows.shrink_to_fit();
+    }
+
     /// The flows with an end among `addresses`, each once, in no order.
     pub(crate) fn of(&self, addresses: &BTreeSet<IpAddr>) -> Vec<Arc<T>> {
         let mut found = Vec::new();

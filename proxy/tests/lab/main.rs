@@ -19,6 +19,7 @@ mod cookies;
 mod dials;
 mod ending;
 mod first;
+mod flood;
 mod handover;
 mod image;
 mod isolation;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         bridges::TESTS,
         sever::TESTS,
         first::TESTS,
+        flood::TESTS,
         reuse::TESTS,
         ports::TESTS,
         cookies::TESTS,

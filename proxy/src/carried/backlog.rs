@@ -1,0 +1,141 @@
+//! Addresses whose flows beyond the list are still to be judged again: in the background, so that one source's many
+//! flows delay no change that concerns others.
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tracing::warn;
+
+use super::upkeep;
+use crate::conntrack::FlowId;
+use crate::enforcer::Enforcer;
+
+/// How soon what conntrack refused is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What is still to be done. Who adds to it may wait a while for its end.
+#[derive(Default)]
+pub(super) struct Backlog {
+    waiting: Mutex<Waiting>,
+    done: Condvar,
+    added: Notify,
+}
+
+#[derive(Default)]
+struct Waiting {
+    addresses: BTreeSet<IpAddr>,
+    /// How often addresses were added, and how many of these turns are done.
+    turn: u64,
+    done: u64,
+}
+
+impl Backlog {
+    /// Adds addresses, and waits until they are done, but not longer than `patience`.
+    pub(super) fn add(&self, addresses: &BTreeSet<IpAddr>, patience: Duration) {
+        let mut waiting = self.waiting();
+        waiting.addresses.extend(addresses);
+        waiting.turn += 1;
+        let turn = waiting.turn;
+        self.added.notify_one();
+        let is_open = |waiting: &mut Waiting| waiting.done < turn;
+        let waited = self.done.wait_timeout_while(waiting, patience, is_open);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Waits until there is something to do.
+    pub(super) async fn added(&self) {
+        self.added.notified().await;
+    }
+
+    /// Does `todo` for all that waits; what fails waits again.
+    ///
+    /// # Errors
+    /// Those of `todo`.
+    pub(super) fn work<E>(
+        &self,
+        todo: impl FnOnce(&BTreeSet<IpAddr>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (addresses, turn) = {
+            let mut waiting = self.waiting();
+            (std::mem::take(&mut waiting.addresses), waiting.turn)
+        };
+        let result = todo(&addresses);
+        let mut waiting = self.waiting();
+        match result {
+            Ok(()) => {
+                waiting.done = turn;
+                self.done.notify_all();
+            }
+            Err(_) => waiting.addresses.extend(addresses),
+        }
+        result
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Judges flows that are not listed again, after changes. One pod can have so many of them that it takes seconds.
+pub(super) async fn work_off(enforcer: Arc<Enforcer>) {
+    loop {
+        enforcer.carried.backlog.added().await;
+        loop {
+            let of_task = Arc::clone(&enforcer);
+            let judge = move || {
+                let carried = of_task.marks.carried();
+                let unlisted = |flow: &FlowId| of_task.carried.get(flow).is_none();
+                let judge = |addresses: &BTreeSet<IpAddr>| {
+                    upkeep::judge_unlisted(&of_task, carried, carried, addresses, unlisted)
+                };
+                of_task.carried.backlog.work(judge)
+            };
+            match tokio::task::spawn_blocking(judge).await {
+                Ok(Err(error)) => {
+                    warn!(%error, "flows beyond the list could not be judged again; it is tried again");
+                    tokio::time::sleep(RETRY).await;
+                }
+                _ => break,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn addresses(last: u8) -> BTreeSet<IpAddr> {
+        [IpAddr::from([10, 0, 0, last])].into()
+    }
+
+    #[test]
+    fn what_failed_is_done_with_what_came_since() {
+        let backlog = Backlog::default();
+        backlog.add(&addresses(1), Duration::ZERO);
+        assert_eq!(backlog.work(|_| Err(())), Err(()));
+        backlog.add(&addresses(2), Duration::ZERO);
+        let mut done = BTreeSet::new();
+        let work = |all: &BTreeSet<IpAddr>| {
+            done.clone_from(all);
+            Ok::<_, ()>(())
+        };
+        backlog.work(work).unwrap();
+        assert_eq!(done.len(), 2);
+    }
+
+    #[test]
+    fn who_adds_waits_for_its_turn_and_not_for_ever() {
+        let backlog = Backlog::default();
+        std::thread::scope(|scope| {
+            scope.spawn(|| backlog.add(&addresses(1), Duration::from_secs(600)));
+            while backlog.waiting().addresses.is_empty() {
+                std::thread::yield_now();
+            }
+            backlog.work(|_| Ok::<_, ()>(())).unwrap();
+        });
+        backlog.add(&addresses(1), Duration::from_millis(1));
+    }
+}

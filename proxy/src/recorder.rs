@@ -27,6 +27,7 @@ const REPEATED_WITHIN: Duration = Duration::from_secs(130);
 pub(crate) struct Recorder {
     log: Option<Sink>,
     file: Option<Sink>,
+    file_trouble: file::Trouble,
     spans: Option<Spans>,
     observed: Observed,
     denied: Mutex<Denied>,
@@ -38,6 +39,7 @@ impl Recorder {
         Self {
             log: None,
             file: None,
+            file_trouble: file::Trouble::default(),
             spans: None,
             observed: Observed::new(),
             denied: Mutex::default(),
@@ -58,8 +60,14 @@ impl Recorder {
     /// # Errors
     /// If the file cannot be opened for appending or the thread cannot be started.
     pub(crate) fn with_file(mut self, path: &Path, node: Arc<str>) -> io::Result<Self> {
-        self.file = Some(file::open(path, node)?);
+        let (sink, trouble) = file::open(path, node)?;
+        (self.file, self.file_trouble) = (Some(sink), trouble);
         Ok(self)
+    }
+
+    /// What keeps records from the trace file now.
+    pub(crate) fn note(&self) -> Option<String> {
+        self.file_trouble.note()
     }
 
     /// Makes spans too.
@@ -84,7 +92,7 @@ impl Recorder {
         self.sinks().for_each(|sink| sink.finish(deadline));
     }
 
-    /// Records that the trace file lost because the disk did not keep up.
+    /// Records that the trace file lost because the disk did not keep up or was full.
     pub(crate) fn lost(&self) -> u64 {
         self.file.as_ref().map_or(0, Sink::lost)
     }

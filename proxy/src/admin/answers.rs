@@ -43,7 +43,11 @@ pub(super) fn readyz(
             format!("not ready: {reason}\n"),
         ),
     };
-    for note in readiness.notes() {
+    for note in readiness
+        .notes()
+        .into_iter()
+        .chain(enforcer.recorder.note())
+    {
         body.push_str(&format!("{note}\n"));
     }
     for problem in enforcer.table.problems().iter() {

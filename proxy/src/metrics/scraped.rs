@@ -97,7 +97,7 @@ impl Scraped {
         );
         registry.register(
             "records_lost",
-            "Records lost to a slow disk",
+            "Records lost to a slow or full disk",
             all.records_lost.clone(),
         );
         registry.register(

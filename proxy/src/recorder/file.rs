@@ -1,13 +1,14 @@
 //! Records as JSON lines, for use without a collector (`--trace-file`).
 //!
-//! A slow disk costs records, which are counted, and never delays a packet.
-use std::fs::OpenOptions;
-use std::io::{self, BufWriter, Write};
-use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
+//! A slow or full disk costs records, which are counted, and never delays a packet. What cannot be written waits and
+//! is tried again; whatever happens, the file ends at a whole line.
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
-use crate::records::{Queue, Record, Sink};
+use crate::records::{Queue, Record, Sink, timestamp};
 
 /// Records that may wait for the disk.
 const WAITING: usize = 16_384;
@@ -15,33 +16,270 @@ const WAITING: usize = 16_384;
 const BATCH: usize = 512;
 /// How long a record waits for others to be written with it.
 const LINGER: Duration = Duration::from_millis(5);
+/// How soon what could not be written is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Where lines go.
+trait Target: Write + Send {
+    /// Takes back the last `bytes` that were written.
+    ///
+    /// # Errors
+    /// If there is more behind them, or it cannot be done.
+    fn take_back(&mut self, bytes: u64) -> io::Result<()>;
+}
+
+impl Target for File {
+    fn take_back(&mut self, bytes: u64) -> io::Result<()> {
+        let length = self.metadata()?.len();
+        // Where our last write ended; another daemon may append to the same file.
+        if self.stream_position()? != length {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
+        self.set_len(length.saturating_sub(bytes))
+    }
+}
+
+impl Target for io::Stdout {
+    fn take_back(&mut self, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// Why nothing is written now, and since when; `None` while all is well.
+#[derive(Clone, Default)]
+pub(super) struct Trouble(Arc<Mutex<Option<(SystemTime, String)>>>);
+
+impl Trouble {
+    /// One line for people.
+    pub(super) fn note(&self) -> Option<String> {
+        let trouble = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (since, what) = trouble.as_ref()?;
+        Some(format!("{what} (since {})", timestamp(*since)))
+    }
+
+    /// Whether that is another state than before: well, or not.
+    fn set(&self, what: Option<String>) -> bool {
+        let mut trouble = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if trouble.is_some() == what.is_some() {
+            return false;
+        }
+        *trouble = what.map(|what| (SystemTime::now(), what));
+        true
+    }
+}
 
 /// A sink that appends records of `node` to the file at `path`; `-` is standard output.
 ///
 /// # Errors
 /// If the file cannot be opened for appending or the thread cannot be started.
-pub(super) fn open(path: &Path, node: Arc<str>) -> io::Result<Sink> {
-    let out: Box<dyn Write + Send> = if path == Path::new("-") {
-        Box::new(io::stdout())
+pub(super) fn open(path: &Path, node: Arc<str>) -> io::Result<(Sink, Trouble)> {
+    let (target, torn): (Box<dyn Target>, _) = if path == Path::new("-") {
+        (Box::new(io::stdout()), false)
     } else {
-        Box::new(OpenOptions::new().create(true).append(true).open(path)?)
+        let file = OpenOptions::new().create(true).append(true).open(path)?;
+        (Box::new(file), is_torn(path).unwrap_or(false))
+    };
+    let trouble = Trouble::default();
+    let mut lines = Lines {
+        target,
+        torn,
+        path: path.to_owned(),
+        trouble: trouble.clone(),
     };
     let queue = Queue::new(WAITING, BATCH);
-    Sink::start("records", queue, move |queue| write_all(queue, out, &node))
+    let sink = Sink::start("records", queue, move |queue| {
+        lines.write_all(queue, &node);
+    })?;
+    Ok((sink, trouble))
 }
 
-/// Writes until there is nothing more to come; flushes whenever nothing waits.
-fn write_all(queue: &Queue<Arc<Record>>, out: Box<dyn Write + Send>, node: &str) {
-    let mut out = BufWriter::new(out);
-    let mut records = Vec::new();
-    while queue.take(&mut records, LINGER, None) {
-        let written = records
-            .drain(..)
-            .try_for_each(|record| writeln!(out, "{}", record.json(node)));
-        if let Err(error) = written.and_then(|()| out.flush()) {
-            tracing::error!(%error, "cannot write records; no more are written");
-            queue.close();
-            return;
+/// Whether the last line of a file has no end, as one that was written when the power went.
+fn is_torn(path: &Path) -> io::Result<bool> {
+    let mut file = File::open(path)?;
+    if !file.metadata()?.is_file() || file.seek(SeekFrom::End(0))? == 0 {
+        return Ok(false);
+    }
+    file.seek(SeekFrom::End(-1))?;
+    let mut last = [0];
+    file.read_exact(&mut last)?;
+    Ok(last != *b"\n")
+}
+
+/// Writes whole lines.
+struct Lines {
+    target: Box<dyn Target>,
+    /// The last line has no end and could not be taken back: the next begins with one.
+    torn: bool,
+    path: PathBuf,
+    trouble: Trouble,
+}
+
+impl Lines {
+    /// Writes until there is nothing more to come.
+    fn write_all(&mut self, queue: &Queue<Arc<Record>>, node: &str) {
+        let mut records = Vec::new();
+        while queue.take(&mut records, LINGER, None) {
+            let mut text = Vec::new();
+            for record in records.drain(..) {
+                // Writing to memory cannot fail.
+                let _ = writeln!(text, "{}", record.json(node));
+            }
+            let mut rest = &text[..];
+            while let Err(error) = self.append(&mut rest) {
+                self.in_trouble(&error);
+                if queue.closes_within(RETRY) {
+                    let lines = rest.iter().filter(|byte| **byte == b'\n').count();
+                    queue.lose(lines as u64);
+                    break;
+                }
+            }
+            if rest.is_empty() && self.trouble.set(None) {
+                let lost = queue.lost();
+                tracing::info!(lost, "records are written again");
+            }
         }
+    }
+
+    fn in_trouble(&self, error: &io::Error) {
+        let path = self.path.display();
+        let remedy = match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "make room there",
+            _ => "see that it can be written to",
+        };
+        let what = format!(
+            "records cannot be written to {path}: {error}; {remedy}, it is tried again every second, and what does not find room meanwhile is lost"
+        );
+        if self.trouble.set(Some(what.clone())) {
+            tracing::error!("{what}");
+        }
+    }
+
+    /// Appends lines, and takes from `rest` those that are whole in the file.
+    fn append(&mut self, rest: &mut &[u8]) -> io::Result<()> {
+        if self.torn {
+            self.target.write_all(b"\n")?;
+            self.torn = false;
+        }
+        let (written, result) = self.write(rest);
+        let whole = rest[..written].iter().rposition(|byte| *byte == b'\n');
+        let whole = whole.map_or(0, |last| last + 1);
+        *rest = &rest[whole..];
+        let piece = written - whole;
+        self.torn = piece > 0 && self.target.take_back(piece as u64).is_err();
+        result
+    }
+
+    /// How many bytes were written, and what kept the others back.
+    fn write(&mut self, bytes: &[u8]) -> (usize, io::Result<()>) {
+        let mut written = 0;
+        while written < bytes.len() {
+            match self.target.write(&bytes[written..]) {
+                Ok(0) => return (written, Err(io::ErrorKind::WriteZero.into())),
+                Ok(more) => written += more,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return (written, Err(error)),
+            }
+        }
+        (written, self.target.flush())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A disk with room for so many bytes.
+    struct Disk {
+        content: Vec<u8>,
+        room: usize,
+        takes_back: bool,
+    }
+
+    #[derive(Clone)]
+    struct Shared(Arc<Mutex<Disk>>);
+
+    impl Write for Shared {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let mut disk = self.0.lock().unwrap();
+            let fits = bytes.len().min(disk.room - disk.content.len());
+            if fits == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            disk.content.extend_from_slice(&bytes[..fits]);
+            Ok(fits)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Target for Shared {
+        fn take_back(&mut self, bytes: u64) -> io::Result<()> {
+            let mut disk = self.0.lock().unwrap();
+            if !disk.takes_back {
+                return Err(io::ErrorKind::ResourceBusy.into());
+            }
+            let length = disk.content.len() - usize::try_from(bytes).unwrap();
+            disk.content.truncate(length);
+            Ok(())
+        }
+    }
+
+    fn on_disk(takes_back: bool) -> (Shared, Lines) {
+        let disk = Shared(Arc::new(Mutex::new(Disk {
+            content: Vec::new(),
+            room: 10,
+            takes_back,
+        })));
+        let lines = Lines {
+            target: Box::new(disk.clone()),
+            torn: false,
+            path: PathBuf::from("/records"),
+            trouble: Trouble::default(),
+        };
+        (disk, lines)
+    }
+
+    #[test]
+    fn a_full_disk_tears_no_line() {
+        let (disk, mut lines) = on_disk(true);
+        let mut rest = &b"one\ntwo\nthree\n"[..];
+        assert!(lines.append(&mut rest).is_err());
+        assert_eq!(disk.0.lock().unwrap().content, b"one\ntwo\n");
+        assert_eq!(rest, b"three\n");
+        disk.0.lock().unwrap().room = 100;
+        lines.append(&mut rest).unwrap();
+        assert_eq!(disk.0.lock().unwrap().content, b"one\ntwo\nthree\n");
+    }
+
+    #[test]
+    fn a_torn_line_that_stays_gets_its_end() {
+        let (disk, mut lines) = on_disk(false);
+        let mut rest = &b"one\ntwo\nthree\n"[..];
+        assert!(lines.append(&mut rest).is_err());
+        disk.0.lock().unwrap().room = 100;
+        lines.append(&mut rest).unwrap();
+        assert_eq!(disk.0.lock().unwrap().content, b"one\ntwo\nth\nthree\n");
+    }
+
+    #[test]
+    fn a_file_that_ends_within_a_line_is_seen() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (content, torn) in [("", false), ("{}\n", false), ("{}\n{", true)] {
+            std::fs::write(file.path(), content).unwrap();
+            assert_eq!(is_torn(file.path()).unwrap(), torn, "{content:?}");
+        }
+    }
+
+    #[test]
+    fn trouble_is_told_while_it_lasts() {
+        let trouble = Trouble::default();
+        assert!(!trouble.set(None));
+        assert!(trouble.set(Some("no room".to_owned())));
+        assert!(!trouble.set(Some("no room".to_owned())), "once");
+        assert!(trouble.note().unwrap().starts_with("no room (since "));
+        assert!(trouble.set(None));
+        assert_eq!(trouble.note(), None);
     }
 }

@@ -54,6 +54,24 @@ impl<T> Queue<T> {
         }
     }
 
+    /// Counts entries as lost that were taken and are of no use.
+    pub(crate) fn lose(&self, entries: u64) {
+        self.lost.fetch_add(entries, Ordering::Relaxed);
+    }
+
+    /// Whether it is closed, or will be before `time` is over.
+    pub(crate) fn closes_within(&self, time: Duration) -> bool {
+        let deadline = Instant::now() + time;
+        let mut waiting = self.waiting();
+        while !waiting.closed {
+            let Some(left) = remaining(Some(deadline)) else {
+                return false;
+            };
+            waiting = self.wait(waiting, left);
+        }
+        true
+    }
+
     /// Entries that were lost.
     pub(crate) fn lost(&self) -> u64 {
         self.lost.load(Ordering::Relaxed)
@@ -164,6 +182,21 @@ mod tests {
         out.clear();
         assert!(!queue.take(&mut out, AGES, None));
         assert_eq!(queue.lost(), 1, "what came too late");
+    }
+
+    #[test]
+    fn who_waits_for_the_end_sees_it_and_what_is_put_in_meanwhile_stays() {
+        let queue = Queue::new(10, 10);
+        assert!(!queue.closes_within(AT_ONCE));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                queue.push(1);
+                queue.close();
+            });
+            assert!(queue.closes_within(AGES));
+        });
+        queue.lose(3);
+        assert_eq!((taken(&queue, AT_ONCE), queue.lost()), (vec![1], 3));
     }
 
     #[test]

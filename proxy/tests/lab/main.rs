@@ -20,6 +20,7 @@ mod dials;
 mod ending;
 mod first;
 mod flood;
+mod full_disk;
 mod handover;
 mod image;
 mod isolation;
@@ -70,6 +71,7 @@ fn main() -> ExitCode {
         sever::TESTS,
         first::TESTS,
         flood::TESTS,
+        full_disk::TESTS,
         reuse::TESTS,
         ports::TESTS,
         cookies::TESTS,

@@ -1,6 +1,8 @@
 //! Finds out whether the redirect is in place and whether this network namespace can carry it.
 //!
 //! Only looks: it changes nothing, sysctls least of all.
+mod sysctls;
+
 use std::fmt;
 use std::path::Path;
 
@@ -15,6 +17,10 @@ use crate::routes::{self, Family, State};
 use crate::ruleset::{Kernel, QUEUE_CHAIN, Ruleset, TABLE};
 use crate::settings::Settings;
 use crate::table::{Loaded, Stamp};
+
+pub use sysctls::without_timestamps;
+pub(crate) use sysctls::{breaking_sysctls, interfaces, validates_by_mark};
+use sysctls::{is_on, timestamps_off};
 
 /// Something that is wrong, or worth knowing, and what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -334,6 +340,7 @@ impl Findings {
                 "`sysctl -w net.ipv4.ip_forward=1`, as every CNI plugin with routed pods does",
             );
         }
+        self.0.extend(timestamps_off(net));
         if !is_on("netfilter/nf_conntrack_acct") {
             self.note(
                 "sysctl net.netfilter.nf_conntrack_acct is 0: records of flows that the kernel carries (path: kernel) have no bytes",
@@ -349,37 +356,6 @@ impl Findings {
     }
 }
 
-/// The sysctls, of those under `net`, with which the redirect does not work; those of links only for `links`.
-///
-/// Found out in network namespaces: which values break what. `rp_filter`, strict or loose, is none of them.
-pub(crate) fn breaking_sysctls(net: &Path, links: &[String]) -> Vec<Finding> {
-    let mut findings = Findings::default();
-    for link in links.iter().filter(|link| validates_by_mark(net, link)) {
-        findings.fatal(
-            format!("sysctl net.ipv4.conf.{link}.src_valid_mark is 1: the kernel drops diverted IPv4 packets as spoofed, whatever rp_filter is"),
-            format!("`sysctl -w net/ipv4/conf/{link}/src_valid_mark=0` (wg-quick sets it for a default route through WireGuard: give that its route by hand)"),
-        );
-    }
-    if is_on(net, "ipv4/tcp_fwmark_accept") {
-        findings.fatal(
-            "sysctl net.ipv4.tcp_fwmark_accept is 1: answers of accepted connections inherit the divert mark and never leave the node",
-            "`sysctl -w net.ipv4.tcp_fwmark_accept=0`",
-        );
-    }
-    findings.0
-}
-
-/// Whether the kernel looks up the sources of what comes in on a link by the packets' marks; diverted packets come in
-/// on every link but `lo`.
-pub(crate) fn validates_by_mark(net: &Path, link: &str) -> bool {
-    link != "lo" && is_on(net, &format!("ipv4/conf/{link}/src_valid_mark"))
-}
-
-/// Whether a sysctl of those under `net` is there and not 0.
-fn is_on(net: &Path, name: &str) -> bool {
-    std::fs::read_to_string(net.join(name)).is_ok_and(|value| value.trim() != "0")
-}
-
 /// An error of this crate reads "problem; remedy".
 fn split(error: impl fmt::Display) -> (String, String) {
     let text = error.to_string();
@@ -390,19 +366,6 @@ fn split(error: impl fmt::Display) -> (String, String) {
 }
 
 const INSTALL: &str = "run `iptables-init install`";
-
-/// `all`, `default` and every interface, sorted.
-pub(crate) fn interfaces(net: &Path) -> Vec<String> {
-    let Ok(entries) = std::fs::read_dir(net.join("ipv4/conf")) else {
-        return Vec::new();
-    };
-    let names = entries
-        .flatten()
-        .map(|entry| entry.file_name().to_string_lossy().into_owned());
-    let mut names: Vec<_> = names.collect();
-    names.sort();
-    names
-}
 
 #[cfg(test)]
 mod tests {

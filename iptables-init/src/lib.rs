@@ -26,5 +26,5 @@ mod sysctl;
 mod table;
 pub mod watch;
 
-pub use inspect::{Finding, inspect, ipvs};
+pub use inspect::{Finding, inspect, ipvs, without_timestamps};
 pub use probe::{probe_kernel, probe_queue_rule};

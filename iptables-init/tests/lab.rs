@@ -551,6 +551,10 @@ fn check_takes_what_works() {
             "note: sysctl net.ipv6.fwmark_reflect is 1",
         ),
         (
+            "sysctl -qw net.ipv4.tcp_timestamps=0",
+            "note: sysctl net.ipv4.tcp_timestamps is 0: a pod that opens and closes more than 232",
+        ),
+        (
             "sysctl -qw net.netfilter.nf_conntrack_acct=0",
             "note: sysctl net.netfilter.nf_conntrack_acct is 0",
         ),

@@ -43,11 +43,9 @@ pub(super) fn readyz(
             format!("not ready: {reason}\n"),
         ),
     };
-    for note in readiness
-        .notes()
-        .into_iter()
-        .chain(enforcer.recorder.note())
-    {
+    let of_node = iptables_init::without_timestamps().map(|it| it.to_string());
+    let notes = readiness.notes().into_iter().chain(of_node);
+    for note in notes.chain(enforcer.recorder.note()) {
         body.push_str(&format!("{note}\n"));
     }
     for problem in enforcer.table.problems().iter() {

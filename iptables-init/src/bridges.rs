@@ -74,6 +74,8 @@ pub struct Bridge {
 pub struct Port {
     /// Its name.
     pub name: String,
+    /// Its number, which is never given to another link.
+    pub index: u32,
     /// Where its other end is, if that is in another network namespace.
     pub peer: Option<Peer>,
 }
@@ -119,7 +121,8 @@ fn among(links: &[Value], names: &[String], pods: &[IpNet]) -> Vec<Bridge> {
                 })
             };
             let peer = peer();
-            Some(Port { name, peer })
+            let index = u32::try_from(link["ifindex"].as_i64()?).ok()?;
+            Some(Port { name, index, peer })
         };
         let told = &link["linkinfo"]["info_data"];
         Some(Bridge {
@@ -301,7 +304,7 @@ mod tests {
         let port = |name: &str, master: &str| {
             serde_json::json!({
                 "ifname": name, "address": "02::9", "master": master,
-                "link_index": 2, "link_netnsid": 5,
+                "ifindex": 9, "link_index": 2, "link_netnsid": 5,
                 "linkinfo": { "info_kind": "veth" }, "addr_info": [],
             })
         };
@@ -363,6 +366,7 @@ mod tests {
                 .into(),
             ports: vec![Port {
                 name: "c0".into(),
+                index: 9,
                 peer: Some(Peer { netns: 5, index: 2 }),
             }],
             looks_into_ip: true,

@@ -21,30 +21,46 @@ pub struct Links {
     /// Pods' addresses that the main table routes to one of these links, on their own and nowhere else,
     /// after the link's index: that is never given to another link, as its name may be.
     pub pinned: BTreeSet<(u32, IpAddr)>,
+    /// Addresses of this host, whatever they are for.
+    pub own: BTreeSet<IpAddr>,
+    /// Those of single pods' addresses that the routes lead to a pod's link.
+    pub reached: BTreeSet<IpAddr>,
+    /// Addresses besides the pods' that are routed, on their own, to a veth that is not the node's: as pods' are
+    /// where they lie in no pod CIDR.
+    pub others: BTreeSet<IpAddr>,
 }
 
 /// Reads the routing table for pods within `pods` on a node with the addresses `node`. Runs `ip`
-/// twice.
+/// twice, and once more if there are routes to single addresses besides.
 ///
 /// # Errors
 /// [`CommandError`] if `ip` is missing or refuses.
 pub fn of_pods(pods: &[IpNet], node: &[IpAddr]) -> Result<Links, CommandError> {
     let mut routes = Vec::new();
     for family in ["-4", "-6"] {
-        let listing = command::run(
-            Program::Ip,
-            &[family, "-json", "route", "show", "table", "all"],
-            "",
-        )?;
-        routes.extend(parse(&listing).map_err(|source| CommandError::Run {
-            program: Program::Ip,
-            source: source.into(),
-        })?);
+        routes.extend(ask(&[family, "-json", "route", "show", "table", "all"])?);
     }
     // A link that has gone meanwhile has no index.
-    Ok(choose(&routes, pods, node, |link| {
-        if_nametoindex(link).ok()
-    }))
+    let mut found = choose(&routes, pods, node, |link| if_nametoindex(link).ok());
+    if !found.others.is_empty() {
+        let veths = ask(&["-json", "link", "show", "type", "veth"])?;
+        let veths: BTreeSet<&str> = veths
+            .iter()
+            .filter_map(|it| it["ifname"].as_str())
+            .collect();
+        let to_veth = |route: &&Value| links(route).all(|link| veths.contains(link));
+        let addresses: BTreeSet<IpAddr> = routes.iter().filter(to_veth).filter_map(host).collect();
+        found.others.retain(|address| addresses.contains(address));
+    }
+    Ok(found)
+}
+
+fn ask(question: &[&str]) -> Result<Vec<Value>, CommandError> {
+    let listing = command::run(Program::Ip, question, "")?;
+    parse(&listing).map_err(|source| CommandError::Run {
+        program: Program::Ip,
+        source: source.into(),
+    })
 }
 
 /// `ip` says nothing at all where a family is switched off.
@@ -67,10 +83,12 @@ fn choose(
         .flat_map(links)
         .collect();
     let within = |net: IpNet| pods.iter().any(|pods| pods.contains(&net));
+    let on_link = |route: &Value| kind(route) == "unicast" && route["gateway"].is_null();
+    let nearest = nearest(routes, pods);
     let to_pods = |route: &&Value| {
-        kind(route) == "unicast"
-            && route["gateway"].is_null()
-            && destination(route).is_some_and(within)
+        on_link(route)
+            && (destination(route).is_some_and(within)
+                || nearest.values().any(|way| std::ptr::eq(*way, *route)))
     };
     let links = routes
         .iter()
@@ -81,18 +99,51 @@ fn choose(
         .filter(|link| !link.contains('"'));
     let links: BTreeSet<_> = links.map(str::to_owned).collect();
     let own = routes.iter().filter(|route| kind(route) == "local");
+    let own: BTreeSet<_> = own.filter_map(host).collect();
     let gateways: BTreeSet<_> = own
-        .filter_map(host)
+        .iter()
+        .copied()
         .filter(|address| within((*address).into()))
         .collect();
+    let to_link = |way: &Value| on_link(way) && self::links(way).all(|link| links.contains(link));
+    let reached = nearest.iter().filter(|(_, way)| to_link(way));
+    let reached = reached.map(|(address, _)| *address).collect();
+    let free = |way: &Value| self::links(way).all(|link| !of_node.contains(link));
+    let others = routes.iter().filter(|way| on_link(way) && free(way));
+    let others = others.filter_map(host).filter(|it| !within((*it).into()));
+    let others = others.filter(|address| !own.contains(address)).collect();
     let pinned = pinned(routes.iter().filter(to_pods))
         .filter(|(link, address)| links.contains(*link) && !gateways.contains(address))
         .filter_map(|(link, address)| Some((index(link)?, address)));
     Links {
         pinned: pinned.collect(),
         gateways,
+        own,
+        reached,
+        others,
         pods: links,
     }
+}
+
+/// The way to each single address among `pods`: the most specific route that there is for it.
+fn nearest<'a>(routes: &'a [Value], pods: &[IpNet]) -> BTreeMap<IpAddr, &'a Value> {
+    let single = pods
+        .iter()
+        .filter(|net| net.prefix_len() == net.max_prefix_len());
+    let single: Vec<IpAddr> = single.map(IpNet::addr).collect();
+    if single.is_empty() {
+        return BTreeMap::new();
+    }
+    let ways = routes
+        .iter()
+        .filter(|route| route["type"].is_null() || kind(route) == "unicast");
+    let ways: Vec<(IpNet, &Value)> = ways.filter_map(|it| Some((destination(it)?, it))).collect();
+    let way = |address: IpAddr| {
+        let holding = ways.iter().filter(|(net, _)| net.contains(&address));
+        let (_, way) = holding.max_by_key(|(net, _)| net.prefix_len())?;
+        Some((address, *way))
+    };
+    single.into_iter().filter_map(way).collect()
 }
 
 /// The addresses that have a route of their own, with the one link that it leads to.
@@ -275,6 +326,60 @@ mod tests {
         ] {
             assert_eq!(chosen(listing), expected, "{why}");
         }
+    }
+
+    #[test]
+    fn single_addresses_are_reached_by_their_nearest_route() {
+        let pods = [
+            "10.244.0.0/24",
+            "192.168.77.5/32",
+            "10.9.0.5/32",
+            "192.0.2.10/32",
+        ];
+        let pods = pods.map(|net| net.parse().unwrap());
+        let node = ["192.0.2.10".parse().unwrap()];
+        for (listing, links, reached, why) in [
+            (
+                r#"[{"dst":"192.168.77.5","dev":"cali1"},{"dst":"192.168.0.0/16","gateway":"10.0.0.1","dev":"eth0"}]"#,
+                &["cali1"][..],
+                &["192.168.77.5"][..],
+                "a link of its own",
+            ),
+            (
+                r#"[{"dst":"10.9.0.0/24","dev":"cbr0"},{"dst":"10.0.0.0/8","dev":"tun0"}]"#,
+                &["cbr0"],
+                &["10.9.0.5"],
+                "a bridge, and a wider network elsewhere",
+            ),
+            (
+                r#"[{"dst":"192.168.77.5","gateway":"10.0.0.1","dev":"tun0"}]"#,
+                &[],
+                &[],
+                "behind a router",
+            ),
+            (
+                r#"[{"type":"blackhole","dst":"192.168.77.0/24"},{"dst":"default","dev":"eth0"},{"dst":"10.9.0.0/24","dev":"eth0"}]"#,
+                &[],
+                &[],
+                "nowhere, and behind the node's own link",
+            ),
+        ] {
+            let found = choose(&parse(listing).unwrap(), &pods, &node, |_| Some(1));
+            let reached = reached.iter().map(|it| it.parse().unwrap()).collect();
+            assert_eq!(found.pods.iter().collect::<Vec<_>>(), links, "{why}");
+            assert_eq!(found.reached, reached, "{why}");
+        }
+    }
+
+    #[test]
+    fn other_single_addresses_on_links_are_found() {
+        let listing = r#"[{"dst":"192.168.77.5","dev":"cali1"},{"dst":"10.244.0.7","dev":"cali2"},
+            {"dst":"192.168.77.6","gateway":"192.0.2.1","dev":"eth1"},{"dst":"192.168.78.0/24","dev":"cali3"},
+            {"dst":"192.168.77.7","dev":"eth0"},{"dst":"default","dev":"eth0"},
+            {"type":"local","dst":"192.168.77.8","dev":"cali4","table":"local"},{"dst":"192.168.77.8","dev":"cali4"}]"#;
+        let found = choice(listing);
+        assert_eq!(found.others, ["192.168.77.5".parse().unwrap()].into());
+        assert_eq!(found.own, ["192.168.77.8".parse().unwrap()].into());
     }
 
     #[test]

@@ -62,6 +62,12 @@ impl Owners {
         new
     }
 
+    /// The addresses that are behind a port, with its name.
+    pub fn ports(&self) -> impl Iterator<Item = (IpAddr, &str)> {
+        let ports = self.addresses.iter();
+        ports.filter_map(|(address, port)| Some((*address, port.as_deref()?)))
+    }
+
     /// One nft transaction after which the table for bridges knows these owners and no others.
     #[must_use]
     pub fn script(&self) -> String {

@@ -953,6 +953,7 @@ fn all_sets() -> String {
         ports: ["pod0", "ip", "3"]
             .map(|name| Port {
                 name: name.into(),
+                index: 1,
                 peer: None,
             })
             .into(),

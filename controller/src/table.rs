@@ -4,7 +4,10 @@
 //! a sequence number stands beside the map, odd while entries are being swapped: who read under an
 //! odd or a changed number reads again. Writing is map operations only, everything is built before.
 //! No guard of the map leaves this module. Knows nothing of sources, files or Kubernetes objects.
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+mod surroundings;
+mod unsettled;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -13,12 +16,15 @@ use std::thread;
 use dashmap::DashMap;
 use ipnet::IpNet;
 use policy::{
-    Cluster, Direction, Endpoint, OwnNode, Party, PodKey, PolicyKey, Protocol, Touched, Verdict,
+    Cluster, Direction, Endpoint, Identity, OwnNode, Party, PodKey, PolicyKey, Protocol, Touched,
+    Verdict,
 };
 use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::Problem;
+use surroundings::Surroundings;
+pub use unsettled::Unsettled;
 
 /// What an operator decides about the table.
 #[derive(Clone, Debug, Default)]
@@ -56,7 +62,9 @@ pub struct LocalPod {
     /// Whether connections from it are judged.
     pub egress_isolated: bool,
     /// The pod.
-    pub key: PodKey,
+    pub identity: Arc<Identity>,
+    /// Whether the pod has left its link, see [`Unsettled::vacant`].
+    pub vacant: bool,
 }
 
 /// A policy in force, for people.
@@ -79,52 +87,13 @@ pub struct Table {
     map: DashMap<IpAddr, Arc<Endpoint>, ahash::RandomState>,
     surroundings: RwLock<Arc<Surroundings>>,
     gateways: RwLock<Arc<BTreeSet<IpAddr>>>,
+    unsettled: RwLock<Arc<Unsettled>>,
     /// Twice the generation; one more while the next one is being swapped in.
     sequence: AtomicU64,
     generation: watch::Sender<u64>,
     problems: RwLock<Arc<Vec<Problem>>>,
     /// Held for the whole of a batch, publishing included: who holds it sees what is published.
     cluster: Mutex<Cluster>,
-}
-
-/// What is known of addresses that are no pod's.
-#[derive(Debug, Default)]
-struct Surroundings {
-    /// The cluster's CIDRs, as few as say the same.
-    cidrs: Arc<[IpNet]>,
-    /// First and last addresses of the cluster's CIDRs, disjoint and sorted.
-    cluster: Vec<(IpAddr, IpAddr)>,
-    nodes: HashSet<IpAddr, ahash::RandomState>,
-}
-
-impl Surroundings {
-    fn new(settings: &TableSettings, cluster: &Cluster) -> Self {
-        let cidrs = match settings.cluster_cidrs.as_slice() {
-            [] => cluster.pod_cidrs(),
-            given => given.to_vec(),
-        };
-        let cidrs: Arc<[IpNet]> = IpNet::aggregate(&cidrs).into();
-        let mut ranges: Vec<_> = cidrs
-            .iter()
-            .map(|cidr| (cidr.network(), cidr.broadcast()))
-            .collect();
-        ranges.sort_unstable();
-        let nodes = cluster
-            .nodes()
-            .flat_map(|node| node.addresses.iter().copied())
-            .collect();
-        Self {
-            cidrs,
-            cluster: ranges,
-            nodes,
-        }
-    }
-
-    fn is_unexplained(&self, address: IpAddr) -> bool {
-        let after = self.cluster.partition_point(|(first, _)| *first <= address);
-        let within = after.checked_sub(1).and_then(|at| self.cluster.get(at));
-        within.is_some_and(|(_, last)| address <= *last) && !self.nodes.contains(&address)
-    }
 }
 
 impl Table {
@@ -137,6 +106,7 @@ impl Table {
             map: DashMap::default(),
             surroundings: RwLock::new(Arc::new(surroundings)),
             gateways: RwLock::default(),
+            unsettled: RwLock::default(),
             sequence: AtomicU64::new(0),
             generation: watch::Sender::new(0),
             problems: RwLock::default(),
@@ -168,6 +138,7 @@ impl Table {
                         .find(|address| {
                             surroundings.is_unexplained(*address)
                                 && !read_lock(&self.gateways).contains(address)
+                                || read_lock(&self.unsettled).holds(*address)
                         })
                 }
             };
@@ -223,13 +194,15 @@ impl Table {
     #[must_use]
     pub fn local(&self, node: &str) -> Vec<LocalPod> {
         let cluster = self.cluster();
+        let unsettled = self.unsettled();
         let mut local = BTreeMap::new();
         for (address, endpoint) in cluster.endpoints_on(node) {
             local.entry(address).or_insert_with(|| LocalPod {
                 address,
                 ingress_isolated: endpoint.isolated(Direction::Ingress),
                 egress_isolated: endpoint.isolated(Direction::Egress),
-                key: endpoint.identity.key.clone(),
+                identity: Arc::clone(&endpoint.identity),
+                vacant: unsettled.has_left(address, endpoint),
             });
         }
         local.into_values().collect()
@@ -246,13 +219,25 @@ impl Table {
     /// Which addresses are pods at all: as few CIDRs as say it, in no order.
     #[must_use]
     pub fn cluster_cidrs(&self) -> Arc<[IpNet]> {
-        Arc::clone(&read_lock(&self.surroundings).cidrs)
+        read_lock(&self.surroundings).cidrs()
     }
 
     /// The pod of this key, whatever its state.
     #[must_use]
     pub fn pod(&self, key: &PodKey) -> Option<policy::Pod> {
         self.cluster().pod(key).cloned()
+    }
+
+    /// Whether there is a Node object of that name.
+    #[must_use]
+    pub fn has_node(&self, node: &str) -> bool {
+        self.cluster().node(node).is_some()
+    }
+
+    /// The addresses whose holder is not known for certain.
+    #[must_use]
+    pub fn unsettled(&self) -> Arc<Unsettled> {
+        Arc::clone(&read_lock(&self.unsettled))
     }
 
     /// The node's addresses (`status.addresses`); none if there is no such node.
@@ -302,28 +287,43 @@ impl Table {
 
     /// Says which addresses in the cluster's CIDRs are this host's own, and so no pod's.
     pub fn set_gateways(&self, gateways: BTreeSet<IpAddr>) {
-        *self
-            .gateways
-            .write()
-            .unwrap_or_else(PoisonError::into_inner) = Arc::new(gateways);
+        *write_lock(&self.gateways) = Arc::new(gateways);
     }
 
     pub(crate) fn set_problems(&self, problems: Vec<Problem>) {
-        *self
-            .problems
-            .write()
-            .unwrap_or_else(PoisonError::into_inner) = Arc::new(problems);
+        *write_lock(&self.problems) = Arc::new(problems);
+    }
+
+    /// Says of which addresses the holder is not known for certain, as one generation, and returns those of which
+    /// it was said otherwise before.
+    pub fn set_unsettled(&self, unsettled: Unsettled) -> BTreeSet<IpAddr> {
+        let cluster = self.cluster();
+        let touched = self.unsettled().difference(&unsettled);
+        if !touched.is_empty() {
+            self.swap(&cluster, &touched, None, Some(Arc::new(unsettled)));
+        }
+        touched
     }
 
     /// Swaps in what `cluster` has at the touched addresses, and its nodes if they changed, as one
     /// generation. Only the holder of the cluster's lock may call this.
     pub(crate) fn publish(&self, cluster: &Cluster, touched: &Touched, nodes: bool) {
-        let changes: Vec<(IpAddr, Option<Arc<Endpoint>>)> = touched
-            .addresses
-            .iter()
-            .map(|&address| (address, cluster.endpoint(address)))
-            .collect();
         let surroundings = nodes.then(|| Arc::new(Surroundings::new(&self.settings, cluster)));
+        self.swap(cluster, &touched.addresses, surroundings, None);
+    }
+
+    fn swap(
+        &self,
+        cluster: &Cluster,
+        touched: &BTreeSet<IpAddr>,
+        surroundings: Option<Arc<Surroundings>>,
+        unsettled: Option<Arc<Unsettled>>,
+    ) {
+        let now = unsettled.clone().unwrap_or_else(|| self.unsettled());
+        let changes: Vec<(IpAddr, Option<Arc<Endpoint>>)> = touched
+            .iter()
+            .map(|&address| (address, now.shown(address, cluster.endpoint(address))))
+            .collect();
 
         // What is replaced is freed after the swap: readers wait while the sequence is odd.
         let mut replaced = Vec::with_capacity(changes.len());
@@ -337,10 +337,10 @@ impl Table {
             });
         }
         if let Some(surroundings) = surroundings {
-            *self
-                .surroundings
-                .write()
-                .unwrap_or_else(PoisonError::into_inner) = surroundings;
+            *write_lock(&self.surroundings) = surroundings;
+        }
+        if let Some(unsettled) = unsettled {
+            *write_lock(&self.unsettled) = unsettled;
         }
         self.sequence.store(before + 2, Ordering::Release);
         self.generation.send_replace((before + 2) / 2);
@@ -376,6 +376,10 @@ impl Table {
 
 fn read_lock<T>(lock: &RwLock<Arc<T>>) -> std::sync::RwLockReadGuard<'_, Arc<T>> {
     lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write_lock<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -202,18 +202,18 @@ fn the_pods_of_a_node_are_told_with_what_isolates_them() {
     index.apply(batch(
         pods.map(Object::from).into_iter().chain([deny_all()]),
     ));
-    let local = |name: &str, address: &str| LocalPod {
-        address: ip(address),
-        ingress_isolated: true,
-        egress_isolated: false,
-        key: PodKey {
-            namespace: "x".into(),
-            name: name.into(),
-        },
+    let local = table.local("n1");
+    let told = |pod: &LocalPod| {
+        (
+            pod.identity.key.to_string(),
+            pod.address.to_string(),
+            [pod.ingress_isolated, pod.egress_isolated, pod.vacant],
+        )
     };
+    let expected = |name: &str, address: &str| (name.into(), address.into(), [true, false, false]);
     assert_eq!(
-        table.local("n1"),
-        [local("a", "10.0.0.2"), local("b", "10.0.0.3")]
+        local.iter().map(told).collect::<Vec<_>>(),
+        [expected("x/a", "10.0.0.2"), expected("x/b", "10.0.0.3")]
     );
     assert_eq!(table.local("n3"), []);
     assert_eq!(table.node_pod_cidrs("n1"), []);

@@ -124,3 +124,99 @@ fn a_reader_waits_while_a_generation_is_swapped_in() {
         assert!(reader.join().unwrap().is_some());
     });
 }
+
+/// Two pods without policy in a node's pod CIDR, and what a judgement of the first to the second says.
+fn two_pods() -> (Arc<Table>, Index) {
+    let table = Table::new(TableSettings::default());
+    let mut index = Index::new(Arc::clone(&table));
+    index.apply(batch(vec![
+        Event::Upsert(node("n1", "10.0.0.0/24", "192.168.0.1")),
+        Event::Upsert(pod("a", A)),
+        Event::Upsert(pod("b", B)),
+    ]));
+    (table, index)
+}
+
+fn node(name: &str, pods: &str, address: &str) -> Object {
+    Object::Node(policy::Node {
+        name: name.into(),
+        addresses: vec![ip(address)],
+        pod_cidrs: vec![pods.parse().unwrap()],
+    })
+}
+
+fn unknown(table: &Table, from: &str, to: &str) -> Option<String> {
+    match table.judge(ip(from), ip(to), Some(80), Protocol::Tcp) {
+        Judgement::Unknown(address) => Some(address.to_string()),
+        Judgement::Settled { .. } => None,
+    }
+}
+
+#[test]
+fn a_pod_that_left_its_address_has_no_rights_there() {
+    let (table, mut index) = two_pods();
+    let holder = table.endpoint(ip(A)).unwrap().identity.clone();
+    let left = Unsettled {
+        vacant: [(ip(A), holder)].into(),
+        ..Unsettled::default()
+    };
+    let before = table.generation();
+    assert_eq!(table.set_unsettled(left.clone()), [ip(A)].into());
+    assert_eq!(table.generation(), before + 1);
+    assert_eq!(table.set_unsettled(left), [].into(), "nothing new");
+    assert_eq!(unknown(&table, A, B).as_deref(), Some(A));
+    assert_eq!(unknown(&table, B, A).as_deref(), Some(A));
+    assert!(table.local("")[0].vacant && !table.local("")[1].vacant);
+
+    index.apply(batch(vec![deny()]));
+    assert_eq!(
+        unknown(&table, A, B).as_deref(),
+        Some(A),
+        "policies change nothing"
+    );
+    let another = |uid: &str| match pod("a", A) {
+        Object::Pod(pod) => Object::from(Pod {
+            uid: uid.into(),
+            ..(*pod).clone()
+        }),
+        _ => panic!("a pod"),
+    };
+    index.apply(batch(vec![Event::Upsert(another("2"))]));
+    assert_eq!(unknown(&table, A, B), None, "the API names another pod");
+    index.apply(batch(vec![Event::Delete(another("2").key())]));
+    assert_eq!(unknown(&table, A, B).as_deref(), Some(A));
+    assert_eq!(table.set_unsettled(Unsettled::default()), [ip(A)].into());
+}
+
+#[test]
+fn an_awaited_address_waits_until_a_pod_has_it() {
+    const OUTSIDE: &str = "192.168.77.5";
+    let (table, mut index) = two_pods();
+    assert_eq!(unknown(&table, OUTSIDE, A), None);
+    let awaited = Unsettled {
+        awaited: [ip(OUTSIDE)].into(),
+        ..Unsettled::default()
+    };
+    assert_eq!(table.set_unsettled(awaited), [ip(OUTSIDE)].into());
+    assert_eq!(unknown(&table, OUTSIDE, A).as_deref(), Some(OUTSIDE));
+    index.apply(batch(vec![Event::Upsert(pod("c", OUTSIDE))]));
+    assert_eq!(unknown(&table, OUTSIDE, A), None);
+}
+
+#[test]
+fn a_node_explains_no_address_of_another_nodes_pods() {
+    let (table, mut index) = two_pods();
+    assert!(unknown(&table, "10.0.0.9", A).is_some());
+    index.apply(batch(vec![Event::Upsert(node(
+        "n2",
+        "10.0.1.0/24",
+        "10.0.0.9",
+    ))]));
+    assert!(unknown(&table, "10.0.0.9", A).is_some());
+    index.apply(batch(vec![Event::Upsert(node(
+        "n2",
+        "10.0.1.0/24",
+        "10.0.1.9",
+    ))]));
+    assert_eq!(unknown(&table, "10.0.1.9", A), None, "of its own");
+}

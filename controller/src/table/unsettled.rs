@@ -1,0 +1,48 @@
+//! Addresses of pods whose holder is not known for certain, though the API may name one.
+//!
+//! Knows no links: who looks at them says which addresses these are.
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use policy::{Endpoint, Identity};
+
+/// Addresses that are unknown until the API names another pod for them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Unsettled {
+    /// The pod that the API names here is no longer at its link: it has no rights at this address, and
+    /// neither has who comes there next, until the API names another pod.
+    pub vacant: BTreeMap<IpAddr, Arc<Identity>>,
+    /// Somebody is at this address, which lies in no pod CIDR, and the API names nobody.
+    pub awaited: BTreeSet<IpAddr>,
+}
+
+impl Unsettled {
+    /// What stands at an address of which the API says `endpoint`.
+    pub(super) fn shown(
+        &self,
+        address: IpAddr,
+        endpoint: Option<Arc<Endpoint>>,
+    ) -> Option<Arc<Endpoint>> {
+        endpoint.filter(|endpoint| !self.has_left(address, endpoint))
+    }
+
+    /// Whether this pod has left the address.
+    pub(super) fn has_left(&self, address: IpAddr, endpoint: &Endpoint) -> bool {
+        let left = self.vacant.get(&address);
+        left.is_some_and(|left| left.is_same_pod(&endpoint.identity))
+    }
+
+    /// Whether a packet of this address has to wait if nobody stands there.
+    pub(super) fn holds(&self, address: IpAddr) -> bool {
+        self.vacant.contains_key(&address) || self.awaited.contains(&address)
+    }
+
+    /// The addresses of which the two say something else.
+    pub(super) fn difference(&self, other: &Self) -> BTreeSet<IpAddr> {
+        let addresses = self.vacant.keys().chain(other.vacant.keys());
+        let vacant = addresses.filter(|it| self.vacant.get(it) != other.vacant.get(it));
+        let awaited = self.awaited.symmetric_difference(&other.awaited);
+        vacant.chain(awaited).copied().collect()
+    }
+}

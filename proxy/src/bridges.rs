@@ -5,11 +5,11 @@
 //! their networks.
 mod ends;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use controller::LocalPod;
 use ipnet::IpNet;
 use iptables_init::bridges::{self, Bridge, BridgeError};
 use iptables_init::command::CommandError;
@@ -17,12 +17,13 @@ use iptables_init::owners::Owners;
 use iptables_init::ruleset::Kernel;
 use iptables_init::sets::{self, SetsError};
 use tokio::sync::watch;
-use tokio::time::{Interval, MissedTickBehavior};
+use tokio::time::{Interval, MissedTickBehavior, sleep_until};
 use tracing::info;
 
 use crate::links::Changes;
+use crate::occupancy::{self, Looker, Occupancy, Vacancies};
 use crate::readiness::Readiness;
-use crate::released::PodCidrs;
+use crate::released::LocalPods;
 
 /// How often sysctls are read, of which nobody tells.
 const READ_EVERY: Duration = Duration::from_secs(2);
@@ -37,10 +38,12 @@ const ASK_EVERY: Duration = Duration::from_secs(30);
 /// The node's bridges as last seen.
 pub(crate) struct Bridges {
     names: Vec<String>,
-    pods: PodCidrs,
+    pods: LocalPods,
+    vacancies: Vacancies,
     kernel: Kernel,
     changes: Changes,
     seen: Seen,
+    occupancy: Occupancy,
 }
 
 /// What is known of the node and the kernel.
@@ -49,8 +52,10 @@ struct Seen {
     cidrs: Vec<IpNet>,
     /// `None`: to be looked for again.
     bridges: Option<Vec<Bridge>>,
-    /// The addresses of the node's pods, as the cluster tells.
-    pods: BTreeSet<IpAddr>,
+    /// Whether what is known of the cluster is of now.
+    heard: bool,
+    /// When it could be confirmed that a pod has another port.
+    again: Option<Instant>,
     asked: Asked,
     owners: Owners,
     /// What the kernel's table was told last.
@@ -97,13 +102,20 @@ impl Bridges {
     ///
     /// # Errors
     /// If the kernel does not tell of changes.
-    pub(crate) fn new(names: Vec<String>, pods: PodCidrs, kernel: Kernel) -> io::Result<Self> {
+    pub(crate) fn new(
+        names: Vec<String>,
+        pods: LocalPods,
+        vacancies: Vacancies,
+        kernel: Kernel,
+    ) -> io::Result<Self> {
         Ok(Self {
             names,
             pods,
+            vacancies,
             kernel,
             changes: Changes::of_addresses()?,
             seen: Seen::default(),
+            occupancy: Occupancy::default(),
         })
     }
 
@@ -114,6 +126,7 @@ impl Bridges {
         let mut table = self.pods.changed();
         self.seen.asked.again(Instant::now());
         loop {
+            self.seen.heard = readiness.is_heard();
             let looked = tokio::task::spawn_blocking(move || {
                 let fault = self.look().err().map(|fault| fault.to_string());
                 (self, fault)
@@ -138,13 +151,14 @@ impl Bridges {
         renewed: &mut watch::Receiver<()>,
     ) {
         loop {
+            let due = self.seen.again;
             tokio::select! {
                 _ = every.tick() => return,
+                () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => {}
                 _ = self.changes.next() => self.seen.bridges = None,
                 Ok(()) = renewed.changed() => self.seen.loaded = None,
                 Ok(()) = table.changed() => {
-                    let before = std::mem::replace(&mut self.seen.pods, self.pods.taken());
-                    if self.seen.pods.is_subset(&before) {
+                    if !self.occupancy.are_other(&self.pods.pods()) {
                         continue;
                     }
                 }
@@ -154,7 +168,8 @@ impl Bridges {
     }
 
     fn look(&mut self) -> Result<(), Fault> {
-        let cidrs = self.pods.now();
+        let pods = self.pods.pods();
+        let cidrs = self.pods.networks(&pods);
         // A Node object that is gone takes no bridge away.
         if !cidrs.is_empty() && self.seen.cidrs != cidrs {
             self.seen.bridges = None;
@@ -165,13 +180,13 @@ impl Bridges {
             Some(bridges) => bridges,
             None => bridges::find(&self.names, &self.seen.cidrs)?,
         };
-        self.bring_in_step(&found)?;
+        self.bring_in_step(&found, &pods)?;
         self.seen.bridges = Some(found);
         Ok(())
     }
 
     /// Until it succeeds all is looked at again.
-    fn bring_in_step(&mut self, found: &[Bridge]) -> Result<(), Fault> {
+    fn bring_in_step(&mut self, found: &[Bridge], pods: &[LocalPod]) -> Result<(), Fault> {
         if !self.kernel.bridges {
             return if found.is_empty() {
                 Ok(())
@@ -193,7 +208,7 @@ impl Bridges {
             }
         }
         self.seen.prepared = names;
-        self.ask(found)?;
+        self.ask(found, pods)?;
         let Some(bridge) = found.first() else {
             return Ok(());
         };
@@ -208,7 +223,7 @@ impl Bridges {
     }
 
     /// Asks what pods have, if that is due, and tells the kernel's table.
-    fn ask(&mut self, found: &[Bridge]) -> Result<(), Fault> {
+    fn ask(&mut self, found: &[Bridge], pods: &[LocalPod]) -> Result<(), Fault> {
         let now = Instant::now();
         if !self.seen.asked.is_due(now) {
             return Ok(());
@@ -217,6 +232,7 @@ impl Bridges {
         self.seen.asked.in_step = None;
         let ends = ends::of(found).map_err(Fault::Ends)?;
         self.seen.owners = self.seen.owners.now(found, &ends);
+        self.compare(found, pods, now);
         let script = bridges::ports_script(found) + &self.seen.owners.script();
         if self.seen.loaded.take().as_ref() != Some(&script) {
             sets::load(&script)?;
@@ -224,6 +240,25 @@ impl Bridges {
         self.seen.loaded = Some(script);
         self.seen.asked.in_step = Some(now);
         Ok(())
+    }
+}
+
+impl Bridges {
+    /// Finds which pods have left their ports.
+    fn compare(&mut self, found: &[Bridge], pods: &[LocalPod], now: Instant) {
+        let ports = found.iter().flat_map(|bridge| &bridge.ports);
+        let ports: BTreeMap<&str, u32> = ports.map(|port| (&*port.name, port.index)).collect();
+        let owners = self.seen.owners.ports();
+        let at = owners.filter_map(|(address, port)| Some((address, *ports.get(port)?)));
+        let seen = occupancy::Seen {
+            at: at.collect(),
+            exists: &occupancy::exists,
+            heard: self.seen.heard,
+            ending: &|pod| self.pods.is_ending(pod),
+        };
+        let look = self.occupancy.look(pods, &seen, now);
+        self.seen.again = look.again;
+        self.vacancies.left(Looker::Bridges, look.vacant);
     }
 }
 

@@ -1,16 +1,17 @@
 //! Tells the kernel which links pods hang on, as soon as a route to a pod comes or goes: what comes
 //! in on one must come from an address that is routed to it. The table hears which addresses among
-//! the pods' are the host's own.
+//! the pods' are the host's own, and which pods have left their links. A policed pod whose packets
+//! come by no link of pods makes the node not ready.
 //!
 //! A pod's route is made before the pod runs, so its first packet finds the set filled.
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use controller::Table;
+use controller::LocalPod;
 use ipnet::IpNet;
 use iptables_init::links::{self, Links};
 use iptables_init::sets;
@@ -20,8 +21,12 @@ use nix::sys::socket::{
 };
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
+use tokio::time::sleep_until;
 use tracing::warn;
 
+use crate::occupancy::{self, Looker, Occupancy, Seen, Vacancies};
+use crate::readiness::Readiness;
+use crate::released::{LocalPods, outside};
 use crate::sys;
 
 /// Multicast groups of rtnetlink(7): links, IPv4 routes, IPv6 routes.
@@ -33,14 +38,21 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How soon what was refused is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// For how long a policed pod may be behind no link before it is reported: routes and the API need not change
+/// together.
+const SETTLED: Duration = Duration::from_secs(2);
+
 /// The sets of pods' links as the kernel has them.
 pub(crate) struct PodLinks {
-    table: Arc<Table>,
-    node: Arc<str>,
-    /// `--pod-cidr`; empty: the Node object's.
-    pod_cidrs: Vec<IpNet>,
+    pods: LocalPods,
+    vacancies: Vacancies,
     changes: Changes,
     loaded: Option<Loaded>,
+    occupancy: Occupancy,
+    /// When to look again though nothing changes.
+    again: Option<Instant>,
+    /// Since when each of these is behind no link.
+    unreached: BTreeMap<IpAddr, Instant>,
 }
 
 /// What was loaded, and for what.
@@ -62,30 +74,30 @@ impl PodLinks {
     ///
     /// # Errors
     /// What `ip` or `nft` say.
-    pub(crate) fn new(
-        table: Arc<Table>,
-        node: Arc<str>,
-        pod_cidrs: Vec<IpNet>,
-    ) -> anyhow::Result<Self> {
+    pub(crate) fn new(pods: LocalPods, vacancies: Vacancies) -> anyhow::Result<Self> {
         let mut links = Self {
-            table,
-            node,
-            pod_cidrs,
+            pods,
+            vacancies,
             changes: Changes::listen(ROUTES)
                 .context("cannot hear of changes of routes (rtnetlink)")?,
             loaded: None,
+            occupancy: Occupancy::default(),
+            again: None,
+            unreached: BTreeMap::new(),
         };
-        links.sync(true)?;
+        links.sync(true, true)?;
         Ok(links)
     }
 
     /// Keeps the set in step without end; fills it again when the kernel's tables are `renewed`.
-    pub(crate) async fn follow(mut self, mut renewed: watch::Receiver<()>) {
-        let mut table = self.table.changed();
+    pub(crate) async fn follow(mut self, readiness: Readiness, mut renewed: watch::Receiver<()>) {
+        let mut table = self.pods.changed();
         let mut retry = false;
         loop {
+            let due = self.again;
             let routes = tokio::select! {
                 () = tokio::time::sleep(RETRY), if retry => true,
+                () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => true,
                 changed = self.changes.next() => changed.is_ok(),
                 Ok(()) = renewed.changed() => {
                     self.loaded = None;
@@ -96,43 +108,123 @@ impl PodLinks {
                     Err(_) => return,
                 },
             };
+            let heard = readiness.is_heard();
             let step = tokio::task::spawn_blocking(move || {
-                let refused = self.sync(routes || retry).err();
+                let refused = self.sync(routes || retry, heard).err();
                 (self, refused)
             });
             // If it panicked it took everything with it; the runtime has said where.
             let Ok((next, refused)) = step.await else {
-                return;
+                return readiness
+                    .not_ready("this daemon no longer watches the links of pods; restart it");
             };
             self = next;
             retry = refused.is_some();
-            if let Some(error) = refused {
-                warn!("pods' links in the kernel are behind the routes: {error:#}");
+            match refused {
+                Some(error) => warn!("pods' links in the kernel are behind the routes: {error:#}"),
+                None => readiness.found(self.unpoliced(Instant::now())),
             }
             tokio::time::sleep(PAUSE).await;
         }
     }
 
-    /// Looks at the routes if they have changed or others count now.
-    fn sync(&mut self, routes_changed: bool) -> anyhow::Result<()> {
-        let pods = match self.pod_cidrs.as_slice() {
-            [] => self.table.node_pod_cidrs(&self.node),
-            given => given.to_vec(),
-        };
-        let node = self.table.node_addresses(&self.node);
+    /// Looks at the routes if they have changed, or if other pods count now.
+    fn sync(&mut self, routes_changed: bool, heard: bool) -> anyhow::Result<()> {
+        let local = self.pods.pods();
+        let pods = self.pods.networks(&local);
+        let node = self.pods.node_addresses();
         let same = |loaded: &Loaded| loaded.pods == pods && loaded.node == node;
-        if !routes_changed && self.loaded.as_ref().is_some_and(same) {
+        let others = self.occupancy.are_other(&local);
+        let now = Instant::now();
+        if !routes_changed
+            && !others
+            && let Some(loaded) = self.loaded.take_if(|loaded| same(loaded))
+        {
+            self.note_unreached(&local, &loaded.links, now);
+            self.loaded = Some(loaded);
             return Ok(());
         }
         let links = links::of_pods(&pods, &node)?;
+        self.compare(&local, &links, heard, now);
+        self.note_unreached(&local, &links, now);
         let wanted = Loaded { pods, node, links };
         if self.loaded.as_ref().map(|loaded| &loaded.links) != Some(&wanted.links) {
             self.loaded = None;
-            self.table.set_gateways(wanted.links.gateways.clone());
+            let table = self.pods.table();
+            table.set_gateways(wanted.links.gateways.clone());
             sets::load(&sets::pod_links_script(&wanted.links))?;
         }
         self.loaded = Some(wanted);
         Ok(())
+    }
+
+    /// Finds who has left, and who has come to addresses that are known to be nobody's.
+    fn compare(&mut self, local: &[LocalPod], links: &Links, heard: bool, now: Instant) {
+        let at = links
+            .pinned
+            .iter()
+            .map(|(index, address)| (*address, *index));
+        let seen = Seen {
+            at: at.collect(),
+            exists: &occupancy::exists,
+            heard,
+            ending: &|pod| self.pods.is_ending(pod),
+        };
+        let look = self.occupancy.look(local, &seen, now);
+        self.again = look.again;
+        self.vacancies.left(Looker::Routes, look.vacant);
+        let come = !links.others.is_empty() && self.pods.are_elsewhere();
+        self.vacancies.awaited(if come {
+            links.others.clone()
+        } else {
+            BTreeSet::new()
+        });
+    }
+
+    /// Policed pods outside of the CIDRs whose packets no rule sees as theirs.
+    fn note_unreached(&mut self, local: &[LocalPod], links: &Links, now: Instant) {
+        let outside = outside(&self.pods.cidrs(), local.iter().map(|pod| pod.address));
+        let unseen = local.iter().filter(|pod| {
+            (pod.egress_isolated || pod.ingress_isolated)
+                && !pod.vacant
+                && outside.contains(&pod.address)
+                && (links.own.contains(&pod.address) || !links.reached.contains(&pod.address))
+        });
+        let since = |address| *self.unreached.get(&address).unwrap_or(&now);
+        self.unreached = unseen
+            .map(|pod| (pod.address, since(pod.address)))
+            .collect();
+        let due = self.unreached.values().map(|since| *since + SETTLED);
+        let due = due.filter(|due| *due > now);
+        self.again = self.again.into_iter().chain(due).min();
+    }
+
+    /// Why a pod of this node cannot be policed, if there is one.
+    fn unpoliced(&self, now: Instant) -> Option<String> {
+        let settled = self
+            .unreached
+            .iter()
+            .find(|(_, since)| now >= **since + SETTLED);
+        let (address, _) = settled?;
+        let local = self.pods.pods();
+        let pod = &local
+            .iter()
+            .find(|pod| pod.address == *address)?
+            .identity
+            .key;
+        let own = self
+            .loaded
+            .as_ref()
+            .is_some_and(|it| it.links.own.contains(address));
+        Some(if own {
+            format!(
+                "policies select pod {pod}, but its address {address} is this node's own address, so its packets cannot be told from the node's; give the pod an address of its own, or set spec.hostNetwork and do not count on policies for it"
+            )
+        } else {
+            format!(
+                "policies select pod {pod}, but no route of this node leads to its address {address} by a link of its own, so its packets do not pass the rules; use a network plugin that routes pods through the node (not macvlan, ipvlan or SR-IOV), or correct status.podIPs"
+            )
+        })
     }
 }
 

@@ -25,7 +25,9 @@ const BRIDGES: usize = 1;
 const NODE: usize = 2;
 /// Watching the redirect.
 const REDIRECT: usize = 3;
-const PARTS: usize = 4;
+/// Watching the links that pods hang on.
+const LINKS: usize = 4;
+const PARTS: usize = 5;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct State {
@@ -46,6 +48,11 @@ impl Readiness {
             state("the node's bridges have not been looked at yet"),
             state("the node has not been looked at yet"),
             state("the redirect has not been looked at yet"),
+            // They are looked at before all else; what is wrong with them takes a while to show.
+            State {
+                reason: None,
+                since: SystemTime::now(),
+            },
         ];
         Self {
             parts: Arc::new(watch::Sender::new(parts)),
@@ -76,6 +83,21 @@ impl Readiness {
             part: REDIRECT,
             ..self.clone()
         }
+    }
+
+    /// The same, to speak for the links that pods hang on.
+    pub(crate) fn of_links(&self) -> Self {
+        Self {
+            part: LINKS,
+            ..self.clone()
+        }
+    }
+
+    /// Whether what is known of the cluster is of now: the API server is heard in full.
+    pub(crate) fn is_heard(&self) -> bool {
+        let behind =
+            |watches: &WatchStatus| watches.away().is_some() || watches.restored().is_some();
+        !self.watches.as_deref().is_some_and(behind)
     }
 
     /// Everything known is in force.

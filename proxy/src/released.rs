@@ -7,25 +7,25 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use controller::Table;
+use controller::{LocalPod, Table};
 use ipnet::IpNet;
 use iptables_init::ruleset::Kernel;
 use iptables_init::sets::{self, Groups, Sets, SetsError};
 use policy::Direction;
 use tokio::sync::watch;
 
-/// Which addresses are pods of this node.
+/// Which addresses are pods of this node: all of its pod CIDRs, and besides each address that a pod of it has.
 #[derive(Clone)]
-pub(crate) struct PodCidrs {
+pub(crate) struct LocalPods {
     table: Arc<Table>,
     node: Arc<str>,
     /// `--pod-cidr`; empty: the Node object's.
-    told: Vec<IpNet>,
+    given: Vec<IpNet>,
 }
 
-impl PodCidrs {
-    pub(crate) fn new(table: Arc<Table>, node: Arc<str>, told: Vec<IpNet>) -> Self {
-        Self { table, node, told }
+impl LocalPods {
+    pub(crate) fn new(table: Arc<Table>, node: Arc<str>, given: Vec<IpNet>) -> Self {
+        Self { table, node, given }
     }
 
     /// Follows the table that says so.
@@ -33,30 +33,76 @@ impl PodCidrs {
         self.table.changed()
     }
 
-    /// The addresses that pods of this node have by now.
-    pub(crate) fn taken(&self) -> BTreeSet<IpAddr> {
-        let local = self.table.local(&self.node).into_iter();
-        local.map(|pod| pod.address).collect()
+    pub(crate) fn table(&self) -> &Arc<Table> {
+        &self.table
     }
 
-    /// As told, or as the Node object has them by now.
-    pub(crate) fn now(&self) -> Vec<IpNet> {
-        if self.told.is_empty() {
+    /// The pods of this node by now.
+    pub(crate) fn pods(&self) -> Vec<LocalPod> {
+        self.table.local(&self.node)
+    }
+
+    /// Whether the pod is said to end, or to be no more.
+    pub(crate) fn is_ending(&self, pod: &LocalPod) -> bool {
+        let pod = self.table.pod(&pod.identity.key);
+        pod.is_none_or(|pod| pod.terminating)
+    }
+
+    /// The node's own addresses, as the Node object has them.
+    pub(crate) fn node_addresses(&self) -> Vec<IpAddr> {
+        self.table.node_addresses(&self.node)
+    }
+
+    /// Whether it is known where pods of this node are: by CIDRs, or by the Node that they run on.
+    pub(crate) fn are_known(&self) -> bool {
+        !self.cidrs().is_empty() || self.table.has_node(&self.node)
+    }
+
+    /// As given, or as the Node object has them by now.
+    pub(crate) fn cidrs(&self) -> Vec<IpNet> {
+        if self.given.is_empty() {
             self.table.node_pod_cidrs(&self.node)
         } else {
-            self.told.clone()
+            self.given.clone()
         }
     }
+
+    /// The CIDRs, and each of the `pods`' addresses that lies in none of them.
+    pub(crate) fn networks(&self, pods: &[LocalPod]) -> Vec<IpNet> {
+        let mut networks = self.cidrs();
+        let outside = outside(&networks, pods.iter().map(|pod| pod.address));
+        networks.extend(outside.into_iter().map(IpNet::from));
+        networks
+    }
+
+    /// Whether any pod of the cluster has an address outside of all pod CIDRs.
+    pub(crate) fn are_elsewhere(&self) -> bool {
+        let mut cidrs = self.table.cluster_cidrs().to_vec();
+        cidrs.extend(self.cidrs());
+        let cidrs = IpNet::aggregate(&cidrs);
+        let outside = |address: IpAddr| !cidrs.iter().any(|cidr| cidr.contains(&address));
+        self.table
+            .with_cluster(|cluster| cluster.endpoints().any(|(address, _)| outside(address)))
+    }
+}
+
+/// Those of `addresses` that lie in none of the CIDRs.
+pub(crate) fn outside(
+    cidrs: &[IpNet],
+    addresses: impl IntoIterator<Item = IpAddr>,
+) -> BTreeSet<IpAddr> {
+    let within = |address: &IpAddr| cidrs.iter().any(|cidr| cidr.contains(address));
+    addresses.into_iter().filter(|it| !within(it)).collect()
 }
 
 /// The sets as the kernel has them, as far as we know.
 pub(crate) struct Released {
-    pods: PodCidrs,
+    pods: LocalPods,
     /// Whether the kernel has a table for bridges.
     bridges: bool,
     loaded: Option<Sets>,
-    /// The addresses of this node's pods when they were last known.
-    known: Vec<IpNet>,
+    /// The CIDRs of this node's pods when they were last known.
+    known: BTreeSet<IpNet>,
 }
 
 impl Released {
@@ -66,13 +112,13 @@ impl Released {
     ///
     /// # Errors
     /// If `nft` refuses; the kernel's sets are then as they were.
-    pub(crate) fn closed(pods: PodCidrs, kernel: Kernel) -> Result<Self, SetsError> {
+    pub(crate) fn closed(pods: LocalPods, kernel: Kernel) -> Result<Self, SetsError> {
         let nothing = Sets {
             bridged: kernel.bridges.then_some(Groups::Pass),
             ..Sets::default()
         };
         let told = Sets {
-            pods: pods.told.iter().copied().collect(),
+            pods: pods.given.iter().copied().collect(),
             ..nothing.clone()
         };
         if let Some(script) = told.change_script(&nothing) {
@@ -82,14 +128,14 @@ impl Released {
             pods,
             bridges: kernel.bridges,
             loaded: None,
-            known: Vec::new(),
+            known: BTreeSet::new(),
         })
     }
 
     /// Brings the kernel's sets in step, in one transaction; blocks for as long as `nft` takes, and
     /// costs next to nothing if none of `touched`, the addresses whose endpoint has changed since the
     /// last call that succeeded, is in another state than the kernel has it. Returns the addresses that were released in a direction and are no longer; if what the kernel
-    /// had is not known or was for other pod CIDRs, all pods' that are not released in both.
+    /// had is not known, all pods' that are not released in both.
     ///
     /// # Errors
     /// If `nft` refuses; the kernel's sets are then as they were, and the next call replaces all.
@@ -106,9 +152,9 @@ impl Released {
             None => Some(wanted.replace_script()),
             Some(loaded) => wanted.change_script(loaded),
         };
-        let isolated = match known.filter(|loaded| loaded.pods == wanted.pods) {
+        let isolated = match known {
             None => unreleased(&wanted),
-            Some(loaded) => no_longer_released(loaded, &wanted),
+            Some(loaded) => newly_judged(loaded, &wanted),
         };
         // Until the kernel has said yes we know nothing.
         self.loaded = None;
@@ -128,40 +174,45 @@ impl Released {
         let Some(loaded) = &self.loaded else {
             return false;
         };
-        let cidrs: BTreeSet<IpNet> = self.pods.now().into_iter().collect();
+        let cidrs: BTreeSet<IpNet> = self.pods.cidrs().into_iter().collect();
+        let unsettled = self.pods.table.unsettled();
+        let in_cidrs = |address: &IpAddr| self.known.iter().any(|cidr| cidr.contains(address));
         let same = |address: &IpAddr| {
             let endpoint = self.pods.table.endpoint(*address);
             let local = endpoint.filter(|it| it.identity.node_name == self.pods.node);
             let released = |direction| local.as_ref().is_some_and(|it| !it.isolated(direction));
+            let taken = || {
+                let pod = local.is_some() || unsettled.awaited.contains(address);
+                loaded.pods.contains(&IpNet::from(*address)) == pod
+            };
             loaded.selves.contains(address) == local.is_some()
                 && loaded.egress_released.contains(address) == released(Direction::Egress)
                 && loaded.ingress_released.contains(address) == released(Direction::Ingress)
+                && (in_cidrs(address) || taken())
         };
-        (cidrs.is_empty() || cidrs == loaded.pods)
+        (cidrs.is_empty() || cidrs == self.known)
             && loaded.cluster == self.pods.table.cluster_cidrs()
             && touched.iter().all(same)
     }
 
     fn wanted(&mut self) -> Sets {
         // A Node object that is gone, or has lost its CIDRs, takes no pod out from under policy.
-        let cidrs = self.pods.now();
+        let cidrs = self.pods.cidrs();
         if !cidrs.is_empty() {
-            self.known = cidrs;
+            self.known = cidrs.into_iter().collect();
         }
-        let local = self.pods.table.local(&self.pods.node);
-        let addresses = |keep: &dyn Fn(&controller::LocalPod) -> bool| {
-            local
-                .iter()
-                .filter(|pod| keep(pod))
-                .map(|pod| pod.address)
-                .collect::<BTreeSet<_>>()
+        let local = self.pods.pods();
+        let settled = local.iter().filter(|pod| !pod.vacant);
+        let addresses = |keep: &dyn Fn(&LocalPod) -> bool| {
+            let kept = settled.clone().filter(|pod| keep(pod));
+            kept.map(|pod| pod.address).collect::<BTreeSet<_>>()
         };
         let isolated = local
             .iter()
             .any(|pod| pod.egress_isolated || pod.ingress_isolated);
         let groups = if isolated { Groups::Stay } else { Groups::Pass };
         Sets {
-            pods: self.known.iter().copied().collect(),
+            pods: self.networks(&local),
             cluster: self.pods.table.cluster_cidrs(),
             egress_released: addresses(&|pod| !pod.egress_isolated),
             ingress_released: addresses(&|pod| !pod.ingress_isolated),
@@ -170,6 +221,48 @@ impl Released {
             bridged: self.bridges.then_some(groups),
         }
     }
+
+    /// What the rules take for pods. An address of this host's own is none, whoever claims it: its packets are
+    /// those of the node.
+    fn networks(&self, local: &[LocalPod]) -> BTreeSet<IpNet> {
+        let awaited = self.pods.table.unsettled().awaited.clone();
+        let known: Vec<IpNet> = self.known.iter().copied().collect();
+        let claimed = local.iter().map(|pod| pod.address).chain(awaited);
+        let mut outside = outside(&known, claimed);
+        if !outside.is_empty() {
+            for own in own_addresses() {
+                outside.remove(&own);
+            }
+        }
+        known
+            .into_iter()
+            .chain(outside.into_iter().map(IpNet::from))
+            .collect()
+    }
+}
+
+/// The addresses of this network namespace's links.
+fn own_addresses() -> impl Iterator<Item = IpAddr> {
+    let links = nix::ifaddrs::getifaddrs().into_iter().flatten();
+    links.filter_map(|link| {
+        let address = link.address?;
+        let v4 = address.as_sockaddr_in().map(|it| IpAddr::from(it.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|it| it.ip().into()))
+    })
+}
+
+/// Whose flows from before are to be judged: what was released and is no longer, and what the rules took for no
+/// pod's until now, whether it is known whose it is or not.
+fn newly_judged(before: &Sets, now: &Sets) -> BTreeSet<IpAddr> {
+    let mut judged = no_longer_released(before, now);
+    if before.pods != now.pods {
+        let single = |net: &&IpNet| net.prefix_len() == net.max_prefix_len();
+        let added = now.pods.difference(&before.pods).filter(single);
+        let added = added.map(IpNet::addr).chain(now.selves.iter().copied());
+        let was = |pod: &IpAddr| before.pods.iter().any(|net| net.contains(pod));
+        judged.extend(added.filter(|pod| !was(pod) && !is_released(now, pod)));
+    }
+    judged
 }
 
 fn no_longer_released(before: &Sets, now: &Sets) -> BTreeSet<IpAddr> {
@@ -179,8 +272,80 @@ fn no_longer_released(before: &Sets, now: &Sets) -> BTreeSet<IpAddr> {
 }
 
 fn unreleased(now: &Sets) -> BTreeSet<IpAddr> {
-    let released =
-        |pod: &IpAddr| now.egress_released.contains(pod) && now.ingress_released.contains(pod);
     let pods = now.selves.iter().copied();
-    pods.filter(|pod| !released(pod)).collect()
+    pods.filter(|pod| !is_released(now, pod)).collect()
+}
+
+/// In both directions.
+fn is_released(now: &Sets, pod: &IpAddr) -> bool {
+    now.egress_released.contains(pod) && now.ingress_released.contains(pod)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sets(pods: &[&str], known: &[&str], released: &[&str]) -> Sets {
+        let addresses = |list: &[&str]| list.iter().map(|it| it.parse().unwrap()).collect();
+        Sets {
+            pods: pods.iter().map(|it| it.parse().unwrap()).collect(),
+            selves: addresses(known),
+            egress_released: addresses(released),
+            ingress_released: addresses(released),
+            ..Sets::default()
+        }
+    }
+
+    #[test]
+    fn flows_are_judged_of_what_is_policed_from_now_on() {
+        const CIDR: &str = "10.0.0.0/24";
+        let before = sets(&[CIDR], &["10.0.0.2", "10.0.0.3"], &["10.0.0.2"]);
+        for (now, expected, why) in [
+            (before.clone(), &[][..], "nothing changes"),
+            (
+                sets(&[CIDR], &["10.0.0.2"], &[]),
+                &["10.0.0.2"],
+                "isolated now",
+            ),
+            (
+                sets(
+                    &[CIDR, "192.168.77.5/32"],
+                    &["10.0.0.2", "10.0.0.3", "192.168.77.5"],
+                    &["10.0.0.2"],
+                ),
+                &["192.168.77.5"],
+                "an isolated pod outside of the CIDRs",
+            ),
+            (
+                sets(
+                    &[CIDR, "192.168.77.5/32"],
+                    &["10.0.0.2", "10.0.0.3"],
+                    &["10.0.0.2"],
+                ),
+                &["192.168.77.5"],
+                "an unknown pod outside of the CIDRs",
+            ),
+            (
+                sets(
+                    &[CIDR, "192.168.77.5/32"],
+                    &["10.0.0.2", "192.168.77.5"],
+                    &["10.0.0.2", "192.168.77.5"],
+                ),
+                &[],
+                "one that is free",
+            ),
+            (
+                sets(
+                    &[CIDR, "10.0.1.0/24"],
+                    &["10.0.0.2", "10.0.1.2"],
+                    &["10.0.0.2"],
+                ),
+                &["10.0.1.2"],
+                "another CIDR",
+            ),
+        ] {
+            let expected = expected.iter().map(|it| it.parse().unwrap()).collect();
+            assert_eq!(newly_judged(&before, &now), expected, "{why}");
+        }
+    }
 }

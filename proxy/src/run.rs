@@ -32,10 +32,11 @@ use crate::handover::{Estate, Leaving};
 use crate::limits::{Bounds, Limits};
 use crate::links::PodLinks;
 use crate::metrics::Metrics;
+use crate::occupancy::Vacancies;
 use crate::readiness::Readiness;
 use crate::recorder::Recorder;
 use crate::redirect::Redirect;
-use crate::released::{PodCidrs, Released};
+use crate::released::{LocalPods, Released};
 use crate::succession;
 use crate::telemetry::{Spans, TelemetryError};
 use crate::worker::Worker;
@@ -122,7 +123,8 @@ async fn enforce(
 ) -> anyhow::Result<Ended> {
     let node: Arc<str> = args.node()?.into();
     let table = table(args);
-    let pods = PodCidrs::new(Arc::clone(&table), Arc::clone(&node), args.pod_cidr.clone());
+    let pods = LocalPods::new(Arc::clone(&table), Arc::clone(&node), args.pod_cidr.clone());
+    let vacancies = Vacancies::new(Arc::clone(&table));
     let readiness = Readiness::new(source.status());
     let enforcer = enforcer(args, node, Arc::clone(&table), source.status())?;
     let (stop, stopped) = watch::channel(false);
@@ -143,8 +145,13 @@ async fn enforce(
         () = signals.received() => return Ok(Ended::Stopped),
         touched = first => touched?,
     };
-    let links = PodLinks::new(table, Arc::clone(&enforcer.node), args.pod_cidr.clone())?;
-    let bridges = Bridges::new(args.redirect.bridge.clone(), pods, kernel)?;
+    let links = PodLinks::new(pods.clone(), vacancies.clone())?;
+    let bridges = Bridges::new(
+        args.redirect.bridge.clone(),
+        pods,
+        vacancies.clone(),
+        kernel,
+    )?;
     // From here on live connections may depend on this daemon.
     let began = Instant::now();
     let estate = relief.take_over().await?;
@@ -164,6 +171,7 @@ async fn enforce(
         readiness: readiness.clone(),
         touched,
         isolated: BTreeSet::new(),
+        vacancies,
         renewed,
         stopped,
     };
@@ -215,16 +223,15 @@ async fn open_admin(
     Ok(tokio::spawn(serving))
 }
 
-/// Waits until there is a full state that says which addresses are this node's pods; until then
-/// nothing is judged and nothing released. Returns the addresses whose verdicts have changed.
+/// Waits until there is a full state that has this node, or flags say which addresses are its pods; until
+/// then nothing is judged and nothing released. Returns the addresses whose verdicts have changed.
 ///
 /// # Errors
-/// If manifests do not say it. The API server may yet: a Node gets its CIDRs some time after it has
-/// joined.
+/// If manifests do not have the node. The API server may yet.
 async fn first_state(
     source: &mut Source,
     index: &mut Index,
-    pods: &PodCidrs,
+    pods: &LocalPods,
     readiness: &Readiness,
     enforcer: &Enforcer,
 ) -> anyhow::Result<BTreeSet<IpAddr>> {
@@ -237,11 +244,11 @@ async fn first_state(
         let problems = enforcer.table.problems();
         follow::announce(&before, &problems);
         source.tell(&problems);
-        if !pods.now().is_empty() {
+        if pods.are_known() {
             return Ok(touched);
         }
         let reason = format!(
-            "which addresses are pods of node {} is not known: there is no Node object of that name with spec.podCIDRs; name the node by --node, or give --pod-cidr",
+            "which addresses are pods of node {} is not known: there is no Node object of that name; name the node by --node, or give --pod-cidr",
             enforcer.node
         );
         if matches!(source, Source::Manifests { .. }) {

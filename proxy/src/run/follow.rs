@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use controller::{Batch, Index, Problem};
 use tokio::sync::watch;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::carried::upkeep;
 use crate::enforcer::Enforcer;
+use crate::occupancy::Vacancies;
 use crate::readiness::Readiness;
 use crate::released::Released;
 
@@ -30,6 +31,8 @@ pub(super) struct Follower {
     pub(super) touched: BTreeSet<IpAddr>,
     /// Addresses whose flows from before they came under policy are still to be judged.
     pub(super) isolated: BTreeSet<IpAddr>,
+    /// Pods that have left their links before the API says so.
+    pub(super) vacancies: Vacancies,
     /// When the kernel's tables are to be filled again.
     pub(super) renewed: watch::Receiver<()>,
     /// Between two changes it stops, and leaves the kernel to another.
@@ -49,6 +52,7 @@ impl Follower {
     pub(super) async fn follow(mut self) {
         let mut stopped = self.stopped.clone();
         let mut arrived = Instant::now();
+        let mut behind = true;
         loop {
             let generation = self.enforcer.table.generation();
             let step = tokio::task::spawn_blocking(|| self.bring_kernel_in_step());
@@ -62,10 +66,19 @@ impl Follower {
                     self.readiness.ready();
                     self.enforcer.metrics.enforced(generation);
                     self.enforcer.metrics.took_effect(arrived.elapsed());
-                    info!(generation, "in force");
+                    if std::mem::take(&mut behind) {
+                        info!(generation, "in force");
+                    } else {
+                        debug!(generation, "in force");
+                    }
                     let batch = tokio::select! {
                         _ = stopped.wait_for(|stopped| *stopped) => return,
                         batch = self.source.next() => batch,
+                        () = self.vacancies.changed() => {
+                            self.vacate();
+                            arrived = Instant::now();
+                            continue;
+                        }
                         Ok(()) = self.renewed.changed() => {
                             self.released.forget();
                             arrived = Instant::now();
@@ -76,11 +89,16 @@ impl Follower {
                     batch
                 }
                 Some(reason) => {
+                    behind = true;
                     error!("{reason}");
                     self.readiness.not_ready(reason);
                     tokio::select! {
                         _ = stopped.wait_for(|stopped| *stopped) => return,
                         batch = self.source.next() => batch,
+                        () = self.vacancies.changed() => {
+                            self.vacate();
+                            continue;
+                        }
                         () = tokio::time::sleep(RETRY) => continue,
                     }
                 }
@@ -97,6 +115,13 @@ impl Follower {
             announce(&before, &problems);
         }
         self.source.tell(&problems);
+        self.enforcer.judge_again(&touched);
+        self.touched.extend(touched);
+    }
+
+    /// Cuts what pods had that have left their links.
+    fn vacate(&mut self) {
+        let touched = self.vacancies.take();
         self.enforcer.judge_again(&touched);
         self.touched.extend(touched);
     }

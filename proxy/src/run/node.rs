@@ -25,7 +25,7 @@ pub(super) fn watch(
     (links, bridges, redirect): (PodLinks, Bridges, Redirect),
 ) -> watch::Receiver<()> {
     let renewed = redirect.renewed();
-    tasks.spawn(links.follow(redirect.renewed()));
+    tasks.spawn(links.follow(readiness.of_links(), redirect.renewed()));
     tasks.spawn(bridges.watch(readiness.of_bridges(), redirect.renewed()));
     let enforcer = Arc::clone(enforcer);
     tasks.spawn(redirect.watch(readiness.of_redirect(), enforcer));

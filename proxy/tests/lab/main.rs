@@ -6,6 +6,7 @@
     clippy::unwrap_used,
     reason = "a test panics at what it cannot do; clippy knows no tests without libtest"
 )]
+mod addresses;
 mod admin;
 mod bounds;
 mod bridges;
@@ -73,6 +74,7 @@ fn main() -> ExitCode {
         flood::TESTS,
         full_disk::TESTS,
         reuse::TESTS,
+        addresses::TESTS,
         ports::TESTS,
         cookies::TESTS,
         bounds::TESTS,

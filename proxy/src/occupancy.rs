@@ -1,0 +1,327 @@
+//! Which link each pod's address is at, and whose pod has left it before the API says so.
+//!
+//! An address is given to another pod as soon as its holder's link is gone, and the API tells of either some
+//! time later. Until then neither pod has rights there: the address is vacant. It is so until the API names
+//! another pod. A route that goes while its link stays says nothing: network plugins make routes again.
+//!
+//! Pure but for [`Vacancies`], which hands the result to the table.
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use controller::{LocalPod, Table, Unsettled};
+use policy::Identity;
+use tokio::sync::Notify;
+
+/// How long the API has to name another pod for an address that is at another link. If it goes on to name the
+/// same one, that pod has got another link (kubelet reports within 10 seconds).
+const CONFIRMED: Duration = Duration::from_secs(15);
+
+/// The link of each address that pods of this node have, by the API.
+#[derive(Debug, Default)]
+pub(crate) struct Occupancy {
+    seats: BTreeMap<IpAddr, Seat>,
+}
+
+#[derive(Debug)]
+struct Seat {
+    pod: Arc<Identity>,
+    /// The link's index, once there was one.
+    link: Option<u32>,
+    /// Since when the address is at another link.
+    moved: Option<Instant>,
+}
+
+/// What is seen at a look.
+pub(crate) struct Seen<'a> {
+    /// The index of the link that leads to each address.
+    pub(crate) at: BTreeMap<IpAddr, u32>,
+    /// Whether there is a link with this index, which is never given to another.
+    pub(crate) exists: &'a dyn Fn(u32) -> bool,
+    /// Whether what the API says is of now.
+    pub(crate) heard: bool,
+    /// Whether the API has said that a pod is to end.
+    pub(crate) ending: &'a dyn Fn(&LocalPod) -> bool,
+}
+
+/// What a look at links says.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Look {
+    /// The pods that have left their addresses.
+    pub(crate) vacant: BTreeMap<IpAddr, Arc<Identity>>,
+    /// When to look again though nothing changes.
+    pub(crate) again: Option<Instant>,
+}
+
+impl Occupancy {
+    /// Whether these are other pods than at the last look, so that links must be read after this.
+    pub(crate) fn are_other(&self, pods: &[LocalPod]) -> bool {
+        let same = |pod: &LocalPod| {
+            let seat = self.seats.get(&pod.address);
+            seat.is_some_and(|seat| seat.pod.is_same_pod(&pod.identity))
+        };
+        pods.len() != self.seats.len() || !pods.iter().all(same)
+    }
+
+    /// Compares the pods that the API names with the links that lead to their addresses, read after it named
+    /// them.
+    pub(crate) fn look(&mut self, pods: &[LocalPod], links: &Seen<'_>, now: Instant) -> Look {
+        let mut look = Look::default();
+        let mut seats = std::mem::take(&mut self.seats);
+        for pod in pods {
+            let seat = seats.remove(&pod.address);
+            let mut seat = match seat.filter(|seat| seat.pod.is_same_pod(&pod.identity)) {
+                Some(seat) => seat,
+                None => Seat {
+                    pod: Arc::clone(&pod.identity),
+                    link: None,
+                    moved: None,
+                },
+            };
+            let link = links.at.get(&pod.address).copied();
+            let link = link.or_else(|| seat.link.filter(|link| (links.exists)(*link)));
+            if seat.link.is_none() {
+                seat.link = link;
+            }
+            if seat.link == link {
+                seat.moved = None;
+            } else if link.is_none() || !links.heard || (links.ending)(pod) {
+                seat.moved = link.map(|_| now);
+            } else if now >= *seat.moved.get_or_insert(now) + CONFIRMED {
+                (seat.link, seat.moved) = (link, None);
+            }
+            if seat.link != link {
+                look.vacant.insert(pod.address, Arc::clone(&seat.pod));
+                let due = seat.moved.map(|moved| moved + CONFIRMED);
+                look.again = look.again.into_iter().chain(due).min();
+            }
+            self.seats.insert(pod.address, seat);
+        }
+        look
+    }
+}
+
+/// Whether this network namespace has a link with this index.
+pub(crate) fn exists(index: u32) -> bool {
+    nix::net::if_::if_indextoname(index).is_ok()
+}
+
+/// Who looks at links.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Looker {
+    Routes,
+    Bridges,
+}
+
+/// What all who look at links have found; hands it to the table, and tells which addresses it concerns.
+#[derive(Clone)]
+pub(crate) struct Vacancies {
+    table: Arc<Table>,
+    found: Arc<Mutex<Found>>,
+    changed: Arc<Notify>,
+}
+
+#[derive(Default)]
+struct Found {
+    vacant: BTreeMap<Looker, BTreeMap<IpAddr, Arc<Identity>>>,
+    awaited: BTreeSet<IpAddr>,
+    touched: BTreeSet<IpAddr>,
+}
+
+impl Vacancies {
+    pub(crate) fn new(table: Arc<Table>) -> Self {
+        Self {
+            table,
+            found: Arc::default(),
+            changed: Arc::default(),
+        }
+    }
+
+    /// These pods have left their addresses, by what one finds.
+    pub(crate) fn left(&self, looker: Looker, vacant: BTreeMap<IpAddr, Arc<Identity>>) {
+        let mut found = self.found();
+        found.vacant.insert(looker, vacant);
+        self.publish(found);
+    }
+
+    /// Somebody is at these addresses, and the API names nobody.
+    pub(crate) fn awaited(&self, addresses: BTreeSet<IpAddr>) {
+        let mut found = self.found();
+        found.awaited = addresses;
+        self.publish(found);
+    }
+
+    /// Waits until [`Self::take`] has something. Cancel safe.
+    pub(crate) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// The addresses whose verdicts have changed since the last call.
+    pub(crate) fn take(&self) -> BTreeSet<IpAddr> {
+        std::mem::take(&mut self.found().touched)
+    }
+
+    /// Under the lock, so that of two the table has the later one.
+    fn publish(&self, mut found: MutexGuard<'_, Found>) {
+        let all = found.vacant.values().flatten();
+        let vacant = all.map(|(address, pod)| (*address, Arc::clone(pod)));
+        let unsettled = Unsettled {
+            vacant: vacant.collect(),
+            awaited: found.awaited.clone(),
+        };
+        let touched = self.table.set_unsettled(unsettled);
+        if !touched.is_empty() {
+            found.touched.extend(touched);
+            self.changed.notify_one();
+        }
+    }
+
+    fn found(&self) -> MutexGuard<'_, Found> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use policy::PodKey;
+
+    fn at() -> IpAddr {
+        IpAddr::from([10, 0, 0, 5])
+    }
+
+    fn pod(uid: &str) -> LocalPod {
+        LocalPod {
+            address: at(),
+            ingress_isolated: false,
+            egress_isolated: false,
+            identity: Arc::new(Identity {
+                key: PodKey {
+                    namespace: "x".into(),
+                    name: "a".into(),
+                },
+                uid: uid.into(),
+                node_name: "n1".into(),
+                node: None,
+            }),
+            vacant: false,
+        }
+    }
+
+    /// One look after the other, `(second, uid, link, heard, ending)`, and whether the address is vacant then.
+    fn vacant(looks: &[(u64, &str, Option<u32>, bool, bool)]) -> Vec<bool> {
+        let start = Instant::now();
+        let mut occupancy = Occupancy::default();
+        let look = |&(second, uid, link, heard, ending): &(u64, &str, Option<u32>, bool, bool)| {
+            let seen = Seen {
+                at: link.map(|link| (at(), link)).into_iter().collect(),
+                exists: &|link| link > 100,
+                heard,
+                ending: &|_| ending,
+            };
+            let now = start + Duration::from_secs(second);
+            !occupancy.look(&[pod(uid)], &seen, now).vacant.is_empty()
+        };
+        looks.iter().map(look).collect()
+    }
+
+    #[test]
+    fn a_pod_without_its_link_has_left_its_address() {
+        for (looks, expected, why) in [
+            (
+                &[(0, "1", Some(7), true, false), (1, "1", None, true, false)][..],
+                &[false, true][..],
+                "its link is gone",
+            ),
+            (
+                &[
+                    (0, "1", Some(7), true, false),
+                    (1, "1", None, true, false),
+                    (2, "1", Some(7), true, false),
+                ],
+                &[false, true, false],
+                "its link is there again",
+            ),
+            (
+                &[
+                    (0, "1", Some(101), true, false),
+                    (1, "1", None, true, false),
+                    (2, "1", Some(101), true, false),
+                    (3, "1", None, true, false),
+                    (4, "1", Some(102), true, false),
+                ],
+                &[false, false, false, false, true],
+                "its route is made again and its link stays, until another is there",
+            ),
+            (
+                &[
+                    (0, "1", Some(7), true, false),
+                    (1, "1", Some(9), true, false),
+                    (2, "2", Some(9), true, false),
+                ],
+                &[false, true, false],
+                "another link, then another pod",
+            ),
+            (
+                &[
+                    (0, "1", Some(7), true, false),
+                    (1, "1", Some(9), true, false),
+                    (15, "1", Some(9), true, false),
+                    (16, "1", Some(9), true, false),
+                    (17, "1", Some(7), true, false),
+                ],
+                &[false, true, true, false, true],
+                "the API goes on to name the pod, which has a new link",
+            ),
+            (
+                &[
+                    (0, "1", Some(7), true, false),
+                    (1, "1", Some(9), false, false),
+                    (90, "1", Some(9), false, false),
+                    (91, "1", Some(9), true, false),
+                    (106, "1", Some(9), true, false),
+                ],
+                &[false, true, true, true, false],
+                "the API is away meanwhile",
+            ),
+            (
+                &[
+                    (0, "1", Some(7), true, true),
+                    (1, "1", Some(9), true, true),
+                    (90, "1", Some(9), true, true),
+                ],
+                &[false, true, true],
+                "a pod that ends gets no other link",
+            ),
+            (
+                &[
+                    (0, "1", None, true, false),
+                    (9, "1", Some(7), true, false),
+                    (10, "1", None, true, false),
+                ],
+                &[false, false, true],
+                "what never had a link is not without one",
+            ),
+        ] {
+            assert_eq!(vacant(looks), expected, "{why}");
+        }
+    }
+
+    #[test]
+    fn a_look_is_due_when_a_link_could_be_confirmed() {
+        let now = Instant::now();
+        let mut occupancy = Occupancy::default();
+        let mut look = |link| {
+            let seen = Seen {
+                at: [(at(), link)].into(),
+                exists: &|_| false,
+                heard: true,
+                ending: &|_| false,
+            };
+            occupancy.look(&[pod("1")], &seen, now).again
+        };
+        assert_eq!(look(7), None);
+        assert_eq!(look(9), Some(now + CONFIRMED));
+    }
+}

@@ -1,0 +1,315 @@
+//! Whose an address is: pods outside of their node's pod CIDRs, and addresses that go from one pod to
+//! the next before the API says so.
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+
+use lab::runner::Test;
+use lab::traffic::connect_all;
+use lab::{Cluster, Dial, Gateway, Kind, PodSpec, wait_until};
+use serde_json::{Value, json};
+
+use crate::bridges::BRIDGE;
+use crate::support::{Bed, DEADLINE, SOON, ask, connected, echoes, greeted, policy, small};
+
+pub(crate) const TESTS: &[Test] = &lab::tests![
+    pods_outside_their_nodes_cidrs_are_policed,
+    an_unknown_pod_outside_of_cidrs_is_held,
+    a_node_without_cidrs_polices_its_pods,
+    a_pod_behind_no_link_is_reported,
+    a_new_pod_at_a_link_has_no_rights_of_the_last,
+    a_new_pod_at_a_port_has_no_rights_of_the_last,
+    a_pod_whose_route_comes_back_keeps_its_rights,
+];
+
+/// Addresses with this host number that lie in no pod CIDR.
+fn outside(host: u8) -> [IpAddr; 2] {
+    let v6 = Ipv6Addr::new(0xfd00, 0x77, 0, 0, 0, 0, 0, host.into());
+    [Ipv4Addr::new(192, 168, 77, host).into(), v6.into()]
+}
+
+fn deny_all() -> Value {
+    let spec = json!({ "podSelector": {}, "policyTypes": ["Ingress", "Egress"] });
+    policy("deny-all", &spec)
+}
+
+fn deny_all_of(pod: &str) -> Value {
+    let selector = json!({ "matchLabels": { "pod": pod } });
+    let spec = json!({ "podSelector": selector, "policyTypes": ["Ingress", "Egress"] });
+    policy("deny-all", &spec)
+}
+
+fn allow_egress(pod: &str) -> Value {
+    let selector = json!({ "matchLabels": { "pod": pod } });
+    let spec = json!({ "podSelector": selector, "policyTypes": ["Egress"], "egress": [{}] });
+    policy("allow-egress", &spec)
+}
+
+/// Gives a pod addresses besides its own, with a route each on its node and from everywhere.
+fn place(bed: &Bed, pod: &str, addresses: [IpAddr; 2]) {
+    let (host, node) = (bed.lab.pod(pod), bed.lab.node_of(pod));
+    let link = bed.lab.link_of(pod).unwrap();
+    for (at, via) in addresses.into_iter().zip(node.addresses()) {
+        let nodad = if at.is_ipv6() { " nodad" } else { "" };
+        host.ip(&format!("addr add {at} dev eth0{nodad}\n"))
+            .unwrap();
+        node.ip(&format!("route add {at} dev {link}\n")).unwrap();
+        let mut route = bed.lab.fabric().command("ip");
+        route.args(["route", "add", &at.to_string(), "via", &via.to_string()]);
+        assert!(route.output().unwrap().status.success(), "{at}");
+    }
+}
+
+/// The cluster, in which these pods have these addresses instead of their own.
+fn moved(bed: &Bed, pods: &[(&str, [IpAddr; 2])]) -> Value {
+    let mut state = bed.lab.manifests();
+    for object in state["items"].as_array_mut().unwrap() {
+        let Some((_, [v4, v6])) = pods
+            .iter()
+            .find(|(name, _)| object["metadata"]["name"] == *name)
+        else {
+            continue;
+        };
+        object["status"]["podIP"] = json!(v4);
+        object["status"]["podIPs"] = json!([{ "ip": v4 }, { "ip": v6 }]);
+    }
+    state
+}
+
+/// Connections between pods at these of their addresses.
+fn dials(bed: &Bed, pairs: &[(&str, [IpAddr; 2], [IpAddr; 2])]) -> Vec<Dial> {
+    let dial = |&(from, source, to): &(&str, [IpAddr; 2], [IpAddr; 2])| {
+        let host = bed.lab.pod(from);
+        let dial = |(source, to)| Dial::new(&host, SocketAddr::new(to, 80)).source(source);
+        source.into_iter().zip(to).map(dial).collect::<Vec<_>>()
+    };
+    pairs.iter().flat_map(dial).collect()
+}
+
+#[track_caller]
+fn all(dials: &[Dial], kind: Kind) {
+    for (dial, outcome) in dials.iter().zip(connect_all(dials, SOON).unwrap()) {
+        assert_eq!(outcome.kind(), kind, "{dial:?}");
+    }
+}
+
+fn pods_outside_their_nodes_cidrs_are_policed() {
+    let mut bed = Bed::bare(small());
+    let (a, b) = (outside(5), outside(6));
+    place(&bed, "x/a", a);
+    bed.write("cluster.json", &moved(&bed, &[("a", a)]));
+    bed.enforce(&[]);
+    let (inside, other) = (
+        bed.lab.pod("x/b").addresses(),
+        bed.lab.pod("x/c").addresses(),
+    );
+    let of_a = [
+        ("x/a", a, other),
+        ("x/a", a, inside),
+        ("x/c", other, a),
+        ("x/b", inside, a),
+    ];
+    let of_a = dials(&bed, &of_a);
+    all(&of_a, Kind::Connected);
+    let live = connected(&bed.lab.pod("x/c"), SocketAddr::new(a[0], 80));
+    bed.apply(&[deny_all_of("a")]);
+    all(&of_a, Kind::TimedOut);
+    assert!(is_silent(&live), "what ran before is cut");
+
+    // One that comes, one that goes: the first stays as it is.
+    place(&bed, "x/b", b);
+    bed.write("cluster.json", &moved(&bed, &[("a", a), ("b", b)]));
+    bed.apply(&[deny_all()]);
+    all(
+        &dials(&bed, &[("x/b", b, other), ("x/c", other, b)]),
+        Kind::TimedOut,
+    );
+    all(&of_a, Kind::TimedOut);
+    bed.write("cluster.json", &moved(&bed, &[("a", a)]));
+    bed.apply(&[deny_all_of("a")]);
+    all(&of_a, Kind::TimedOut);
+    bed.apply(&[]);
+    all(&of_a, Kind::Connected);
+}
+
+/// Whether nothing comes back on a connection that echoes.
+fn is_silent(mut stream: &TcpStream) -> bool {
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream.write_all(b"still there?").unwrap();
+    stream.read(&mut [0; 64]).is_err()
+}
+
+fn an_unknown_pod_outside_of_cidrs_is_held() {
+    let mut bed = Bed::bare(small());
+    let (a, new) = (outside(5), outside(7));
+    place(&bed, "x/a", a);
+    bed.write("cluster.json", &moved(&bed, &[("a", a)]));
+    bed.write_policies(&[deny_all_of("d")]);
+    bed.enforce(&["--hold", "300ms"]);
+    place(&bed, "x/d", new);
+    let other = bed.lab.pod("x/c").addresses();
+    let pods = bed.lab.node(0);
+    wait_until(DEADLINE, "the new addresses to be held", || {
+        new.iter().all(|at| in_set(&pods, "pods", *at))
+    })
+    .unwrap();
+    let of_new = dials(&bed, &[("x/d", new, other), ("x/c", other, new)]);
+    all(&of_new, Kind::TimedOut);
+    bed.write("cluster.json", &moved(&bed, &[("a", a), ("d", new)]));
+    bed.apply(&[]);
+    all(&of_new, Kind::Connected);
+}
+
+/// Whether the kernel's set of both families holds an address; `name` is without the family.
+fn in_set(node: &lab::Host, name: &str, address: IpAddr) -> bool {
+    let family = if address.is_ipv4() { "4" } else { "6" };
+    let mut nft = node.command("nft");
+    let element = format!("{{ {address} }}");
+    nft.args([
+        "get",
+        "element",
+        "inet",
+        "portreeve",
+        &format!("{name}{family}"),
+        &element,
+    ]);
+    nft.output().unwrap().status.success()
+}
+
+fn a_node_without_cidrs_polices_its_pods() {
+    let mut bed = Bed::bare(small());
+    let mut state = bed.lab.manifests();
+    for object in state["items"].as_array_mut().unwrap() {
+        if object["kind"] == "Node" {
+            object["spec"] = json!({});
+        }
+    }
+    bed.write("cluster.json", &state);
+    bed.write_policies(&[deny_all_of("a")]);
+    bed.enforce(&[]);
+    let [a, b, c] = ["x/a", "x/b", "x/c"].map(|pod| bed.lab.pod(pod).addresses());
+    all(
+        &dials(&bed, &[("x/a", a, c), ("x/c", c, a), ("x/b", b, a)]),
+        Kind::TimedOut,
+    );
+    all(
+        &dials(&bed, &[("x/b", b, c), ("x/c", c, b)]),
+        Kind::Connected,
+    );
+}
+
+fn a_pod_behind_no_link_is_reported() {
+    let mut bed = Bed::bare(small());
+    let node = bed.lab.node(0);
+    bed.write(
+        "cluster.json",
+        &moved(&bed, &[("a", outside(5)), ("b", node.addresses())]),
+    );
+    bed.write_policies(&[deny_all_of("a")]);
+    bed.install(0, &[]);
+    bed.start(0, &[]);
+    let reason = |words: &[&str]| {
+        let answer = ask(&node, "/readyz").unwrap();
+        answer.status == 503 && words.iter().all(|word| answer.body.contains(word))
+    };
+    let limit = DEADLINE * 2;
+    wait_until(limit, "a", || {
+        reason(&["x/a", "192.168.77.5", "status.podIPs"])
+    })
+    .unwrap();
+    bed.write_policies(&[deny_all_of("b")]);
+    wait_until(limit, "b", || reason(&["x/b", "own address"])).unwrap();
+    // The node's own traffic goes on.
+    node.serve(&[7000]).unwrap();
+    for to in node.addrs(7000) {
+        greeted(&bed.lab.pod("x/c"), to);
+    }
+}
+
+fn a_new_pod_at_a_link_has_no_rights_of_the_last() {
+    succession(Gateway::LinkLocal, false);
+}
+
+fn a_new_pod_at_a_port_has_no_rights_of_the_last() {
+    succession(BRIDGE, true);
+}
+
+/// The pod at an address is replaced on the node by one that deny-all selects, of which nobody tells.
+fn succession(gateway: Gateway, terminating: bool) {
+    let pod = |name: &str, node: usize| PodSpec::new("x", name).node(node).label("pod", name);
+    let pods = [pod("old", 0), pod("b", 0), pod("c", 1)];
+    let mut bed = Bed::bare(Cluster::builder().nodes(2).gateway(gateway).pods(pods));
+    bed.write_policies(&[deny_all_of("new")]);
+    bed.enforce(&["--hold", "300ms"]);
+    let [at, b, c] = ["x/old", "x/b", "x/c"].map(|pod| bed.lab.pod(pod).addresses());
+    let node = bed.lab.node(0);
+    all(
+        &dials(&bed, &[("x/old", at, c), ("x/c", c, at)]),
+        Kind::Connected,
+    );
+    if terminating {
+        bed.write("cluster.json", &terminating_pod(&bed, "old"));
+        bed.apply(&[deny_all_of("new")]);
+    }
+    bed.lab.remove_pod("x/old").unwrap();
+    let ([IpAddr::V4(v4), IpAddr::V6(v6)], new) = (at, pod("new", 0)) else {
+        panic!("an address of each family");
+    };
+    bed.lab
+        .add_pod(new.ipv4(v4).ipv6(v6))
+        .unwrap()
+        .serve(&[80])
+        .unwrap();
+    wait_until(DEADLINE, "the address to be nobody's", || {
+        !at.iter().any(|at| in_set(&node, "egress_released", *at))
+    })
+    .unwrap();
+    for _ in 0..3 {
+        let of_new = [
+            ("x/new", at, c),
+            ("x/new", at, b),
+            ("x/c", c, at),
+            ("x/b", b, at),
+        ];
+        all(&dials(&bed, &of_new), Kind::TimedOut);
+    }
+    bed.write_cluster();
+    bed.apply(&[]);
+    all(
+        &dials(&bed, &[("x/new", at, c), ("x/c", c, at)]),
+        Kind::Connected,
+    );
+}
+
+fn terminating_pod(bed: &Bed, name: &str) -> Value {
+    let mut state = bed.lab.manifests();
+    let items = state["items"].as_array_mut().unwrap();
+    let pod = items
+        .iter_mut()
+        .find(|it| it["metadata"]["name"] == name)
+        .unwrap();
+    pod["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    state
+}
+
+fn a_pod_whose_route_comes_back_keeps_its_rights() {
+    let bed = Bed::enforced(&[], &[allow_egress("a")]);
+    let (a, c, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"), bed.lab.node(0));
+    let link = bed.lab.link_of("x/a").unwrap();
+    let live = connected(&a, c.addr_v4(80));
+    let pinned = || {
+        let mut nft = node.command("nft");
+        nft.args(["list", "set", "inet", "portreeve", "pinned4"]);
+        let listing = String::from_utf8(nft.output().unwrap().stdout).unwrap();
+        listing.contains(&format!(". {}", a.ipv4()))
+    };
+    for (change, there) in [("del", false), ("add", true)] {
+        let route = format!("route {change} {} dev {link}\n", a.ipv4());
+        node.ip(&route).unwrap();
+        wait_until(DEADLINE, route, || pinned() == there).unwrap();
+        assert!(
+            in_set(&node, "ingress_released", a.ipv4().into()),
+            "{change}"
+        );
+    }
+    echoes(&live, "still there");
+}

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use policy::{Cluster, PodKey, PolicyKey, Touched};
+use policy::{Claim, Cluster, PodKey, PolicyKey, Touched};
 
 use crate::table::Table;
 use crate::{Batch, Event, Object, ObjectKey, Problem};
@@ -82,28 +82,37 @@ pub(crate) fn apply_to(cluster: &mut Cluster, event: Event) -> Touched {
 
 /// What is questionable about a cluster as a whole.
 pub(crate) fn findings(cluster: &Cluster) -> Vec<Problem> {
-    let contested = cluster.contested().into_iter();
-    let contested = contested.map(|(address, pods)| claimed(address, &pods));
+    let claims = cluster.claims().map(|claim| claimed(&claim));
     // The API leaves open what policy means for a hostNetwork pod; here, as nearly everywhere, none.
     let out_of_reach = cluster.out_of_reach();
     let out_of_reach = out_of_reach.filter_map(|(policy, pods)| not_isolated(policy, pods));
-    contested.chain(out_of_reach).collect()
+    claims.chain(out_of_reach).collect()
 }
 
-fn claimed(address: IpAddr, pods: &[PodKey]) -> Problem {
-    let names: Vec<String> = pods.iter().map(ToString::to_string).collect();
+fn claimed(claim: &Claim) -> Problem {
+    const NAMED: usize = 5;
+    let Claim { address, pods, .. } = claim;
+    let nodes = claim.nodes.iter().map(|node| format!("node {node}"));
+    let pods = pods.iter().map(|pod| format!("pod {pod}"));
+    let all: Vec<String> = pods.chain(nodes).collect();
+    let mut names = all[..all.len().min(NAMED)].join(", ");
+    if all.len() > NAMED {
+        names += &format!(" and {} more", all.len() - NAMED);
+    }
+    let taken = match &claim.holder {
+        Some(holder) => format!("{holder} is taken for its holder"),
+        None => {
+            "it cannot be told which of them holds it, so no rule for one of them counts".into()
+        }
+    };
     Problem::warning(
-        format!(
-            "{address} is claimed by {} running pods ({}): what isolates any of them denies, and \
-             what allows only one of them does not count",
-            names.len(),
-            names.join(", ")
-        ),
-        "find out which pod holds it, and delete the other or wait for its end",
+        format!("{address} is claimed by {names}: {taken}; what isolates any of them denies"),
+        "find out which pod holds it (`kubectl get pods -A -o wide`), delete the other or correct its status.podIPs, \
+         and find out who writes pods/status",
     )
     .of(format_args!(
         "Pod {}",
-        names.first().map_or("", String::as_str)
+        claim.pods.first().map_or_else(String::new, ToString::to_string)
     ))
     .at("status.podIPs")
 }

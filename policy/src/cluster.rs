@@ -20,6 +20,7 @@ use ipnet::IpNet;
 
 use self::doubts::Doubts;
 use self::intern::Interner;
+pub use self::ownership::Claim;
 use self::ownership::Ownership;
 use self::pod_state::PodState;
 use self::selection::{CompiledPolicy, Selections};
@@ -184,16 +185,24 @@ impl Cluster {
             return Touched::default();
         }
         let (name, node) = (node.name.clone(), Arc::new(node));
-        self.nodes.insert(name.clone(), node.clone());
-        self.move_pods(&name, Some(&node))
+        let before = self.nodes.insert(name.clone(), node.clone());
+        let mut touched = self.move_pods(&name, Some(&node));
+        let before = before.map_or_else(Vec::new, |node| node.addresses.clone());
+        let (now, pods) = (&node.addresses, &self.pods);
+        self.ownership
+            .settle_node(&name, &before, now, pods, &mut touched);
+        touched
     }
 
     /// Removes a node, if it is there; its pods stay until they are removed.
     pub fn remove_node(&mut self, name: &str) -> Touched {
-        match self.nodes.remove(name) {
-            Some(_) => self.move_pods(name, None),
-            None => Touched::default(),
-        }
+        let Some(node) = self.nodes.remove(name) else {
+            return Touched::default();
+        };
+        let mut touched = self.move_pods(name, None);
+        self.ownership
+            .settle_node(&node.name, &node.addresses, &[], &self.pods, &mut touched);
+        touched
     }
 
     /// Adds a policy, or replaces the one of that key.
@@ -317,7 +326,13 @@ impl Cluster {
     /// The addresses of which it cannot be told which running pod holds them, with those that claim
     /// them; sorted.
     pub fn contested(&self) -> Vec<(IpAddr, Vec<PodKey>)> {
-        self.ownership.contested()
+        let undecided = self.claims().filter(|claim| claim.holder.is_none());
+        undecided.map(|claim| (claim.address, claim.pods)).collect()
+    }
+
+    /// The addresses that more than one running pod claims, or a pod and a Node; sorted.
+    pub fn claims(&self) -> impl Iterator<Item = Claim> {
+        self.ownership.claims()
     }
 
     /// The policies that select running hostNetwork pods, which no policy isolates, with these pods;
@@ -326,7 +341,7 @@ impl Cluster {
         self.doubts.out_of_reach()
     }
 
-    /// A number that changes whenever [`Self::contested`] or [`Self::out_of_reach`] would answer
+    /// A number that changes whenever [`Self::claims`] or [`Self::out_of_reach`] would answer
     /// something else.
     pub fn doubts(&self) -> u64 {
         self.ownership.disputes + self.doubts.changes

@@ -27,7 +27,7 @@ mod syntax;
 pub mod v1;
 mod verdict;
 
-pub use cluster::{Cluster, Touched};
+pub use cluster::{Claim, Cluster, Touched};
 pub use endpoint::{Endpoint, Identity};
 pub use fault::InvalidPolicy;
 pub use model::{

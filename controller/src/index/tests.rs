@@ -251,7 +251,7 @@ fn an_address_that_two_pods_claim_is_said_until_it_is_resolved() {
     assert!(
         problem
             .problem
-            .starts_with("10.0.0.2 is claimed by 2 running pods (x/a, x/b)"),
+            .starts_with("10.0.0.2 is claimed by pod x/a, pod x/b: it cannot be told"),
         "{problem}"
     );
     assert!(table.endpoint(ip("10.0.0.2")).unwrap().contested());

@@ -1,10 +1,16 @@
 //! Who owns which address, and what stands for an address that several pods claim.
 //!
-//! An address is given to another pod only after its holder's sandbox is gone. So while both are
-//! still told of, in whatever order, a terminating pod yields to one that is not, and an older one
-//! to the one that started after it. Where that does not decide, the address is contested: it gets
-//! only what all claimants have in common, and is closed in every direction in which any of them
-//! is isolated: whoever answers there gains nothing by the other's grants.
+//! Who claims an address need not have it: whoever may write pods/status can say so. So a claim may take
+//! rights from another pod, but never policies:
+//!
+//! - If pods of several nodes claim it, and the pod CIDRs of some of these nodes hold it, the others' claims count
+//!   for nothing, unless the pods of the former all terminate.
+//! - Of those that are left a terminating pod yields to one that is not, and an older one to the one that started
+//!   after it: an address is given to another pod only after its holder's sandbox is gone. So one is the holder,
+//!   whose grants count. In a direction in which it is not isolated but another is, nothing is open.
+//! - Where that does not decide, the address is contested: it gets only what all who may hold it have in common,
+//!   and is closed in every direction in which any claimant is isolated.
+//! - An address that is a Node's too, of which the pod CIDRs of no claimant's node hold it, has no grants either.
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -12,13 +18,16 @@ use std::sync::Arc;
 use super::Touched;
 use super::pod_state::PodState;
 use crate::endpoint::{Endpoint, Isolation};
-use crate::model::{Direction, PodKey, PolicyKey};
+use crate::model::{Direction, Node, PodKey, PolicyKey};
 
 #[derive(Debug, Default)]
 pub(super) struct Ownership {
     slots: BTreeMap<IpAddr, Slot>,
-    contested: BTreeSet<IpAddr>,
-    /// Changes whenever another address is contested, or by others.
+    /// Addresses that more than one pod claims, or a pod and a Node.
+    claimed: BTreeSet<IpAddr>,
+    /// The Nodes that have each address.
+    nodes: BTreeMap<IpAddr, BTreeSet<Arc<str>>>,
+    /// Changes whenever what [`Self::claims`] says may.
     pub(super) disputes: u64,
 }
 
@@ -26,7 +35,22 @@ pub(super) struct Ownership {
 struct Slot {
     /// Sorted; never empty.
     claimants: Vec<PodKey>,
+    /// The one whose grants count.
+    holder: Option<PodKey>,
     endpoint: Arc<Endpoint>,
+}
+
+/// An address that is claimed more than once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// The address.
+    pub address: IpAddr,
+    /// The running pods that claim it; sorted.
+    pub pods: Vec<PodKey>,
+    /// The Nodes that have it too; sorted.
+    pub nodes: Vec<Arc<str>>,
+    /// The pod whose grants count, if that can be told.
+    pub holder: Option<PodKey>,
 }
 
 impl Ownership {
@@ -40,12 +64,18 @@ impl Ownership {
             .map(|(&address, slot)| (address, &slot.endpoint))
     }
 
-    pub(super) fn contested(&self) -> Vec<(IpAddr, Vec<PodKey>)> {
-        let claimants = |address: &IpAddr| Some(self.slots.get(address)?.claimants.clone());
-        self.contested
-            .iter()
-            .filter_map(|address| Some((*address, claimants(address)?)))
-            .collect()
+    /// Every address that is claimed more than once; sorted.
+    pub(super) fn claims(&self) -> impl Iterator<Item = Claim> {
+        self.claimed.iter().filter_map(|address| {
+            let slot = self.slots.get(address)?;
+            let nodes = self.nodes.get(address).into_iter().flatten();
+            Some(Claim {
+                address: *address,
+                pods: slot.claimants.clone(),
+                nodes: nodes.cloned().collect(),
+                holder: slot.holder.clone(),
+            })
+        })
     }
 
     /// Brings `addresses`, which `key` owns or owned, in line with `pods`.
@@ -60,7 +90,41 @@ impl Ownership {
             .get(key)
             .map_or(&[][..], |state| state.pod.owned_addresses());
         for &address in addresses {
-            if self.settle_one(key, address, owned.contains(&address), pods) {
+            let slot = self.slots.get(&address);
+            let mut claimants = slot.map_or_else(Vec::new, |slot| slot.claimants.clone());
+            match (claimants.binary_search(key), owned.contains(&address)) {
+                (Err(index), true) => claimants.insert(index, key.clone()),
+                (Ok(index), false) => drop(claimants.remove(index)),
+                _ => {}
+            }
+            if self.settle_one(address, claimants, pods) {
+                touched.addresses.insert(address);
+            }
+        }
+    }
+
+    /// Notes that a Node has these addresses, and no longer those of `before`.
+    pub(super) fn settle_node(
+        &mut self,
+        name: &Arc<str>,
+        before: &[IpAddr],
+        now: &[IpAddr],
+        pods: &BTreeMap<PodKey, PodState>,
+        touched: &mut Touched,
+    ) {
+        for &address in before.iter().chain(now) {
+            let nodes = self.nodes.entry(address).or_default();
+            let changed = match now.contains(&address) {
+                true => nodes.insert(name.clone()),
+                false => nodes.remove(name),
+            };
+            if nodes.is_empty() {
+                self.nodes.remove(&address);
+            }
+            let claimants = self.slots.get(&address).map(|slot| slot.claimants.clone());
+            if let Some(claimants) = claimants.filter(|_| changed)
+                && self.settle_one(address, claimants, pods)
+            {
                 touched.addresses.insert(address);
             }
         }
@@ -69,36 +133,34 @@ impl Ownership {
     /// Whether the endpoint at `address` changed.
     fn settle_one(
         &mut self,
-        key: &PodKey,
         address: IpAddr,
-        claims: bool,
+        claimants: Vec<PodKey>,
         pods: &BTreeMap<PodKey, PodState>,
     ) -> bool {
-        let slot = self.slots.get(&address);
-        let mut claimants = slot.map_or_else(Vec::new, |slot| slot.claimants.clone());
-        match (claimants.binary_search(key), claims) {
-            (Err(index), true) => claimants.insert(index, key.clone()),
-            (Ok(index), false) => drop(claimants.remove(index)),
-            _ => {}
-        }
-        let states = claimants.iter().filter_map(|key| pods.get(key)).collect();
-        let holders = holders(states);
-        let was_contested = if holders.len() > 1 {
-            !self.contested.insert(address)
-        } else {
-            self.contested.remove(&address)
+        let states: Vec<&PodState> = claimants.iter().filter_map(|key| pods.get(key)).collect();
+        let of_node = self.nodes.contains_key(&address);
+        let is_claimed = states.len() > 1 || of_node && !states.is_empty();
+        let was_claimed = match is_claimed {
+            true => !self.claimed.insert(address),
+            false => self.claimed.remove(&address),
         };
-        self.disputes += u64::from(was_contested || holders.len() > 1);
-        let endpoint = match holders[..] {
+        self.disputes += u64::from(was_claimed || is_claimed);
+        let is_home = states.iter().any(|state| is_home(state, address));
+        let rivals = rivals(address, states);
+        let holders = holders(rivals.clone());
+        let (holder, endpoint) = match holders[..] {
             [] => return self.slots.remove(&address).is_some(),
-            [owner] => owner.endpoint.clone(),
-            [first, ref others @ ..] => Arc::new(common(first, others)),
+            [first, ..] if of_node && !is_home => (None, Arc::new(nobody(first, &rivals))),
+            [holder] => (Some(holder.pod.key.clone()), held(holder, &rivals)),
+            [first, ref others @ ..] => (None, Arc::new(common(first, others, &rivals))),
         };
+        let slot = self.slots.get(&address);
         let changed = slot.is_none_or(|slot| slot.endpoint != endpoint);
         self.slots.insert(
             address,
             Slot {
                 claimants,
+                holder,
                 endpoint,
             },
         );
@@ -106,23 +168,82 @@ impl Ownership {
     }
 }
 
-/// Those of `claimants` that may hold the address now: one, unless it cannot be told who.
-fn holders(mut claimants: Vec<&PodState>) -> Vec<&PodState> {
-    if claimants.iter().any(|state| !state.pod.terminating) {
-        claimants.retain(|state| !state.pod.terminating);
-    }
-    let starts = || claimants.iter().map(|state| &state.pod.started);
-    // Who does not say when it started may have done so at any time.
-    if let Some(latest) = starts().max().cloned()
-        && starts().all(|start| !start.is_empty())
-    {
-        claimants.retain(|state| state.pod.started == latest);
+/// Whether the pod's node has the address in its pod CIDRs.
+fn is_home(state: &PodState, address: IpAddr) -> bool {
+    let node = state.endpoint.identity.node.as_ref();
+    node.is_some_and(|node| node.pod_cidrs.iter().any(|cidr| cidr.contains(&address)))
+}
+
+/// Those of `claimants` whose claims count.
+fn rivals(address: IpAddr, mut claimants: Vec<&PodState>) -> Vec<&PodState> {
+    let stays = |state: &&PodState| is_home(state, address) && !state.pod.terminating;
+    if claimants.iter().any(stays) {
+        claimants.retain(|state| is_home(state, address));
     }
     claimants
 }
 
-/// What stands for an address that all of these claim.
-fn common(first: &PodState, others: &[&PodState]) -> Endpoint {
+/// Those of `rivals` that may hold the address now: one, unless it cannot be told who.
+fn holders(mut rivals: Vec<&PodState>) -> Vec<&PodState> {
+    if rivals.iter().any(|state| !state.pod.terminating) {
+        rivals.retain(|state| !state.pod.terminating);
+    }
+    let starts = || rivals.iter().map(|state| &state.pod.started);
+    // Who does not say when it started may have done so at any time.
+    if let Some(latest) = starts().max().cloned()
+        && starts().all(|start| !start.is_empty())
+    {
+        rivals.retain(|state| state.pod.started == latest);
+    }
+    rivals
+}
+
+/// What stands for an address of which one of the `rivals` is the holder.
+fn held(holder: &PodState, rivals: &[&PodState]) -> Arc<Endpoint> {
+    let own = &holder.endpoint;
+    let shut = |isolation: &Option<Arc<Isolation>>, direction| match isolation {
+        Some(_) => None,
+        None => closed(endpoints(rivals), direction),
+    };
+    let egress = shut(&own.egress, Direction::Egress);
+    let ingress = shut(&own.ingress, Direction::Ingress);
+    let own_node = node_of_all(rivals);
+    if egress.is_none() && ingress.is_none() && own_node == own.own_node {
+        return own.clone();
+    }
+    Arc::new(Endpoint {
+        own_node,
+        contested: egress.is_some() || ingress.is_some(),
+        egress: own.egress.clone().or(egress),
+        ingress: own.ingress.clone().or(ingress),
+        ..(**own).clone()
+    })
+}
+
+/// What stands for an address that may be no pod's: it has their isolation, and no grants.
+fn nobody(first: &PodState, rivals: &[&PodState]) -> Endpoint {
+    Endpoint {
+        egress: closed(endpoints(rivals), Direction::Egress),
+        ingress: closed(endpoints(rivals), Direction::Ingress),
+        own_node: None,
+        contested: true,
+        ..Endpoint::bare((*first.endpoint.identity).clone())
+    }
+}
+
+fn endpoints<'a>(states: &'a [&PodState]) -> impl Iterator<Item = &'a Endpoint> {
+    states.iter().map(|state| &*state.endpoint)
+}
+
+/// The node that all of these run on.
+fn node_of_all(states: &[&PodState]) -> Option<Arc<Node>> {
+    let node = endpoints(states).next()?.own_node.clone()?;
+    let all = endpoints(states).all(|it| it.own_node.as_ref() == Some(&node));
+    all.then_some(node)
+}
+
+/// What stands for an address that each of these may hold, and that the `rivals` claim.
+fn common(first: &PodState, others: &[&PodState], rivals: &[&PodState]) -> Endpoint {
     let claimants = || std::iter::once(first).chain(others.iter().copied());
     let endpoints = || claimants().map(|state| &*state.endpoint);
     let start = |state: &PodState| (state.pod.started.clone(), state.pod.key.clone());
@@ -133,14 +254,13 @@ fn common(first: &PodState, others: &[&PodState]) -> Endpoint {
     let matches = matches.filter(|id| endpoints().all(|it| it.matches.binary_search(id).is_ok()));
     let named = first.endpoint.named_ports.iter();
     let named = named.filter(|port| endpoints().all(|it| it.named_ports.contains(port)));
-    let own_node = first.endpoint.own_node.clone();
     Endpoint {
         identity: latest.endpoint.identity.clone(),
         matches: matches.collect(),
         named_ports: named.cloned().collect(),
-        own_node: own_node.filter(|node| endpoints().all(|it| it.own_node.as_ref() == Some(node))),
-        egress: closed(endpoints(), Direction::Egress),
-        ingress: closed(endpoints(), Direction::Ingress),
+        own_node: node_of_all(rivals),
+        egress: closed(self::endpoints(rivals), Direction::Egress),
+        ingress: closed(self::endpoints(rivals), Direction::Ingress),
         contested: true,
     }
 }

@@ -57,11 +57,31 @@ pub(crate) fn answer(world: &World, question: &Question<'_>) -> Answer {
     }
 }
 
+/// The running pods whose claim to an address counts: those on nodes whose pod CIDRs hold it, if there are any that
+/// do not end, else all.
+fn claimants(world: &World, address: IpAddr) -> Vec<&Pod> {
+    let claims = |pod: &&Pod| pod.owns_addresses() && pod.addresses.contains(&address);
+    let mut claimants: Vec<&Pod> = world.pods.values().filter(claims).collect();
+    let home = |pod: &&Pod| is_home(world, pod, address);
+    if claimants.iter().any(|pod| home(pod) && !pod.terminating) {
+        claimants.retain(home);
+    }
+    claimants
+}
+
+fn is_home(world: &World, pod: &Pod, address: IpAddr) -> bool {
+    let node = world.nodes.get(&pod.node);
+    let cidrs = node.into_iter().flat_map(|node| &node.pod_cidrs);
+    cidrs.into_iter().any(|cidr| {
+        let cidr: ipnet::IpNet = cidr.parse().expect("a CIDR");
+        cidr.contains(&address)
+    })
+}
+
 /// The running pods that may hold an address: of those that claim it, the ones that nobody makes
 /// way for. More than one is a fault of the cluster: then they get only what all of them would get.
 fn owners(world: &World, address: IpAddr) -> Vec<&Pod> {
-    let claims = |pod: &&Pod| pod.owns_addresses() && pod.addresses.contains(&address);
-    let claimants: Vec<&Pod> = world.pods.values().filter(claims).collect();
+    let claimants = claimants(world, address);
     let yields = |pod: &Pod, to: &Pod| match (pod.terminating, to.terminating) {
         (true, false) => true,
         (false, true) => false,
@@ -71,6 +91,15 @@ fn owners(world: &World, address: IpAddr) -> Vec<&Pod> {
     claimants.iter().copied().filter(stays).collect()
 }
 
+/// Whether an address is a Node's that some pod claims, and nothing says that it is the pod's.
+fn is_nobodys(world: &World, address: IpAddr) -> bool {
+    let mut nodes = world.nodes.values();
+    nodes.any(|node| node.addresses.contains(&address))
+        && !claimants(world, address)
+            .iter()
+            .any(|pod| is_home(world, pod, address))
+}
+
 /// "A pod cannot block access to itself", and traffic to and from the node a pod runs on is always
 /// allowed.
 fn exempt(world: &World, question: &Question<'_>) -> Option<&'static str> {
@@ -78,10 +107,12 @@ fn exempt(world: &World, question: &Question<'_>) -> Option<&'static str> {
         return Some("self");
     }
     let runs_on = |pod: IpAddr, node: IpAddr| {
-        let homes: BTreeSet<&String> = owners(world, pod).iter().map(|pod| &pod.node).collect();
+        let claimants = claimants(world, pod);
+        let homes: BTreeSet<&String> = claimants.iter().map(|pod| &pod.node).collect();
         let home = homes.first().and_then(|home| world.nodes.get(*home));
         // Claimants on two nodes have no node in common, and an address that a pod owns is no node.
         homes.len() == 1
+            && !is_nobodys(world, pod)
             && owners(world, node).is_empty()
             && home.is_some_and(|home| home.addresses.contains(&node))
     };
@@ -99,6 +130,23 @@ fn side(
     peer: IpAddr,
 ) -> Side {
     let owners = owners(world, own);
+    // One holder has its own policies. Where it has none, or it cannot be told who holds, every claimant's count,
+    // and no rule of theirs.
+    let chosen = |pods: &[&Pod]| {
+        world.policies.iter().any(|((namespace, _), policy)| {
+            let spec = &policy["spec"];
+            let selects = |pod: &&Pod| {
+                pod.namespace == *namespace && selected(&spec["podSelector"], &pod.labels)
+            };
+            applies_to(spec, direction) && pods.iter().any(selects)
+        })
+    };
+    let decided = owners.len() == 1 && !is_nobodys(world, own) && chosen(&owners);
+    let owners = if decided {
+        owners
+    } else {
+        claimants(world, own)
+    };
     let mut isolating = BTreeSet::new();
     let mut allowing = BTreeSet::new();
     let mut rules = BTreeSet::new();
@@ -119,8 +167,7 @@ fn side(
         };
         for (index, rule) in items(&spec[list]).iter().enumerate() {
             // Two pods at one address: neither one's rules may serve the other.
-            if owners.len() == 1 && rule_matches(world, question, namespace, direction, rule, peer)
-            {
+            if decided && rule_matches(world, question, namespace, direction, rule, peer) {
                 allowing.insert(key.clone());
                 rules.insert((key.clone(), index));
             }
@@ -178,6 +225,7 @@ fn peer_matches(world: &World, namespace: &str, item: &Value, peer: IpAddr) -> b
     }
     let owners = owners(world, peer);
     !owners.is_empty()
+        && !is_nobodys(world, peer)
         && owners
             .iter()
             .all(|pod| pod_matches(world, namespace, item, pod))
@@ -221,7 +269,7 @@ fn port_matches(world: &World, question: &Question<'_>, item: &Value) -> bool {
                     named && served.protocol == question.protocol && served.number == port
                 })
             };
-            !owners.is_empty() && owners.iter().all(serves)
+            !owners.is_empty() && !is_nobodys(world, question.to) && owners.iter().all(serves)
         }
         first => {
             let first = first.as_u64().expect("a port is a name or a number");

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::error::ApiError;
 use crate::objects::Kind;
@@ -113,6 +113,25 @@ impl WatchStatus {
         info!(resource = kind.resource(), "{error}");
         let mut inner = self.lock();
         *inner.of(kind).errors.entry(error.cause()).or_default() += 1;
+    }
+
+    /// Notes that a list could not be streamed, and is asked for in pages. Said once.
+    pub(super) fn fell_back(&self, kind: Kind, error: &ApiError) {
+        let mut inner = self.lock();
+        let errors = inner.of(kind).errors.entry(error.cause()).or_default();
+        *errors += 1;
+        let refused = !matches!(error, ApiError::Unreachable(_) | ApiError::Silent(_));
+        if *errors == 1 && refused {
+            info!(
+                resource = kind.resource(),
+                "the list comes in pages, since it could not be streamed: {error}"
+            );
+        } else {
+            debug!(
+                resource = kind.resource(),
+                "the list comes in pages: {error}"
+            );
+        }
     }
 
     pub(super) fn failed(&self, kind: Kind, error: ApiError) {

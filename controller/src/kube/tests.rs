@@ -159,6 +159,34 @@ async fn a_server_that_ignores_streamed_lists_is_asked_for_pages() {
 }
 
 #[tokio::test]
+async fn a_list_that_cannot_be_streamed_comes_in_pages_whatever_the_reason() {
+    for code in [400, 404, 410, 422, 429, 500, 503] {
+        let bed = Bed::new().await;
+        bed.api.world().streams = Some(false);
+        bed.api.world().stream_refusal = code;
+        let mut source = bed.source().await;
+        assert_eq!(lines(&next(&mut source).await), FULL, "{code}");
+        assert!(source.status.away().is_none(), "{code}");
+        assert!(bed.api.asked(&["/pods", "continue="]) > 0, "{code}");
+    }
+}
+
+#[tokio::test]
+async fn an_outage_is_said_by_the_list_in_pages() {
+    let bed = Bed::new().await;
+    bed.api.world().refuse.insert("pods", 500);
+    let mut source = bed.source().await;
+    until(&source, "away", |status| status.away().is_some()).await;
+    assert!(bed.api.asked(&["/pods", "limit="]) > 0);
+    bed.api.world().refuse.clear();
+    assert_eq!(lines(&next(&mut source).await), FULL);
+    assert!(
+        bed.api.asked(&["/pods", "sendInitialEvents"]) > 1,
+        "it is tried again"
+    );
+}
+
+#[tokio::test]
 async fn changes_arrive_one_by_one_and_only_those_that_matter() {
     let bed = Bed::new().await;
     let mut source = bed.source().await;

@@ -1,7 +1,7 @@
 //! Follows the objects of one kind: a full list, then its changes, again and again.
 //!
-//! The list is a streamed one where the server has that (`sendInitialEvents`, KEP-3157), else it comes in
-//! pages; both are reads of the newest state, so that a relist never goes back in time. A watch that
+//! The list is a streamed one where the server has that (`sendInitialEvents`, KEP-3157); where that fails,
+//! whatever the reason, it comes in pages. Both are reads of the newest state, so that a relist never goes back in time. A watch that
 //! ends or breaks is resumed where it was, unless the server was away for longer: what a resumed watch
 //! brings has no end mark, a list has one. Knows nothing of what the objects mean.
 use std::sync::Arc;
@@ -110,6 +110,10 @@ struct Position {
     proven: bool,
     /// Whether the server is thought to stream lists.
     streams: bool,
+    /// A streamed list is being read.
+    streaming: bool,
+    /// A streamed list has failed: the next one comes in pages.
+    fall_back: bool,
     /// Since when nothing was heard.
     lost: Option<Instant>,
     client: Option<Client>,
@@ -123,6 +127,8 @@ impl Watch {
             version: None,
             proven: false,
             streams: true,
+            streaming: false,
+            fall_back: false,
             lost: None,
             client: None,
         };
@@ -139,8 +145,10 @@ impl Watch {
                 self.status.expired(self.kind, &error);
                 continue;
             }
-            if position.version.is_none() && position.streams && refuses_to_stream(&error) {
-                position.streams = false;
+            if std::mem::take(&mut position.streaming) && may_come_in_pages(&error) {
+                position.streams &= !refuses_to_stream(&error);
+                position.fall_back = true;
+                self.status.fell_back(self.kind, &error);
                 continue;
             }
             if began.elapsed() > self.patience.resume {
@@ -176,11 +184,14 @@ impl Watch {
         {
             position.version = None;
         }
-        match (position.version.is_some(), position.streams) {
-            (true, _) => self.watch(&client, position).await,
-            (false, true) => self.list_as_stream(&client, position).await,
-            (false, false) => self.list_in_pages(&client, position).await,
+        if position.version.is_some() {
+            return self.watch(&client, position).await;
         }
+        if std::mem::take(&mut position.fall_back) || !position.streams {
+            return self.list_in_pages(&client, position).await;
+        }
+        position.streaming = true;
+        self.list_as_stream(&client, position).await
     }
 
     /// Notes that the server answers.
@@ -296,6 +307,7 @@ impl Watch {
             return Err(ApiError::Malformed(problem).into());
         }
         (position.version, position.proven) = (Some(version), false);
+        position.streaming = false;
         self.status.listed(self.kind);
         Ok(self.tell(News::ListEnds).await?)
     }
@@ -373,6 +385,19 @@ struct Page {
 struct PageMetadata {
     resource_version: Option<String>,
     r#continue: Option<String>,
+}
+
+/// Whether a list that could not be streamed is worth another request, as client-go has it: an API server may
+/// refuse to stream for many reasons, such as an etcd before 3.4.31 or 3.5.13 (500). What is wrong with us or with
+/// the way there, pages meet too, and say so.
+fn may_come_in_pages(error: &ApiError) -> bool {
+    !matches!(
+        error,
+        ApiError::Config(_)
+            | ApiError::Tls { .. }
+            | ApiError::Unauthorized(_)
+            | ApiError::Forbidden { .. }
+    )
 }
 
 /// Servers without the feature refuse the parameter; older ones ignore it and never say that the

@@ -6,6 +6,7 @@
 mod backoff;
 mod connect;
 mod error;
+mod foreign;
 mod snapshot;
 mod state;
 mod status;
@@ -108,6 +109,7 @@ impl KubeSource {
             tasks.spawn(watch.run());
         }
         let state = State::new(&snapshot.node);
+        tasks.spawn(foreign::watch(connector.clone()));
         let (teller, telling) = Teller::new(&snapshot.node, connector);
         tasks.spawn(telling);
         Ok(Self {
@@ -262,7 +264,7 @@ impl Keeper {
             }
             Err(Unusable::Missing) => {
                 info!(
-                    "no state is kept in {}: nothing is released before the API server answers",
+                    "no state is kept in {}: until the API server answers, pods within --pod-cidr are closed unless an earlier daemon released them; all others stay as it left them, and are open on a new node",
                     path.display()
                 );
                 None

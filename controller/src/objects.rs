@@ -2,6 +2,7 @@
 //!
 //! One JSON value in, one object of the `policy` crate out, or every fault by its field path.
 //! Knows nothing of files, documents or lists. What the API allows to be `null` may be `null`.
+mod foreign;
 mod network_policy;
 mod pod;
 mod trimmed;
@@ -19,6 +20,7 @@ use serde_json::Value;
 
 use crate::{Object, ObjectKey};
 
+pub(crate) use foreign::{FOREIGN, REMEDY as FOREIGN_REMEDY, is_foreign};
 pub(crate) use network_policy::closed_policy;
 pub(crate) use trimmed::Trimmed;
 pub(crate) use written::write;

@@ -78,10 +78,15 @@ impl Contents {
             return;
         };
         self.problems.sort_by_key(|problem| problem.severity);
+        // Errors come first: as grave as the gravest that is not shown.
+        let severity = self.problems.get(SHOWN).map(|problem| problem.severity);
         self.problems.truncate(SHOWN);
-        let problem = format!("{more} more problems are not shown");
-        self.problems
-            .push(Problem::error(problem, "mend the first ones first").in_file(file));
+        let mut problem = Problem::error(
+            format!("{more} more problems are not shown"),
+            "correct the first ones first",
+        );
+        problem.severity = severity.unwrap_or(problem.severity);
+        self.problems.push(problem.in_file(file));
     }
 
     /// A file of which nothing could be read.
@@ -151,7 +156,9 @@ impl Reader<'_> {
         let meta = TypeMeta { api_version, kind };
         match kind.strip_suffix("List") {
             Some("") => self.list(at, value["items"].take(), None),
-            Some(item) if known(item).is_some() => {
+            Some(item)
+                if known(item).is_some() || objects::is_foreign(group(api_version), item) =>
+            {
                 self.list(
                     at,
                     value["items"].take(),
@@ -190,10 +197,13 @@ impl Reader<'_> {
             Selected::PassedOver => return,
             Selected::Foreign => {
                 let problem = self
-                    .problem(at, Problem::warning(
-                        format!("{} {} is not enforced", meta.api_version, meta.kind),
-                        "write it as networking.k8s.io/v1 NetworkPolicy, or leave it to the software that made it",
-                    ))
+                    .problem(
+                        at,
+                        Problem::warning(
+                            format!("{} {} is not enforced", meta.api_version, meta.kind),
+                            objects::FOREIGN_REMEDY,
+                        ),
+                    )
                     .of(describe(meta.kind, &value));
                 return self.contents.problems.push(problem);
             }
@@ -269,6 +279,10 @@ fn known(kind: &str) -> Option<Kind> {
         .find(|known| known.name().eq_ignore_ascii_case(kind))
 }
 
+fn group(api_version: &str) -> &str {
+    api_version.rsplit_once('/').map_or("", |(group, _)| group)
+}
+
 /// What to do with an object of some `apiVersion` and `kind`.
 enum Selected {
     Read(Kind),
@@ -284,19 +298,19 @@ enum Selected {
 }
 
 fn select(TypeMeta { api_version, kind }: TypeMeta<'_>) -> Selected {
-    let (group, _version) = api_version.rsplit_once('/').unwrap_or(("", api_version));
+    let group = group(api_version);
+    if objects::is_foreign(group, kind) {
+        return Selected::Foreign;
+    }
     let Some(wanted) = known(kind) else {
         return unknown_kind(group, api_version, kind);
     };
     if api_version == wanted.api_version() && kind == wanted.name() {
         return Selected::Read(wanted);
     }
-    // Other groups reuse the names: config.openshift.io has a Node, Calico a NetworkPolicy.
+    // Other groups reuse the names: config.openshift.io has a Node.
     if !matches!(group, "" | "core" | "extensions" | "networking.k8s.io") {
-        return match wanted {
-            Kind::NetworkPolicy => Selected::Foreign,
-            Kind::Namespace | Kind::Pod | Kind::Node => Selected::PassedOver,
-        };
+        return Selected::PassedOver;
     }
     Selected::Refused {
         problem: format!("{api_version} {kind} is not understood"),

@@ -122,3 +122,49 @@ async fn a_policy_that_never_could_be_read_closes_the_pods_that_it_selects() {
     );
     assert!(told.contains("are closed"), "{told}");
 }
+
+#[tokio::test]
+async fn policies_of_other_systems_are_found_by_discovery() {
+    let bed = Bed::new().await;
+    bed.api.world().others = vec![
+        (
+            "cilium.io/v2",
+            "CiliumNetworkPolicy",
+            "ciliumnetworkpolicies",
+            Some(3),
+        ),
+        ("cilium.io/v2", "CiliumEndpoint", "ciliumendpoints", Some(3)),
+        (
+            "crd.antrea.io/v1beta1",
+            "ClusterNetworkPolicy",
+            "clusternetworkpolicies",
+            Some(0),
+        ),
+        (
+            "policy.networking.k8s.io/v1alpha1",
+            "AdminNetworkPolicy",
+            "adminnetworkpolicies",
+            None,
+        ),
+        ("apps/v1", "Deployment", "deployments", Some(1)),
+    ];
+    let client = Connector::Plain(bed.api.address)
+        .client()
+        .await
+        .expect("a client");
+    let found = foreign::look(&client).await.expect("an answer");
+    let found: Vec<_> = found.iter().map(String::as_str).collect();
+    let [cilium, admin] = found[..] else {
+        panic!("{found:?}")
+    };
+    assert_eq!(cilium, "cilium.io/v2 CiliumNetworkPolicy");
+    assert!(
+        admin.starts_with("policy.networking.k8s.io/v1alpha1 AdminNetworkPolicy, if"),
+        "{admin}"
+    );
+    assert_eq!(
+        bed.api.asked(&["GET /apis/apps"]),
+        0,
+        "only groups that matter"
+    );
+}

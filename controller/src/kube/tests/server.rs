@@ -32,6 +32,11 @@ pub(crate) struct World {
     raw: HashMap<&'static str, String>,
     /// Whether lists can be streamed; `None`: the server does not know the parameter.
     pub(crate) streams: Option<bool>,
+    /// With which status streamed lists are refused, if they are.
+    pub(crate) stream_refusal: u16,
+    /// `apiVersion`, kind and resource of objects that are not of ours, and how many there are; `None`: listing them
+    /// is forbidden.
+    pub(crate) others: Vec<(&'static str, &'static str, &'static str, Option<usize>)>,
     /// Answers every request for a resource with this status.
     pub(crate) refuse: HashMap<&'static str, u16>,
     pub(crate) requests: Vec<String>,
@@ -54,6 +59,8 @@ impl Api {
             log: Vec::new(),
             raw: HashMap::new(),
             streams: Some(true),
+            stream_refusal: 422,
+            others: Vec::new(),
             refuse: HashMap::new(),
             requests: Vec::new(),
             events: Vec::new(),
@@ -181,7 +188,10 @@ async fn serve(
         let answer = {
             let mut world = lock(world);
             world.requests.push(line.clone());
-            world.answer(resource, query, &body)
+            match world.discovered(path) {
+                Some((code, value)) => Answer::Whole(code, value),
+                None => world.answer(resource, query, &body),
+            }
         };
         match answer {
             Answer::Whole(code, value) => whole(&mut stream, code, &value).await?,
@@ -214,6 +224,52 @@ enum Answer {
 }
 
 impl World {
+    /// What is said of the kinds that are not ours.
+    fn discovered(&self, path: &str) -> Option<(u16, Value)> {
+        let group = |version: &str| version.split('/').next().unwrap_or("").to_owned();
+        if path == "/apis" {
+            let groups = self.others.iter().map(|(version, ..)| {
+                let versions = json!({"groupVersion": version, "version": version.rsplit('/').next()});
+                json!({"name": group(version), "versions": [versions], "preferredVersion": versions})
+            });
+            return Some((
+                200,
+                json!({"kind": "APIGroupList", "groups": groups.collect::<Vec<_>>()}),
+            ));
+        }
+        let path = path.strip_prefix("/apis/")?;
+        let of_group = self.others.iter().filter(|(version, ..)| *version == path);
+        let resources: Vec<Value> = of_group
+            .map(|(_, kind, name, _)| {
+                json!({"name": name, "singularName": "", "namespaced": true, "kind": kind, "verbs": ["list"]})
+            })
+            .collect();
+        if !resources.is_empty() {
+            return Some((
+                200,
+                json!({"kind": "APIResourceList", "groupVersion": path, "resources": resources}),
+            ));
+        }
+        let mut others = self.others.iter();
+        let (.., count) =
+            others.find(|(version, _, name, _)| format!("{version}/{name}") == path)?;
+        Some(match count {
+            Some(count) => {
+                let items: Vec<_> = (0..*count)
+                    .map(|it| json!({"metadata": {"name": it.to_string()}}))
+                    .collect();
+                (
+                    200,
+                    json!({"metadata": {"resourceVersion": "1"}, "items": items}),
+                )
+            }
+            None => (
+                403,
+                json!({"kind": "Status", "status": "Failure", "code": 403, "message": "no"}),
+            ),
+        })
+    }
+
     fn answer(&mut self, resource: Option<&'static str>, query: &str, body: &[u8]) -> Answer {
         let query: HashMap<&str, &str> = query
             .split('&')
@@ -262,7 +318,7 @@ impl World {
                     lines.push(bookmark(self.version, true));
                     Answer::Watch(resource, self.version, lines)
                 }
-                Some(false) => status(422, "sendInitialEvents is forbidden"),
+                Some(false) => status(self.stream_refusal, "sendInitialEvents is forbidden"),
                 None => {
                     let lines = all
                         .iter()

@@ -74,14 +74,52 @@ fn other_kinds_are_passed_over() {
 }
 
 #[test]
-fn a_policy_of_another_system_is_pointed_out() {
-    let contents =
-        read("{apiVersion: crd.projectcalico.org/v1, kind: NetworkPolicy, metadata: {name: p}}");
-    let [problem] = &contents.problems[..] else {
-        panic!("{contents:?}")
-    };
-    assert_eq!(problem.severity, Severity::Warning);
-    assert!(!faulty(&contents) && !contents.incomplete);
+fn every_policy_of_another_system_is_a_warning() {
+    for (text, objects) in [
+        (
+            "{apiVersion: crd.projectcalico.org/v1, kind: NetworkPolicy, metadata: {name: p}}",
+            &["NetworkPolicy p"][..],
+        ),
+        (
+            "{apiVersion: policy.networking.k8s.io/v1alpha1, kind: AdminNetworkPolicy, metadata: {name: p}}",
+            &["AdminNetworkPolicy p"],
+        ),
+        (
+            "{apiVersion: v1, kind: List, items: [{apiVersion: cilium.io/v2, kind: CiliumNetworkPolicy, metadata: {name: p, namespace: x}}, {apiVersion: k8s.ovn.org/v1, kind: EgressFirewall, metadata: {name: default, namespace: x}}]}",
+            &["CiliumNetworkPolicy x/p", "EgressFirewall x/default"],
+        ),
+        (
+            "{apiVersion: cilium.io/v2, kind: CiliumNetworkPolicyList, items: [{metadata: {name: p}}, {metadata: {name: q}}]}",
+            &["CiliumNetworkPolicy p", "CiliumNetworkPolicy q"],
+        ),
+        (
+            "{apiVersion: cilium.io/v2, kind: CiliumEndpoint, metadata: {name: p}}",
+            &[],
+        ),
+    ] {
+        let contents = read(text);
+        assert!(!faulty(&contents) && !contents.incomplete, "{text}");
+        let named = contents
+            .problems
+            .iter()
+            .filter_map(|it| it.object.as_deref());
+        assert_eq!(named.collect::<Vec<_>>(), objects, "{text}");
+        let enforced = |problem: &Problem| problem.problem.ends_with("is not enforced");
+        assert!(contents.problems.iter().all(enforced), "{text}");
+        let warning = |problem: &Problem| problem.severity == Severity::Warning;
+        assert!(contents.problems.iter().all(warning), "{text}");
+    }
+}
+
+#[test]
+fn many_warnings_of_a_file_are_no_error() {
+    let policy =
+        "---\n{apiVersion: cilium.io/v2, kind: CiliumNetworkPolicy, metadata: {name: p}}\n";
+    let contents = read(&policy.repeat(150));
+    assert_eq!(contents.problems.len(), 101);
+    assert!(!faulty(&contents));
+    let contents = read(&(policy.repeat(150) + &"---\n{a: b}\n".repeat(101)));
+    assert!(faulty(&contents));
 }
 
 /// Text, the place that is named, whether the objects of the file can still all be named.

@@ -98,8 +98,8 @@ impl Snapshot {
         let written = self.check(&header, now)?;
         let mut list: Value =
             serde_json::from_str(body).map_err(|_| Unusable::Damaged("it is no JSON"))?;
-        match list["items"].take() {
-            Value::Array(items) => Ok((items, written)),
+        match list.get_mut("items").map(Value::take) {
+            Some(Value::Array(items)) => Ok((items, written)),
             _ => Err(Unusable::Damaged("it is no list")),
         }
     }

@@ -131,3 +131,39 @@ fn a_cluster_is_known_by_an_authority_that_it_kept() {
     };
     assert!(!of(&[]).is_same(&elsewhere));
 }
+
+#[test]
+fn a_whole_file_of_anything_else_is_no_list() {
+    let folder = TempDir::new().expect("a folder");
+    let snapshot = snapshot(&folder);
+    let now = SystemTime::now();
+    for body in [
+        "\"a\"",
+        "1",
+        "-1.5e300",
+        "null",
+        "true",
+        "[]",
+        "[1]",
+        "{}",
+        "{\"items\":null}",
+        "{\"items\":{}}",
+        "{\"items\":\"\"}",
+        "[[[[]]]]",
+        "{\"a\":1,\"a\":2}",
+    ] {
+        snapshot.write(body.as_bytes(), now).expect("written");
+        let read = snapshot.read(now);
+        assert!(
+            matches!(read, Err(Unusable::Damaged(_))),
+            "{body}: {read:?}"
+        );
+    }
+    snapshot.write(b"", now).expect("written");
+    assert!(snapshot.read(now).is_err());
+    let odd = "{\"items\":[1,null,\"a\",[],{},{\"kind\":1},{\"kind\":\"Pod\",\"metadata\":3},{\"kind\":\"Node\",\"metadata\":{\"name\":[]}}]}";
+    snapshot.write(odd.as_bytes(), now).expect("written");
+    let (items, _) = snapshot.read(now).expect("a list");
+    let mut state = super::super::state::State::new("n1");
+    assert_eq!(state.restore(items).events, [], "nothing in it has a name");
+}

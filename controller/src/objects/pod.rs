@@ -84,27 +84,43 @@ pub(super) fn read(key: &PodKey, value: Value) -> Result<Object, Vec<Fault>> {
     }))
 }
 
-/// `status.podIPs`, else `status.podIP`; both are empty until the pod has an address.
+/// `status.podIPs` and `status.podIP`; both are empty until the pod has an address. A pod has one address of each
+/// family (Kubernetes API reference, PodStatus `podIPs`), or it could claim a whole network.
 fn pod_addresses(status: &PodStatus, faults: &mut Vec<Fault>) -> Vec<IpAddr> {
     let mut addresses = Vec::new();
-    for (index, entry) in status.pod_ips.iter().flatten().enumerate() {
-        if let Some(ip) = entry.ip.as_deref().filter(|ip| !ip.is_empty()) {
-            push_address(
-                &mut addresses,
-                faults,
-                format!("status.podIPs[{index}].ip"),
-                ip,
-            );
-        }
-    }
-    if let Some(ip) = status
-        .pod_ip
-        .as_deref()
-        .filter(|ip| addresses.is_empty() && !ip.is_empty())
-    {
-        push_address(&mut addresses, faults, "status.podIP".to_owned(), ip);
+    let listed = status.pod_ips.iter().flatten().enumerate();
+    let listed = listed.map(|(index, entry)| (format!("status.podIPs[{index}].ip"), &entry.ip));
+    let single = [("status.podIP".to_owned(), &status.pod_ip)];
+    for (field, ip) in listed.chain(single) {
+        let Some(ip) = ip.as_deref().filter(|ip| !ip.is_empty()) else {
+            continue;
+        };
+        let known = addresses.len();
+        push_address(&mut addresses, faults, field.clone(), ip);
+        let Some(&new) = addresses.get(known) else {
+            continue;
+        };
+        let fault = if is_nobodys(new) {
+            format!("{new} is no address that a pod can have")
+        } else if addresses[..known]
+            .iter()
+            .any(|it| it.is_ipv4() == new.is_ipv4())
+        {
+            let family = if new.is_ipv4() { "IPv4" } else { "IPv6" };
+            format!("{new} is a second {family} address")
+        } else {
+            continue;
+        };
+        let remedy = "a pod has at most one IPv4 and one IPv6 address: correct the pod's status";
+        faults.push(Fault::new(field, fault, remedy));
+        return Vec::new();
     }
     addresses
+}
+
+fn is_nobodys(address: IpAddr) -> bool {
+    let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
+    broadcast || address.is_unspecified() || address.is_loopback() || address.is_multicast()
 }
 
 /// The ports of the containers, and of those init containers that keep running beside them

@@ -169,3 +169,54 @@ fn all_faults_of_an_object_are_told_at_once() {
         ]
     );
 }
+
+#[test]
+fn a_pod_has_one_address_of_each_family() {
+    let pod = |status: Value| {
+        let value = json!({"metadata": {"name": "a", "namespace": "x"}, "status": status});
+        let key = key_of(Kind::Pod, &value).expect("a name");
+        read(&key, value)
+    };
+    for (status, expected) in [
+        (
+            json!({"podIP": "10.0.0.1", "podIPs": [{"ip": "fd00::1"}]}),
+            &["fd00::1", "10.0.0.1"][..],
+        ),
+        (
+            json!({"podIP": "10.0.0.1", "podIPs": [{"ip": "::ffff:10.0.0.1"}]}),
+            &["10.0.0.1"],
+        ),
+        (
+            json!({"podIPs": [{"ip": "10.0.0.1"}, {"ip": ""}, {}]}),
+            &["10.0.0.1"],
+        ),
+    ] {
+        let Ok(Object::Pod(pod)) = pod(status.clone()) else {
+            panic!("{status}")
+        };
+        let expected = expected.iter().map(|ip| ip.parse().expect("an address"));
+        assert_eq!(pod.addresses, expected.collect::<Vec<IpAddr>>(), "{status}");
+    }
+    for (status, field) in [
+        (
+            json!({"podIPs": [{"ip": "10.0.0.1"}, {"ip": "10.0.0.2"}]}),
+            "status.podIPs[1].ip",
+        ),
+        (
+            json!({"podIP": "10.0.0.2", "podIPs": [{"ip": "10.0.0.1"}]}),
+            "status.podIP",
+        ),
+        (
+            json!({"podIPs": [{"ip": "fd00::1"}, {"ip": "10.0.0.1"}, {"ip": "fd00::2"}]}),
+            "status.podIPs[2].ip",
+        ),
+        (json!({"podIP": "0.0.0.0"}), "status.podIP"),
+        (json!({"podIP": "::ffff:127.0.0.1"}), "status.podIP"),
+        (json!({"podIP": "ff02::1"}), "status.podIP"),
+        (json!({"podIP": "255.255.255.255"}), "status.podIP"),
+    ] {
+        let faults = pod(status.clone()).expect_err("refused");
+        let fields: Vec<_> = faults.iter().map(|fault| fault.field.as_str()).collect();
+        assert_eq!(fields, [field], "{status}");
+    }
+}

@@ -138,7 +138,10 @@ impl Admin {
     async fn respond(&self, request: &Request<Incoming>) -> Response<Body> {
         let answer = if request.method() != Method::GET && request.method() != Method::HEAD {
             Answer::text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n")
-        } else if !names_an_address(request.headers().get(HOST)) {
+        } else if request.headers().get_all(HOST).iter().count() > 1 {
+            // RFC 9112, section 3.2.
+            Answer::text(StatusCode::BAD_REQUEST, "more than one Host\n")
+        } else if !names_an_address(asked_as(request)) {
             Answer::text(
                 StatusCode::MISDIRECTED_REQUEST,
                 "ask by an IP address or as localhost: other names may be anybody's\n",
@@ -219,11 +222,18 @@ impl Admin {
     }
 }
 
+/// By which name the client asks. That of an absolute URI counts before Host (RFC 9112, section 3.2.2).
+fn asked_as<T>(request: &Request<T>) -> Option<&[u8]> {
+    let authority = request.uri().authority();
+    let host = || Some(request.headers().get(HOST)?.as_bytes());
+    authority.map(|it| it.as_str().as_bytes()).or_else(host)
+}
+
 /// Whether the client knows us by an address, as `localhost`, or not at all (HTTP/1.0). A browser on
 /// a page whose domain suddenly points at this node (DNS rebinding) says that domain's name.
-fn names_an_address(host: Option<&HeaderValue>) -> bool {
+fn names_an_address(host: Option<&[u8]>) -> bool {
     let Some(host) = host else { return true };
-    let Ok(host) = host.to_str() else {
+    let Ok(host) = std::str::from_utf8(host) else {
         return false;
     };
     let name = match host.rsplit_once(':') {
@@ -312,8 +322,7 @@ mod tests {
             ("localhost.attacker.example:80", false),
             ("", false),
         ] {
-            let value = HeaderValue::from_static(host);
-            assert_eq!(names_an_address(Some(&value)), ours, "{host}");
+            assert_eq!(names_an_address(Some(host.as_bytes())), ours, "{host}");
         }
         assert!(names_an_address(None), "HTTP/1.0");
     }

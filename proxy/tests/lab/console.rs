@@ -264,4 +264,33 @@ fn the_admin_port_answers_by_address_only() {
             "no other site may read it: {answer:?}"
         );
     }
+    for (host, target, status, why) in [
+        (
+            "127.0.0.1",
+            "http://attacker.example/connections",
+            421,
+            "the URI counts",
+        ),
+        (
+            "attacker.example",
+            "http://127.0.0.1:15020/connections",
+            200,
+            "the URI counts",
+        ),
+        (
+            "127.0.0.1\r\nHost: attacker.example",
+            "/connections",
+            400,
+            "two names",
+        ),
+        (
+            "127.0.0.1\r\nHost: 127.0.0.1",
+            "/connections",
+            400,
+            "twice the same",
+        ),
+    ] {
+        let answer = ask_as(&node, host, "GET", target).unwrap();
+        assert_eq!(answer.status, status, "{why}: {answer:?}");
+    }
 }

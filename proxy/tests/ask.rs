@@ -237,6 +237,49 @@ fn warnings() -> String {
         .concat()
 }
 
+/// A pod of another node says that it has the address of an isolated pod.
+const HAUNTED: &str = r#"
+apiVersion: v1
+kind: List
+items:
+- {apiVersion: v1, kind: Node, metadata: {name: n1}, spec: {podCIDR: 10.1.1.0/24}}
+- {apiVersion: v1, kind: Node, metadata: {name: n2}, spec: {podCIDR: 10.1.2.0/24}}
+- {apiVersion: v1, kind: Pod, metadata: {name: db, namespace: bank}, spec: {nodeName: n1}, status: {phase: Running, podIP: 10.1.1.5, startTime: "2026-01-01T00:00:00Z"}}
+- {apiVersion: v1, kind: Pod, metadata: {name: ghost, namespace: evil}, spec: {nodeName: n2}, status: {phase: Running, podIP: 10.1.1.5, startTime: "2026-02-01T00:00:00Z"}}
+- {apiVersion: v1, kind: Pod, metadata: {name: m, namespace: evil}, spec: {nodeName: n2}, status: {phase: Running, podIP: 10.1.2.5, startTime: "2026-02-01T00:00:00Z"}}
+- {apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: deny, namespace: bank}, spec: {podSelector: {}, policyTypes: [Ingress, Egress]}}
+"#;
+
+#[test]
+fn a_claim_of_an_isolated_pods_address_opens_nothing() {
+    let dir = tempdir().unwrap();
+    write(dir.path().join("state.yaml"), HAUNTED).unwrap();
+    let source = format!("dir:{}", dir.path().display());
+    let ask = |more: &[&str]| {
+        let output = portreeve(&[more, &["--cluster", &source, "--port", "80"]].concat());
+        let said = text(&output.stderr);
+        for part in [
+            "10.1.1.5 is claimed by pod bank/db, pod evil/ghost",
+            "bank/db is taken for its holder",
+            "status.podIPs",
+        ] {
+            assert!(said.contains(part), "{part:?}: {said}");
+        }
+        output
+    };
+    for to in ["10.1.1.5", "bank/db"] {
+        let output = ask(&["check", "--from", "evil/m", "--to", to]);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(text(&output.stdout).contains("bank/deny"), "{output:?}");
+    }
+    let output = ask(&["matrix", "--output", "json"]);
+    let matrix: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let pods = matrix["pods"].as_array().unwrap();
+    let at = |pod: &str| pods.iter().position(|it| it == pod).unwrap();
+    assert_eq!(matrix["allowed"][at("evil/m")][at("bank/db")], false);
+    assert_eq!(matrix["allowed"][at("bank/db")][at("evil/m")], false);
+}
+
 #[test]
 fn a_wrong_question_is_status_2_with_a_remedy_and_no_answer() {
     let (_dir, source) = cluster();

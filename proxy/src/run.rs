@@ -7,7 +7,6 @@ mod settings;
 mod source;
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
@@ -15,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use controller::kube::WatchStatus;
-use controller::{Batch, Index, Table, TableSettings};
+use controller::{Index, Table, TableSettings};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
@@ -42,7 +41,7 @@ use crate::telemetry::{Spans, TelemetryError};
 use crate::worker::Worker;
 
 use ending::{Ended, Running, StopSignals, Thread};
-use follow::Follower;
+use follow::{Follower, first_state};
 use relief::{Relief, Rest};
 pub(crate) use settings::{LogFormat, RunArgs};
 use source::Source;
@@ -221,45 +220,6 @@ async fn open_admin(
     let answering = Admin::new(enforcer, readiness, Arc::clone(pod));
     let serving = admin::serve(admin, answering, stopped.clone());
     Ok(tokio::spawn(serving))
-}
-
-/// Waits until there is a full state that has this node, or flags say which addresses are its pods; until
-/// then nothing is judged and nothing released. Returns the addresses whose verdicts have changed.
-///
-/// # Errors
-/// If manifests do not have the node. The API server may yet.
-async fn first_state(
-    source: &mut Source,
-    index: &mut Index,
-    pods: &LocalPods,
-    readiness: &Readiness,
-    enforcer: &Enforcer,
-) -> anyhow::Result<BTreeSet<IpAddr>> {
-    let mut touched = BTreeSet::new();
-    let mut said = false;
-    loop {
-        let batch: Batch = source.next().await;
-        let before = enforcer.table.problems();
-        touched.extend(index.apply(batch));
-        let problems = enforcer.table.problems();
-        follow::announce(&before, &problems);
-        source.tell(&problems);
-        if pods.are_known() {
-            return Ok(touched);
-        }
-        let reason = format!(
-            "which addresses are pods of node {} is not known: there is no Node object of that name; name the node by --node, or give --pod-cidr",
-            enforcer.node
-        );
-        if matches!(source, Source::Manifests { .. }) {
-            bail!(reason);
-        }
-        if !said {
-            warn!("{reason}");
-            said = true;
-        }
-        readiness.not_ready(reason);
-    }
 }
 
 fn table(args: &RunArgs) -> Arc<Table> {

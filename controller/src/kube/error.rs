@@ -115,6 +115,28 @@ impl ApiError {
         "malformed",
     ];
 
+    /// Whether a list that could not be streamed for this reason is worth another request, as client-go has it: an
+    /// API server may refuse to stream for many reasons, such as an etcd before 3.4.31 or 3.5.13 (500). What is wrong
+    /// with us, or with the way there, concerns pages too.
+    pub(super) fn may_not_concern_pages(&self) -> bool {
+        !matches!(
+            self,
+            Self::Config(_) | Self::Tls { .. } | Self::Unauthorized(_) | Self::Forbidden { .. }
+        )
+    }
+
+    /// Whether a list is never to be streamed again: servers without the feature refuse the parameter; older ones
+    /// ignore it and never say that the list is complete.
+    pub(super) fn refuses_to_stream(&self) -> bool {
+        matches!(
+            self,
+            Self::Refused {
+                code: 400 | 404 | 405 | 422,
+                ..
+            } | Self::Silent(_)
+        )
+    }
+
     pub(super) fn config(error: &(dyn Error + 'static)) -> Self {
         Self::Config(chain(error))
     }

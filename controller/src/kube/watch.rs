@@ -145,8 +145,8 @@ impl Watch {
                 self.status.expired(self.kind, &error);
                 continue;
             }
-            if std::mem::take(&mut position.streaming) && may_come_in_pages(&error) {
-                position.streams &= !refuses_to_stream(&error);
+            if std::mem::take(&mut position.streaming) && error.may_not_concern_pages() {
+                position.streams &= !error.refuses_to_stream();
                 position.fall_back = true;
                 self.status.fell_back(self.kind, &error);
                 continue;
@@ -385,31 +385,6 @@ struct Page {
 struct PageMetadata {
     resource_version: Option<String>,
     r#continue: Option<String>,
-}
-
-/// Whether a list that could not be streamed is worth another request, as client-go has it: an API server may
-/// refuse to stream for many reasons, such as an etcd before 3.4.31 or 3.5.13 (500). What is wrong with us or with
-/// the way there, pages meet too, and say so.
-fn may_come_in_pages(error: &ApiError) -> bool {
-    !matches!(
-        error,
-        ApiError::Config(_)
-            | ApiError::Tls { .. }
-            | ApiError::Unauthorized(_)
-            | ApiError::Forbidden { .. }
-    )
-}
-
-/// Servers without the feature refuse the parameter; older ones ignore it and never say that the
-/// list is complete.
-fn refuses_to_stream(error: &ApiError) -> bool {
-    matches!(
-        error,
-        ApiError::Refused {
-            code: 400 | 404 | 405 | 422,
-            ..
-        } | ApiError::Silent(_)
-    )
 }
 
 fn version_of(object: &Value) -> Option<String> {

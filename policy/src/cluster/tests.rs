@@ -1,5 +1,6 @@
 //! How the cluster publishes: what each event touches.
 mod addresses;
+mod claims;
 
 use super::*;
 use crate::model::{Direction, PodPort, Protocol};

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anyhow::bail;
 use controller::{Batch, Index, Problem};
 use tokio::sync::watch;
 use tracing::{debug, error, info, warn};
@@ -13,7 +14,7 @@ use crate::carried::upkeep;
 use crate::enforcer::Enforcer;
 use crate::occupancy::Vacancies;
 use crate::readiness::Readiness;
-use crate::released::Released;
+use crate::released::{LocalPods, Released};
 
 use super::source::Source;
 
@@ -44,6 +45,45 @@ pub(super) fn announce(before: &[Problem], now: &[Problem]) {
     let before: BTreeSet<&Problem> = before.iter().collect();
     for problem in now.iter().filter(|problem| !before.contains(problem)) {
         warn!("{problem}");
+    }
+}
+
+/// Waits until there is a full state that has this node, or flags say which addresses are its pods; until
+/// then nothing is judged and nothing released. Returns the addresses whose verdicts have changed.
+///
+/// # Errors
+/// If manifests do not have the node. The API server may yet.
+pub(super) async fn first_state(
+    source: &mut Source,
+    index: &mut Index,
+    pods: &LocalPods,
+    readiness: &Readiness,
+    enforcer: &Enforcer,
+) -> anyhow::Result<BTreeSet<IpAddr>> {
+    let mut touched = BTreeSet::new();
+    let mut said = false;
+    loop {
+        let batch: Batch = source.next().await;
+        let before = enforcer.table.problems();
+        touched.extend(index.apply(batch));
+        let problems = enforcer.table.problems();
+        announce(&before, &problems);
+        source.tell(&problems);
+        if pods.are_known() {
+            return Ok(touched);
+        }
+        let reason = format!(
+            "which addresses are pods of node {} is not known: there is no Node object of that name; name the node by --node, or give --pod-cidr",
+            enforcer.node
+        );
+        if matches!(source, Source::Manifests { .. }) {
+            bail!(reason);
+        }
+        if !said {
+            warn!("{reason}");
+            said = true;
+        }
+        readiness.not_ready(reason);
     }
 }
 

@@ -9,6 +9,7 @@ use nix::net::if_::if_nametoindex;
 use serde_json::Value;
 
 use crate::command::{self, CommandError, Program};
+use crate::sets;
 
 /// What the routing table says of pods' addresses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -53,6 +54,19 @@ pub fn of_pods(pods: &[IpNet], node: &[IpAddr]) -> Result<Links, CommandError> {
         found.others.retain(|address| addresses.contains(address));
     }
     Ok(found)
+}
+
+/// The link's index that each pinned address has in the kernel: as the daemon before left it. The link need not be
+/// there any more.
+///
+/// # Errors
+/// [`CommandError`] if `nft` is missing, or the table is.
+pub fn pinned_before() -> Result<BTreeMap<IpAddr, u32>, CommandError> {
+    let pairs = sets::pairs("inet", sets::PINNED)?.into_iter();
+    // nft writes the name for an index, if there is one.
+    let index = |link: &str| if_nametoindex(link).ok().or_else(|| link.parse().ok());
+    let known = pairs.filter_map(|[link, address]| Some((address.parse().ok()?, index(&link)?)));
+    Ok(known.collect())
 }
 
 fn ask(question: &[&str]) -> Result<Vec<Value>, CommandError> {

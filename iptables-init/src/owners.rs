@@ -4,7 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use nix::net::if_::if_nametoindex;
+
 use crate::bridges::Bridge;
+use crate::command::CommandError;
 use crate::ruleset::{BRIDGE, TABLE};
 use crate::sets;
 
@@ -88,6 +91,18 @@ impl Owners {
         write(&mut script, ["targeted", "targets"], targets);
         script
     }
+}
+
+/// The index of the port that each address is behind in the kernel's table: as the daemon before left it. 0 where
+/// there is no such port any more, which is no link's index.
+///
+/// # Errors
+/// [`CommandError`] if `nft` is missing, or the table is.
+pub fn ports_before() -> Result<BTreeMap<IpAddr, u32>, CommandError> {
+    let pairs = sets::pairs(BRIDGE, "owners")?.into_iter();
+    let index = |port: &str| if_nametoindex(port).unwrap_or_default();
+    let known = pairs.filter_map(|[address, port]| Some((address.parse().ok()?, index(&port))));
+    Ok(known.collect())
 }
 
 fn parsed(link: &str) -> Option<LinkAddress> {

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use serde_json::Value;
 
 use crate::command::{self, CommandError, Program};
 use crate::elements::noting;
@@ -189,6 +190,44 @@ fn run(script: &str) -> Result<(), SetsError> {
     }
 }
 
+/// The elements of a set of pairs, of both families, as nft lists them. `name` is without the family's number.
+///
+/// # Errors
+/// If there is no such set, or nft says something else.
+pub(crate) fn pairs(table: &str, name: &str) -> Result<Vec<[String; 2]>, CommandError> {
+    let mut all = Vec::new();
+    for (number, _) in FAMILIES {
+        let name = format!("{name}{number}");
+        let listing = command::run(
+            Program::Nft,
+            &["-j", "list", "set", table, TABLE, &name],
+            "",
+        )?;
+        let listing: Value =
+            serde_json::from_str(&listing).map_err(|source| CommandError::Run {
+                program: Program::Nft,
+                source: source.into(),
+            })?;
+        all.extend(listed_pairs(&listing));
+    }
+    Ok(all)
+}
+
+fn listed_pairs(listing: &Value) -> Vec<[String; 2]> {
+    let objects = listing["nftables"].as_array().into_iter().flatten();
+    let elements = objects.filter_map(|object| object["set"]["elem"].as_array());
+    let part = |part: &Value| match part {
+        Value::String(text) => Some(text.clone()),
+        Value::Number(number) => Some(number.to_string()),
+        _ => None,
+    };
+    let pair = |element: &Value| {
+        let pair = element["concat"].as_array()?;
+        Some([part(pair.first()?)?, part(pair.get(1)?)?])
+    };
+    elements.flatten().filter_map(pair).collect()
+}
+
 const PODS: &str = "pods";
 const CLUSTER: &str = "cluster";
 const GROUPS: &str = "groups";
@@ -337,6 +376,22 @@ mod tests {
         add element inet portreeve pods4 { 10.1.3.0/24 }
         delete element bridge portreeve groups { ip, ip6 }
         ");
+    }
+
+    #[test]
+    fn pairs_are_read_as_nft_lists_them() {
+        let listing = serde_json::json!({"nftables": [{"metainfo": {}}, {"set": {"name": "pinned4", "elem": [
+            {"concat": ["pod0", "10.0.0.5"]}, {"concat": ["77", "10.0.0.6"]}, {"concat": [78, "10.0.0.7"]}, "odd", {"concat": ["1"]}
+        ]}}]});
+        let pairs = listed_pairs(&listing);
+        let pairs: Vec<_> = pairs
+            .iter()
+            .map(|[one, other]| (&**one, &**other))
+            .collect();
+        let expected = [("pod0", "10.0.0.5"), ("77", "10.0.0.6"), ("78", "10.0.0.7")];
+        assert_eq!(pairs, expected);
+        let empty = serde_json::json!({"nftables": [{"set": {"name": "pinned6"}}]});
+        assert_eq!(listed_pairs(&empty), Vec::<[String; 2]>::new());
     }
 
     #[test]

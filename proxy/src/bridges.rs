@@ -13,7 +13,7 @@ use controller::LocalPod;
 use ipnet::IpNet;
 use iptables_init::bridges::{self, Bridge, BridgeError};
 use iptables_init::command::CommandError;
-use iptables_init::owners::Owners;
+use iptables_init::owners::{self, Owners};
 use iptables_init::ruleset::Kernel;
 use iptables_init::sets::{self, SetsError};
 use tokio::sync::watch;
@@ -115,7 +115,7 @@ impl Bridges {
             kernel,
             changes: Changes::of_addresses()?,
             seen: Seen::default(),
-            occupancy: Occupancy::default(),
+            occupancy: Occupancy::resumed(owners::ports_before().unwrap_or_default()),
         })
     }
 

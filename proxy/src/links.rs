@@ -70,22 +70,23 @@ pub(crate) struct Changes {
 }
 
 impl PodLinks {
-    /// Fills the set for the first time, and hears of changes from then on.
+    /// Fills the set for the first time, and hears of changes from then on. The API is `heard` if what it says
+    /// is of now.
     ///
     /// # Errors
     /// What `ip` or `nft` say.
-    pub(crate) fn new(pods: LocalPods, vacancies: Vacancies) -> anyhow::Result<Self> {
+    pub(crate) fn new(pods: LocalPods, vacancies: Vacancies, heard: bool) -> anyhow::Result<Self> {
         let mut links = Self {
             pods,
             vacancies,
             changes: Changes::listen(ROUTES)
                 .context("cannot hear of changes of routes (rtnetlink)")?,
             loaded: None,
-            occupancy: Occupancy::default(),
+            occupancy: Occupancy::resumed(links::pinned_before().unwrap_or_default()),
             again: None,
             unreached: BTreeMap::new(),
         };
-        links.sync(true, true)?;
+        links.sync(true, heard)?;
         Ok(links)
     }
 

@@ -18,10 +18,15 @@ use tokio::sync::Notify;
 /// same one, that pod has got another link (kubelet reports within 10 seconds).
 const CONFIRMED: Duration = Duration::from_secs(15);
 
+/// The index of no link.
+const NO_LINK: u32 = 0;
+
 /// The link of each address that pods of this node have, by the API.
 #[derive(Debug, Default)]
 pub(crate) struct Occupancy {
     seats: BTreeMap<IpAddr, Seat>,
+    /// What a daemon before knew, until the first look.
+    before: BTreeMap<IpAddr, u32>,
 }
 
 #[derive(Debug)]
@@ -55,6 +60,14 @@ pub(crate) struct Look {
 }
 
 impl Occupancy {
+    /// Goes on from the links that a daemon before knew.
+    pub(crate) fn resumed(before: BTreeMap<IpAddr, u32>) -> Self {
+        Self {
+            before,
+            ..Self::default()
+        }
+    }
+
     /// Whether these are other pods than at the last look, so that links must be read after this.
     pub(crate) fn are_other(&self, pods: &[LocalPod]) -> bool {
         let same = |pod: &LocalPod| {
@@ -69,19 +82,22 @@ impl Occupancy {
     pub(crate) fn look(&mut self, pods: &[LocalPod], links: &Seen<'_>, now: Instant) -> Look {
         let mut look = Look::default();
         let mut seats = std::mem::take(&mut self.seats);
+        let before = std::mem::take(&mut self.before);
+        // What is not of now may name a pod whose end the daemon before has seen.
+        let unknown = (!before.is_empty() && !links.heard).then_some(NO_LINK);
         for pod in pods {
             let seat = seats.remove(&pod.address);
             let mut seat = match seat.filter(|seat| seat.pod.is_same_pod(&pod.identity)) {
                 Some(seat) => seat,
                 None => Seat {
                     pod: Arc::clone(&pod.identity),
-                    link: None,
+                    link: before.get(&pod.address).copied().or(unknown),
                     moved: None,
                 },
             };
             let link = links.at.get(&pod.address).copied();
             let link = link.or_else(|| seat.link.filter(|link| (links.exists)(*link)));
-            if seat.link.is_none() {
+            if seat.link.is_none() || link.is_none() && seat.link == unknown {
                 seat.link = link;
             }
             if seat.link == link {
@@ -305,6 +321,54 @@ mod tests {
             ),
         ] {
             assert_eq!(vacant(looks), expected, "{why}");
+        }
+    }
+
+    #[test]
+    fn a_daemon_that_starts_goes_on_from_the_links_of_the_last() {
+        for (before, heard, link, expected, why) in [
+            (&[(at(), 7)][..], true, Some(7), false, "the same link"),
+            (
+                &[(at(), 7)],
+                false,
+                Some(7),
+                false,
+                "the same, and the API is away",
+            ),
+            (&[(at(), 7)], true, Some(9), true, "another link"),
+            (&[(at(), 7)], true, None, true, "no link"),
+            (&[], false, Some(9), false, "no daemon before"),
+            (
+                &[(IpAddr::from([10, 0, 0, 6]), 7)],
+                true,
+                Some(9),
+                false,
+                "a pod that came since",
+            ),
+            (
+                &[(IpAddr::from([10, 0, 0, 6]), 7)],
+                false,
+                Some(9),
+                true,
+                "or one that left, and the API is away",
+            ),
+            (
+                &[(IpAddr::from([10, 0, 0, 6]), 7)],
+                false,
+                None,
+                false,
+                "what never had a link",
+            ),
+        ] {
+            let mut occupancy = Occupancy::resumed(before.iter().copied().collect());
+            let seen = Seen {
+                at: link.map(|link| (at(), link)).into_iter().collect(),
+                exists: &|_| false,
+                heard,
+                ending: &|_| false,
+            };
+            let look = occupancy.look(&[pod("1")], &seen, Instant::now());
+            assert_eq!(!look.vacant.is_empty(), expected, "{why}");
         }
     }
 

@@ -144,7 +144,7 @@ async fn enforce(
         () = signals.received() => return Ok(Ended::Stopped),
         touched = first => touched?,
     };
-    let links = PodLinks::new(pods.clone(), vacancies.clone())?;
+    let links = PodLinks::new(pods.clone(), vacancies.clone(), readiness.is_heard())?;
     let bridges = Bridges::new(
         args.redirect.bridge.clone(),
         pods,

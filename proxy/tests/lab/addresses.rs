@@ -18,6 +18,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_pod_behind_no_link_is_reported,
     a_new_pod_at_a_link_has_no_rights_of_the_last,
     a_new_pod_at_a_port_has_no_rights_of_the_last,
+    a_daemon_that_starts_gives_no_rights_of_the_last,
     a_pod_whose_route_comes_back_keeps_its_rights,
 ];
 
@@ -226,15 +227,30 @@ fn a_pod_behind_no_link_is_reported() {
 }
 
 fn a_new_pod_at_a_link_has_no_rights_of_the_last() {
-    succession(Gateway::LinkLocal, false);
+    succession(Gateway::LinkLocal, Last::Running);
 }
 
 fn a_new_pod_at_a_port_has_no_rights_of_the_last() {
-    succession(BRIDGE, true);
+    succession(BRIDGE, Last::Terminating);
+}
+
+fn a_daemon_that_starts_gives_no_rights_of_the_last() {
+    for gateway in [Gateway::LinkLocal, BRIDGE] {
+        succession(gateway, Last::Unseen);
+    }
+}
+
+/// What is said of a pod whose address another has.
+#[derive(PartialEq)]
+enum Last {
+    Running,
+    Terminating,
+    /// It runs, and went while there was no daemon.
+    Unseen,
 }
 
 /// The pod at an address is replaced on the node by one that deny-all selects, of which nobody tells.
-fn succession(gateway: Gateway, terminating: bool) {
+fn succession(gateway: Gateway, last: Last) {
     let pod = |name: &str, node: usize| PodSpec::new("x", name).node(node).label("pod", name);
     let pods = [pod("old", 0), pod("b", 0), pod("c", 1)];
     let mut bed = Bed::bare(Cluster::builder().nodes(2).gateway(gateway).pods(pods));
@@ -246,9 +262,13 @@ fn succession(gateway: Gateway, terminating: bool) {
         &dials(&bed, &[("x/old", at, c), ("x/c", c, at)]),
         Kind::Connected,
     );
-    if terminating {
-        bed.write("cluster.json", &terminating_pod(&bed, "old"));
-        bed.apply(&[deny_all_of("new")]);
+    match last {
+        Last::Running => {}
+        Last::Terminating => {
+            bed.write("cluster.json", &terminating_pod(&bed, "old"));
+            bed.apply(&[deny_all_of("new")]);
+        }
+        Last::Unseen => bed.kill(0),
     }
     bed.lab.remove_pod("x/old").unwrap();
     let ([IpAddr::V4(v4), IpAddr::V6(v6)], new) = (at, pod("new", 0)) else {
@@ -259,11 +279,14 @@ fn succession(gateway: Gateway, terminating: bool) {
         .unwrap()
         .serve(&[80])
         .unwrap();
+    if last == Last::Unseen {
+        bed.start(0, &["--hold", "300ms"]);
+    }
     wait_until(DEADLINE, "the address to be nobody's", || {
         !at.iter().any(|at| in_set(&node, "egress_released", *at))
     })
     .unwrap();
-    for _ in 0..3 {
+    for _ in 0..2 {
         let of_new = [
             ("x/new", at, c),
             ("x/new", at, b),

@@ -6,6 +6,7 @@
 //! where events come from nor who is told.
 mod doubts;
 mod intern;
+mod labels;
 mod ownership;
 mod pod_state;
 mod selection;
@@ -20,6 +21,7 @@ use ipnet::IpNet;
 
 use self::doubts::Doubts;
 use self::intern::Interner;
+use self::labels::{ByLabel, Slot};
 pub use self::ownership::Claim;
 use self::ownership::Ownership;
 use self::pod_state::PodState;
@@ -49,6 +51,8 @@ pub struct Cluster {
     /// The pods of each node that has any, whether it is known or not.
     on_node: BTreeMap<Arc<str>, BTreeSet<PodKey>>,
     namespaces: BTreeMap<Arc<str>, NamespaceState>,
+    pods_by_label: ByLabel<Arc<Pod>>,
+    namespaces_by_label: ByLabel<Arc<Namespace>>,
     nodes: BTreeMap<Arc<str>, Arc<Node>>,
     policies: BTreeMap<PolicyKey, PolicyState>,
     selectors: Selectors,
@@ -62,10 +66,9 @@ pub struct Cluster {
 /// A namespace that was declared, or that only a pod names.
 #[derive(Debug)]
 struct NamespaceState {
-    namespace: Namespace,
+    namespace: Arc<Namespace>,
     declared: bool,
-    /// The peer selectors that look at this namespace's pods; sorted.
-    candidates: Vec<SelectorId>,
+    slot: Slot,
 }
 
 #[derive(Debug)]
@@ -103,13 +106,14 @@ impl Cluster {
             addresses.extend(previous.pod.owned_addresses());
         }
         self.ensure_namespace(&key.namespace);
+        let slot = self.list_pod(&pod);
         let matches = self.match_sets.intern(self.matching(&pod));
         let policies = policies_of(&self.policies, &key.namespace);
         let selecting = policies.filter(|state| state.policy.pods.matches(&pod.labels));
         let selecting = selecting.map(|state| state.compiled.clone()).collect();
         let selection = self.selections.intern(selecting);
         let node = self.nodes.get(&pod.node).cloned();
-        let state = PodState::new(pod, node, matches, selection);
+        let state = PodState::new(pod, slot, node, matches, selection);
         self.settle_doubts(&key, Some((&state.pod, &state.selection)));
         self.settle_on_node(&key, Some(&state.pod.node));
         self.pods.insert(key.clone(), state);
@@ -126,6 +130,7 @@ impl Cluster {
         let Some(state) = self.pods.remove(key) else {
             return touched;
         };
+        self.pods_by_label.remove(state.slot);
         let addresses = state.pod.owned_addresses().iter().copied().collect();
         self.ownership
             .settle(key, &addresses, &self.pods, &mut touched);
@@ -136,25 +141,7 @@ impl Cluster {
     /// Adds a namespace, or relabels it.
     pub fn upsert_namespace(&mut self, namespace: Namespace) -> Touched {
         let name = namespace.name().clone();
-        let known = self.namespaces.get_mut(&name);
-        let relabelled = match known {
-            None => {
-                let state = NamespaceState {
-                    namespace,
-                    declared: true,
-                    candidates: Vec::new(),
-                };
-                self.namespaces.insert(name.clone(), state);
-                true
-            }
-            Some(state) => {
-                state.declared = true;
-                let changed = state.namespace != namespace;
-                state.namespace = namespace;
-                changed
-            }
-        };
-        if relabelled {
+        if self.set_namespace(namespace, true) {
             self.rescope(&name)
         } else {
             Touched::default()
@@ -164,12 +151,11 @@ impl Cluster {
     /// Removes a namespace. While pods name it, it goes on with the one label
     /// `kubernetes.io/metadata.name`.
     pub fn remove_namespace(&mut self, name: &str) -> Touched {
-        let Some(state) = self.namespaces.get_mut(name) else {
+        let Some(state) = self.namespaces.get(name) else {
             return Touched::default();
         };
         let name = state.namespace.name().clone();
-        state.declared = false;
-        state.namespace = Namespace::new(name.clone(), Labels::new());
+        self.set_namespace(Namespace::new(name.clone(), Labels::new()), false);
         let touched = self.rescope(&name);
         self.forget_implied_namespace(&name);
         touched
@@ -285,7 +271,7 @@ impl Cluster {
 
     /// All namespaces, those that only a pod names too; sorted by name.
     pub fn namespaces(&self) -> impl Iterator<Item = &Namespace> {
-        self.namespaces.values().map(|state| &state.namespace)
+        self.namespaces.values().map(|state| &*state.namespace)
     }
 
     /// The node of that name.

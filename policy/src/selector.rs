@@ -31,15 +31,16 @@ pub(crate) enum NamespaceScope {
     Matching(LabelSelector),
 }
 
+/// One condition of a [`LabelSelector`].
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-struct Requirement {
-    key: Arc<str>,
-    test: Test,
+pub(crate) struct Requirement {
+    pub(crate) key: Arc<str>,
+    pub(crate) test: Test,
 }
 
 /// Values are sorted and without duplicates.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-enum Test {
+pub(crate) enum Test {
     In(Box<[Arc<str>]>),
     NotIn(Box<[Arc<str>]>),
     Exists,
@@ -74,6 +75,11 @@ impl LabelSelector {
         self.requirements
             .iter()
             .all(|requirement| requirement.holds(labels))
+    }
+
+    /// Sorted and without duplicates; none matches everything.
+    pub(crate) fn requirements(&self) -> &[Requirement] {
+        &self.requirements
     }
 }
 
@@ -131,15 +137,45 @@ impl Requirement {
         })
     }
 
+    /// Whether `labels` meet it.
+    pub(crate) fn holds(&self, labels: &Labels) -> bool {
+        self.test.holds(labels.get(&self.key))
+    }
+
+    /// Whether only what has a label of the key meets it.
+    pub(crate) fn is_positive(&self) -> bool {
+        matches!(self.test, Test::In(_) | Test::Exists)
+    }
+}
+
+impl Test {
     /// A label that is not there is in no set: `NotIn` and `DoesNotExist` hold for it.
-    fn holds(&self, labels: &Labels) -> bool {
-        let value = labels.get(&self.key);
-        match &self.test {
-            Test::In(values) => value.is_some_and(|value| values.binary_search(value).is_ok()),
-            Test::NotIn(values) => value.is_none_or(|value| values.binary_search(value).is_err()),
-            Test::Exists => value.is_some(),
-            Test::DoesNotExist => value.is_none(),
+    pub(crate) fn holds(&self, value: Option<&Arc<str>>) -> bool {
+        #[cfg(test)]
+        asked::ONE.with(|asked| asked.set(asked.get() + 1));
+        match self {
+            Self::In(values) => value.is_some_and(|value| values.binary_search(value).is_ok()),
+            Self::NotIn(values) => value.is_none_or(|value| values.binary_search(value).is_err()),
+            Self::Exists => value.is_some(),
+            Self::DoesNotExist => value.is_none(),
         }
+    }
+}
+
+/// Counts how often a label is compared, so that tests can say what an event costs.
+#[cfg(test)]
+pub(crate) mod asked {
+    use std::cell::Cell;
+
+    thread_local! {
+        pub(crate) static ONE: Cell<u64> = const { Cell::new(0) };
+    }
+
+    /// How many comparisons `event` takes.
+    pub(crate) fn by<T>(event: impl FnOnce() -> T) -> u64 {
+        let before = ONE.get();
+        let _ = event();
+        ONE.get() - before
     }
 }
 

@@ -1,6 +1,7 @@
 //! One pod with all that follows from the other objects, and the endpoint made of it.
 use std::sync::Arc;
 
+use super::labels::Slot;
 use super::selection::{CompiledPolicy, Selection};
 use crate::compile::SelectorId;
 use crate::endpoint::{Endpoint, Identity, NamedPort};
@@ -9,6 +10,8 @@ use crate::model::{Node, Pod};
 #[derive(Debug)]
 pub(super) struct PodState {
     pub(super) pod: Arc<Pod>,
+    /// Where it is listed by its labels.
+    pub(super) slot: Slot,
     identity: Arc<Identity>,
     named_ports: Arc<[NamedPort]>,
     /// Sorted.
@@ -21,6 +24,7 @@ pub(super) struct PodState {
 impl PodState {
     pub(super) fn new(
         pod: Arc<Pod>,
+        slot: Slot,
         node: Option<Arc<Node>>,
         matches: Arc<[SelectorId]>,
         selection: Arc<Selection>,
@@ -35,6 +39,7 @@ impl PodState {
         let endpoint = Arc::new(endpoint(&identity, &named_ports, &matches, &selection));
         Self {
             pod,
+            slot,
             identity,
             named_ports,
             matches,

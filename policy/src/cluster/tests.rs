@@ -1,6 +1,7 @@
 //! How the cluster publishes: what each event touches.
 mod addresses;
 mod claims;
+mod cost;
 
 use super::*;
 use crate::model::{Direction, PodPort, Protocol};

@@ -5,75 +5,146 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
+use super::labels::{Search, Shared, Slot};
 use super::pod_state::{PodState, in_vain};
 use super::selection::{CompiledPolicy, Selection};
+use super::selectors::{Named, in_namespaces};
 use super::{Cluster, NamespaceState, PolicyState, Touched, pods_of};
 use crate::compile::{Rules, SelectorId};
 use crate::model::{Direction, Labels, Namespace, Node, Pod, PodKey};
 use crate::network_policy::NetworkPolicy;
-use crate::selector::PeerSelector;
+use crate::selector::{NamespaceScope, PeerSelector};
 
 impl Cluster {
+    /// Lists a pod that is new, or has changed, under its labels.
+    pub(super) fn list_pod(&mut self, pod: &Arc<Pod>) -> Slot {
+        match self.pods.get(&pod.key) {
+            Some(known) if known.pod.labels == pod.labels => {
+                self.pods_by_label.replace(known.slot, pod.clone());
+                known.slot
+            }
+            known => {
+                if let Some(known) = known {
+                    self.pods_by_label.remove(known.slot);
+                }
+                self.pods_by_label.insert(pod.clone())
+            }
+        }
+    }
+
     /// The ids of all selectors that `pod` matches; sorted.
     pub(super) fn matching(&self, pod: &Pod) -> Vec<SelectorId> {
         let namespace = self.namespaces.get(&pod.key.namespace);
-        let candidates = namespace
-            .map_or(&[][..], |state| &state.candidates)
-            .iter()
-            .copied();
-        candidates
-            .filter(|&id| self.selectors.get(id).pods.matches(&pod.labels))
-            .collect()
+        namespace.map_or_else(Vec::new, |state| {
+            self.selectors.matching(pod, &state.namespace)
+        })
     }
 
     pub(super) fn ensure_namespace(&mut self, name: &Arc<str>) {
-        if self.namespaces.contains_key(name) {
-            return;
+        if !self.namespaces.contains_key(name) {
+            self.set_namespace(Namespace::new(name.clone(), Labels::new()), false);
         }
-        let namespace = Namespace::new(name.clone(), Labels::new());
-        let candidates = self.selectors.covering(&namespace);
+    }
+
+    /// Takes a namespace in; whether its labels are others now.
+    pub(super) fn set_namespace(&mut self, namespace: Namespace, declared: bool) -> bool {
+        let name = namespace.name().clone();
+        if let Some(known) = self.namespaces.get_mut(&name) {
+            known.declared = declared;
+            if *known.namespace == namespace {
+                return false;
+            }
+            self.namespaces_by_label.remove(known.slot);
+        }
+        let namespace = Arc::new(namespace);
+        let slot = self.namespaces_by_label.insert(namespace.clone());
         let state = NamespaceState {
             namespace,
-            declared: false,
-            candidates,
+            declared,
+            slot,
         };
-        self.namespaces.insert(name.clone(), state);
+        self.namespaces.insert(name, state);
+        true
     }
 
     pub(super) fn forget_implied_namespace(&mut self, name: &Arc<str>) {
-        let implied = self
-            .namespaces
-            .get(name)
-            .is_some_and(|state| !state.declared);
-        if implied && pods_of(&self.pods, name).next().is_none() {
+        let implied = self.namespaces.get(name).filter(|state| !state.declared);
+        if let Some(slot) = implied.map(|state| state.slot)
+            && pods_of(&self.pods, name).next().is_none()
+        {
+            self.namespaces_by_label.remove(slot);
             self.namespaces.remove(name);
         }
     }
 
-    /// Finds anew which selectors look at a namespace, and which of them its pods match.
+    /// Finds which selectors the pods of a relabelled namespace match now.
     pub(super) fn rescope(&mut self, name: &Arc<str>) -> Touched {
         let mut touched = Touched::default();
-        let Some(state) = self.namespaces.get_mut(name) else {
-            return touched;
-        };
-        let candidates = self.selectors.covering(&state.namespace);
-        if candidates == state.candidates {
-            return touched;
-        }
-        state.candidates = candidates;
-        let pods = pods_of(&self.pods, name);
-        let changes: Vec<_> = pods
-            .map(|(key, state)| (key.clone(), self.matching(&state.pod)))
+        let changes: Vec<_> = pods_of(&self.pods, name)
+            .filter_map(|(key, state)| {
+                let matches = self.matching(&state.pod);
+                (*matches != *state.matches).then(|| (key.clone(), matches))
+            })
             .collect();
         self.rematch(changes, &mut touched);
         touched
     }
 
     fn rematch(&mut self, changes: Vec<(PodKey, Vec<SelectorId>)>, touched: &mut Touched) {
+        // Pods that come together often match the same.
+        let mut last: Arc<[SelectorId]> = Arc::default();
         for (key, matches) in changes {
-            let matches = self.match_sets.intern(matches);
+            if *last != *matches {
+                last = self.match_sets.intern(matches);
+            }
+            let matches = last.clone();
             self.update(&key, touched, |state| state.matches = matches);
         }
+    }
+
+    /// The pods that match any of these selectors, each with the ids of those, in the order in which
+    /// they are given. Costs what they match, not all pods for each.
+    fn matched_by(&self, selectors: &[Named]) -> Vec<(PodKey, Vec<SelectorId>)> {
+        let mut scopes = HashMap::new();
+        let mut namespaces = Search::new(&self.namespaces_by_label);
+        for (_, selector) in selectors {
+            let scope = scopes.entry(&selector.namespaces);
+            scope.or_insert_with(|| self.scope(&selector.namespaces, &mut namespaces));
+        }
+        let mut pods = Search::new(&self.pods_by_label);
+        let mut matched = vec![Vec::new(); self.pods_by_label.slots_end()];
+        for (id, selector) in selectors {
+            let scope = scopes[&selector.namespaces].as_ref();
+            for slot in pods.find(selector.pods.requirements(), scope) {
+                matched[slot as usize].push(*id);
+            }
+        }
+        let matched = (0..).zip(matched).filter(|(_, ids)| !ids.is_empty());
+        let keyed = |(slot, ids)| Some((self.pods_by_label.get(slot)?.key.clone(), ids));
+        matched.filter_map(keyed).collect()
+    }
+
+    /// What the pods of a scope have in common; none if it is every namespace.
+    fn scope<'a>(
+        &self,
+        scope: &'a NamespaceScope,
+        namespaces: &mut Search<'a, Arc<Namespace>>,
+    ) -> Option<Shared> {
+        let names = match scope {
+            NamespaceScope::Named(name) => vec![name.clone()],
+            NamespaceScope::Matching(scope) if scope.requirements().is_empty() => return None,
+            NamespaceScope::Matching(scope) => {
+                let found = namespaces.find(scope.requirements(), None).into_iter();
+                let found = found.filter_map(|slot| self.namespaces_by_label.get(slot));
+                let mut names: Vec<_> = found.map(|it| it.name().clone()).collect();
+                names.sort_unstable();
+                names
+            }
+        };
+        Some(Shared::new(
+            in_namespaces(names.into()),
+            &self.pods_by_label,
+        ))
     }
 
     pub(super) fn move_pods(&mut self, name: &str, node: Option<&Arc<Node>>) -> Touched {
@@ -135,45 +206,26 @@ impl Cluster {
         touched: &mut Touched,
     ) -> Vec<SelectorId> {
         let known = self.selectors.next_id();
-        let selectors = policy
-            .peer_selectors()
-            .map(|selector| self.selectors.intern(selector));
+        let selectors = policy.peer_selectors().map(|selector| {
+            self.selectors
+                .intern(selector, &self.pods_by_label, &self.namespaces_by_label)
+        });
         let selectors: BTreeSet<SelectorId> = selectors.collect();
         self.selectors.hold(&selectors);
-        let new: Vec<SelectorId> = selectors.range(known..).copied().collect();
-        if !new.is_empty() {
-            self.match_new(&new, touched);
-        }
+        let new = selectors.range(known..).copied();
+        let new = self.selectors.named(new);
+        self.match_new(&new, touched);
         selectors.into_iter().collect()
     }
 
     /// `new` ids are greater than all others, so that appending keeps every set sorted.
-    fn match_new(&mut self, new: &[SelectorId], touched: &mut Touched) {
-        let mut changes = Vec::new();
-        for (name, state) in &mut self.namespaces {
-            let covers = |id: &SelectorId| {
-                self.selectors
-                    .get(*id)
-                    .namespaces
-                    .covers(name, state.namespace.labels())
-            };
-            let covering: Vec<SelectorId> = new.iter().copied().filter(covers).collect();
-            if covering.is_empty() {
-                continue;
-            }
-            state.candidates.extend(&covering);
-            for (key, pod) in pods_of(&self.pods, name) {
-                let matches =
-                    |id: &SelectorId| self.selectors.get(*id).pods.matches(&pod.pod.labels);
-                let mut added = covering.iter().copied().filter(matches).peekable();
-                if added.peek().is_some() {
-                    changes.push((
-                        key.clone(),
-                        pod.matches.iter().copied().chain(added).collect(),
-                    ));
-                }
-            }
-        }
+    fn match_new(&mut self, new: &[Named], touched: &mut Touched) {
+        let changes = self.matched_by(new).into_iter();
+        let changes = changes.filter_map(|(key, added)| {
+            let matches = self.pods.get(&key)?.matches.iter().copied();
+            Some((key, matches.chain(added).collect()))
+        });
+        let changes = changes.collect();
         self.rematch(changes, touched);
     }
 
@@ -181,23 +233,13 @@ impl Cluster {
     /// policy often comes back; when they pile up, they are forgotten everywhere.
     pub(super) fn release_selectors(&mut self, selectors: &[SelectorId], touched: &mut Touched) {
         self.selectors.release(selectors);
-        if !self.selectors.sweep() {
-            return;
-        }
-        for state in self.namespaces.values_mut() {
-            state.candidates.retain(|&id| self.selectors.is_known(id));
-        }
-        let stale = self
-            .pods
-            .iter()
-            .filter(|(_, pod)| pod.matches.iter().any(|&id| !self.selectors.is_known(id)));
-        let changes = stale.map(|(key, pod)| {
-            let known = pod
-                .matches
-                .iter()
-                .copied()
-                .filter(|&id| self.selectors.is_known(id));
-            (key.clone(), known.collect())
+        let mut gone = self.selectors.sweep();
+        gone.sort_unstable_by_key(|(id, _)| *id);
+        let changes = self.matched_by(&gone).into_iter();
+        let changes = changes.filter_map(|(key, gone)| {
+            let matches = self.pods.get(&key)?.matches.iter().copied();
+            let known = matches.filter(|id| gone.binary_search(id).is_err());
+            Some((key, known.collect()))
         });
         let changes = changes.collect();
         self.rematch(changes, touched);

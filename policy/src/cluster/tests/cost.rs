@@ -1,0 +1,83 @@
+//! What an event costs, in comparisons of a label: what it concerns, not the size of the cluster.
+use serde_json::json;
+
+use super::*;
+use crate::selector::asked;
+
+/// `pods` pods in as many namespaces as 10 of them share, all with the label `tier: b`.
+fn many_pods(pods: u32) -> Cluster {
+    let mut cluster = Cluster::default();
+    for number in 0..pods {
+        let _ = cluster.upsert_pod(one_of_many(number));
+    }
+    cluster
+}
+
+fn one_of_many(number: u32) -> Pod {
+    let address = std::net::Ipv4Addr::from_bits(0x0a00_0000 + number).to_string();
+    let mut pod = pod(&format!("n{}/p{number}", number / 10), &address);
+    pod.labels.insert("tier".into(), "b".into());
+    pod
+}
+
+/// A policy that selects nobody, with these peers.
+fn with_peers(key: &str, peers: impl Iterator<Item = serde_json::Value>) -> NetworkPolicy {
+    let spec = json!({"podSelector": {"matchLabels": {"no": "pod"}},
+        "ingress": [{"from": peers.collect::<Vec<_>>()}]});
+    NetworkPolicy::new(policy_key(key), serde_json::from_value(spec).unwrap()).unwrap()
+}
+
+#[test]
+fn new_selectors_ask_only_pods_that_share_labels() {
+    let mut cluster = many_pods(400);
+    let peers = |unique: &'static str| {
+        (0..500).map(move |number| {
+            json!({"namespaceSelector": {}, "podSelector": {"matchLabels":
+                {"tier": "b", unique: format!("u{number}")}}})
+        })
+    };
+    let cost = asked::by(|| cluster.upsert_policy(with_peers("evil/p", peers("none"))));
+    assert_eq!(cost, 0, "no pod has the label");
+    let cost = asked::by(|| cluster.upsert_policy(with_peers("evil/q", peers("pod"))));
+    assert_eq!(cost, 0, "no pod has these values of it");
+    let cost = asked::by(|| cluster.remove_policy(&policy_key("evil/p")));
+    assert_eq!(cost, 0);
+    let one = (7..8).map(|n| json!({"podSelector": {"matchLabels": {"pod": format!("p{n}")}}, "namespaceSelector": {}}));
+    let cost = asked::by(|| cluster.upsert_policy(with_peers("evil/r", one)));
+    assert!(cost < 10, "one pod of 400 matches: {cost}");
+}
+
+#[test]
+fn a_new_pod_asks_only_selectors_that_need_its_labels() {
+    let mut cluster = many_pods(100);
+    let of_pods = (0..1000).map(|n| json!({"namespaceSelector": {}, "podSelector": {"matchLabels": {"a": format!("u{n}"), "tier": "b"}}}));
+    let of_namespaces = (0..1000).map(|n| json!({"namespaceSelector": {"matchLabels": {"team": format!("t{n}")}}, "podSelector": {"matchLabels": {"tier": "b"}}}));
+    let _ = cluster.upsert_policy(with_peers("evil/p", of_pods.chain(of_namespaces)));
+    let own = (0..1000).map(|n| json!({"podSelector": {"matchExpressions": [{"key": format!("k{n}"), "operator": "DoesNotExist"}]}}));
+    let _ = cluster.upsert_policy(with_peers("evil/q", own));
+    let cost = asked::by(|| cluster.upsert_pod(one_of_many(1000)));
+    assert!(cost < 10, "{cost} comparisons");
+    let changed = Pod {
+        uid: "another".into(),
+        ..one_of_many(1000)
+    };
+    let cost = asked::by(|| cluster.upsert_pod(changed));
+    assert!(cost < 10, "{cost} comparisons");
+}
+
+#[test]
+fn selectors_that_every_pod_matches_are_worked_out_together() {
+    let mut cluster = many_pods(1000);
+    let everybody = (0..300).map(|n| {
+        json!({"namespaceSelector": {}, "podSelector": {"matchLabels": {"tier": "b"},
+            "matchExpressions": [{"key": format!("k{n}"), "operator": "DoesNotExist"}]}})
+    });
+    let cost = asked::by(|| cluster.upsert_policy(with_peers("evil/p", everybody)));
+    assert_eq!(cost, 0, "not pod by pod");
+    let matches = |n: u32| {
+        let endpoint = cluster.endpoint(one_of_many(n).addresses[0]).unwrap();
+        endpoint.matches.clone()
+    };
+    assert_eq!(matches(7).len(), 300);
+    assert!(Arc::ptr_eq(&matches(7), &matches(999)), "one set for all");
+}

@@ -11,7 +11,7 @@ use std::time::Duration;
 use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
 use policy::{
     Cluster, Labels, Namespace, NetworkPolicy, Node, OwnNode, Pod, PodKey, PodPort, PolicyKey,
-    Protocol, allows, judge, v1,
+    Protocol, allows, decide, judge, v1,
 };
 
 const PODS: [u32; 4] = [10, 100, 1_000, 10_000];
@@ -57,6 +57,164 @@ fn verdict(c: &mut Criterion) {
         }
         group.finish();
     }
+}
+
+/// Verdicts on a pod that its tenant has put under as many rules as the API server stores. None
+/// allows; each verdict asks for another address and port.
+fn hostile(c: &mut Criterion) {
+    let mut group = c.benchmark_group("verdict/hostile");
+    type RuleOf = fn(u32) -> String;
+    let cases: [(&str, u32, u32, RuleOf); 4] = [
+        ("a_block_and_a_port_each", 40, 10_000, |n| {
+            let [_, a, b, c] = n.to_be_bytes();
+            format!(
+                r#"{{"from": [{{"ipBlock": {{"cidr": "172.{a}.{b}.{c}/32"}}}}], "ports": [{{"port": {}}}]}}"#,
+                1 + n % 65_000
+            )
+        }),
+        ("wide_ranges_of_ports", 40, 500, |n| {
+            let [_, a, b, c] = n.to_be_bytes();
+            format!(
+                r#"{{"from": [{{"ipBlock": {{"cidr": "172.{a}.{b}.{c}/32"}}}}], "ports": [{{"port": {}, "endPort": {}}}]}}"#,
+                1 + n % 1_000,
+                65_534 - n % 997
+            )
+        }),
+        ("a_block_with_an_exception_each", 40, 10_000, |n| {
+            let [_, a, b, c] = n.to_be_bytes();
+            format!(
+                r#"{{"from": [{{"ipBlock": {{"cidr": "2001:db8::/32", "except": ["2001:db8:{a:x}:{b:x}{c:02x}::/64"]}}}}], "ports": [{{"port": {}}}]}}"#,
+                1 + n % 65_000
+            )
+        }),
+        ("a_selector_each_of_two_that_match_none", 40, 500, |n| {
+            format!(
+                r#"{{"from": [{{"podSelector": {{"matchExpressions": [{{"key": "k{n}", "operator": "Exists"}}]}}}}],
+                    "ports": [{{"port": {}}}]}}"#,
+                1 + n % 65_000
+            )
+        }),
+    ];
+    for (name, policies, rules, rule) in cases {
+        let cluster = under(policies, rules, rule);
+        let mut turn = 0_u32;
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                turn = turn.wrapping_add(0x9e37_79b9);
+                let peer = IpAddr::V4(Ipv4Addr::from_bits(0xac00_0000 | turn >> 8));
+                let port = u16::try_from(turn & 0xffff).ok();
+                let (from, to) = (cluster.party(black_box(peer)), cluster.party(SERVER));
+                decide(from, to, port, Protocol::Tcp, OwnNode::Allow)
+            });
+        });
+        let (from, to) = (cluster.party(CLIENT), cluster.party(SERVER));
+        group.bench_function(format!("{name}/from_a_pod"), |b| {
+            b.iter(|| {
+                decide(
+                    black_box(from),
+                    to,
+                    Some(65_535),
+                    Protocol::Tcp,
+                    OwnNode::Allow,
+                )
+            });
+        });
+    }
+    group.finish();
+}
+
+/// The two ends, the client with a thousand labels, under so many policies of so many rules.
+fn under(policies: u32, rules: u32, rule: impl Fn(u32) -> String) -> Cluster {
+    let mut cluster = cluster(2, 0);
+    let mut client = client();
+    for label in 0..1_000 {
+        client
+            .labels
+            .insert(format!("k{}", 1_000_000 + label).into(), "".into());
+    }
+    let _ = cluster.upsert_pod(client);
+    // What the client matches, and the server's rules do not have.
+    let others: Vec<String> = (0..1_000).map(|n| rule(1_000_000 + n)).collect();
+    let others = format!(
+        r#"{{"podSelector": {{"matchLabels": {{"no": "pod"}}}}, "ingress": [{}]}}"#,
+        others.join(",")
+    );
+    let _ = cluster.upsert_policy(policy("ends", "others", &others));
+    for number in 0..policies {
+        let rules: Vec<String> = (0..rules).map(|n| rule(number * rules + n)).collect();
+        let spec = format!(
+            r#"{{"podSelector": {{"matchLabels": {{"app": "server"}}}}, "ingress": [{}]}}"#,
+            rules.join(",")
+        );
+        let _ = cluster.upsert_policy(policy("ends", &format!("many-{number}"), &spec));
+    }
+    cluster
+}
+
+/// What a tenant's large policy costs in a cluster of other people's pods.
+fn hostile_events(c: &mut Criterion) {
+    let mut cluster = cluster(4_000, 0);
+    let mut group = c.benchmark_group("event/hostile");
+    let mut turn = 0;
+    let peers = |turn: u32, peer: fn(u32) -> String, count: u32| {
+        let peers: Vec<String> = (0..count).map(|n| peer(turn * 100_000 + n)).collect();
+        let spec = format!(
+            r#"{{"podSelector": {{"matchLabels": {{"no": "pod"}}}}, "ingress": [{{"from": [{}]}}]}}"#,
+            peers.join(",")
+        );
+        policy("evil", "large", &spec)
+    };
+    type PeerOf = fn(u32) -> String;
+    let cases: [(&str, u32, PeerOf); 3] = [
+        ("20000_selectors_of_a_label_each", 20_000, |n| {
+            format!(
+                r#"{{"namespaceSelector": {{}}, "podSelector": {{"matchLabels": {{"a": "u{n}"}}}}}}"#
+            )
+        }),
+        ("500_selectors_that_all_pods_match", 500, |n| {
+            format!(
+                r#"{{"namespaceSelector": {{}}, "podSelector": {{"matchLabels": {{"tier": "backend"}},
+                    "matchExpressions": [{{"key": "k{n}", "operator": "DoesNotExist"}}]}}}}"#
+            )
+        }),
+        ("500_selectors_that_every_second_pod_matches", 500, |n| {
+            let apps: Vec<String> = (0..97)
+                .filter(|app| (app * 31 + n) % 2 == 0)
+                .map(|app| format!(r#""app-{app}""#))
+                .collect();
+            format!(
+                r#"{{"namespaceSelector": {{}}, "podSelector": {{"matchExpressions": [
+                    {{"key": "app", "operator": "NotIn", "values": [{}, "none-{n}"]}}]}}}}"#,
+                apps.join(",")
+            )
+        }),
+    ];
+    for (name, count, peer) in cases {
+        group.bench_function(name, |b| {
+            b.iter_batched(
+                || {
+                    turn += 1;
+                    peers(turn, peer, count)
+                },
+                |policy| cluster.upsert_policy(policy),
+                BatchSize::PerIteration,
+            );
+        });
+        let mut number = 0;
+        group.bench_function(format!("{name}/then_a_pod_is_relabelled"), |b| {
+            b.iter_batched(
+                || {
+                    number += 1;
+                    let mut pod = other_pod(2 + number % 3_000);
+                    pod.labels.insert("turn".into(), number.to_string().into());
+                    pod
+                },
+                |pod| cluster.upsert_pod(pod),
+                BatchSize::SmallInput,
+            );
+        });
+    }
+    group.finish();
 }
 
 fn events(c: &mut Criterion) {
@@ -242,5 +400,5 @@ fn quick() -> Criterion {
         .without_plots()
 }
 
-criterion_group! { name = benches; config = quick(); targets = verdict, events }
+criterion_group! { name = benches; config = quick(); targets = verdict, hostile, events, hostile_events }
 criterion_main!(benches);

@@ -7,6 +7,7 @@
 mod doubts;
 mod intern;
 mod labels;
+mod match_sets;
 mod ownership;
 mod pod_state;
 mod selection;
@@ -22,6 +23,7 @@ use ipnet::IpNet;
 use self::doubts::Doubts;
 use self::intern::Interner;
 use self::labels::{ByLabel, Slot};
+use self::match_sets::MatchSets;
 pub use self::ownership::Claim;
 use self::ownership::Ownership;
 use self::pod_state::PodState;
@@ -57,7 +59,7 @@ pub struct Cluster {
     policies: BTreeMap<PolicyKey, PolicyState>,
     selectors: Selectors,
     rules: Interner<Rules>,
-    match_sets: Interner<[SelectorId]>,
+    match_sets: MatchSets,
     selections: Selections,
     ownership: Ownership,
     doubts: Doubts,

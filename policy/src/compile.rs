@@ -1,9 +1,11 @@
 //! Rules in the form in which they are asked: ids, ranges and sorted slices; nothing allocates.
 //!
 //! Knows neither which pods match an id nor who is isolated by what.
+use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use crate::access::Access;
 use crate::endpoint::Endpoint;
 use crate::model::Protocol;
 use crate::network_policy::{Peer, Port, PortNumbers, Rule};
@@ -14,33 +16,35 @@ use crate::selector::PeerSelector;
 pub(crate) type SelectorId = u32;
 
 /// The rules of one policy in one direction; equal ones are shared.
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Debug)]
 pub(crate) struct Rules {
     /// At the place that the rule has in `spec.ingress` or `spec.egress`.
     pub(crate) list: Box<[CompiledRule]>,
+    /// What they allow together.
+    pub(crate) access: Access,
 }
 
 #[derive(Debug, PartialEq, Eq, Hash)]
 pub(crate) struct CompiledRule {
     /// `None` is everyone.
-    peers: Option<Peers>,
+    pub(crate) peers: Option<Peers>,
     /// `None` is every port of every protocol, and protocols without ports.
-    ports: Option<Ports>,
+    pub(crate) ports: Option<Ports>,
 }
 
 #[derive(Debug, PartialEq, Eq, Hash)]
-struct Peers {
+pub(crate) struct Peers {
     /// Sorted and without duplicates.
-    selectors: Box<[SelectorId]>,
-    blocks: AddressSet,
+    pub(crate) selectors: Box<[SelectorId]>,
+    pub(crate) blocks: AddressSet,
 }
 
 #[derive(Debug, PartialEq, Eq, Hash)]
-struct Ports {
+pub(crate) struct Ports {
     /// Protocol, first and last port; sorted and disjoint.
-    ranges: Box<[(Protocol, u16, u16)]>,
+    pub(crate) ranges: Box<[(Protocol, u16, u16)]>,
     /// Sorted.
-    named: Box<[(Protocol, Arc<str>)]>,
+    pub(crate) named: Box<[(Protocol, Arc<str>)]>,
 }
 
 /// A connection as the rules of one of its ends see it.
@@ -59,16 +63,26 @@ pub(crate) struct Question<'a> {
 impl Rules {
     /// `id_of` gives the id of every selector that the rules have.
     pub(crate) fn new(rules: &[Rule], id_of: impl Fn(&PeerSelector) -> SelectorId) -> Self {
+        let rules = rules.iter().map(|rule| CompiledRule::new(rule, &id_of));
+        let list: Box<[CompiledRule]> = rules.collect();
         Self {
-            list: rules
-                .iter()
-                .map(|rule| CompiledRule::new(rule, &id_of))
-                .collect(),
+            access: Access::new(&list),
+            list,
         }
     }
+}
 
-    pub(crate) fn allow(&self, question: Question<'_>) -> bool {
-        self.list.iter().any(|rule| rule.allows(question))
+impl PartialEq for Rules {
+    fn eq(&self, other: &Self) -> bool {
+        self.list == other.list
+    }
+}
+
+impl Eq for Rules {}
+
+impl Hash for Rules {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.list.hash(state);
     }
 }
 

@@ -3,8 +3,11 @@
 //! An endpoint is immutable; [`crate::Cluster`] makes a new one when something changes. Knows
 //! nothing of how selectors and rules came to be, nor of verdicts.
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::compile::{Rules, SelectorId};
+use crate::access::{Access, NAMES_OF_A_PORT};
+use crate::compile::{Question, Rules};
+use crate::matches::MatchSet;
 use crate::model::{Direction, Node, PodKey, PolicyKey, Protocol};
 
 /// The pod at an address, as traces and people know it.
@@ -26,7 +29,7 @@ pub struct Endpoint {
     /// The pod; of a contested address one of the claimants.
     pub identity: Arc<Identity>,
     /// Ids of the peer selectors that the pod matches; sorted.
-    pub(crate) matches: Arc<[SelectorId]>,
+    pub(crate) matches: Arc<MatchSet>,
     /// Sorted.
     pub(crate) named_ports: Arc<[NamedPort]>,
     /// The node whose traffic with this address is exempt; none if claimants run on several.
@@ -45,14 +48,71 @@ pub(crate) struct NamedPort {
 }
 
 /// The policies that isolate a pod in one direction; never without any.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) struct Isolation {
     /// Sorted and without duplicates.
-    pub(crate) policies: Box<[PolicyKey]>,
+    pub(crate) policies: Arc<[PolicyKey]>,
     /// Of the policy at the same place; empty for a contested address, which no rule may open.
     pub(crate) rules: Box<[Arc<Rules>]>,
-    /// `rules` without repetitions: policies that say the same are asked once.
-    pub(crate) distinct: Box<[Arc<Rules>]>,
+    pub(crate) decider: Decider,
+}
+
+/// What is asked whether any of an isolation's rules allow a connection.
+#[derive(Debug)]
+pub(crate) enum Decider {
+    /// There is at most one distinct list of rules, or they are too large to be merged once more:
+    /// one after the other.
+    Each(Box<[Arc<Rules>]>),
+    /// All in one.
+    Merged { access: Access, _lease: Lease },
+}
+
+/// A share of what a namespace may have merged, given back when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    taken: Arc<AtomicUsize>,
+    entries: usize,
+}
+
+impl Lease {
+    /// `entries` of `taken`, if that leaves it within `bound`.
+    pub(crate) fn take(taken: &Arc<AtomicUsize>, entries: usize, bound: usize) -> Option<Self> {
+        let fits = |now: usize| now.checked_add(entries).filter(|next| *next <= bound);
+        let (relaxed, next) = (Ordering::Relaxed, fits);
+        taken.fetch_update(relaxed, relaxed, next).ok()?;
+        Some(Self {
+            taken: taken.clone(),
+            entries,
+        })
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.taken.fetch_sub(self.entries, Ordering::Relaxed);
+    }
+}
+
+impl PartialEq for Isolation {
+    /// Equal rules of a cluster are one allocation: their contents need not be compared.
+    fn eq(&self, other: &Self) -> bool {
+        let same = |(one, other)| Arc::ptr_eq(one, other);
+        self.rules.len() == other.rules.len()
+            && self.rules.iter().zip(&other.rules).all(same)
+            && self.policies == other.policies
+    }
+}
+
+impl Eq for Isolation {}
+
+impl Isolation {
+    /// Whether any rule allows it.
+    pub(crate) fn allows(&self, question: Question<'_>) -> bool {
+        match &self.decider {
+            Decider::Each(rules) => rules.iter().any(|it| it.access.allows(question)),
+            Decider::Merged { access, .. } => access.allows(question),
+        }
+    }
 }
 
 impl Identity {
@@ -73,6 +133,29 @@ impl Endpoint {
             egress: None,
             ingress: None,
             contested: false,
+        }
+    }
+
+    /// The same pod with the names of the policies that isolate it and without their rules: enough to
+    /// explain a denial, and small, however long it is kept.
+    #[must_use]
+    pub fn without_rules(&self) -> Self {
+        let named = |isolation: &Option<Arc<Isolation>>| {
+            let isolation = isolation.as_ref()?;
+            Some(Arc::new(Isolation {
+                policies: isolation.policies.clone(),
+                rules: [].into(),
+                decider: Decider::Each([].into()),
+            }))
+        };
+        Self {
+            identity: self.identity.clone(),
+            matches: Arc::default(),
+            named_ports: Arc::default(),
+            own_node: self.own_node.clone(),
+            egress: named(&self.egress),
+            ingress: named(&self.ingress),
+            contested: self.contested,
         }
     }
 
@@ -101,12 +184,13 @@ impl Endpoint {
         }
     }
 
-    /// The named ports with this protocol and number.
+    /// The named ports with this protocol and number, sixteen at most.
     pub(crate) fn port_names(&self, protocol: Protocol, number: u16) -> &[NamedPort] {
         let wanted = (protocol, number);
         let of = |port: &NamedPort| (port.protocol, port.number);
         let first = self.named_ports.partition_point(|port| of(port) < wanted);
         let tail = &self.named_ports[first..];
-        &tail[..tail.partition_point(|port| of(port) == wanted)]
+        let named = tail.partition_point(|port| of(port) == wanted);
+        &tail[..named.min(NAMES_OF_A_PORT)]
     }
 }

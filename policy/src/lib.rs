@@ -15,10 +15,13 @@
 //! Two invariants hold everywhere. What is not understood never widens access: it is refused by
 //! name. And the cost of a verdict is that of the rules on the pods at its two ends, whatever the
 //! size of the cluster: who matches which selector is settled before, when an object changes.
+mod access;
 mod cluster;
 mod compile;
+mod decided;
 mod endpoint;
 mod fault;
+mod matches;
 mod model;
 mod network_policy;
 mod ranges;
@@ -28,6 +31,7 @@ pub mod v1;
 mod verdict;
 
 pub use cluster::{Claim, Cluster, Touched};
+pub use decided::{Decided, DecidedSide, decide};
 pub use endpoint::{Endpoint, Identity};
 pub use fault::InvalidPolicy;
 pub use model::{

@@ -16,7 +16,7 @@ pub(crate) struct IpBlock {
 /// Addresses of both families; ranges are inclusive, disjoint and sorted.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct AddressSet {
-    v4: Box<[Range]>,
+    v4: Box<[(u32, u32)]>,
     v6: Box<[Range]>,
 }
 
@@ -32,21 +32,41 @@ impl AddressSet {
             };
             family.extend(without_exceptions(block));
         }
+        let v4 = merged(v4).into_iter();
         Self {
-            v4: merged(v4),
-            v6: merged(v6),
+            v4: v4
+                .map(|(first, last)| (narrow(first), narrow(last)))
+                .collect(),
+            v6: merged(v6).into(),
         }
     }
 
     pub(crate) fn contains(&self, address: IpAddr) -> bool {
-        let ranges = match address {
-            IpAddr::V4(_) => &self.v4,
-            IpAddr::V6(_) => &self.v6,
-        };
-        let bits = bits(address);
-        let after = ranges.partition_point(|&(first, _)| first <= bits);
-        after > 0 && bits <= ranges[after - 1].1
+        match address {
+            IpAddr::V4(v4) => within(&self.v4, v4.to_bits()),
+            IpAddr::V6(v6) => within(&self.v6, v6.to_bits()),
+        }
     }
+
+    /// First and last addresses of the IPv4 ranges; sorted and disjoint.
+    pub(crate) fn v4(&self) -> &[(u32, u32)] {
+        &self.v4
+    }
+
+    /// The same of IPv6.
+    pub(crate) fn v6(&self) -> &[(u128, u128)] {
+        &self.v6
+    }
+}
+
+fn within<A: Ord + Copy>(ranges: &[(A, A)], address: A) -> bool {
+    let after = ranges.partition_point(|&(first, _)| first <= address);
+    after > 0 && address <= ranges[after - 1].1
+}
+
+/// The bits of an IPv4 address, of those in which both families fit.
+fn narrow(bits: u128) -> u32 {
+    u32::try_from(bits).unwrap_or(u32::MAX)
 }
 
 fn without_exceptions(block: &IpBlock) -> Vec<Range> {
@@ -68,7 +88,7 @@ fn without_exceptions(block: &IpBlock) -> Vec<Range> {
     kept
 }
 
-fn merged(mut ranges: Vec<Range>) -> Box<[Range]> {
+fn merged(mut ranges: Vec<Range>) -> Vec<Range> {
     ranges.sort_unstable();
     let mut merged: Vec<Range> = Vec::with_capacity(ranges.len());
     for (first, last) in ranges {
@@ -79,7 +99,7 @@ fn merged(mut ranges: Vec<Range>) -> Box<[Range]> {
             _ => merged.push((first, last)),
         }
     }
-    merged.into()
+    merged
 }
 
 fn range(net: &IpNet) -> Range {

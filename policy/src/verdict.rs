@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 use crate::compile::Question;
+use crate::decided::DecidedSide;
 use crate::endpoint::Endpoint;
 use crate::model::{Direction, Node, PolicyKey, Protocol};
 
@@ -171,7 +172,13 @@ impl Side {
         }
         let rules = self.rules.iter();
         let rules = rules.map(|rule| format!("{} (spec.{field}[{}])", rule.policy, rule.index));
-        format!("the {end}'s {field} is allowed by {}", listed(rules))
+        let of = |policy: &PolicyKey| self.rules.partition_point(|rule| rule.policy < *policy);
+        let named = |policy: &PolicyKey| {
+            self.rules.get(of(policy)).map(|rule| &rule.policy) == Some(policy)
+        };
+        let others = self.policies.iter().filter(|policy| !named(policy));
+        let allowing = rules.chain(others.map(ToString::to_string));
+        format!("the {end}'s {field} is allowed by {}", listed(allowing))
     }
 
     fn denial(&self, direction: Direction) -> String {
@@ -194,22 +201,32 @@ fn spoken(direction: Direction) -> (&'static str, &'static str) {
     }
 }
 
-fn listed(items: impl Iterator<Item = impl Display>) -> String {
-    let mut items: Vec<String> = items.map(|item| item.to_string()).collect();
-    match items.pop() {
-        Some(last) if !items.is_empty() => format!("{} and {last}", items.join(", ")),
+fn listed(mut items: impl Iterator<Item = impl Display>) -> String {
+    let shown = items.by_ref().take(SHOWN);
+    let mut shown: Vec<String> = shown.map(|item| item.to_string()).collect();
+    let more = items.count();
+    if more > 0 {
+        shown.push(format!("{more} more"));
+    }
+    match shown.pop() {
+        Some(last) if !shown.is_empty() => format!("{} and {last}", shown.join(", ")),
         last => last.unwrap_or_default(),
     }
 }
 
 /// The connection in question.
 #[derive(Clone, Copy)]
-struct Ends<'a> {
-    from: Party<'a>,
-    to: Party<'a>,
-    port: Option<u16>,
-    protocol: Protocol,
+pub(crate) struct Ends<'a> {
+    pub(crate) from: Party<'a>,
+    pub(crate) to: Party<'a>,
+    pub(crate) port: Option<u16>,
+    pub(crate) protocol: Protocol,
 }
+
+/// Policies or rules that a sentence names.
+const SHOWN: usize = 32;
+/// Rules of one end that are asked one by one when a decision is explained.
+const EXPLAINED: usize = 4096;
 
 impl<'a> Ends<'a> {
     /// The end whose policies count in `direction`, and the question to its rules.
@@ -231,9 +248,21 @@ impl<'a> Ends<'a> {
     fn allowed(&self, direction: Direction) -> bool {
         let (own, question) = self.question(direction);
         own.and_then(|own| own.isolation(direction))
-            .is_none_or(|isolation| isolation.distinct.iter().any(|rules| rules.allow(question)))
+            .is_none_or(|isolation| isolation.allows(question))
     }
 
+    /// What one end says, without its reason.
+    pub(crate) fn decided(&self, direction: Direction) -> DecidedSide {
+        let (own, question) = self.question(direction);
+        let isolation = own.and_then(|own| own.isolation(direction));
+        DecidedSide {
+            isolated: isolation.is_some(),
+            allowed: isolation.is_none_or(|isolation| isolation.allows(question)),
+            contested: own.is_some_and(Endpoint::contested),
+        }
+    }
+
+    /// Asks every rule by itself: a second opinion on what they make together.
     fn side(&self, direction: Direction) -> Side {
         let (own, question) = self.question(direction);
         let contested = own.is_some_and(Endpoint::contested);
@@ -271,7 +300,36 @@ impl<'a> Ends<'a> {
         side
     }
 
-    fn exempt(&self, own_node: OwnNode) -> Option<Exempt> {
+    /// What one end said, with a reason that takes bounded work.
+    pub(crate) fn explained(&self, direction: Direction, said: DecidedSide) -> Side {
+        let (own, question) = self.question(direction);
+        let mut side = Side::from(said);
+        let Some(isolation) = own.and_then(|own| own.isolation(direction)) else {
+            return side;
+        };
+        if !said.allowed {
+            side.policies = isolation.policies.to_vec();
+            return side;
+        }
+        let mut left = EXPLAINED;
+        for (policy, rules) in isolation.policies.iter().zip(&isolation.rules) {
+            if !rules.access.allows(question) {
+                continue;
+            }
+            side.policies.push(policy.clone());
+            let asked = rules.list.iter().take(left).enumerate();
+            let allowing = asked.filter(|(_, rule)| rule.allows(question));
+            let allowing = allowing.take(SHOWN.saturating_sub(side.rules.len()));
+            side.rules.extend(allowing.map(|(index, _)| RuleRef {
+                policy: policy.clone(),
+                index,
+            }));
+            left = left.saturating_sub(rules.list.len());
+        }
+        side
+    }
+
+    pub(crate) fn exempt(&self, own_node: OwnNode) -> Option<Exempt> {
         if self.is_self() {
             return Some(Exempt::SelfTraffic);
         }

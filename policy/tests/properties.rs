@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use policy::Cluster;
+use policy::{Cluster, OwnNode};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::RngSeed;
@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 
 use support::arbitrary::{all_addresses, changes, policies, worlds};
 use support::cluster::{
-    as_answer, change, check_against_oracle, cluster, judge, key_of, pairs, touched_by,
+    as_answer, change, check_against_oracle, cluster, judge, key_of, pairs, protocol, touched_by,
 };
 use support::oracle::{Answer, Question, Side, answer};
 use support::world::addresses;
@@ -150,6 +150,25 @@ proptest! {
             check_against_oracle("", &world, &cluster, &question);
             question.own_node_is_judged = true;
             check_against_oracle("own node judged", &world, &cluster, &question);
+        }
+    }
+
+    #[test]
+    fn a_decision_that_is_explained_later_is_the_verdict(world in worlds()) {
+        let cluster = cluster(&world);
+        for question in questions(&all_addresses()) {
+            let (from, to) = (cluster.party(question.from), cluster.party(question.to));
+            let (port, protocol) = (question.port, protocol(question.protocol));
+            let decided = policy::decide(from, to, port, protocol, OwnNode::Allow);
+            let verdict = policy::judge(from, to, port, protocol, OwnNode::Allow);
+            prop_assert_eq!(decided.allowed(), verdict.allowed(), "{:?}", question);
+            let explained = decided.explain(from.endpoint, to.endpoint);
+            prop_assert_eq!(&explained, &verdict, "{:?}", question);
+            if !decided.allowed() {
+                let [from, to] = [from, to].map(|end| end.endpoint.map(policy::Endpoint::without_rules));
+                let kept = decided.explain(from.as_ref(), to.as_ref());
+                prop_assert_eq!(kept.reason(), verdict.reason());
+            }
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 /// Values that only the interner still holds are let go when their number may have doubled.
 #[derive(Debug)]
-pub(super) struct Interner<T: ?Sized> {
+pub(super) struct Interner<T> {
     values: HashSet<Arc<T>>,
     collect_at: usize,
 }
@@ -13,7 +13,7 @@ pub(super) struct Interner<T: ?Sized> {
 /// Below this many values nothing is collected.
 const FEW: usize = 64;
 
-impl<T: ?Sized> Default for Interner<T> {
+impl<T> Default for Interner<T> {
     fn default() -> Self {
         Self {
             values: HashSet::new(),
@@ -22,25 +22,14 @@ impl<T: ?Sized> Default for Interner<T> {
     }
 }
 
-impl<T: Eq + Hash> Interner<[T]> {
-    pub(super) fn intern(&mut self, value: Vec<T>) -> Arc<[T]> {
-        match self.values.get(value.as_slice()) {
-            Some(known) => known.clone(),
-            None => self.add(value.into()),
-        }
-    }
-}
-
 impl<T: Eq + Hash> Interner<T> {
-    pub(super) fn intern_value(&mut self, value: T) -> Arc<T> {
+    pub(super) fn intern(&mut self, value: T) -> Arc<T> {
         match self.values.get(&value) {
             Some(known) => known.clone(),
             None => self.add(Arc::new(value)),
         }
     }
-}
 
-impl<T: Eq + Hash + ?Sized> Interner<T> {
     fn add(&mut self, value: Arc<T>) -> Arc<T> {
         if self.values.len() >= self.collect_at {
             self.values.retain(|value| Arc::strong_count(value) > 1);
@@ -57,7 +46,7 @@ mod tests {
 
     #[test]
     fn equal_values_are_one_and_unused_ones_are_let_go() {
-        let mut interner = Interner::<[u32]>::default();
+        let mut interner = Interner::<Vec<u32>>::default();
         let kept = interner.intern(vec![1, 2]);
         assert!(Arc::ptr_eq(&kept, &interner.intern(vec![1, 2])));
         for value in 0..10_000 {

@@ -17,7 +17,8 @@ use std::sync::Arc;
 
 use super::Touched;
 use super::pod_state::PodState;
-use crate::endpoint::{Endpoint, Isolation};
+use crate::endpoint::{Decider, Endpoint, Isolation};
+use crate::matches::MatchSet;
 use crate::model::{Direction, Node, PodKey, PolicyKey};
 
 #[derive(Debug, Default)]
@@ -256,7 +257,7 @@ fn common(first: &PodState, others: &[&PodState], rivals: &[&PodState]) -> Endpo
     let named = named.filter(|port| endpoints().all(|it| it.named_ports.contains(port)));
     Endpoint {
         identity: latest.endpoint.identity.clone(),
-        matches: matches.collect(),
+        matches: Arc::new(MatchSet::new(0, matches.collect())),
         named_ports: named.cloned().collect(),
         own_node: node_of_all(rivals),
         egress: closed(self::endpoints(rivals), Direction::Egress),
@@ -273,11 +274,11 @@ fn closed<'a>(
     let policies: BTreeSet<&PolicyKey> = claimants
         .flat_map(|endpoint| endpoint.isolating(direction))
         .collect();
-    let policies: Box<[PolicyKey]> = policies.into_iter().cloned().collect();
+    let policies: Arc<[PolicyKey]> = policies.into_iter().cloned().collect();
     let isolation = Isolation {
         policies,
         rules: [].into(),
-        distinct: [].into(),
+        decider: Decider::Each([].into()),
     };
     (!isolation.policies.is_empty()).then(|| Arc::new(isolation))
 }

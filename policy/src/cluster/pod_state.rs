@@ -3,8 +3,8 @@ use std::sync::Arc;
 
 use super::labels::Slot;
 use super::selection::{CompiledPolicy, Selection};
-use crate::compile::SelectorId;
 use crate::endpoint::{Endpoint, Identity, NamedPort};
+use crate::matches::MatchSet;
 use crate::model::{Node, Pod};
 
 #[derive(Debug)]
@@ -15,7 +15,7 @@ pub(super) struct PodState {
     identity: Arc<Identity>,
     named_ports: Arc<[NamedPort]>,
     /// Sorted.
-    pub(super) matches: Arc<[SelectorId]>,
+    pub(super) matches: Arc<MatchSet>,
     pub(super) selection: Arc<Selection>,
     /// As of the last [`Self::rebuild`].
     pub(super) endpoint: Arc<Endpoint>,
@@ -26,7 +26,7 @@ impl PodState {
         pod: Arc<Pod>,
         slot: Slot,
         node: Option<Arc<Node>>,
-        matches: Arc<[SelectorId]>,
+        matches: Arc<MatchSet>,
         selection: Arc<Selection>,
     ) -> Self {
         let identity = Arc::new(Identity {
@@ -83,7 +83,7 @@ pub(super) fn in_vain<'a>(pod: &Pod, selection: &'a Selection) -> &'a [Arc<Compi
 fn endpoint(
     identity: &Arc<Identity>,
     named_ports: &Arc<[NamedPort]>,
-    matches: &Arc<[SelectorId]>,
+    matches: &Arc<MatchSet>,
     selection: &Selection,
 ) -> Endpoint {
     Endpoint {

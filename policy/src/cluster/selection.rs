@@ -2,9 +2,11 @@
 //! same policies select.
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
+use crate::access::Access;
 use crate::compile::Rules;
-use crate::endpoint::Isolation;
+use crate::endpoint::{Decider, Isolation, Lease};
 use crate::model::{Direction, PolicyKey};
 
 /// One state of one policy; the next state has another id.
@@ -33,7 +35,15 @@ pub(super) struct Selections {
     known: HashMap<Box<[PolicyId]>, Arc<Selection>>,
     collect_at: usize,
     next: PolicyId,
+    /// Selections since the last [`Self::collect`].
+    new: usize,
+    /// How many entries each namespace's selections have merged.
+    merged: HashMap<Arc<str>, Arc<AtomicUsize>>,
 }
+
+/// Entries that all selections of one namespace may have merged (12 bytes each, those of IPv6 48).
+/// Pods under many different sets of large policies beyond that are judged policy by policy.
+const MERGED: usize = 500_000;
 
 impl CompiledPolicy {
     fn rules(&self, direction: Direction) -> Option<&Arc<Rules>> {
@@ -67,14 +77,6 @@ impl Selection {
         let (before, after) = (&self.policies[..before], &self.policies[after..]);
         before.iter().chain(policy).chain(after).cloned().collect()
     }
-
-    fn new(policies: Vec<Arc<CompiledPolicy>>) -> Self {
-        Self {
-            egress: isolation(&policies, Direction::Egress),
-            ingress: isolation(&policies, Direction::Ingress),
-            policies: policies.into(),
-        }
-    }
 }
 
 impl Selections {
@@ -100,34 +102,70 @@ impl Selections {
             return known.clone();
         }
         if self.known.len() >= self.collect_at {
-            self.known
-                .retain(|_, selection| Arc::strong_count(selection) > 1);
+            self.collect();
             self.collect_at = 64.max(self.known.len() * 2);
         }
-        let selection = Arc::new(Selection::new(policies));
+        self.new += 1;
+        let selection = Arc::new(Selection {
+            egress: self.isolation(&policies, Direction::Egress),
+            ingress: self.isolation(&policies, Direction::Ingress),
+            policies: policies.into(),
+        });
         self.known.insert(ids, selection.clone());
         selection
     }
-}
 
-fn isolation(policies: &[Arc<CompiledPolicy>], direction: Direction) -> Option<Arc<Isolation>> {
-    let isolating = policies
-        .iter()
-        .filter_map(|policy| Some((policy, policy.rules(direction)?)));
-    let (policies, rules): (Vec<PolicyKey>, Vec<Arc<Rules>>) = isolating
-        .map(|(policy, rules)| (policy.key.clone(), rules.clone()))
-        .unzip();
-    if policies.is_empty() {
-        return None;
+    /// Lets go of what no pod has any more.
+    fn collect(&mut self) {
+        self.new = 0;
+        self.known
+            .retain(|_, selection| Arc::strong_count(selection) > 1);
+        self.merged.retain(|_, taken| Arc::strong_count(taken) > 1);
     }
-    // Equal rules are one allocation, so that their address tells them apart.
-    let mut distinct = rules.clone();
-    distinct.sort_by_key(Arc::as_ptr);
-    distinct.dedup_by_key(|rules| Arc::as_ptr(rules));
-    distinct.retain(|rules| !rules.list.is_empty());
-    Some(Arc::new(Isolation {
-        policies: policies.into(),
-        rules: rules.into(),
-        distinct: distinct.into(),
-    }))
+
+    fn isolation(
+        &mut self,
+        policies: &[Arc<CompiledPolicy>],
+        direction: Direction,
+    ) -> Option<Arc<Isolation>> {
+        let isolating = policies
+            .iter()
+            .filter_map(|policy| Some((policy, policy.rules(direction)?)));
+        let (policies, rules): (Vec<PolicyKey>, Vec<Arc<Rules>>) = isolating
+            .map(|(policy, rules)| (policy.key.clone(), rules.clone()))
+            .unzip();
+        let namespace = policies.first()?.namespace.clone();
+        // Equal rules are one allocation, so that their address tells them apart.
+        let mut distinct = rules.clone();
+        distinct.sort_by_key(Arc::as_ptr);
+        distinct.dedup_by_key(|rules| Arc::as_ptr(rules));
+        distinct.retain(|rules| !rules.list.is_empty());
+        let decider = match distinct.len() {
+            0 | 1 => Decider::Each(distinct.into()),
+            _ => self.merge(&namespace, distinct),
+        };
+        Some(Arc::new(Isolation {
+            policies: policies.into(),
+            rules: rules.into(),
+            decider,
+        }))
+    }
+
+    fn merge(&mut self, namespace: &Arc<str>, distinct: Vec<Arc<Rules>>) -> Decider {
+        let all: Vec<_> = distinct.iter().map(|rules| &rules.access).collect();
+        let entries = all.iter().map(|access| access.entries()).sum();
+        let taken = self.merged.entry(namespace.clone()).or_default().clone();
+        let lease = Lease::take(&taken, entries, MERGED).or_else(|| {
+            // Not for each of many: what is new since is in use.
+            (self.new * 4 > self.known.len()).then(|| self.collect())?;
+            Lease::take(&taken, entries, MERGED)
+        });
+        match lease {
+            Some(_lease) => Decider::Merged {
+                access: Access::merged(&all),
+                _lease,
+            },
+            None => Decider::Each(distinct.into()),
+        }
+    }
 }

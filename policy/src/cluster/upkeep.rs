@@ -11,6 +11,7 @@ use super::selection::{CompiledPolicy, Selection};
 use super::selectors::{Named, in_namespaces};
 use super::{Cluster, NamespaceState, PolicyState, Touched, pods_of};
 use crate::compile::{Rules, SelectorId};
+use crate::matches::MatchSet;
 use crate::model::{Direction, Labels, Namespace, Node, Pod, PodKey};
 use crate::network_policy::NetworkPolicy;
 use crate::selector::{NamespaceScope, PeerSelector};
@@ -83,7 +84,7 @@ impl Cluster {
         let changes: Vec<_> = pods_of(&self.pods, name)
             .filter_map(|(key, state)| {
                 let matches = self.matching(&state.pod);
-                (*matches != *state.matches).then(|| (key.clone(), matches))
+                (*matches != **state.matches).then(|| (key.clone(), matches))
             })
             .collect();
         self.rematch(changes, &mut touched);
@@ -92,9 +93,9 @@ impl Cluster {
 
     fn rematch(&mut self, changes: Vec<(PodKey, Vec<SelectorId>)>, touched: &mut Touched) {
         // Pods that come together often match the same.
-        let mut last: Arc<[SelectorId]> = Arc::default();
+        let mut last = Arc::new(MatchSet::default());
         for (key, matches) in changes {
-            if *last != *matches {
+            if last.number() == 0 || **last != *matches {
                 last = self.match_sets.intern(matches);
             }
             let matches = last.clone();
@@ -251,7 +252,7 @@ impl Cluster {
         let mut compiled = |direction| {
             policy
                 .rules(direction)
-                .map(|rules| self.rules.intern_value(Rules::new(rules, id_of)))
+                .map(|rules| self.rules.intern(Rules::new(rules, id_of)))
         };
         let (egress, ingress) = (compiled(Direction::Egress), compiled(Direction::Ingress));
         self.selections

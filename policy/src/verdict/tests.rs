@@ -407,3 +407,35 @@ fn a_reason_is_one_sentence() {
         assert_eq!(verdict.reason(), expected);
     }
 }
+
+#[test]
+fn an_explanation_is_short_however_many_rules_allow() {
+    let many = format!("ingress: [{}]", vec!["{}"; 5000].join(", "));
+    let specs: Vec<&str> = vec![&many, &many, "ingress: [{}]"];
+    let cluster = cluster_under(&specs);
+    let party = |text: &str| cluster.party(text.parse().unwrap());
+    let (from, to) = (party(CLIENT), party(SERVER));
+    let decided = crate::decide(from, to, Some(80), Protocol::Tcp, OwnNode::Allow);
+    let explained = decided.explain(from.endpoint, to.endpoint);
+    let names: Vec<_> = explained
+        .ingress
+        .policies
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(names, ["x/p1", "x/p2", "x/p3"], "every policy that allows");
+    assert_eq!(explained.ingress.rules.len(), 32);
+    let reason = explained.reason();
+    assert!(
+        reason.ends_with("x/p1 (spec.ingress[31]) and 2 more."),
+        "{reason}"
+    );
+    assert!(reason.len() < 2_000, "{} bytes", reason.len());
+    let exact = judge(from, to, Some(80), Protocol::Tcp, OwnNode::Allow);
+    assert_eq!(
+        exact.ingress.rules.len(),
+        10_001,
+        "asked offline, all are named"
+    );
+    assert!(exact.reason().len() < 2_000);
+}

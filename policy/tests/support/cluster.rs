@@ -189,7 +189,7 @@ fn pod(written: &Pod) -> policy::Pod {
     }
 }
 
-fn protocol(text: &str) -> Protocol {
+pub(crate) fn protocol(text: &str) -> Protocol {
     let number = |_| text.parse().map(Protocol::Other);
     text.parse()
         .or_else(number)

@@ -1,0 +1,386 @@
+//! Which peers may use which ports: the rules of one policy, or of all that isolate a pod, as one
+//! structure that is asked in the time of a few binary searches, however many rules went in.
+//!
+//! A port is asked as a prefix of its 16 bits, as an address is of a network: a range of ports is at
+//! most 30 prefixes. At each prefix stand the addresses that its rules allow, as sorted ranges with
+//! exceptions cut out, so that one search asks all rules of a port. Peers by selector stand by id,
+//! with the prefixes at which they are allowed. Knows nothing of policies: of why, that is.
+mod known;
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use self::known::Known;
+use crate::compile::{CompiledRule, Question, SelectorId};
+use crate::matches::MatchSet;
+use crate::model::Protocol;
+
+/// Where in [`Access`] something stands: a prefix of the ports of a protocol, a name of a port, or
+/// [`ANY`]; protocol in the upper bits.
+pub(crate) type Key = u32;
+
+/// What rules without ports allow: every port of every protocol, and protocols without ports.
+const ANY: Key = 0;
+/// Keys from here on are names, in the order of [`Access::names`].
+const NAMES: Key = 4 << PROTOCOL_SHIFT;
+/// A prefix of ports has 17 bits: a one, then the bits of the prefix.
+const PROTOCOL_SHIFT: u32 = 17;
+/// A port has 17 prefixes, from none of its bits to all.
+const PREFIXES: usize = 17;
+/// Names of a pod's port that count; see [`crate::endpoint::Endpoint::port_names`].
+pub(crate) const NAMES_OF_A_PORT: usize = 16;
+/// If a pod matches more selectors than this, and rules have more, what they have in common is
+/// remembered.
+const FEW: usize = 16;
+
+/// What one or several lists of rules allow.
+#[derive(Debug, Default)]
+pub(crate) struct Access {
+    /// Of TCP, UDP and SCTP: bit n is set if there is anything at prefixes of n bits.
+    lengths: [u32; 3],
+    /// Sorted.
+    names: Box<[(Protocol, Arc<str>)]>,
+    /// Where every peer is allowed; sorted.
+    everyone: Box<[Key]>,
+    /// First and last addresses; sorted, disjoint at each key.
+    v4: Box<[(Key, u32, u32)]>,
+    v6: Box<[(Key, u128, u128)]>,
+    /// Sorted, each with where its keys begin in `keys`.
+    selectors: Box<[(SelectorId, u32)]>,
+    keys: Box<[Key]>,
+    known: Known,
+}
+
+/// The parts of an [`Access`], in any order.
+#[derive(Default)]
+struct Parts {
+    names: Vec<(Protocol, Arc<str>)>,
+    everyone: Vec<Key>,
+    v4: Vec<(Key, u32, u32)>,
+    v6: Vec<(Key, u128, u128)>,
+    peers: Vec<(SelectorId, Key)>,
+}
+
+/// The keys that a connection's port falls under.
+struct Asked {
+    keys: [Key; 1 + PREFIXES + NAMES_OF_A_PORT],
+    count: usize,
+}
+
+impl Access {
+    /// What `rules` allow.
+    pub(crate) fn new(rules: &[CompiledRule]) -> Self {
+        let mut parts = Parts::default();
+        let named = rules.iter().filter_map(|rule| rule.ports.as_ref());
+        parts.names = named
+            .flat_map(|ports| ports.named.iter().cloned())
+            .collect();
+        parts.names.sort_unstable();
+        parts.names.dedup();
+        let mut keys = Vec::new();
+        for rule in rules {
+            keys.clear();
+            match &rule.ports {
+                None => keys.push(ANY),
+                Some(ports) => {
+                    for &(protocol, first, last) in &ports.ranges {
+                        prefixes(protocol, first, last, |key| keys.push(key));
+                    }
+                    let names = ports.named.iter().map(|name| parts.name(name));
+                    keys.extend(names);
+                }
+            }
+            for &key in &keys {
+                parts.add(key, rule);
+            }
+        }
+        parts.whole()
+    }
+
+    /// What any of `all` allows.
+    pub(crate) fn merged(all: &[&Self]) -> Self {
+        let mut parts = Parts::of(all.iter().flat_map(|it| &it.names));
+        for one in all {
+            let names: Vec<Key> = one.names.iter().map(|name| parts.name(name)).collect();
+            let moved = |key: Key| match key.checked_sub(NAMES) {
+                Some(at) => names[at as usize],
+                None => key,
+            };
+            parts
+                .everyone
+                .extend(one.everyone.iter().map(|&key| moved(key)));
+            let v4 = one
+                .v4
+                .iter()
+                .map(|&(key, first, last)| (moved(key), first, last));
+            parts.v4.extend(v4);
+            let v6 = one
+                .v6
+                .iter()
+                .map(|&(key, first, last)| (moved(key), first, last));
+            parts.v6.extend(v6);
+            for at in 0..one.selectors.len() {
+                let (id, keys) = one.peer(at);
+                parts.peers.extend(keys.iter().map(|&key| (id, moved(key))));
+            }
+        }
+        parts.whole()
+    }
+
+    /// How many entries there are: what a copy costs, and twelve bytes each in most cases.
+    pub(crate) fn entries(&self) -> usize {
+        self.everyone.len() + self.v4.len() + self.v6.len() + self.selectors.len() + self.keys.len()
+    }
+
+    /// Whether any rule allows it.
+    pub(crate) fn allows(&self, question: Question<'_>) -> bool {
+        let asked = self.asked(question);
+        let asked = &asked.keys[..asked.count];
+        let everyone = &self.everyone;
+        if !everyone.is_empty() && asked.iter().any(|key| everyone.binary_search(key).is_ok()) {
+            return true;
+        }
+        let by_address = match question.peer {
+            IpAddr::V4(peer) => within(&self.v4, asked, peer.to_bits()),
+            IpAddr::V6(peer) => within(&self.v6, asked, peer.to_bits()),
+        };
+        by_address
+            || question
+                .peer_endpoint
+                .is_some_and(|peer| self.allows_selected(&peer.matches, asked))
+    }
+
+    fn allows_selected(&self, matches: &MatchSet, asked: &[Key]) -> bool {
+        let ids: &[SelectorId] = matches;
+        if self.selectors.is_empty() || ids.is_empty() {
+            return false;
+        }
+        if ids.len().min(self.selectors.len()) <= FEW {
+            let mut common = self.common(ids);
+            return common.any(|keys| meet(keys, asked));
+        }
+        self.known.meet(matches.number(), asked, || {
+            let mut keys: Vec<Key> = self.common(ids).flatten().copied().collect();
+            keys.sort_unstable();
+            keys.dedup();
+            keys.into()
+        })
+    }
+
+    /// The keys of each selector that is among `ids`, which are sorted.
+    fn common<'a>(&'a self, ids: &'a [SelectorId]) -> impl Iterator<Item = &'a [Key]> {
+        let by_ids = ids.len() <= self.selectors.len();
+        let of_ids = by_ids.then(|| {
+            ids.iter().filter_map(|id| {
+                let at = self
+                    .selectors
+                    .binary_search_by_key(id, |(id, _)| *id)
+                    .ok()?;
+                Some(self.peer(at).1)
+            })
+        });
+        let of_own = (!by_ids).then(|| {
+            let own = (0..self.selectors.len()).map(|at| self.peer(at));
+            own.filter_map(|(id, keys)| ids.binary_search(&id).is_ok().then_some(keys))
+        });
+        of_ids
+            .into_iter()
+            .flatten()
+            .chain(of_own.into_iter().flatten())
+    }
+
+    fn peer(&self, at: usize) -> (SelectorId, &[Key]) {
+        let (id, first) = self.selectors[at];
+        let next = self.selectors.get(at + 1);
+        let end = next.map_or(self.keys.len(), |(_, next)| *next as usize);
+        (id, &self.keys[first as usize..end])
+    }
+
+    fn asked(&self, question: Question<'_>) -> Asked {
+        let mut asked = Asked {
+            keys: [ANY; 1 + PREFIXES + NAMES_OF_A_PORT],
+            count: 1,
+        };
+        let Some(port) = question.port else {
+            return asked;
+        };
+        if let Some(protocol) = number_of(question.protocol) {
+            let mut lengths = self.lengths[protocol as usize - 1];
+            while lengths != 0 {
+                asked.push(prefix(protocol, lengths.trailing_zeros(), port));
+                lengths &= lengths - 1;
+            }
+        }
+        if !self.names.is_empty()
+            && let Some(destination) = question.destination
+        {
+            for named in destination.port_names(question.protocol, port) {
+                let wanted = (named.protocol, &named.name);
+                let names = &self.names;
+                let at = names.binary_search_by(|(protocol, name)| (*protocol, name).cmp(&wanted));
+                if let Ok(at) = at {
+                    asked.push(name_key(at));
+                }
+            }
+        }
+        asked
+    }
+}
+
+impl Asked {
+    fn push(&mut self, key: Key) {
+        if let Some(place) = self.keys.get_mut(self.count) {
+            *place = key;
+            self.count += 1;
+        }
+    }
+}
+
+impl Parts {
+    fn of<'a>(names: impl Iterator<Item = &'a (Protocol, Arc<str>)>) -> Self {
+        let mut names: Vec<_> = names.cloned().collect();
+        names.sort_unstable();
+        names.dedup();
+        Self {
+            names,
+            ..Self::default()
+        }
+    }
+
+    fn name(&self, name: &(Protocol, Arc<str>)) -> Key {
+        let at = self.names.partition_point(|known| known < name);
+        name_key(at)
+    }
+
+    fn add(&mut self, key: Key, rule: &CompiledRule) {
+        let Some(peers) = &rule.peers else {
+            return self.everyone.push(key);
+        };
+        let (v4, v6) = (peers.blocks.v4(), peers.blocks.v6());
+        self.v4
+            .extend(v4.iter().map(|&(first, last)| (key, first, last)));
+        self.v6
+            .extend(v6.iter().map(|&(first, last)| (key, first, last)));
+        self.peers
+            .extend(peers.selectors.iter().map(|&id| (id, key)));
+    }
+
+    fn whole(mut self) -> Access {
+        // Parts that are in order already are put together, not sorted anew.
+        self.everyone.sort();
+        self.everyone.dedup();
+        let v4 = joined(self.v4, |last| last.checked_add(1));
+        let v6 = joined(self.v6, |last| last.checked_add(1));
+        self.peers.sort();
+        self.peers.dedup();
+        let mut lengths = [0; 3];
+        let used = self.everyone.iter().copied();
+        let used = used.chain(v4.iter().map(|it| it.0));
+        let used = used.chain(v6.iter().map(|it| it.0));
+        for key in used.chain(self.peers.iter().map(|it| it.1)) {
+            if key != ANY && key < NAMES {
+                let bits = key & ((1 << PROTOCOL_SHIFT) - 1);
+                lengths[(key >> PROTOCOL_SHIFT) as usize - 1] |= 1 << bits.ilog2();
+            }
+        }
+        let (mut selectors, mut keys) = (Vec::new(), Vec::with_capacity(self.peers.len()));
+        for (id, key) in self.peers {
+            if selectors.last().is_none_or(|(last, _)| *last != id) {
+                selectors.push((id, at(keys.len())));
+            }
+            keys.push(key);
+        }
+        Access {
+            lengths,
+            names: self.names.into(),
+            everyone: self.everyone.into(),
+            v4,
+            v6,
+            selectors: selectors.into(),
+            keys: keys.into(),
+            known: Known::default(),
+        }
+    }
+}
+
+/// Ranges that touch or overlap at the same key, as one.
+fn joined<A: Ord + Copy>(
+    mut ranges: Vec<(Key, A, A)>,
+    after: impl Fn(A) -> Option<A>,
+) -> Box<[(Key, A, A)]> {
+    ranges.sort();
+    let mut kept = 0;
+    for at in 0..ranges.len() {
+        let (key, first, last) = ranges[at];
+        if kept > 0 && ranges[kept - 1].0 == key {
+            let known = ranges[kept - 1].2;
+            if after(known).is_none_or(|next| first <= next) {
+                ranges[kept - 1].2 = known.max(last);
+                continue;
+            }
+        }
+        ranges[kept] = (key, first, last);
+        kept += 1;
+    }
+    ranges.truncate(kept);
+    ranges.into()
+}
+
+fn within<A: Ord + Copy>(ranges: &[(Key, A, A)], asked: &[Key], address: A) -> bool {
+    !ranges.is_empty()
+        && asked.iter().any(|&key| {
+            let after = ranges.partition_point(|&(at, first, _)| (at, first) <= (key, address));
+            let before = after.checked_sub(1).map(|before| ranges[before]);
+            before.is_some_and(|(at, _, last)| at == key && address <= last)
+        })
+}
+
+/// Whether two sets have a key in common; `keys` are sorted, `asked` are few.
+fn meet(keys: &[Key], asked: &[Key]) -> bool {
+    asked.iter().any(|key| keys.binary_search(key).is_ok())
+}
+
+/// Protocols with ports, counted from 1.
+fn number_of(protocol: Protocol) -> Option<u32> {
+    match protocol {
+        Protocol::Tcp => Some(1),
+        Protocol::Udp => Some(2),
+        Protocol::Sctp => Some(3),
+        Protocol::Other(_) => None,
+    }
+}
+
+/// The key of the first `length` bits of `port`, of a protocol by its number.
+fn prefix(protocol: u32, length: u32, port: u16) -> Key {
+    let bits = (1 << length) | (u32::from(port) >> (16 - length));
+    (protocol << PROTOCOL_SHIFT) | bits
+}
+
+/// Calls `each` with the keys of the fewest prefixes that together are a range of ports.
+pub(crate) fn prefixes(protocol: Protocol, first: u16, last: u16, mut each: impl FnMut(Key)) {
+    let Some(protocol) = number_of(protocol) else {
+        return;
+    };
+    let (mut next, last) = (u32::from(first), u32::from(last));
+    while next <= last {
+        // The widest prefix that begins here and does not reach beyond the last port.
+        let aligned = if next == 0 { 16 } else { next.trailing_zeros() };
+        let fits = (last - next + 1).ilog2();
+        let free = aligned.min(fits).min(16);
+        let port = u16::try_from(next).unwrap_or(u16::MAX);
+        each(prefix(protocol, 16 - free, port));
+        next += 1 << free;
+    }
+}
+
+fn name_key(at: usize) -> Key {
+    NAMES.saturating_add(self::at(at))
+}
+
+/// A place in lists whose lengths are bounded far below four billion.
+fn at(place: usize) -> u32 {
+    u32::try_from(place).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests;

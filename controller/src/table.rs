@@ -16,8 +16,8 @@ use std::thread;
 use dashmap::DashMap;
 use ipnet::IpNet;
 use policy::{
-    Cluster, Direction, Endpoint, Identity, OwnNode, Party, PodKey, PolicyKey, Protocol, Touched,
-    Verdict,
+    Cluster, Decided, Direction, Endpoint, Identity, OwnNode, Party, PodKey, PolicyKey, Protocol,
+    Touched,
 };
 use serde::Serialize;
 use tokio::sync::watch;
@@ -40,8 +40,8 @@ pub struct TableSettings {
 pub enum Judgement {
     /// Decided, with both ends as they were when it was.
     Settled {
-        /// May they, and why.
-        verdict: Verdict,
+        /// May they; the reason can be worked out of both ends.
+        verdict: Decided,
         /// The pod behind the source address, if it is one.
         from: Option<Arc<Endpoint>>,
         /// The pod behind the destination address, if it is one.
@@ -147,7 +147,7 @@ impl Table {
         match read {
             Err(address) => Judgement::Unknown(address),
             Ok((source, destination)) => Judgement::Settled {
-                verdict: policy::judge(
+                verdict: policy::decide(
                     Party {
                         address: from,
                         endpoint: source.as_deref(),

@@ -77,7 +77,7 @@ pub(crate) struct CarriedFlow {
     /// When its first packet came.
     opened: SystemTime,
     entered: Instant,
-    pub(crate) decision: Arc<Decision>,
+    decision: Mutex<Arc<Decision>>,
     sent: AtomicU64,
     received: AtomicU64,
     /// The round in which conntrack was last known to have it.
@@ -155,7 +155,7 @@ impl Carried {
             id,
             opened,
             entered: Instant::now(),
-            decision: Arc::clone(decision),
+            decision: Mutex::new(Arc::clone(decision)),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             seen: AtomicU64::new(self.round.load(Ordering::Relaxed)),
@@ -292,6 +292,17 @@ impl CarriedFlow {
         }
     }
 
+    /// What it rests on.
+    pub(crate) fn decision(&self) -> Arc<Decision> {
+        let decision = self.decision.lock();
+        Arc::clone(&decision.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// From now on it rests on `decision`.
+    fn decide(&self, decision: Decision) {
+        *self.decision.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(decision);
+    }
+
     /// Which later change ended it, if one did.
     pub(crate) fn severance(&self) -> Option<Severance> {
         self.severance
@@ -322,7 +333,7 @@ impl CarriedFlow {
 #[cfg(test)]
 mod tests {
     use iptables_init::netlink::{self, Header, Message};
-    use policy::{Protocol, Side, Verdict};
+    use policy::{Decided, DecidedSide, Protocol};
 
     use super::*;
 
@@ -336,15 +347,11 @@ mod tests {
     }
 
     fn allowed() -> Arc<Decision> {
-        let side = || Side {
+        let side = DecidedSide {
             allowed: true,
-            ..Side::default()
+            ..DecidedSide::default()
         };
-        let verdict = Verdict {
-            egress: side(),
-            ingress: side(),
-            exempt: None,
-        };
+        let verdict = Decided::of(side, side);
         Arc::new(Decision {
             verdict,
             from: None,

@@ -3,7 +3,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use controller::Judgement;
-use policy::{Endpoint, PolicyKey, Side, Verdict};
+use policy::{Decided, DecidedSide, Endpoint, PolicyKey, Verdict};
 
 /// How an allowed flow gets to its server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -44,10 +44,10 @@ impl Word {
     }
 }
 
-/// A verdict with the pods that it is about.
+/// A verdict with the pods that it is about, of which its reason is worked out when it is asked for.
 #[derive(Debug)]
 pub(crate) struct Decision {
-    pub(crate) verdict: Verdict,
+    pub(crate) verdict: Decided,
     /// The client, if it is a pod.
     pub(crate) from: Option<Arc<Endpoint>>,
     /// The server, if it is a pod.
@@ -131,6 +131,14 @@ impl Severance {
 }
 
 impl Decision {
+    /// A judgement that has settled a connection.
+    pub(crate) fn of(judgement: Judgement) -> Option<Self> {
+        match judgement {
+            Judgement::Settled { verdict, from, to } => Some(Self { verdict, from, to }),
+            Judgement::Unknown(_) => None,
+        }
+    }
+
     /// Whether a later judgement lets no flow be that rests on this one, and why.
     ///
     /// A flow belongs to the pods that it was judged with. If another pod has an address of it, its
@@ -185,15 +193,11 @@ impl Decision {
             ),
         };
         // No policy decided this.
-        let side = |side: End| Side {
+        let side = |side: End| DecidedSide {
             allowed: side != end,
-            ..Side::default()
+            ..DecidedSide::default()
         };
-        let verdict = Verdict {
-            egress: side(End::Client),
-            ingress: side(End::Server),
-            exempt: None,
-        };
+        let verdict = Decided::of(side(End::Client), side(End::Server));
         Some(Severance {
             decision: Arc::new(Self {
                 verdict,
@@ -211,7 +215,7 @@ impl Decision {
 
     /// Whose policies spoke. Of a denial, those that denied.
     pub(crate) fn spoke(&self) -> Spoke {
-        let Verdict {
+        let Decided {
             egress, ingress, ..
         } = &self.verdict;
         let (egress, ingress) = if self.verdict.allowed() {
@@ -228,10 +232,11 @@ impl Decision {
 
     /// What the verdict rests on.
     pub(crate) fn ground(&self) -> Ground {
-        let Verdict {
+        let Decided {
             egress,
             ingress,
             exempt,
+            ..
         } = &self.verdict;
         if exempt.is_some() {
             Ground::Exempt
@@ -252,19 +257,42 @@ impl Decision {
         }
     }
 
+    /// The verdict with its reason. Not for the packets' threads.
+    pub(crate) fn explained(&self) -> Verdict {
+        self.verdict
+            .explain(self.from.as_deref(), self.to.as_deref())
+    }
+
+    /// The verdict and its reason as one English sentence.
+    pub(crate) fn reason(&self) -> String {
+        self.explained().reason()
+    }
+
     /// The policies that decided, as `check` names them; sorted.
-    pub(crate) fn policies(&self) -> Vec<&PolicyKey> {
+    pub(crate) fn policies(&self) -> Vec<PolicyKey> {
+        let allowed = self.verdict.allowed();
         let Verdict {
             egress, ingress, ..
-        } = &self.verdict;
-        let allowed = self.verdict.allowed();
-        let sides = [egress, ingress]
-            .into_iter()
-            .filter(|side| side.allowed == allowed);
-        let mut keys: Vec<_> = sides.flat_map(|side| &side.policies).collect();
+        } = self.explained();
+        let sides = [egress, ingress].into_iter();
+        let sides = sides.filter(|side| side.allowed == allowed);
+        let mut keys: Vec<_> = sides.flat_map(|side| side.policies).collect();
         keys.sort_unstable();
         keys.dedup();
         keys
+    }
+
+    /// The same of a denied connection, to be kept: what its pods' policies say is not kept with it.
+    pub(crate) fn to_keep(&self) -> Self {
+        let named = |end: &Option<Arc<Endpoint>>| {
+            let end = end.as_ref()?;
+            Some(Arc::new(end.without_rules()))
+        };
+        Self {
+            verdict: self.verdict,
+            from: named(&self.from),
+            to: named(&self.to),
+        }
     }
 }
 

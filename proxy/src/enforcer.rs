@@ -71,9 +71,12 @@ impl Enforcer {
             let FlowKey { client, server } = flow.key;
             let (client, server, port) = (client.ip(), server.ip(), Some(server.port()));
             let now = self.table.judge(client, server, port, Protocol::Tcp);
-            if let Some(severance) = rests_on.overturned(client, server, now) {
+            if let Some(severance) = rests_on.overturned(client, server, now.clone()) {
                 self.metrics.severed(&severance.decision, Way::Spliced);
                 self.flows.sever(&flow, severance);
+            } else if let Some(now) = Decision::of(now) {
+                // From now on it rests on this: the policies of before are not kept for its sake.
+                flow.decide(Arc::new(now));
             }
         }
     }

@@ -163,12 +163,21 @@ impl Gate {
     /// Judges a connection by the newest table and notes on it what it rests on.
     fn judge(&self, flow: &Flow) -> Judged {
         let FlowKey { client, server } = flow.key;
-        match self.enforcer.table.judge(
-            client.ip(),
-            server.ip(),
-            Some(server.port()),
-            Protocol::Tcp,
-        ) {
+        let (table, port) = (&self.enforcer.table, Some(server.port()));
+        loop {
+            let generation = table.generation();
+            let judged = table.judge(client.ip(), server.ip(), port, Protocol::Tcp);
+            let judged = self.note(flow, judged);
+            // A change that came between may have looked before there was anything to judge again.
+            if table.generation() == generation {
+                return judged;
+            }
+        }
+    }
+
+    /// Notes on a connection what its judgement is.
+    fn note(&self, flow: &Flow, judged: Judgement) -> Judged {
+        match judged {
             Judgement::Unknown(_) => Judged::Unknown,
             Judgement::Settled { verdict, from, to } => {
                 let allowed = verdict.allowed();

@@ -147,7 +147,7 @@ impl Observed {
 impl Sighting {
     /// The keys of a record as far as they are known when it is decided, and `time`.
     pub(crate) fn json(&self, node: &str) -> Value {
-        let verdict = || self.decision.verdict.reason();
+        let verdict = || self.decision.reason();
         let reason = self.replaced.clone().unwrap_or_else(verdict);
         let mut fields = shown(&self.subject, &self.decision, reason, node);
         for unknown in ["bytes.sent", "bytes.received"] {
@@ -163,7 +163,7 @@ impl Sighting {
 pub(super) mod tests {
     use std::net::SocketAddr;
 
-    use policy::{Protocol, Side, Verdict};
+    use policy::{Decided, DecidedSide, Protocol};
 
     use super::*;
     use crate::decision::Way;
@@ -180,16 +180,12 @@ pub(super) mod tests {
             attempt: 0,
             seen: None,
         };
-        let side = Side {
+        let side = DecidedSide {
             isolated: true,
-            ..Side::default()
+            ..DecidedSide::default()
         };
         let decision = Decision {
-            verdict: Verdict {
-                egress: side.clone(),
-                ingress: side,
-                exempt: None,
-            },
+            verdict: Decided::of(side, side),
             from: None,
             to: None,
         };

@@ -110,6 +110,7 @@ impl Recorder {
             .unwrap_or_else(PoisonError::into_inner)
             .is_first(&subject, decision, Instant::now());
         if first {
+            let decision = &Arc::new(decision.to_keep());
             self.observed.saw(Word::Deny, &subject, decision, None);
             self.tell(subject, Fate::Denied, decision);
         }
@@ -256,7 +257,7 @@ mod tests {
         let first = denied.is_first(&elsewhere, &decision, now);
         assert!(first, "a scan uses one number");
         let (from, to) = (None, decision.to.clone());
-        let verdict = decision.verdict.clone();
+        let verdict = decision.verdict;
         let others = Decision { verdict, from, to };
         assert!(denied.is_first(&syn(1, 7), &others, now), "another's");
     }

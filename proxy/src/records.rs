@@ -84,7 +84,7 @@ pub(crate) struct Record {
 impl Record {
     /// Why, in sentences: the verdict's, and how an allowed connection came to its end.
     pub(crate) fn reason(&self) -> String {
-        let reason = || self.decision.verdict.reason();
+        let reason = || self.decision.reason();
         let (reason, outcome) = match &self.fate {
             Fate::Severed {
                 replaced: Some(replaced),

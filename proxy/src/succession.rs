@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use controller::Judgement;
-use policy::{Endpoint, Identity, PodKey, Protocol, Side, Verdict};
+use policy::{Decided, DecidedSide, Endpoint, Identity, PodKey, Protocol};
 
 use crate::decision::{Decision, Way};
 use crate::enforcer::Enforcer;
@@ -202,14 +202,10 @@ fn let_in_between(pods: [Option<Pod>; 2]) -> Decision {
             node: None,
         })))
     });
-    let allowed = || Side {
+    let allowed = DecidedSide {
         allowed: true,
-        ..Side::default()
+        ..DecidedSide::default()
     };
-    let verdict = Verdict {
-        egress: allowed(),
-        ingress: allowed(),
-        exempt: None,
-    };
+    let verdict = Decided::of(allowed, allowed);
     Decision { verdict, from, to }
 }

@@ -167,7 +167,7 @@ fn connection(node: &str, flow: &Flow) -> serde_json::Value {
     let stage = flow.stage_name();
     let mut shown = match flow.decision() {
         Some(decision) => {
-            let reason = decision.verdict.reason();
+            let reason = decision.reason();
             shown(&flow.subject(), &decision, reason, node).into()
         }
         None => json!({
@@ -187,8 +187,9 @@ fn connection(node: &str, flow: &Flow) -> serde_json::Value {
 
 /// The same of a flow that the kernel carries; its bytes are those of the last look at conntrack.
 fn carried(node: &str, flow: &CarriedFlow) -> serde_json::Value {
-    let reason = flow.decision.verdict.reason();
-    let mut fields = shown(&flow.subject(), &flow.decision, reason, node);
+    let decision = flow.decision();
+    let reason = decision.reason();
+    let mut fields = shown(&flow.subject(), &decision, reason, node);
     fields.insert("stage".to_owned(), json!(StageName::Live));
     fields.insert("verdict".to_owned(), json!("allow"));
     fields.into()

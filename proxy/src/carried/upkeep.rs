@@ -60,8 +60,11 @@ pub(crate) fn judge_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io
     for flow in enforcer.carried.of(touched) {
         let now = judge(enforcer, &flow.id);
         let (client, server) = (flow.id.client.ip(), flow.id.server.ip());
-        if let Some(severance) = flow.decision.overturned(client, server, now) {
+        if let Some(severance) = flow.decision().overturned(client, server, now.clone()) {
             denied.insert(flow.id, severance);
+        } else if let Some(now) = Decision::of(now) {
+            // The policies of before are not kept for its sake.
+            flow.decide(now);
         }
     }
     let carried = enforcer.marks.carried();
@@ -371,7 +374,7 @@ impl Enforcer {
             Some(severance) => self.severed(subject, severance),
             None => self
                 .recorder
-                .ended(subject, &flow.decision, Outcome::Closed),
+                .ended(subject, &flow.decision(), Outcome::Closed),
         }
     }
 }

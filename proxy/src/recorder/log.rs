@@ -108,7 +108,7 @@ fn name(pod: &Endpoint) -> Arc<str> {
 
 fn policies(record: &Record) -> Vec<String> {
     let policies = record.decision.policies().into_iter();
-    policies.map(ToString::to_string).collect()
+    policies.map(|key| key.to_string()).collect()
 }
 
 fn write(record: &Record) {

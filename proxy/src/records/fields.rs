@@ -100,7 +100,7 @@ fn fields(
     node: &str,
     mut put: impl FnMut(&'static str, Field<'_>),
 ) {
-    let policies = decision.policies().into_iter().map(ToString::to_string);
+    let policies = decision.policies().into_iter().map(|key| key.to_string());
     put("direction", Field::Text(decision.direction()));
     put("policies", Field::List(policies.collect()));
     put("reason", Field::Words(reason));

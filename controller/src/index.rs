@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use policy::{Claim, Cluster, PodKey, PolicyKey, Touched};
+use policy::{Claim, Cluster, Excess, PodKey, PolicyKey, Resource, Touched};
 
 use crate::table::Table;
 use crate::{Batch, Event, Object, ObjectKey, Problem};
@@ -66,6 +66,9 @@ impl Index {
     }
 }
 
+/// Refused policies of one namespace that are named one by one.
+const REFUSALS: usize = 20;
+
 /// Makes one change to a cluster.
 pub(crate) fn apply_to(cluster: &mut Cluster, event: Event) -> Touched {
     match event {
@@ -86,7 +89,71 @@ pub(crate) fn findings(cluster: &Cluster) -> Vec<Problem> {
     // The API leaves open what policy means for a hostNetwork pod; here, as nearly everywhere, none.
     let out_of_reach = cluster.out_of_reach();
     let out_of_reach = out_of_reach.filter_map(|(policy, pods)| not_isolated(policy, pods));
-    claims.chain(out_of_reach).collect()
+    claims
+        .chain(out_of_reach)
+        .chain(refusals(cluster))
+        .collect()
+}
+
+/// The policies of each namespace that asks for too much; of many the first, and how many more.
+fn refusals(cluster: &Cluster) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    let (mut namespace, mut said) = (None, 0);
+    for (key, excess) in cluster.refused() {
+        if namespace != Some(&key.namespace) {
+            (namespace, said) = (Some(&key.namespace), 0);
+        }
+        said += 1;
+        if said <= REFUSALS {
+            problems.push(refused(key, excess));
+        } else if said == REFUSALS + 1 {
+            let more = cluster.refused_in(&key.namespace) - REFUSALS;
+            problems.push(
+                Problem::error(
+                    format!("{more} more policies of the namespace are refused"),
+                    "see to the first ones; `portreeve_policies_refused` counts all",
+                )
+                .of(format_args!("Namespace {}", key.namespace)),
+            );
+        }
+    }
+    problems
+}
+
+fn refused(policy: &PolicyKey, excess: &Excess) -> Problem {
+    let Excess {
+        resource,
+        own,
+        count,
+        bound,
+    } = *excess;
+    let what = resource.name();
+    let (problem, remedy) = if resource == Resource::Policies {
+        (
+            format!(
+                "it is number {count} of the namespace's policies by name, and {bound} {what} are \
+                 the most that a namespace may have: all its pods are isolated, both ways"
+            ),
+            "delete policies, or put their rules together",
+        )
+    } else {
+        let with_others = if own == count {
+            String::new()
+        } else {
+            format!(", {count} with the policies of the namespace before it by name")
+        };
+        (
+            format!(
+                "it has {own} {what}{with_others}, and {bound} are the most that a namespace may have: \
+                 it isolates the pods that it selects and allows nothing"
+            ),
+            "make it smaller, or delete another policy of the namespace; it comes into force as soon \
+             as there is room",
+        )
+    };
+    Problem::error(problem, remedy)
+        .of(format_args!("NetworkPolicy {policy}"))
+        .at(resource.field())
 }
 
 fn claimed(claim: &Claim) -> Problem {

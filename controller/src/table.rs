@@ -178,6 +178,12 @@ impl Table {
         (self.map.len(), self.cluster().policies().len())
     }
 
+    /// How many policies are not in force as they are written, since their namespaces ask for too much.
+    #[must_use]
+    pub fn refused(&self) -> usize {
+        self.cluster().refused().len()
+    }
+
     /// How many batches have come into force; 0 before the first.
     #[must_use]
     pub fn generation(&self) -> u64 {

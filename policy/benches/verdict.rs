@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
 use policy::{
-    Cluster, Labels, Namespace, NetworkPolicy, Node, OwnNode, Pod, PodKey, PodPort, PolicyKey,
-    Protocol, allows, decide, judge, v1,
+    Budget, Cluster, Labels, Namespace, NetworkPolicy, Node, OwnNode, Pod, PodKey, PodPort,
+    PolicyKey, Protocol, allows, decide, judge, v1,
 };
 
 const PODS: [u32; 4] = [10, 100, 1_000, 10_000];
@@ -280,7 +280,7 @@ fn events(c: &mut Criterion) {
 /// `pods` pods, the two ends among them, and `policies` policies that concern neither, beside the
 /// four that do.
 fn cluster(pods: u32, policies: u32) -> Cluster {
-    let mut cluster = Cluster::default();
+    let mut cluster = Cluster::with_budget(Budget::unbounded());
     let node = Node {
         name: "node".into(),
         addresses: Vec::new(),

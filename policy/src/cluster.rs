@@ -12,6 +12,7 @@ mod ownership;
 mod pod_state;
 mod selection;
 mod selectors;
+mod standing;
 mod upkeep;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,10 +30,13 @@ use self::ownership::Ownership;
 use self::pod_state::PodState;
 use self::selection::{CompiledPolicy, Selections};
 use self::selectors::Selectors;
+use self::standing::{Ledger, Standing};
+use crate::budget::{Budget, Excess, Usage};
 use crate::compile::{Rules, SelectorId};
 use crate::endpoint::Endpoint;
 use crate::model::{Labels, Namespace, Node, Pod, PodKey, PolicyKey};
 use crate::network_policy::NetworkPolicy;
+use crate::selector::LabelSelector;
 use crate::verdict::Party;
 
 /// The addresses whose endpoint changed, came or went.
@@ -63,6 +67,7 @@ pub struct Cluster {
     selections: Selections,
     ownership: Ownership,
     doubts: Doubts,
+    ledger: Ledger,
 }
 
 /// A namespace that was declared, or that only a pod names.
@@ -75,10 +80,35 @@ struct NamespaceState {
 
 #[derive(Debug)]
 struct PolicyState {
+    /// As it was given.
     policy: Arc<NetworkPolicy>,
-    compiled: Arc<CompiledPolicy>,
+    usage: Usage,
+    /// `None`: to be settled.
+    standing: Option<Standing>,
+    /// Of what is in force.
+    pods: Option<LabelSelector>,
+    compiled: Option<Arc<CompiledPolicy>>,
     /// Each held once in [`Selectors`].
     selectors: Vec<SelectorId>,
+}
+
+impl PolicyState {
+    fn new(policy: Arc<NetworkPolicy>) -> Self {
+        Self {
+            policy,
+            usage: Usage::default(),
+            standing: None,
+            pods: None,
+            compiled: None,
+            selectors: Vec::new(),
+        }
+    }
+
+    /// What is in force of it, if it selects pods with these labels.
+    fn selecting(&self, labels: &Labels) -> Option<&Arc<CompiledPolicy>> {
+        let selects = self.pods.as_ref().is_some_and(|pods| pods.matches(labels));
+        self.compiled.as_ref().filter(|_| selects)
+    }
 }
 
 impl Touched {
@@ -94,6 +124,14 @@ impl Touched {
 }
 
 impl Cluster {
+    /// An empty cluster whose namespaces may have so much each; [`Self::default`] has the default.
+    pub fn with_budget(budget: Budget) -> Self {
+        Self {
+            ledger: Ledger::new(budget),
+            ..Self::default()
+        }
+    }
+
     /// Adds a pod, or replaces the one of that key.
     pub fn upsert_pod(&mut self, pod: impl Into<Arc<Pod>>) -> Touched {
         let mut touched = Touched::default();
@@ -111,8 +149,8 @@ impl Cluster {
         let slot = self.list_pod(&pod);
         let matches = self.match_sets.intern(self.matching(&pod));
         let policies = policies_of(&self.policies, &key.namespace);
-        let selecting = policies.filter(|state| state.policy.pods.matches(&pod.labels));
-        let selecting = selecting.map(|state| state.compiled.clone()).collect();
+        let selecting = policies.filter_map(|state| state.selecting(&pod.labels).cloned());
+        let selecting = selecting.collect();
         let selection = self.selections.intern(selecting);
         let node = self.nodes.get(&pod.node).cloned();
         let state = PodState::new(pod, slot, node, matches, selection);
@@ -195,7 +233,6 @@ impl Cluster {
 
     /// Adds a policy, or replaces the one of that key.
     pub fn upsert_policy(&mut self, policy: impl Into<Arc<NetworkPolicy>>) -> Touched {
-        let mut touched = Touched::default();
         let policy = policy.into();
         let key = policy.key().clone();
         if self
@@ -203,38 +240,21 @@ impl Cluster {
             .get(&key)
             .is_some_and(|state| state.policy == policy)
         {
-            return touched;
+            return Touched::default();
         }
-        // The pods' new matches come before the rules that use them.
-        let selectors = self.hold_selectors(&policy, &mut touched);
-        let compiled = Arc::new(self.compile(&policy));
-        let state = PolicyState {
-            policy,
-            compiled: compiled.clone(),
-            selectors,
-        };
-        let replaced = self.policies.insert(key, state);
-        self.reselect(replaced.as_ref(), Some(&compiled), &mut touched);
-        if let Some(replaced) = replaced {
-            self.release_selectors(&replaced.selectors, &mut touched);
-        }
-        touched
+        self.change_policy(&key, Some(policy))
     }
 
     /// Removes a policy, if it is there.
     pub fn remove_policy(&mut self, key: &PolicyKey) -> Touched {
-        let mut touched = Touched::default();
-        let Some(removed) = self.policies.remove(key) else {
-            return touched;
-        };
-        self.reselect(Some(&removed), None, &mut touched);
-        self.release_selectors(&removed.selectors, &mut touched);
-        touched
+        self.change_policy(key, None)
     }
 
     /// Who owns this address now: a pod that is neither finished nor hostNetwork.
     pub fn endpoint(&self, address: IpAddr) -> Option<Arc<Endpoint>> {
-        self.ownership.endpoint(address).cloned()
+        let endpoint = self.ownership.endpoint(address)?;
+        endpoint.prepare();
+        Some(endpoint.clone())
     }
 
     /// Every address that a pod owns; sorted.
@@ -302,11 +322,12 @@ impl Cluster {
     /// The pods that a policy applies to, sorted: hostNetwork and finished pods are none of them.
     /// Empty if there is no such policy.
     pub fn selected_by(&self, key: &PolicyKey) -> Vec<PodKey> {
-        let Some(state) = self.policies.get(key) else {
+        let state = self.policies.get(key);
+        let Some(compiled) = state.and_then(|state| state.compiled.as_ref()) else {
             return Vec::new();
         };
         pods_of(&self.pods, &key.namespace)
-            .filter(|(_, pod)| pod.pod.is_policed() && pod.selection.contains(&state.compiled))
+            .filter(|(_, pod)| pod.pod.is_policed() && pod.selection.contains(compiled))
             .map(|(key, _)| key.clone())
             .collect()
     }
@@ -329,10 +350,22 @@ impl Cluster {
         self.doubts.out_of_reach()
     }
 
-    /// A number that changes whenever [`Self::claims`] or [`Self::out_of_reach`] would answer
-    /// something else.
+    /// The policies that are not in force as written, since their namespace asks for too much;
+    /// sorted. Each isolates the pods that it selects and allows nothing; of those beyond the number
+    /// of policies the first isolates every pod of the namespace, for all of them.
+    pub fn refused(&self) -> impl ExactSizeIterator<Item = (&PolicyKey, &Excess)> {
+        self.ledger.refused()
+    }
+
+    /// How many of [`Self::refused`] are of this namespace.
+    pub fn refused_in(&self, namespace: &Arc<str>) -> usize {
+        self.ledger.refused_in(namespace).count()
+    }
+
+    /// A number that changes whenever [`Self::claims`], [`Self::out_of_reach`] or
+    /// [`Self::refused`] would answer something else.
     pub fn doubts(&self) -> u64 {
-        self.ownership.disputes + self.doubts.changes
+        self.ownership.disputes + self.doubts.changes + self.ledger.changes
     }
 }
 

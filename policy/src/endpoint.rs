@@ -3,10 +3,10 @@
 //! An endpoint is immutable; [`crate::Cluster`] makes a new one when something changes. Knows
 //! nothing of how selectors and rules came to be, nor of verdicts.
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::access::{Access, NAMES_OF_A_PORT};
-use crate::compile::{Question, Rules};
+use crate::access::NAMES_OF_A_PORT;
+use crate::compile::Rules;
+use crate::decider::Decider;
 use crate::matches::MatchSet;
 use crate::model::{Direction, Node, PodKey, PolicyKey, Protocol};
 
@@ -57,42 +57,6 @@ pub(crate) struct Isolation {
     pub(crate) decider: Decider,
 }
 
-/// What is asked whether any of an isolation's rules allow a connection.
-#[derive(Debug)]
-pub(crate) enum Decider {
-    /// There is at most one distinct list of rules, or they are too large to be merged once more:
-    /// one after the other.
-    Each(Box<[Arc<Rules>]>),
-    /// All in one.
-    Merged { access: Access, _lease: Lease },
-}
-
-/// A share of what a namespace may have merged, given back when it is dropped.
-#[derive(Debug)]
-pub(crate) struct Lease {
-    taken: Arc<AtomicUsize>,
-    entries: usize,
-}
-
-impl Lease {
-    /// `entries` of `taken`, if that leaves it within `bound`.
-    pub(crate) fn take(taken: &Arc<AtomicUsize>, entries: usize, bound: usize) -> Option<Self> {
-        let fits = |now: usize| now.checked_add(entries).filter(|next| *next <= bound);
-        let (relaxed, next) = (Ordering::Relaxed, fits);
-        taken.fetch_update(relaxed, relaxed, next).ok()?;
-        Some(Self {
-            taken: taken.clone(),
-            entries,
-        })
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        self.taken.fetch_sub(self.entries, Ordering::Relaxed);
-    }
-}
-
 impl PartialEq for Isolation {
     /// Equal rules of a cluster are one allocation: their contents need not be compared.
     fn eq(&self, other: &Self) -> bool {
@@ -104,16 +68,6 @@ impl PartialEq for Isolation {
 }
 
 impl Eq for Isolation {}
-
-impl Isolation {
-    /// Whether any rule allows it.
-    pub(crate) fn allows(&self, question: Question<'_>) -> bool {
-        match &self.decider {
-            Decider::Each(rules) => rules.iter().any(|it| it.access.allows(question)),
-            Decider::Merged { access, .. } => access.allows(question),
-        }
-    }
-}
 
 impl Identity {
     /// Whether both are one and the same pod: another uid is another pod, whatever its name.
@@ -145,7 +99,7 @@ impl Endpoint {
             Some(Arc::new(Isolation {
                 policies: isolation.policies.clone(),
                 rules: [].into(),
-                decider: Decider::Each([].into()),
+                decider: Decider::default(),
             }))
         };
         Self {
@@ -157,6 +111,12 @@ impl Endpoint {
             ingress: named(&self.ingress),
             contested: self.contested,
         }
+    }
+
+    /// Puts together what its policies say, so that no verdict has to.
+    pub(crate) fn prepare(&self) {
+        let isolations = [&self.egress, &self.ingress].into_iter().flatten();
+        isolations.for_each(|isolation| isolation.decider.prepare());
     }
 
     /// Whether any policy isolates the pod in `direction`.

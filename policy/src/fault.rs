@@ -15,9 +15,15 @@ pub struct InvalidPolicy {
     pub remedy: String,
 }
 
+/// Faults of one object that are named; what more there are is only counted.
+const NAMED: usize = 100;
+
 /// The faults found so far in one object.
 #[derive(Debug, Default)]
-pub(crate) struct Faults(Vec<InvalidPolicy>);
+pub(crate) struct Faults {
+    named: Vec<InvalidPolicy>,
+    more: usize,
+}
 
 impl Faults {
     pub(crate) fn push(
@@ -26,7 +32,11 @@ impl Faults {
         problem: impl Into<String>,
         remedy: impl Into<String>,
     ) {
-        self.0.push(InvalidPolicy {
+        if self.named.len() >= NAMED {
+            self.more += 1;
+            return;
+        }
+        self.named.push(InvalidPolicy {
             field: field.to_string(),
             problem: problem.into(),
             remedy: remedy.into(),
@@ -34,11 +44,33 @@ impl Faults {
     }
 
     /// `value` if nothing was found, else everything that was.
-    pub(crate) fn or<T>(self, value: T) -> Result<T, Vec<InvalidPolicy>> {
-        if self.0.is_empty() {
-            Ok(value)
-        } else {
-            Err(self.0)
+    pub(crate) fn or<T>(mut self, value: T) -> Result<T, Vec<InvalidPolicy>> {
+        if self.named.is_empty() {
+            return Ok(value);
         }
+        if self.more > 0 {
+            self.named.push(InvalidPolicy {
+                field: "spec".to_owned(),
+                problem: format!("{} more faults are not named", self.more),
+                remedy: "correct the first ones first".to_owned(),
+            });
+        }
+        Err(self.named)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_many_faults_the_first_are_named() {
+        let mut faults = Faults::default();
+        for number in 0..1_000 {
+            faults.push(number, "wrong", "correct it");
+        }
+        let named = faults.or(()).unwrap_err();
+        assert_eq!(named.len(), NAMED + 1);
+        assert_eq!(named[NAMED].problem, "900 more faults are not named");
     }
 }

@@ -16,9 +16,11 @@
 //! name. And the cost of a verdict is that of the rules on the pods at its two ends, whatever the
 //! size of the cluster: who matches which selector is settled before, when an object changes.
 mod access;
+mod budget;
 mod cluster;
 mod compile;
 mod decided;
+mod decider;
 mod endpoint;
 mod fault;
 mod matches;
@@ -30,6 +32,7 @@ mod syntax;
 pub mod v1;
 mod verdict;
 
+pub use budget::{Budget, Excess, Resource};
 pub use cluster::{Claim, Cluster, Touched};
 pub use decided::{Decided, DecidedSide, decide};
 pub use endpoint::{Endpoint, Identity};

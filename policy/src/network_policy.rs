@@ -26,9 +26,9 @@ pub struct NetworkPolicy {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Rule {
     /// `from` or `to`; empty is everyone.
-    pub(crate) peers: Vec<Peer>,
+    pub(crate) peers: Box<[Peer]>,
     /// Empty is every port of every protocol.
-    pub(crate) ports: Vec<Port>,
+    pub(crate) ports: Box<[Port]>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -104,6 +104,29 @@ impl NetworkPolicy {
         self.rules(direction).map_or(0, <[_]>::len)
     }
 
+    /// What stands for the policy where it asks for too much: it isolates the pods that it selects in
+    /// the same directions, and allows nothing.
+    pub(crate) fn closed(&self) -> Self {
+        let closed = |rules: &Option<Vec<Rule>>| rules.as_ref().map(|_| Vec::new());
+        Self {
+            key: self.key.clone(),
+            pods: self.pods.clone(),
+            ingress: closed(&self.ingress),
+            egress: closed(&self.egress),
+        }
+    }
+
+    /// What stands for this policy and any others: it isolates every pod of the namespace both ways,
+    /// and allows nothing.
+    pub(crate) fn closed_to_all(&self) -> Self {
+        Self {
+            key: self.key.clone(),
+            pods: LabelSelector::default(),
+            ingress: Some(Vec::new()),
+            egress: Some(Vec::new()),
+        }
+    }
+
     pub(crate) fn rules(&self, direction: Direction) -> Option<&[Rule]> {
         match direction {
             Direction::Egress => self.egress.as_deref(),
@@ -118,7 +141,7 @@ impl NetworkPolicy {
             .flatten()
             .flatten();
         rules
-            .flat_map(|rule| &rule.peers)
+            .flat_map(|rule| rule.peers.iter())
             .filter_map(|peer| match peer {
                 Peer::Pods(selector) => Some(selector),
                 Peer::Block(_) => None,

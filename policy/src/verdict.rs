@@ -248,7 +248,7 @@ impl<'a> Ends<'a> {
     fn allowed(&self, direction: Direction) -> bool {
         let (own, question) = self.question(direction);
         own.and_then(|own| own.isolation(direction))
-            .is_none_or(|isolation| isolation.allows(question))
+            .is_none_or(|isolation| isolation.decider.allows(question))
     }
 
     /// What one end says, without its reason.
@@ -257,7 +257,7 @@ impl<'a> Ends<'a> {
         let isolation = own.and_then(|own| own.isolation(direction));
         DecidedSide {
             isolated: isolation.is_some(),
-            allowed: isolation.is_none_or(|isolation| isolation.allows(question)),
+            allowed: isolation.is_none_or(|isolation| isolation.decider.allows(question)),
             contested: own.is_some_and(Endpoint::contested),
         }
     }

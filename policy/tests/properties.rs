@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use policy::{Cluster, OwnNode};
+use policy::{Budget, Cluster, OwnNode, Resource};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::RngSeed;
@@ -214,6 +214,36 @@ proptest! {
             let egress = adds_only_its_own(&name, chosen_at(asked.0), &was.egress, &is.egress);
             let ingress = adds_only_its_own(&name, chosen_at(asked.1), &was.ingress, &is.ingress);
             prop_assert_eq!(egress.and(ingress), Ok(()), "{:?}", asked);
+        }
+    }
+
+    #[test]
+    fn a_budget_opens_nothing_and_never_asks_in_which_order_policies_came(
+        world in worlds(),
+        keys in keys(),
+        steps in proptest::collection::vec(changes(true), 1..8),
+        resource in 0..Resource::ALL.len(),
+        bound in 0_u64..5,
+    ) {
+        let budget = Budget::default().with(Resource::ALL[resource], bound);
+        let mut world = world;
+        let mut grown = Cluster::with_budget(budget);
+        for one in world.changes() {
+            change(&mut grown, &one);
+        }
+        for step in &steps {
+            world.apply(step);
+            change(&mut grown, step);
+        }
+        let mut shuffled_in = Cluster::with_budget(budget);
+        for one in shuffled(world.changes(), &keys) {
+            change(&mut shuffled_in, &one);
+        }
+        prop_assert_eq!(difference(&truth(&grown), &truth(&shuffled_in)), None);
+        prop_assert!(grown.refused().eq(shuffled_in.refused()));
+        let whole = allowed(&cluster(&world));
+        for (asked, allowed) in allowed(&grown) {
+            prop_assert!(!allowed || whole[&asked], "{asked:?} is open by a budget");
         }
     }
 

@@ -287,3 +287,59 @@ fn a_policy_on_a_host_network_pod_is_a_warning() {
         "{problem}"
     );
 }
+
+#[test]
+fn a_policy_beyond_the_budget_is_an_error_that_names_field_count_and_remedy() {
+    let (table, mut index) = setup();
+    let large = |rules: usize| {
+        let key = PolicyKey {
+            namespace: "x".into(),
+            name: "large".into(),
+        };
+        let rules = vec![serde_json::json!({"ports": [{"port": 80}]}); rules];
+        let spec = serde_json::json!({"podSelector": {}, "ingress": rules});
+        let spec = serde_json::from_value(spec).unwrap();
+        Object::from(policy::NetworkPolicy::new(key, spec).unwrap())
+    };
+    let pods = [pod("a", "10.0.0.2"), pod("b", "10.0.0.3")].map(Object::from);
+    index.apply(batch(pods.into_iter().chain([large(50_001)])));
+    assert_eq!(settled(&table, "10.0.0.2", "10.0.0.3"), Some(false));
+    let [problem] = &table.problems()[..] else {
+        panic!("{:?}", table.problems())
+    };
+    assert_eq!(
+        problem.to_string(),
+        "NetworkPolicy x/large, spec: it has 50001 rules, and 50000 are the most that a namespace \
+         may have: it isolates the pods that it selects and allows nothing; make it smaller, or \
+         delete another policy of the namespace; it comes into force as soon as there is room"
+    );
+    assert_eq!(problem.severity, crate::Severity::Error);
+    assert_eq!(table.refused(), 1);
+    index.apply(batch([large(50_000)]));
+    assert_eq!(settled(&table, "10.0.0.2", "10.0.0.3"), Some(true));
+    assert_eq!((table.refused(), table.problems().len()), (0, 0));
+}
+
+#[test]
+fn of_many_refused_policies_the_first_are_named() {
+    let (table, mut index) = setup();
+    let many = (0..2_030).map(|number| {
+        let key = PolicyKey {
+            namespace: "x".into(),
+            name: format!("p{number:04}").into(),
+        };
+        let spec = policy::v1::NetworkPolicySpec::default();
+        Object::from(policy::NetworkPolicy::new(key, spec).unwrap())
+    });
+    index.apply(batch(many));
+    let problems = table.problems();
+    assert_eq!((table.refused(), problems.len()), (30, 21));
+    assert!(problems[0].to_string().starts_with(
+        "NetworkPolicy x/p2000, metadata.namespace: it is number 2001 of the namespace's policies"
+    ));
+    assert!(
+        problems[20]
+            .to_string()
+            .starts_with("Namespace x: 10 more policies")
+    );
+}

@@ -120,7 +120,10 @@ fn rules() -> impl Strategy<Value = Vec<Rule>> {
         proptest::collection::vec(peers(), 0..6),
         proptest::collection::vec(ports(), 0..4),
     );
-    let rule = rule.prop_map(|(peers, ports)| Rule { peers, ports });
+    let rule = rule.prop_map(|(peers, ports)| Rule {
+        peers: peers.into(),
+        ports: ports.into(),
+    });
     proptest::collection::vec(rule, 0..12)
 }
 
@@ -202,11 +205,12 @@ fn every_port_is_in_the_prefixes_of_its_ranges_only() {
         (65_535, 65_535),
     ] {
         let rule = Rule {
-            peers: Vec::new(),
-            ports: vec![Port {
+            peers: [].into(),
+            ports: [Port {
                 protocol: Protocol::Udp,
                 numbers: PortNumbers::Range(first, last),
-            }],
+            }]
+            .into(),
         };
         let access = compiled(&[rule]).access;
         for port in 0..=u16::MAX {

@@ -17,7 +17,8 @@ use std::sync::Arc;
 
 use super::Touched;
 use super::pod_state::PodState;
-use crate::endpoint::{Decider, Endpoint, Isolation};
+use crate::decider::Decider;
+use crate::endpoint::{Endpoint, Isolation};
 use crate::matches::MatchSet;
 use crate::model::{Direction, Node, PodKey, PolicyKey};
 
@@ -278,7 +279,7 @@ fn closed<'a>(
     let isolation = Isolation {
         policies,
         rules: [].into(),
-        decider: Decider::Each([].into()),
+        decider: Decider::default(),
     };
     (!isolation.policies.is_empty()).then(|| Arc::new(isolation))
 }

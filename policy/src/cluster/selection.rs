@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
-use crate::access::Access;
 use crate::compile::Rules;
-use crate::endpoint::{Decider, Isolation, Lease};
+use crate::decider::Decider;
+use crate::endpoint::Isolation;
 use crate::model::{Direction, PolicyKey};
 
 /// One state of one policy; the next state has another id.
@@ -35,15 +35,9 @@ pub(super) struct Selections {
     known: HashMap<Box<[PolicyId]>, Arc<Selection>>,
     collect_at: usize,
     next: PolicyId,
-    /// Selections since the last [`Self::collect`].
-    new: usize,
     /// How many entries each namespace's selections have merged.
     merged: HashMap<Arc<str>, Arc<AtomicUsize>>,
 }
-
-/// Entries that all selections of one namespace may have merged (12 bytes each, those of IPv6 48).
-/// Pods under many different sets of large policies beyond that are judged policy by policy.
-const MERGED: usize = 500_000;
 
 impl CompiledPolicy {
     fn rules(&self, direction: Direction) -> Option<&Arc<Rules>> {
@@ -105,7 +99,6 @@ impl Selections {
             self.collect();
             self.collect_at = 64.max(self.known.len() * 2);
         }
-        self.new += 1;
         let selection = Arc::new(Selection {
             egress: self.isolation(&policies, Direction::Egress),
             ingress: self.isolation(&policies, Direction::Ingress),
@@ -116,8 +109,7 @@ impl Selections {
     }
 
     /// Lets go of what no pod has any more.
-    fn collect(&mut self) {
-        self.new = 0;
+    pub(super) fn collect(&mut self) {
         self.known
             .retain(|_, selection| Arc::strong_count(selection) > 1);
         self.merged.retain(|_, taken| Arc::strong_count(taken) > 1);
@@ -135,37 +127,12 @@ impl Selections {
             .map(|(policy, rules)| (policy.key.clone(), rules.clone()))
             .unzip();
         let namespace = policies.first()?.namespace.clone();
-        // Equal rules are one allocation, so that their address tells them apart.
-        let mut distinct = rules.clone();
-        distinct.sort_by_key(Arc::as_ptr);
-        distinct.dedup_by_key(|rules| Arc::as_ptr(rules));
-        distinct.retain(|rules| !rules.list.is_empty());
-        let decider = match distinct.len() {
-            0 | 1 => Decider::Each(distinct.into()),
-            _ => self.merge(&namespace, distinct),
-        };
+        let taken = self.merged.entry(namespace).or_default().clone();
+        let decider = Decider::new(rules.clone(), taken);
         Some(Arc::new(Isolation {
             policies: policies.into(),
             rules: rules.into(),
             decider,
         }))
-    }
-
-    fn merge(&mut self, namespace: &Arc<str>, distinct: Vec<Arc<Rules>>) -> Decider {
-        let all: Vec<_> = distinct.iter().map(|rules| &rules.access).collect();
-        let entries = all.iter().map(|access| access.entries()).sum();
-        let taken = self.merged.entry(namespace.clone()).or_default().clone();
-        let lease = Lease::take(&taken, entries, MERGED).or_else(|| {
-            // Not for each of many: what is new since is in use.
-            (self.new * 4 > self.known.len()).then(|| self.collect())?;
-            Lease::take(&taken, entries, MERGED)
-        });
-        match lease {
-            Some(_lease) => Decider::Merged {
-                access: Access::merged(&all),
-                _lease,
-            },
-            None => Decider::Each(distinct.into()),
-        }
     }
 }

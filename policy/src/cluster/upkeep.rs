@@ -9,7 +9,7 @@ use super::labels::{Search, Shared, Slot};
 use super::pod_state::{PodState, in_vain};
 use super::selection::{CompiledPolicy, Selection};
 use super::selectors::{Named, in_namespaces};
-use super::{Cluster, NamespaceState, PolicyState, Touched, pods_of};
+use super::{Cluster, NamespaceState, Touched, pods_of};
 use crate::compile::{Rules, SelectorId};
 use crate::matches::MatchSet;
 use crate::model::{Direction, Labels, Namespace, Node, Pod, PodKey};
@@ -263,15 +263,18 @@ impl Cluster {
     /// key.
     pub(super) fn reselect(
         &mut self,
-        replaced: Option<&PolicyState>,
+        replaced: Option<&Arc<CompiledPolicy>>,
         added: Option<&Arc<CompiledPolicy>>,
         touched: &mut Touched,
     ) {
-        let replaced = replaced.map(|state| &state.compiled);
         let Some(key) = added.or(replaced).map(|policy| policy.key.clone()) else {
             return;
         };
-        let added = added.zip(self.policies.get(&key).map(|state| &state.policy.pods));
+        let pods = self
+            .policies
+            .get(&key)
+            .and_then(|state| state.pods.as_ref());
+        let added = added.zip(pods);
         let mut changes: Vec<(PodKey, Arc<Selection>)> = Vec::new();
         // Most pods share their selection with others; each distinct one is worked out once.
         let mut done: HashMap<(*const Selection, bool), Arc<Selection>> = HashMap::new();

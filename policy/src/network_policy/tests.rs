@@ -78,8 +78,8 @@ fn missing_null_and_empty_lists_mean_the_same() {
     assert_eq!(
         everyone.ingress.unwrap(),
         [Rule {
-            peers: vec![],
-            ports: vec![]
+            peers: [].into(),
+            ports: [].into()
         }]
     );
     assert_eq!(policy("ingress: []").unwrap().ingress.unwrap(), []);
@@ -115,7 +115,7 @@ fn a_port_entry_without_a_port_is_every_port_of_its_protocol() {
         let policy = policy(&format!("ingress: [{{ports: [{port}]}}]")).unwrap();
         assert_eq!(
             policy.ingress.unwrap()[0].ports,
-            [Port { protocol, numbers }],
+            [Port { protocol, numbers }].into(),
             "{port}"
         );
     }

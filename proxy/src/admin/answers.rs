@@ -60,6 +60,7 @@ pub(super) fn metrics(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
         generation: enforcer.table.generation(),
         addresses,
         policies,
+        refused: enforcer.table.refused(),
         problems: enforcer.table.problems().len(),
         records_lost: enforcer.recorder.lost(),
         spans: enforcer.recorder.spans(),

@@ -28,6 +28,7 @@ pub(crate) struct Readings {
     pub(crate) generation: u64,
     pub(crate) addresses: usize,
     pub(crate) policies: usize,
+    pub(crate) refused: usize,
     pub(crate) problems: usize,
     pub(crate) records_lost: u64,
     pub(crate) spans: SpanCounts,
@@ -47,6 +48,7 @@ pub(super) struct Scraped {
     generation: Gauge,
     addresses: Gauge,
     policies: Gauge,
+    refused: Gauge,
     problems: Gauge,
     records_lost: Counter,
     queue_drops: Counter,
@@ -91,6 +93,11 @@ impl Scraped {
         );
         registry.register("policies", "Policies in force", all.policies.clone());
         registry.register(
+            "policies_refused",
+            "Policies beyond the budgets of their namespaces",
+            all.refused.clone(),
+        );
+        registry.register(
             "problems",
             "Faults of the cluster's objects that stand now",
             all.problems.clone(),
@@ -134,6 +141,7 @@ impl Scraped {
         self.generation.set(whole(readings.generation));
         self.addresses.set(whole(readings.addresses as u64));
         self.policies.set(whole(readings.policies as u64));
+        self.refused.set(whole(readings.refused as u64));
         self.problems.set(whole(readings.problems as u64));
         let counters = [
             (&self.records_lost, readings.records_lost),

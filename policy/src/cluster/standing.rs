@@ -1,0 +1,199 @@
+//! Which of a namespace's policies are in force as they are written, and what stands for the others.
+//!
+//! A namespace's policies are taken in the order of their names for as long as they are within its
+//! budget. One that goes beyond it is refused, and later ones that still fit are not. Refused, a
+//! policy isolates the pods that it selects and allows nothing; where there are too many policies,
+//! one for all that are too many isolates every pod of the namespace. So nothing is open that would
+//! not be if all were in force, and it does not matter in which order they came.
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::{Cluster, PolicyState, Touched, policies_of};
+use crate::budget::{Budget, Excess, Resource, Usage};
+use crate::model::PolicyKey;
+use crate::network_policy::NetworkPolicy;
+
+/// How a policy is in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// As it is written.
+    Whole,
+    /// It isolates the pods that it selects, and allows nothing.
+    Closed,
+    /// The first that is one too many: it stands for all of them, and isolates every pod.
+    ClosedToAll,
+    /// Another one stands for it.
+    Nothing,
+}
+
+/// What the namespaces' policies ask for together.
+#[derive(Debug, Default)]
+pub(super) struct Ledger {
+    budget: Budget,
+    /// Of refused policies too.
+    asked: BTreeMap<Arc<str>, Usage>,
+    refused: BTreeMap<PolicyKey, Excess>,
+    /// Changes whenever `refused` does.
+    pub(super) changes: u64,
+}
+
+impl Ledger {
+    pub(super) fn new(budget: Budget) -> Self {
+        Self {
+            budget,
+            ..Self::default()
+        }
+    }
+
+    /// Sorted.
+    pub(super) fn refused(&self) -> impl ExactSizeIterator<Item = (&PolicyKey, &Excess)> {
+        self.refused.iter()
+    }
+
+    fn account(&mut self, namespace: &Arc<str>, added: Option<&Usage>, gone: Option<&Usage>) {
+        let asked = self.asked.entry(namespace.clone()).or_default();
+        if let Some(gone) = gone {
+            *asked = asked.minus(gone);
+        }
+        if let Some(added) = added {
+            *asked = asked.plus(added);
+        }
+        if *asked == Usage::default() {
+            self.asked.remove(namespace);
+        }
+    }
+
+    /// Whether all of a namespace's policies are in force, before the last change and after it.
+    fn all_stand(&self, namespace: &Arc<str>) -> bool {
+        let asked = self.asked.get(namespace);
+        asked.is_none_or(|asked| self.budget.holds(asked))
+            && self.refused_in(namespace).next().is_none()
+    }
+
+    /// The refused policies of a namespace.
+    pub(super) fn refused_in(&self, namespace: &Arc<str>) -> impl Iterator<Item = &PolicyKey> {
+        let first = PolicyKey {
+            namespace: namespace.clone(),
+            name: "".into(),
+        };
+        let refused = self.refused.range(first..).map(|(key, _)| key);
+        refused.take_while(move |key| key.namespace == *namespace)
+    }
+
+    fn set(&mut self, key: &PolicyKey, excess: Option<Excess>) {
+        let before = match excess {
+            Some(excess) => self.refused.insert(key.clone(), excess),
+            None => self.refused.remove(key),
+        };
+        self.changes += u64::from(before != excess);
+    }
+}
+
+impl Cluster {
+    /// Takes a policy in, or out, and brings every policy of its namespace into the force that it is
+    /// to have now.
+    pub(super) fn change_policy(
+        &mut self,
+        key: &PolicyKey,
+        policy: Option<Arc<NetworkPolicy>>,
+    ) -> Touched {
+        let mut touched = Touched::default();
+        self.settle_policy(key, policy, &mut touched);
+        // What they have merged is for others to have.
+        self.selections.collect();
+        touched
+    }
+
+    fn settle_policy(
+        &mut self,
+        key: &PolicyKey,
+        policy: Option<Arc<NetworkPolicy>>,
+        touched: &mut Touched,
+    ) {
+        let usage = policy.as_deref().map(Usage::of);
+        let known = self.policies.get(key).map(|state| state.usage);
+        self.ledger
+            .account(&key.namespace, usage.as_ref(), known.as_ref());
+        match (policy, usage) {
+            (Some(policy), Some(usage)) => {
+                let state = self.policies.entry(key.clone());
+                let state = state.or_insert_with(|| PolicyState::new(policy.clone()));
+                (state.policy, state.usage, state.standing) = (policy, usage, None);
+            }
+            _ => {
+                self.ledger.set(key, None);
+                let Some(removed) = self.policies.remove(key) else {
+                    return;
+                };
+                self.reselect(removed.compiled.as_ref(), None, touched);
+                self.release_selectors(&removed.selectors, touched);
+            }
+        }
+        if self.ledger.all_stand(&key.namespace) {
+            return self.stand(key, Standing::Whole, touched);
+        }
+        for (key, standing) in self.standings(&key.namespace) {
+            self.stand(&key, standing, touched);
+        }
+    }
+
+    /// What is to become of each policy of a namespace.
+    fn standings(&mut self, namespace: &Arc<str>) -> Vec<(PolicyKey, Standing)> {
+        let mut used = Usage::default();
+        let (mut taken, mut standings) = (0, Vec::new());
+        for state in policies_of(&self.policies, namespace) {
+            let key = state.policy.key().clone();
+            taken += 1;
+            let excess = self.ledger.budget.excess(&used, &state.usage);
+            // Of refused policies too there are no more in force than this.
+            let bound = self.ledger.budget.bound(Resource::Policies);
+            let standing = match excess {
+                _ if taken > bound.saturating_add(1) => Standing::Nothing,
+                _ if taken > bound => Standing::ClosedToAll,
+                Some(_) => Standing::Closed,
+                None => {
+                    used = used.plus(&state.usage);
+                    Standing::Whole
+                }
+            };
+            let own = 1;
+            let too_many = (taken > bound).then_some(Excess {
+                resource: Resource::Policies,
+                own,
+                count: taken,
+                bound,
+            });
+            self.ledger.set(&key, too_many.or(excess));
+            standings.push((key, standing));
+        }
+        standings
+    }
+
+    /// Brings one policy into force as it is to stand.
+    fn stand(&mut self, key: &PolicyKey, standing: Standing, touched: &mut Touched) {
+        let Some(state) = self.policies.get_mut(key) else {
+            return;
+        };
+        if state.standing == Some(standing) {
+            return;
+        }
+        state.standing = Some(standing);
+        let policy = match standing {
+            Standing::Whole => Some(state.policy.clone()),
+            Standing::Closed => Some(Arc::new(state.policy.closed())),
+            Standing::ClosedToAll => Some(Arc::new(state.policy.closed_to_all())),
+            Standing::Nothing => None,
+        };
+        let (was, held) = (state.compiled.take(), std::mem::take(&mut state.selectors));
+        // The pods' new matches come before the rules that use them.
+        let selectors = policy.as_deref().map(|it| self.hold_selectors(it, touched));
+        let compiled = policy.as_deref().map(|it| Arc::new(self.compile(it)));
+        if let Some(state) = self.policies.get_mut(key) {
+            state.selectors = selectors.unwrap_or_default();
+            state.compiled = compiled.clone();
+            state.pods = policy.map(|policy| policy.pods.clone());
+        }
+        self.reselect(was.as_ref(), compiled.as_ref(), touched);
+        self.release_selectors(&held, touched);
+    }
+}

@@ -1,0 +1,121 @@
+//! What becomes of policies that ask for more than their namespace may have.
+use super::*;
+use crate::budget::Resource;
+
+const A_FROM_C: &str = "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {}, podSelector: {matchLabels: {pod: c}}}]}]}";
+const TWO_RULES: &str = "{podSelector: {matchLabels: {pod: b}}, ingress: [{from: [{namespaceSelector: {}}]}, {ports: [{port: 80}]}]}";
+
+/// Pods x/a, x/b and y/c, where a namespace may have three rules.
+fn tight() -> Cluster {
+    let mut cluster = Cluster::with_budget(Budget::default().with(Resource::Rules, 3));
+    for (key, ip) in [("x/a", A), ("x/b", B), ("y/c", C)] {
+        let _ = cluster.upsert_pod(pod(key, ip));
+    }
+    cluster
+}
+
+fn refused(cluster: &Cluster) -> Vec<(String, u64, u64)> {
+    let refused = cluster.refused();
+    refused
+        .map(|(key, excess)| (key.to_string(), excess.count, excess.bound))
+        .collect()
+}
+
+#[test]
+fn a_policy_beyond_the_budget_isolates_and_allows_nothing() {
+    let mut cluster = tight();
+    let _ = cluster.upsert_policy(policy("x/1", A_FROM_C));
+    assert!(tcp80(&cluster, C, A) && tcp80(&cluster, C, B));
+    let _ = cluster.upsert_policy(policy("x/2", TWO_RULES));
+    assert!(tcp80(&cluster, C, B), "three rules are within it");
+    let before = cluster.doubts();
+    assert_touched(&cluster.upsert_policy(policy("x/3", TWO_RULES)), &[B]);
+    assert_eq!(refused(&cluster), [("x/3".into(), 5, 3)]);
+    assert_ne!(cluster.doubts(), before);
+    assert!(tcp80(&cluster, C, B), "what another policy allows stays so");
+    let _ = cluster.remove_policy(&policy_key("x/2"));
+    assert!(refused(&cluster).is_empty(), "there is room again");
+    assert!(tcp80(&cluster, C, B));
+    let _ = cluster.upsert_policy(policy("x/0", TWO_RULES));
+    assert_eq!(
+        refused(&cluster),
+        [("x/3".into(), 5, 3)],
+        "0 and 1 are before it"
+    );
+    let _ = cluster.remove_policy(&policy_key("x/0"));
+    let large = "{podSelector: {matchLabels: {pod: b}}, ingress: [{}, {}, {}, {}]}";
+    assert_touched(&cluster.upsert_policy(policy("x/3", large)), &[B]);
+    assert!(!tcp80(&cluster, C, B), "four rules alone are too many");
+    assert!(tcp80(&cluster, C, A), "the other pods are as they were");
+    assert_eq!(cluster.selected_by(&policy_key("x/3")), [pod_key("x/b")]);
+}
+
+#[test]
+fn one_namespace_beyond_its_budget_is_no_others_business() {
+    let mut cluster = tight();
+    let _ = cluster.upsert_policy(policy("y/deny", "{}"));
+    let large = "{ingress: [{}, {}, {}, {}]}";
+    assert_touched(&cluster.upsert_policy(policy("x/large", large)), &[A, B]);
+    let (from, to) = (A, C);
+    assert!(!tcp80(&cluster, from, to), "y's deny stands");
+    let _ = cluster.remove_policy(&policy_key("y/deny"));
+    assert!(tcp80(&cluster, from, to));
+    assert_eq!(refused(&cluster).len(), 1);
+}
+
+#[test]
+fn too_many_policies_close_their_namespace_by_one() {
+    let mut cluster = Cluster::with_budget(Budget::default().with(Resource::Policies, 2));
+    for (key, ip) in [("x/a", A), ("x/b", B), ("y/c", C)] {
+        let _ = cluster.upsert_pod(pod(key, ip));
+    }
+    let of =
+        |pod: &str| format!("{{podSelector: {{matchLabels: {{pod: {pod}}}}}, ingress: [{{}}]}}");
+    let _ = cluster.upsert_policy(policy("x/1", &of("a")));
+    let _ = cluster.upsert_policy(policy("x/2", &of("none")));
+    assert!(tcp80(&cluster, B, C) && tcp80(&cluster, C, B));
+    for name in ["x/3", "x/4", "x/5"] {
+        let _ = cluster.upsert_policy(policy(name, &of("none")));
+        assert!(
+            !tcp80(&cluster, C, B) && !tcp80(&cluster, B, C),
+            "every pod is closed both ways"
+        );
+        assert!(tcp80(&cluster, C, A), "but for what is in force");
+    }
+    let isolating = |cluster: &Cluster, at| {
+        cluster
+            .endpoint(address(at))
+            .unwrap()
+            .isolating(Direction::Ingress)
+            .to_vec()
+    };
+    assert_eq!(
+        isolating(&cluster, B),
+        [policy_key("x/3")],
+        "one stands for all"
+    );
+    assert_eq!(refused(&cluster).len(), 3);
+    let _ = cluster.remove_policy(&policy_key("x/3"));
+    assert_eq!(isolating(&cluster, B), [policy_key("x/4")]);
+    let _ = cluster.remove_policy(&policy_key("x/4"));
+    let _ = cluster.remove_policy(&policy_key("x/5"));
+    assert!(refused(&cluster).is_empty());
+    assert!(tcp80(&cluster, C, B) && tcp80(&cluster, B, C));
+}
+
+#[test]
+fn the_order_of_policies_does_not_decide_which_is_refused() {
+    let names = ["x/1", "x/2", "x/3", "x/4"];
+    let specs = [A_FROM_C, TWO_RULES, TWO_RULES, A_FROM_C];
+    for first in 0..4 {
+        for step in [1, 3] {
+            let mut cluster = tight();
+            for turn in 0..4 {
+                let at = (first + turn * step) % 4;
+                let _ = cluster.upsert_policy(policy(names[at], specs[at]));
+            }
+            let found: Vec<_> = refused(&cluster).into_iter().map(|it| it.0).collect();
+            assert_eq!(found, ["x/3", "x/4"], "{first} by {step}");
+        }
+    }
+}

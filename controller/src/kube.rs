@@ -16,6 +16,7 @@ mod watch;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Notify, mpsc};
@@ -25,7 +26,7 @@ use tracing::{info, warn};
 
 use self::connect::Connector;
 use self::snapshot::{Snapshot, Unusable};
-use self::state::State;
+use self::state::{Kept, State};
 use self::told::Teller;
 use self::watch::{News, Patience, Watch};
 use crate::objects::Kind;
@@ -199,6 +200,9 @@ struct Keeper {
     /// The disk is behind the state.
     changed: bool,
     not_before: Instant,
+    /// When it was written the last time, and what that took; 0 once it was taken into account.
+    began: Instant,
+    bytes: Arc<AtomicU32>,
     writing: Option<JoinHandle<()>>,
 }
 
@@ -209,6 +213,8 @@ impl Keeper {
             snapshot: Arc::new(snapshot),
             changed: false,
             not_before: Instant::now(),
+            began: Instant::now(),
+            bytes: Arc::default(),
             writing: None,
         }
     }
@@ -222,20 +228,22 @@ impl Keeper {
             return;
         }
         self.not_before = now + WRITE_EVERY;
-        if self
-            .writing
-            .as_ref()
-            .is_some_and(|writing| !writing.is_finished())
-        {
+        let idle = self.writing.as_ref().is_none_or(JoinHandle::is_finished);
+        // The more was written, the longer until the next time.
+        let bytes = self.bytes.swap(0, Ordering::Relaxed);
+        let pause = Duration::from_secs(1) * bytes / WRITE_BYTES_A_SECOND;
+        if !idle || bytes > 0 && self.began + pause > now {
+            self.not_before = self.not_before.max(self.began + pause);
             return;
         }
-        let body = snapshot::body(state.objects());
-        let bytes = u32::try_from(body.len()).unwrap_or(u32::MAX);
-        let pause = Duration::from_secs(1) * bytes / WRITE_BYTES_A_SECOND;
-        self.not_before = now + pause.max(WRITE_EVERY);
-        self.changed = false;
+        (self.changed, self.began) = (false, now);
+        let (objects, written_bytes) = (state.objects(), Arc::clone(&self.bytes));
         let (snapshot, status) = (Arc::clone(&self.snapshot), Arc::clone(&self.status));
         self.writing = Some(tokio::task::spawn_blocking(move || {
+            let body = snapshot::body(objects.iter().map(Kept::json));
+            drop(objects);
+            let bytes = u32::try_from(body.len()).unwrap_or(u32::MAX);
+            written_bytes.store(bytes, Ordering::Relaxed);
             let written = snapshot.write(&body, SystemTime::now());
             status.set_unkept(written.err().map(|error| {
                 let path = snapshot.path();

@@ -168,12 +168,12 @@ impl Snapshot {
     }
 }
 
-/// The bytes of the list of `objects`, one a line.
-pub(super) fn body(objects: impl Iterator<Item = Value>) -> Vec<u8> {
+/// The bytes of the list of `objects`, each JSON, one a line.
+pub(super) fn body(objects: impl Iterator<Item = String>) -> Vec<u8> {
     let mut body = b"{\"apiVersion\":\"v1\",\"kind\":\"List\",\"items\":[".to_vec();
     for (index, object) in objects.enumerate() {
         body.extend_from_slice(if index == 0 { b"\n" } else { b",\n" });
-        body.extend_from_slice(object.to_string().as_bytes());
+        body.extend_from_slice(object.as_bytes());
     }
     body.extend_from_slice(b"\n]}\n");
     body

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use policy::PolicyKey;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::watch::News;
@@ -30,6 +30,8 @@ pub(super) struct State {
     waiting: BTreeMap<ObjectKey, Option<Object>>,
     policies: BTreeMap<PolicyKey, Written>,
     faults: BTreeMap<ObjectKey, Vec<Problem>>,
+    /// The problems have to be put together again.
+    restate: bool,
     problems: Arc<Vec<Problem>>,
     /// Until when what is back waits for what is not.
     hold: Option<Instant>,
@@ -60,9 +62,32 @@ pub(super) struct Written {
     pub(super) uid: String,
     pub(super) resource_version: String,
     /// `spec` as JSON, of the state that is in force.
-    spec: String,
+    spec: Arc<str>,
     /// What is in force is not the policy but what stands for it.
     stand_in: bool,
+}
+
+/// An object in force, to be kept.
+pub(super) struct Kept {
+    object: Object,
+    /// Of a policy.
+    spec: Option<Arc<str>>,
+}
+
+impl Kept {
+    /// As JSON in the API's form, reduced to what is read.
+    pub(super) fn json(&self) -> String {
+        let mut json = objects::write(&self.object).to_string();
+        // The rules of a policy stand there as they were written; they are not read for it.
+        if let Some(spec) = self.spec.as_deref().filter(|spec| !spec.is_empty())
+            && json.pop() == Some('}')
+        {
+            json.push_str(",\"spec\":");
+            json.push_str(spec);
+            json.push('}');
+        }
+        json
+    }
 }
 
 impl State {
@@ -80,9 +105,13 @@ impl State {
         match news {
             News::Lost => {
                 (progress.lost, progress.list) = (true, None);
+                self.restate = true;
             }
             News::Resumed => self.back(kind, now),
-            News::ListBegins => progress.list = Some(List::default()),
+            News::ListBegins => {
+                progress.list = Some(List::default());
+                self.restate = true;
+            }
             News::Listed(value) => {
                 let key = self.upsert(kind, value);
                 let list = self.progress[kind as usize].list.get_or_insert_default();
@@ -91,6 +120,7 @@ impl State {
                     Err(problem) => {
                         list.nameless = true;
                         list.problems.push(*problem);
+                        self.restate = true;
                     }
                 }
             }
@@ -151,21 +181,19 @@ impl State {
         self.policies.get(key)
     }
 
-    /// Every object in force, in the API's form, reduced to what is read.
-    pub(super) fn objects(&self) -> impl Iterator<Item = Value> {
-        self.sent.values().map(|object| match object {
-            Object::NetworkPolicy(policy) => {
-                let key = policy.key();
-                let spec = self
-                    .policies
-                    .get(key)
-                    .map_or("null", |written| &written.spec);
-                let mut value = objects::write(object);
-                value["spec"] = serde_json::from_str(spec).unwrap_or(Value::Null);
-                value
-            }
-            _ => objects::write(object),
-        })
+    /// Every object in force, shared; cheap to take, to be written elsewhere.
+    pub(super) fn objects(&self) -> Vec<Kept> {
+        let kept = self.sent.values().map(|object| Kept {
+            object: object.clone(),
+            spec: match object {
+                Object::NetworkPolicy(policy) => {
+                    let written = self.policies.get(policy.key());
+                    written.map(|written| Arc::clone(&written.spec))
+                }
+                _ => None,
+            },
+        });
+        kept.collect()
     }
 
     fn difference(&mut self) -> Option<Batch> {
@@ -183,18 +211,29 @@ impl State {
                 }
             }
         }
-        let lists = self.progress.iter().filter_map(|kind| kind.list.as_ref());
-        let nameless = lists.flat_map(|list| list.problems.iter().cloned());
-        let problems = self.faults.values().flatten().cloned().chain(nameless);
-        let problems: Vec<Problem> = problems.collect();
-        if events.is_empty() && problems == *self.problems {
+        if !self.restate_problems() && events.is_empty() {
             return None;
         }
-        self.problems = Arc::new(problems);
         Some(Batch {
             events,
             problems: Arc::clone(&self.problems),
         })
+    }
+
+    /// Whether other problems stand than before.
+    fn restate_problems(&mut self) -> bool {
+        if !mem::take(&mut self.restate) {
+            return false;
+        }
+        let lists = self.progress.iter().filter_map(|kind| kind.list.as_ref());
+        let nameless = lists.flat_map(|list| list.problems.iter().cloned());
+        let problems = self.faults.values().flatten().cloned().chain(nameless);
+        let problems: Vec<Problem> = problems.collect();
+        let changed = problems != *self.problems;
+        if changed {
+            self.problems = Arc::new(problems);
+        }
+        changed
     }
 
     /// Takes in an object as it is now.
@@ -226,11 +265,12 @@ impl State {
     fn note(&mut self, key: &ObjectKey, read: Result<Object, Vec<Fault>>) -> Option<Object> {
         match read {
             Ok(object) => {
-                self.faults.remove(key);
+                self.restate |= self.faults.remove(key).is_some();
                 Some(object)
             }
             Err(faults) => {
                 let problems = faults.into_iter().map(|fault| problem(fault, key));
+                self.restate = true;
                 self.faults.insert(key.clone(), problems.collect());
                 None
             }
@@ -250,18 +290,20 @@ impl State {
         written.uid = metadata("uid");
         written.resource_version = metadata("resourceVersion");
         let object_key = ObjectKey::NetworkPolicy(key.clone());
-        let read = self.plain(&object_key, value.clone());
+        let spec: Arc<str> = value["spec"].to_string().into();
         let good_before = !written.spec.is_empty() && !written.stand_in;
-        let object = match read {
+        let object = match self.plain(&object_key, value) {
             Some(object) => {
-                (written.spec, written.stand_in) = (value["spec"].to_string(), false);
+                (written.spec, written.stand_in) = (spec, false);
                 Some(object)
             }
             None if good_before => None,
             None => {
-                (written.spec, written.stand_in) = (value["spec"].to_string(), true);
+                let read = serde_json::from_str(&spec).unwrap_or(Value::Null);
+                (written.spec, written.stand_in) = (spec, true);
                 self.say_closed(&object_key);
-                objects::closed_policy(key, &value).map(Object::from)
+                let closed = objects::closed_policy(key, &json!({ "spec": read }));
+                closed.map(Object::from)
             }
         };
         self.policies.insert(key.clone(), written);
@@ -284,7 +326,7 @@ impl State {
             );
             return;
         }
-        self.faults.remove(&key);
+        self.restate |= self.faults.remove(&key).is_some();
         if let ObjectKey::NetworkPolicy(policy) = &key {
             self.policies.remove(policy);
         }

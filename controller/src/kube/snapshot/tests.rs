@@ -24,7 +24,7 @@ fn objects() -> Vec<Value> {
 fn kept(folder: &TempDir, now: SystemTime) -> Snapshot {
     let snapshot = snapshot(folder);
     snapshot
-        .write(&body(objects().into_iter()), now)
+        .write(&body(objects().into_iter().map(|it| it.to_string())), now)
         .expect("written");
     snapshot
 }

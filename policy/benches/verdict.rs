@@ -190,6 +190,14 @@ fn hostile_events(c: &mut Criterion) {
         }),
     ];
     for (name, count, peer) in cases {
+        let all: Vec<String> = (0..count).map(peer).collect();
+        let text = format!(
+            r#"{{"podSelector": {{"matchLabels": {{"no": "pod"}}}}, "ingress": [{{"from": [{}]}}]}}"#,
+            all.join(",")
+        );
+        group.bench_function(format!("{name}/is_read"), |b| {
+            b.iter(|| policy("evil", "large", black_box(&text)));
+        });
         group.bench_function(name, |b| {
             b.iter_batched(
                 || {

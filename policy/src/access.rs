@@ -36,6 +36,8 @@ const FEW: usize = 16;
 /// What one or several lists of rules allow.
 #[derive(Debug, Default)]
 pub(crate) struct Access {
+    /// Whether there is anything at [`ANY`].
+    any: bool,
     /// Of TCP, UDP and SCTP: bit n is set if there is anything at prefixes of n bits.
     lengths: [u32; 3],
     /// Sorted.
@@ -151,42 +153,32 @@ impl Access {
     }
 
     fn allows_selected(&self, matches: &MatchSet, asked: &[Key]) -> bool {
-        let ids: &[SelectorId] = matches;
-        if self.selectors.is_empty() || ids.is_empty() {
-            return false;
+        let (ids, own): (&[SelectorId], _) = (matches, &self.selectors);
+        if ids.len().min(own.len()) > FEW {
+            return self
+                .known
+                .meet(matches.number(), asked, || self.common(ids));
         }
-        if ids.len().min(self.selectors.len()) <= FEW {
-            let mut common = self.common(ids);
-            return common.any(|keys| meet(keys, asked));
+        let granted = |at: usize| meet(self.peer(at).1, asked);
+        if ids.len() <= own.len() {
+            ids.iter().any(|id| {
+                let at = own.binary_search_by_key(id, |(id, _)| *id);
+                at.is_ok_and(granted)
+            })
+        } else {
+            let mut own = own.iter().enumerate();
+            own.any(|(at, (id, _))| ids.binary_search(id).is_ok() && granted(at))
         }
-        self.known.meet(matches.number(), asked, || {
-            let mut keys: Vec<Key> = self.common(ids).flatten().copied().collect();
-            keys.sort_unstable();
-            keys.dedup();
-            keys.into()
-        })
     }
 
-    /// The keys of each selector that is among `ids`, which are sorted.
-    fn common<'a>(&'a self, ids: &'a [SelectorId]) -> impl Iterator<Item = &'a [Key]> {
-        let by_ids = ids.len() <= self.selectors.len();
-        let of_ids = by_ids.then(|| {
-            ids.iter().filter_map(|id| {
-                let at = self
-                    .selectors
-                    .binary_search_by_key(id, |(id, _)| *id)
-                    .ok()?;
-                Some(self.peer(at).1)
-            })
-        });
-        let of_own = (!by_ids).then(|| {
-            let own = (0..self.selectors.len()).map(|at| self.peer(at));
-            own.filter_map(|(id, keys)| ids.binary_search(&id).is_ok().then_some(keys))
-        });
-        of_ids
-            .into_iter()
-            .flatten()
-            .chain(of_own.into_iter().flatten())
+    /// The keys of all selectors that are among `ids`, which are sorted; sorted too.
+    fn common(&self, ids: &[SelectorId]) -> Box<[Key]> {
+        let own = self.selectors.iter().enumerate();
+        let among = own.filter(|(_, (id, _))| ids.binary_search(id).is_ok());
+        let mut keys: Vec<Key> = among.flat_map(|(at, _)| self.peer(at).1).copied().collect();
+        keys.sort_unstable();
+        keys.dedup();
+        keys.into()
     }
 
     fn peer(&self, at: usize) -> (SelectorId, &[Key]) {
@@ -199,7 +191,7 @@ impl Access {
     fn asked(&self, question: Question<'_>) -> Asked {
         let mut asked = Asked {
             keys: [ANY; 1 + PREFIXES + NAMES_OF_A_PORT],
-            count: 1,
+            count: usize::from(self.any),
         };
         let Some(port) = question.port else {
             return asked;
@@ -273,11 +265,12 @@ impl Parts {
         let v6 = joined(self.v6, |last| last.checked_add(1));
         self.peers.sort();
         self.peers.dedup();
-        let mut lengths = [0; 3];
+        let (mut any, mut lengths) = (false, [0; 3]);
         let used = self.everyone.iter().copied();
         let used = used.chain(v4.iter().map(|it| it.0));
         let used = used.chain(v6.iter().map(|it| it.0));
         for key in used.chain(self.peers.iter().map(|it| it.1)) {
+            any |= key == ANY;
             if key != ANY && key < NAMES {
                 let bits = key & ((1 << PROTOCOL_SHIFT) - 1);
                 lengths[(key >> PROTOCOL_SHIFT) as usize - 1] |= 1 << bits.ilog2();
@@ -291,6 +284,7 @@ impl Parts {
             keys.push(key);
         }
         Access {
+            any,
             lengths,
             names: self.names.into(),
             everyone: self.everyone.into(),

@@ -24,6 +24,8 @@ use crate::objects::{Kind, Trimmed};
 
 /// Objects of a page.
 const PAGE: u32 = 500;
+/// Policies of a page: one may have the 1.5 MiB that the API server takes, and a page is read whole.
+const PAGE_OF_POLICIES: u32 = 20;
 /// A watch that ends sooner without a word counts as a failure, so that it is not asked for at once.
 const TOO_SHORT: Duration = Duration::from_secs(1);
 
@@ -276,7 +278,11 @@ impl Watch {
     }
 
     async fn list_in_pages(&self, client: &Client, position: &mut Position) -> Result<(), Ended> {
-        let mut params = ListParams::default().limit(PAGE);
+        let page = match self.kind {
+            Kind::NetworkPolicy => PAGE_OF_POLICIES,
+            Kind::Namespace | Kind::Pod | Kind::Node => PAGE,
+        };
+        let mut params = ListParams::default().limit(page);
         let asked = Asked::of("list", self.kind);
         loop {
             let request = self.request().list(&params);

@@ -92,13 +92,33 @@ impl Cluster {
     }
 
     fn rematch(&mut self, changes: Vec<(PodKey, Vec<SelectorId>)>, touched: &mut Touched) {
-        // Pods that come together often match the same.
-        let mut last = Arc::new(MatchSet::default());
         for (key, matches) in changes {
-            if last.number() == 0 || **last != *matches {
-                last = self.match_sets.intern(matches);
-            }
-            let matches = last.clone();
+            let matches = self.match_sets.intern(matches);
+            self.update(&key, touched, |state| state.matches = matches);
+        }
+    }
+
+    /// Makes another set of each pod's, of what it was and the ids that come with the pod.
+    fn rematch_with(
+        &mut self,
+        changes: Vec<(PodKey, Vec<SelectorId>)>,
+        with: impl Fn(&[SelectorId], &[SelectorId]) -> Vec<SelectorId>,
+        touched: &mut Touched,
+    ) {
+        // Pods often have the same set, and the same is done to it.
+        let mut last: Option<(Arc<MatchSet>, Vec<SelectorId>, Arc<MatchSet>)> = None;
+        for (key, ids) in changes {
+            let Some(had) = self.pods.get(&key).map(|state| state.matches.clone()) else {
+                continue;
+            };
+            let same = last
+                .take()
+                .filter(|(was, by, _)| Arc::ptr_eq(was, &had) && *by == ids);
+            let same = same.unwrap_or_else(|| {
+                let matches = self.match_sets.intern(with(&had, &ids));
+                (had, ids, matches)
+            });
+            let matches = last.insert(same).2.clone();
             self.update(&key, touched, |state| state.matches = matches);
         }
     }
@@ -114,12 +134,24 @@ impl Cluster {
         }
         let mut pods = Search::new(&self.pods_by_label);
         let mut matched = vec![Vec::new(); self.pods_by_label.slots_end()];
+        // Selectors often match the same pods as the one before.
+        let (mut alike, mut slots) = (Vec::new(), Vec::new());
+        let mut enter = |slots: &[Slot], ids: &mut Vec<SelectorId>| {
+            for slot in slots {
+                matched[*slot as usize].extend_from_slice(ids);
+            }
+            ids.clear();
+        };
         for (id, selector) in selectors {
             let scope = scopes[&selector.namespaces].as_ref();
-            for slot in pods.find(selector.pods.requirements(), scope) {
-                matched[slot as usize].push(*id);
+            let found = pods.find(selector.pods.requirements(), scope);
+            if found != slots {
+                enter(&slots, &mut alike);
+                slots = found;
             }
+            alike.push(*id);
         }
+        enter(&slots, &mut alike);
         let matched = (0..).zip(matched).filter(|(_, ids)| !ids.is_empty());
         let keyed = |(slot, ids)| Some((self.pods_by_label.get(slot)?.key.clone(), ids));
         matched.filter_map(keyed).collect()
@@ -221,13 +253,8 @@ impl Cluster {
 
     /// `new` ids are greater than all others, so that appending keeps every set sorted.
     fn match_new(&mut self, new: &[Named], touched: &mut Touched) {
-        let changes = self.matched_by(new).into_iter();
-        let changes = changes.filter_map(|(key, added)| {
-            let matches = self.pods.get(&key)?.matches.iter().copied();
-            Some((key, matches.chain(added).collect()))
-        });
-        let changes = changes.collect();
-        self.rematch(changes, touched);
+        let changes = self.matched_by(new);
+        self.rematch_with(changes, |had, new| [had, new].concat(), touched);
     }
 
     /// Lets go of a policy's selectors. Those that nobody holds stay known for a while, since a
@@ -236,14 +263,12 @@ impl Cluster {
         self.selectors.release(selectors);
         let mut gone = self.selectors.sweep();
         gone.sort_unstable_by_key(|(id, _)| *id);
-        let changes = self.matched_by(&gone).into_iter();
-        let changes = changes.filter_map(|(key, gone)| {
-            let matches = self.pods.get(&key)?.matches.iter().copied();
-            let known = matches.filter(|id| gone.binary_search(id).is_err());
-            Some((key, known.collect()))
-        });
-        let changes = changes.collect();
-        self.rematch(changes, touched);
+        let changes = self.matched_by(&gone);
+        let without = |had: &[SelectorId], gone: &[SelectorId]| {
+            let stays = |id: &SelectorId| gone.binary_search(id).is_err();
+            had.iter().copied().filter(stays).collect()
+        };
+        self.rematch_with(changes, without, touched);
     }
 
     pub(super) fn compile(&mut self, policy: &NetworkPolicy) -> CompiledPolicy {

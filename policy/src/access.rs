@@ -44,13 +44,21 @@ pub(crate) struct Access {
     names: Box<[(Protocol, Arc<str>)]>,
     /// Where every peer is allowed; sorted.
     everyone: Box<[Key]>,
-    /// First and last addresses; sorted, disjoint at each key.
-    v4: Box<[(Key, u32, u32)]>,
-    v6: Box<[(Key, u128, u128)]>,
+    v4: Blocks<u32>,
+    v6: Blocks<u128>,
     /// Sorted, each with where its keys begin in `keys`.
     selectors: Box<[(SelectorId, u32)]>,
     keys: Box<[Key]>,
     known: Known,
+}
+
+/// Addresses of one family.
+#[derive(Debug, Default)]
+struct Blocks<A> {
+    /// Sorted, each with where its ranges begin.
+    keys: Box<[(Key, u32)]>,
+    /// First and last addresses; sorted and disjoint at each key.
+    ranges: Box<[(A, A)]>,
 }
 
 /// The parts of an [`Access`], in any order.
@@ -111,16 +119,8 @@ impl Access {
             parts
                 .everyone
                 .extend(one.everyone.iter().map(|&key| moved(key)));
-            let v4 = one
-                .v4
-                .iter()
-                .map(|&(key, first, last)| (moved(key), first, last));
-            parts.v4.extend(v4);
-            let v6 = one
-                .v6
-                .iter()
-                .map(|&(key, first, last)| (moved(key), first, last));
-            parts.v6.extend(v6);
+            one.v4.add_to(&mut parts.v4, moved);
+            one.v6.add_to(&mut parts.v6, moved);
             for at in 0..one.selectors.len() {
                 let (id, keys) = one.peer(at);
                 parts.peers.extend(keys.iter().map(|&key| (id, moved(key))));
@@ -129,9 +129,10 @@ impl Access {
         parts.whole()
     }
 
-    /// How many entries there are: what a copy costs, and twelve bytes each in most cases.
+    /// How many entries there are: what a copy costs, and 8 to 16 bytes each, 32 more for IPv6.
     pub(crate) fn entries(&self) -> usize {
-        self.everyone.len() + self.v4.len() + self.v6.len() + self.selectors.len() + self.keys.len()
+        let blocks = self.v4.ranges.len() + self.v6.ranges.len();
+        self.everyone.len() + blocks + self.selectors.len() + self.keys.len()
     }
 
     /// Whether any rule allows it.
@@ -143,8 +144,8 @@ impl Access {
             return true;
         }
         let by_address = match question.peer {
-            IpAddr::V4(peer) => within(&self.v4, asked, peer.to_bits()),
-            IpAddr::V6(peer) => within(&self.v6, asked, peer.to_bits()),
+            IpAddr::V4(peer) => self.v4.contain(asked, peer.to_bits()),
+            IpAddr::V6(peer) => self.v6.contain(asked, peer.to_bits()),
         };
         by_address
             || question
@@ -261,14 +262,14 @@ impl Parts {
         // Parts that are in order already are put together, not sorted anew.
         self.everyone.sort();
         self.everyone.dedup();
-        let v4 = joined(self.v4, |last| last.checked_add(1));
-        let v6 = joined(self.v6, |last| last.checked_add(1));
+        let v4 = Blocks::joined(self.v4, |last| last.checked_add(1));
+        let v6 = Blocks::joined(self.v6, |last| last.checked_add(1));
         self.peers.sort();
         self.peers.dedup();
         let (mut any, mut lengths) = (false, [0; 3]);
         let used = self.everyone.iter().copied();
-        let used = used.chain(v4.iter().map(|it| it.0));
-        let used = used.chain(v6.iter().map(|it| it.0));
+        let used = used.chain(v4.keys.iter().map(|it| it.0));
+        let used = used.chain(v6.keys.iter().map(|it| it.0));
         for key in used.chain(self.peers.iter().map(|it| it.1)) {
             any |= key == ANY;
             if key != ANY && key < NAMES {
@@ -297,36 +298,50 @@ impl Parts {
     }
 }
 
-/// Ranges that touch or overlap at the same key, as one.
-fn joined<A: Ord + Copy>(
-    mut ranges: Vec<(Key, A, A)>,
-    after: impl Fn(A) -> Option<A>,
-) -> Box<[(Key, A, A)]> {
-    ranges.sort();
-    let mut kept = 0;
-    for at in 0..ranges.len() {
-        let (key, first, last) = ranges[at];
-        if kept > 0 && ranges[kept - 1].0 == key {
-            let known = ranges[kept - 1].2;
-            if after(known).is_none_or(|next| first <= next) {
-                ranges[kept - 1].2 = known.max(last);
+impl<A: Ord + Copy> Blocks<A> {
+    /// Of ranges in any order; those that touch or overlap at the same key are one.
+    fn joined(mut all: Vec<(Key, A, A)>, after: impl Fn(A) -> Option<A>) -> Self {
+        all.sort();
+        let mut keys: Vec<(Key, u32)> = Vec::new();
+        let mut ranges: Vec<(A, A)> = Vec::with_capacity(all.len());
+        for (key, first, last) in all {
+            if keys.last().is_none_or(|(known, _)| *known != key) {
+                keys.push((key, at(ranges.len())));
+            } else if let Some(known) = ranges.last_mut()
+                && after(known.1).is_none_or(|next| first <= next)
+            {
+                known.1 = known.1.max(last);
                 continue;
             }
+            ranges.push((first, last));
         }
-        ranges[kept] = (key, first, last);
-        kept += 1;
+        let (keys, ranges) = (keys.into(), ranges.into());
+        Self { keys, ranges }
     }
-    ranges.truncate(kept);
-    ranges.into()
-}
 
-fn within<A: Ord + Copy>(ranges: &[(Key, A, A)], asked: &[Key], address: A) -> bool {
-    !ranges.is_empty()
-        && asked.iter().any(|&key| {
-            let after = ranges.partition_point(|&(at, first, _)| (at, first) <= (key, address));
-            let before = after.checked_sub(1).map(|before| ranges[before]);
-            before.is_some_and(|(at, _, last)| at == key && address <= last)
+    fn add_to(&self, all: &mut Vec<(Key, A, A)>, moved: impl Fn(Key) -> Key) {
+        for (place, (key, _)) in self.keys.iter().enumerate() {
+            let ranges = self.of(place).iter();
+            all.extend(ranges.map(|&(first, last)| (moved(*key), first, last)));
+        }
+    }
+
+    fn of(&self, place: usize) -> &[(A, A)] {
+        let end = self.keys.get(place + 1);
+        let end = end.map_or(self.ranges.len(), |(_, next)| *next as usize);
+        &self.ranges[self.keys[place].1 as usize..end]
+    }
+
+    fn contain(&self, asked: &[Key], address: A) -> bool {
+        asked.iter().any(|key| {
+            let Ok(place) = self.keys.binary_search_by_key(key, |(key, _)| *key) else {
+                return false;
+            };
+            let ranges = self.of(place);
+            let after = ranges.partition_point(|&(first, _)| first <= address);
+            after > 0 && address <= ranges[after - 1].1
         })
+    }
 }
 
 /// Whether two sets have a key in common; `keys` are sorted, `asked` are few.

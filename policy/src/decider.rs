@@ -6,8 +6,8 @@ use std::sync::{Arc, OnceLock};
 use crate::access::Access;
 use crate::compile::{Question, Rules};
 
-/// Entries that all pods of one namespace may have merged at one time (12 bytes each, those of IPv6
-/// 48). Pods under many different sets of large policies beyond that are judged policy by policy.
+/// Entries that all pods of one namespace may have merged at one time (16 bytes each at most,
+/// those of IPv6 40). Pods under many different sets of large policies beyond that are judged policy by policy.
 const MERGED: usize = 1_200_000;
 
 /// Asks distinct lists of rules.

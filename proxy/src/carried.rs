@@ -74,6 +74,8 @@ impl Source {
 pub(crate) struct CarriedFlow {
     number: u64,
     pub(crate) id: FlowId,
+    /// Whose share it counts in, though its pod's entry in the table may be another by now.
+    source: Source,
     /// When its first packet came.
     opened: SystemTime,
     entered: Instant,
@@ -153,6 +155,7 @@ impl Carried {
         let flow = Arc::new(CarriedFlow {
             number: self.next.fetch_add(1, Ordering::Relaxed),
             id,
+            source: source.clone(),
             opened,
             entered: Instant::now(),
             decision: Mutex::new(Arc::clone(decision)),
@@ -192,8 +195,7 @@ impl Carried {
     pub(crate) fn remove(&self, id: &FlowId) -> Option<Arc<CarriedFlow>> {
         let (_, flow) = self.by_id.remove(id)?;
         self.by_address.remove(&flow);
-        let source = Source::of(flow.decision.from.as_deref(), id.client.ip());
-        self.by_source.remove_if_mut(&source, |_, count| {
+        self.by_source.remove_if_mut(&flow.source, |_, count| {
             *count = count.saturating_sub(1);
             *count == 0
         });

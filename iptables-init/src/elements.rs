@@ -197,17 +197,22 @@ fn network(text: &str) -> Option<IpNet> {
 /// First address of a range, and the first behind it, if there is one.
 type Range = (Vec<u8>, Option<Vec<u8>>);
 
-/// The ranges of a set that the kernel keeps as their beginnings and ends.
+/// The ranges of a set that the kernel keeps as their beginnings and ends, those that touch each other merged.
 fn ranges(there: &[Element]) -> Vec<Range> {
     let mut ranges = Vec::<Range>::new();
     // By key; an end stands before a beginning at the same place.
     let mut all: Vec<_> = there.iter().collect();
     all.sort_unstable_by_key(|it| (&it.key, it.flags & NFT_SET_ELEM_INTERVAL_END == 0));
     for element in all {
-        if element.flags & NFT_SET_ELEM_INTERVAL_END == 0 {
-            ranges.push((element.key.clone(), None));
-        } else if let Some((_, end @ None)) = ranges.last_mut() {
-            *end = Some(element.key.clone());
+        let begins = element.flags & NFT_SET_ELEM_INTERVAL_END == 0;
+        match ranges.last_mut() {
+            // It goes on: nft may leave out an end where the next one begins.
+            Some((_, end)) if begins && end.as_ref().is_none_or(|it| *it == element.key) => {
+                *end = None;
+            }
+            Some((_, end @ None)) if !begins => *end = Some(element.key.clone()),
+            _ if begins => ranges.push((element.key.clone(), None)),
+            _ => {}
         }
     }
     ranges
@@ -383,6 +388,20 @@ mod tests {
             assert_eq!(holds(&there, &set(wanted)), same, "{wanted:?}");
         }
         assert!(holds(&[null], &set(&[])));
+        // A set without auto-merge keeps neighbours apart.
+        let apart = [
+            element(&[10, 1, 1, 0], 0),
+            element(&[10, 1, 2, 0], NFT_SET_ELEM_INTERVAL_END),
+            element(&[10, 1, 2, 0], 0),
+            element(&[10, 1, 4, 0], NFT_SET_ELEM_INTERVAL_END),
+        ];
+        let wanted = set(&["10.1.1.0/24", "10.1.2.0/23"]);
+        assert!(holds(&apart, &wanted));
+        assert!(holds(
+            &[apart[0].clone(), apart[2].clone(), apart[3].clone()],
+            &wanted
+        ));
+        assert!(!holds(&apart[..2], &wanted));
         let all = [element(&[0; 4], 0)];
         assert!(holds(&all, &set(&["0.0.0.0/0"])));
     }

@@ -103,16 +103,20 @@ pub fn install(settings: &Settings) -> Result<Outcome, RedirectError> {
 /// [`RedirectError`]; running it again goes on where it stopped.
 pub fn uninstall() -> Result<Outcome, RedirectError> {
     let mut changed = false;
-    // The tables go first: without them nothing is marked any more. What they tell of a sysctl is
-    // brought about before it is forgotten.
-    if let Some(loaded) = Loaded::read()? {
+    let loaded = Loaded::read()?;
+    if loaded.is_some() {
+        // A daemon that watches is not to put back what goes. Without the chain there is nothing to be marked.
+        let _ = command::run(Program::Nft, &["-f", "-"], &table::leaving_script());
+    }
+    for family in Family::ALL {
+        changed |= routes::uninstall(family)?;
+    }
+    // What the tables tell of a sysctl is brought about before it is forgotten.
+    if let Some(loaded) = loaded {
         bridges::switch_on_again(&loaded)?;
         accounting::switch_off_again(&loaded);
         command::run(Program::Nft, &["-f", "-"], &loaded.delete_script())?;
         changed = true;
-    }
-    for family in Family::ALL {
-        changed |= routes::uninstall(family)?;
     }
     Ok(if changed {
         Outcome::Changed

@@ -15,6 +15,9 @@ pub(crate) const STAMP_CHAIN: &str = "installed_by";
 /// What the comment begins with that says what the kernel held after the installation.
 const NOTED: &str = "portreeve holds ";
 
+/// The comment of tables that are about to be taken out.
+const LEAVING: &str = "portreeve is being uninstalled";
+
 /// What a loaded table was made from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Stamp {
@@ -78,6 +81,8 @@ pub(crate) struct Loaded {
     pub(crate) stamp: Option<Stamp>,
     /// What the kernel held when they were installed; `None`: that was not finished.
     pub(crate) noted: Option<Digest>,
+    /// They are about to be taken out, by [`leaving_script`].
+    pub(crate) leaving: bool,
     /// The families that there is a table of.
     families: Vec<&'static str>,
     objects: Vec<Value>,
@@ -103,9 +108,11 @@ impl Loaded {
         };
         let stamp = comments().find_map(Stamp::parse);
         let noted = comments().find_map(|it| Digest::parse(it.strip_prefix(NOTED)?));
+        let leaving = comments().any(|it| it == LEAVING);
         Ok(Some(Self {
             stamp,
             noted,
+            leaving,
             families,
             objects,
         }))
@@ -183,6 +190,12 @@ pub(crate) fn note_script(ruleset: &Ruleset, digest: Digest) -> String {
     format!(
         "flush chain {chain}\nadd rule {chain} return comment \"{stamp}\"\nadd rule {chain} return comment \"{NOTED}{digest}\"\n"
     )
+}
+
+/// The nft script that says of the tables that they are about to be taken out.
+pub(crate) fn leaving_script() -> String {
+    let chain = format!("inet {TABLE} {STAMP_CHAIN}");
+    format!("flush chain {chain}\nadd rule {chain} return comment \"{LEAVING}\"\n")
 }
 
 /// The nft script that puts `ruleset` in the place of `loaded`, in one transaction. The sets keep

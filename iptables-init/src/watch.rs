@@ -151,7 +151,7 @@ impl Watch {
         for family in routes::enabled_families() {
             self.routing(family, &mut found)?;
         }
-        if is_uninstalled(&found.damages) {
+        if is_uninstalled(&found.damages)? {
             found.damages.iter_mut().for_each(|it| it.ours = false);
         }
         self.sysctls(&mut found);
@@ -310,9 +310,14 @@ fn of_sysctl(finding: Finding) -> Damage {
     }
 }
 
-/// Whether all is gone at once: that is `iptables-init uninstall`, which is not to be undone.
-fn is_uninstalled(damages: &[Damage]) -> bool {
+/// Whether what is gone was taken out by `iptables-init uninstall`, which is not to be undone: that marks the tables
+/// first, and takes them out last.
+fn is_uninstalled(damages: &[Damage]) -> Result<bool, WatchError> {
     let gone = |part| damages.iter().filter(|it| it.part == part).count();
     let families = routes::enabled_families().count();
-    gone(Part::Table) > 0 && gone(Part::IpRule) == families && gone(Part::Route) == families
+    if gone(Part::Table) > 0 && gone(Part::IpRule) == families && gone(Part::Route) == families {
+        return Ok(true);
+    }
+    let any = gone(Part::IpRule) + gone(Part::Route) > 0;
+    Ok(any && Loaded::read()?.is_some_and(|it| it.leaving))
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use lab::runner::Test;
 use lab::{Cluster, Host, Kind, PodSpec, wait_until};
 
+use crate::bridges::BRIDGE;
 use crate::support::{
     Bed, DEADLINE, SOON, allow_ingress, ask, connected, deny_ingress, echoes, greeted, init, metric,
 };
@@ -19,14 +20,20 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
 
 /// How soon a change must be noticed.
 const NOTICED_WITHIN: Duration = Duration::from_secs(2);
+/// The sets in which is noted what `uninstall` is to set back.
+const NOTES: [&str; 3] = [" switched_on", " switched_off", " kept_from_learning"];
 /// A SYN that is let through is answered long before.
 const BRIEFLY: Duration = Duration::from_millis(300);
 
 /// One node with x/a, x/b, which nobody may reach, and x/d, which the proxy serves.
 fn bed() -> Bed {
+    enforced(Cluster::builder())
+}
+
+fn enforced(cluster: lab::Builder) -> Bed {
     let pod = |name: &str| PodSpec::new("x", name).label("pod", name).port("http", 80);
     let pods = ["a", "b", "d"].map(pod);
-    let mut bed = Bed::bare(Cluster::builder().nodes(1).pods(pods));
+    let mut bed = Bed::bare(cluster.nodes(1).pods(pods));
     bed.write_policies(&[deny_ingress("b"), allow_ingress("d")]);
     bed.enforce(&[]);
     bed
@@ -106,6 +113,12 @@ fn damaged_rules_come_back_and_denied_stays_denied() {
         .says("chain inet portreeve intercept; this daemon has put it back");
 }
 
+fn sets(node: &Host) -> String {
+    let mut nft = node.command("nft");
+    nft.args(["list", "sets"]);
+    String::from_utf8(nft.output().unwrap().stdout).unwrap()
+}
+
 /// The sets that have elements, of what `nft list sets` says, with their tables.
 fn filled(listing: &str) -> impl Iterator<Item = String> {
     let (mut table, mut set) = (String::new(), String::new());
@@ -122,17 +135,15 @@ fn filled(listing: &str) -> impl Iterator<Item = String> {
 }
 
 fn flushed_sets_are_filled_again() {
-    let bed = bed();
+    let bed = enforced(Cluster::builder().gateway(BRIDGE));
     let node = bed.lab.node(0);
-    let list = || {
-        let mut nft = node.command("nft");
-        nft.args(["list", "sets"]);
-        String::from_utf8(nft.output().unwrap().stdout).unwrap()
-    };
+    let ports = || filled(&sets(&node)).any(|it| it == "bridge portreeve targets");
+    wait_until(DEADLINE, "the ports' addresses", ports).unwrap();
+    let list = || sets(&node);
     let before = list();
-    // Every one that the daemon fills; `install` notes in the last what it has switched on.
+    // Every one that the daemon fills.
     let filled: Vec<_> = filled(&before)
-        .filter(|set| !set.ends_with(" switched_on"))
+        .filter(|set| !NOTES.iter().any(|it| set.ends_with(it)))
         .collect();
     assert!(filled.len() > 12, "{filled:?}");
     for set in filled {
@@ -236,10 +247,9 @@ fn what_cannot_be_put_back_is_not_ready() {
         answer.status == 503 && answer.body.contains("iptables-init install")
     };
     wait_until(NOTICED_WITHIN, "the daemon to say so", reported).unwrap();
-    std::thread::sleep(SOON);
+    let back = wait_until(SOON, "it to be put back", || {
+        init(&node, "check", &[]).status.success()
+    });
+    assert!(back.is_err(), "it was put back");
     assert!(reported());
-    assert!(
-        !init(&node, "check", &[]).status.success(),
-        "it was put back"
-    );
 }

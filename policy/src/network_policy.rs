@@ -2,6 +2,8 @@
 //!
 //! Validation and defaulting are the API server's (`pkg/apis/networking`), stricter only where a
 //! value could not mean what it says. Knows nothing of pods, nor how rules are evaluated.
+mod closed;
+
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -102,29 +104,6 @@ impl NetworkPolicy {
     /// How many rules the policy has in `direction`; 0 if it does not isolate in it.
     pub fn rule_count(&self, direction: Direction) -> usize {
         self.rules(direction).map_or(0, <[_]>::len)
-    }
-
-    /// What stands for the policy where it asks for too much: it isolates the pods that it selects in
-    /// the same directions, and allows nothing.
-    pub(crate) fn closed(&self) -> Self {
-        let closed = |rules: &Option<Vec<Rule>>| rules.as_ref().map(|_| Vec::new());
-        Self {
-            key: self.key.clone(),
-            pods: self.pods.clone(),
-            ingress: closed(&self.ingress),
-            egress: closed(&self.egress),
-        }
-    }
-
-    /// What stands for this policy and any others: it isolates every pod of the namespace both ways,
-    /// and allows nothing.
-    pub(crate) fn closed_to_all(&self) -> Self {
-        Self {
-            key: self.key.clone(),
-            pods: LabelSelector::default(),
-            ingress: Some(Vec::new()),
-            egress: Some(Vec::new()),
-        }
     }
 
     pub(crate) fn rules(&self, direction: Direction) -> Option<&[Rule]> {

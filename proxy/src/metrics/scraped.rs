@@ -81,27 +81,7 @@ impl Scraped {
             "Packets that wait in the kernel's queues",
             all.held.clone(),
         );
-        registry.register(
-            "table_generation",
-            "Generation of the policy table in force",
-            all.generation.clone(),
-        );
-        registry.register(
-            "table_addresses",
-            "Pod addresses in the policy table",
-            all.addresses.clone(),
-        );
-        registry.register("policies", "Policies in force", all.policies.clone());
-        registry.register(
-            "policies_refused",
-            "Policies beyond the budgets of their namespaces",
-            all.refused.clone(),
-        );
-        registry.register(
-            "problems",
-            "Faults of the cluster's objects that stand now",
-            all.problems.clone(),
-        );
+        all.register_state(registry);
         registry.register(
             "records_lost",
             "Records lost to a slow or full disk",
@@ -123,6 +103,31 @@ impl Scraped {
             all.ready.clone(),
         );
         all
+    }
+
+    /// What is known of the cluster's state.
+    fn register_state(&self, registry: &mut Registry) {
+        registry.register(
+            "table_generation",
+            "Generation of the policy table in force",
+            self.generation.clone(),
+        );
+        registry.register(
+            "table_addresses",
+            "Pod addresses in the policy table",
+            self.addresses.clone(),
+        );
+        registry.register("policies", "Policies in force", self.policies.clone());
+        registry.register(
+            "policies_refused",
+            "Policies beyond the budgets of their namespaces",
+            self.refused.clone(),
+        );
+        registry.register(
+            "problems",
+            "Faults of the cluster's objects that stand now",
+            self.problems.clone(),
+        );
     }
 
     /// As `readings` have it.

@@ -82,7 +82,7 @@ impl Drop for StopOnDrop<'_> {
 
 /// Sends SYNs with ever new ports and sequence numbers, as fast as one thread can and the gate of `node`
 /// takes them.
-fn flood(from: &Host, to: &Host, node: &Host, stop: &AtomicBool, sent: &AtomicUsize) {
+pub(crate) fn flood(from: &Host, to: &Host, node: &Host, stop: &AtomicBool, sent: &AtomicUsize) {
     let raw = || Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP)).unwrap();
     let socket = from.run(raw).unwrap();
     let target = SocketAddr::from((IpAddr::V4(to.ipv4()), 0)).into();

@@ -48,6 +48,7 @@ mod strange;
 mod streams;
 mod support;
 mod surge;
+mod tenants;
 mod topology;
 
 use std::process::ExitCode;
@@ -82,6 +83,7 @@ fn main() -> ExitCode {
         restart::TESTS,
         handover::TESTS,
         surge::TESTS,
+        tenants::TESTS,
         admin::TESTS,
         logs::TESTS,
         spans::TESTS,

@@ -19,4 +19,4 @@ mod table;
 pub use event::{Batch, Event, Object, ObjectKey};
 pub use index::Index;
 pub use problem::{Problem, Severity};
-pub use table::{Judgement, LocalPod, PolicyInfo, Table, TableSettings, Unsettled};
+pub use table::{Holder, Judgement, LocalPod, PolicyInfo, Table, TableSettings, Unsettled};

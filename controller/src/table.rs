@@ -4,6 +4,7 @@
 //! a sequence number stands beside the map, odd while entries are being swapped: who read under an
 //! odd or a changed number reads again. Writing is map operations only, everything is built before.
 //! No guard of the map leaves this module. Knows nothing of sources, files or Kubernetes objects.
+mod holder;
 mod surroundings;
 mod unsettled;
 
@@ -23,6 +24,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::Problem;
+pub use holder::Holder;
 use surroundings::Surroundings;
 pub use unsettled::Unsettled;
 

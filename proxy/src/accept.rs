@@ -5,13 +5,13 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tracing::warn;
 
 use crate::connect::keepalive;
 use crate::enforcer::Enforcer;
-use crate::flows::{Flow, FlowKey, Legs, Upstream};
+use crate::flows::{Flow, FlowKey, Legs, Upstream, reset_when_closed};
 use crate::records::Outcome;
 use crate::relay::{InFlight, relay};
 use crate::succession::{self, Relayed};
@@ -98,7 +98,7 @@ fn accepted(client: TcpStream, peer: SocketAddr, enforcer: &Arc<Enforcer>, worke
             tokio::task::spawn_local(task);
         }
         // Someone who dialled our port itself, or whose upstream has been cut meanwhile.
-        None => reset(&client),
+        None => reset_when_closed(&client),
     }
 }
 
@@ -156,15 +156,15 @@ async fn live(
                 }
                 ended => {
                     if ended != Outcome::Closed {
-                        reset(&legs.client);
-                        reset(&legs.server);
+                        reset_when_closed(&legs.client);
+                        reset_when_closed(&legs.server);
                     }
                     ended
                 }
             }
         }
         Err(error) => {
-            reset(&client);
+            reset_when_closed(&client);
             drop(client);
             Outcome::Broken(error.kind())
         }
@@ -192,12 +192,6 @@ fn at_home(upstream: Upstream, worker: usize) -> io::Result<TcpStream> {
         return Ok(upstream.stream);
     }
     TcpStream::from_std(upstream.stream.into_std()?)
-}
-
-/// Has the socket say RST when it is dropped.
-fn reset(stream: &TcpStream) {
-    // It fails only on a socket that is no socket; then there is nothing to reset.
-    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
 /// An IPv4 peer of a socket for both families shows as an IPv4-mapped address.

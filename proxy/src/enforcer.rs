@@ -2,19 +2,20 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::ops::Range;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
-use controller::Table;
+use controller::{Holder, Table};
 use iptables_init::marks::Marks;
 use policy::{Endpoint, Protocol};
+use tokio::sync::Notify;
 
 use crate::carried::{Carried, Listed};
 use crate::decision::{Decision, Severance, Way};
-use crate::flows::{Flow, FlowKey, Flows};
+use crate::flows::{Flow, FlowKey, Flows, StageName};
 use crate::handover::Leaving;
-use crate::limits::Limits;
-use crate::metrics::Metrics;
+use crate::limits::{Asking, Connections, Pending, Place, ShareUsedUp, Source};
+use crate::metrics::{Cause, Metrics};
 use crate::recorder::Recorder;
 use crate::records::{Outcome, Subject};
 
@@ -28,6 +29,19 @@ pub(crate) enum Deny {
     Reject,
 }
 
+/// A packet that waits until an address is known.
+pub(crate) struct Waiting {
+    gave_way: Arc<Notify>,
+    _place: Place<Arc<Notify>>,
+}
+
+impl Waiting {
+    /// Waits until it has to make room for another.
+    pub(crate) async fn gives_way(&self) {
+        self.gave_way.notified().await;
+    }
+}
+
 /// One node's enforcement, shared by all its workers.
 pub(crate) struct Enforcer {
     /// `metadata.name` of the Node.
@@ -35,7 +49,12 @@ pub(crate) struct Enforcer {
     pub(crate) table: Arc<Table>,
     pub(crate) flows: Flows,
     pub(crate) carried: Carried,
-    pub(crate) limits: Arc<Limits>,
+    /// All connections.
+    pub(crate) limits: Arc<Connections>,
+    /// Allowed connections whose client has not completed its handshake.
+    pub(crate) half_open: Arc<Pending<Weak<Flow>>>,
+    /// Packets that wait until an address is known; who has to give way is notified.
+    pub(crate) waiting: Arc<Pending<Arc<Notify>>>,
     pub(crate) marks: Marks,
     pub(crate) deny: Deny,
     /// How long a first packet waits for a pod that is not known yet.
@@ -56,6 +75,62 @@ impl Enforcer {
             .node
             .as_ref()
             .is_some_and(|node| node.name == self.node)
+    }
+
+    /// Whose share what comes from `address`, or goes there, counts against.
+    pub(crate) fn source_of(&self, address: IpAddr) -> Source {
+        Source::new(address, &self.table.holder(address))
+    }
+
+    /// The same for who asks for something: a pod of this node has its addresses for itself.
+    fn asking(&self, address: IpAddr) -> Asking {
+        let holder = self.table.holder(address);
+        Asking {
+            source: Source::new(address, &holder),
+            is_bound: matches!(&holder, Holder::Pod(pod) if self.is_local(pod)),
+        }
+    }
+
+    /// Counts an allowed connection among the half-open ones until it is live or over. The one that has to make
+    /// room for it ends.
+    ///
+    /// # Errors
+    /// If its source has its share.
+    pub(crate) fn opens(&self, flow: &Arc<Flow>) -> Result<(), ShareUsedUp> {
+        let FlowKey { client, server } = flow.key;
+        let (asking, asked) = (self.asking(client.ip()), self.source_of(server.ip()));
+        let now = Instant::now();
+        let (place, gave_way) = self
+            .half_open
+            .enter(asking, asked, Arc::downgrade(flow), now)?;
+        flow.takes(place);
+        if let Some(other) = gave_way.and_then(|other| other.upgrade())
+            && let Some(stage) = self.flows.give_way(&other)
+        {
+            self.metrics.refused(Cause::HalfOpenGaveWay);
+            if stage == StageName::Admitted {
+                self.ended(&other, other.why_unanswered());
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts a packet that waits until it is known who has `client` or `server`.
+    ///
+    /// # Errors
+    /// If its source has its share.
+    pub(crate) fn waits(&self, client: IpAddr, server: IpAddr) -> Result<Waiting, ShareUsedUp> {
+        let gave_way = Arc::new(Notify::new());
+        let (asking, asked) = (self.asking(client), self.source_of(server));
+        let (value, now) = (Arc::clone(&gave_way), Instant::now());
+        let (place, other) = self.waiting.enter(asking, asked, value, now)?;
+        if let Some(other) = other {
+            other.notify_one();
+        }
+        Ok(Waiting {
+            gave_way,
+            _place: place,
+        })
     }
 
     /// Judges every connection of these addresses again and cuts those that are now denied, or one

@@ -4,6 +4,7 @@
 //! it. Knows no packets and no policy; what a connection was decided by it carries as a value.
 mod adopted;
 mod by_address;
+mod ending;
 mod stage;
 
 use std::collections::BTreeSet;
@@ -20,13 +21,13 @@ use tokio::sync::Notify;
 
 use crate::decision::{Decision, Severance, Way};
 use crate::limits::Permit;
-use crate::records::Subject;
+use crate::records::{Outcome, Subject};
 use crate::relay::Moved;
 use crate::trail::Trail;
 
 pub(crate) use adopted::Adopted;
 pub(crate) use by_address::{ByAddress, Ends};
-pub(crate) use stage::{Legs, StageName, Upstream};
+pub(crate) use stage::{HalfOpen, Legs, StageName, Upstream, reset_when_closed};
 
 use stage::Stage;
 
@@ -60,6 +61,9 @@ pub(crate) struct Flow {
     /// Milliseconds from `started` to the last time the client sent its SYN.
     last_syn: AtomicU32,
     cut: Notify,
+    /// Whether [`Flow::cut`] was called; written under the lock of the stage.
+    is_cut: AtomicBool,
+    gave_way: AtomicBool,
     over: Notify,
     /// Whether an attempt from the same ends waits for the end of this one.
     succeeded: AtomicBool,
@@ -70,7 +74,7 @@ pub(crate) struct Flow {
 pub(crate) enum Arrival {
     /// A new attempt, now in the table as held.
     New(Arc<Flow>),
-    /// The same SYN again while its first copy is held.
+    /// The same SYN again while its first copy is held, or after its socket has gone: nobody is to see it.
     Repeated,
     /// The connection is past its SYN: the socket is to see it.
     PastSyn,
@@ -109,6 +113,7 @@ impl Flows {
                         Arrival::Successor(known)
                     });
                 }
+                Some(Arrival::PastSyn) if !known.takes_syn() => return Ok(Arrival::Repeated),
                 Some(arrival) => return Ok(arrival),
                 // The client gave that attempt up and took the same port again.
                 None => {
@@ -164,29 +169,29 @@ impl Flows {
         self.by_key.get(key).map(|entry| Arc::clone(&entry))
     }
 
-    /// Takes a connection that is over out of the table.
-    pub(crate) fn remove(&self, flow: &Arc<Flow>) {
-        *flow.stage() = Stage::Over;
-        flow.over.notify_one();
-        self.no_longer_held(flow);
-        self.by_key
-            .remove_if(&flow.key, |_, held| Arc::ptr_eq(held, flow));
-        self.by_address.remove(flow);
-    }
-
-    /// Forgets the SYN of a connection that is past it.
-    fn no_longer_held(&self, flow: &Flow) {
-        self.attempts
-            .remove_if(&(flow.key.client, flow.sequence), |_, key| *key == flow.key);
-    }
-
-    /// Marks a held connection as admitted; from now on a repeated SYN goes to the socket.
-    pub(crate) fn admit(&self, flow: &Flow, stream: TcpStream, worker: usize) {
-        *flow.stage() = Stage::Admitted {
-            upstream: Upstream { stream, worker },
-            since: Instant::now(),
+    /// Marks a connection as admitted; from now on a repeated SYN goes to the socket. False if it has been cut
+    /// meanwhile: its SYN must not be answered, and the upstream is reset.
+    #[must_use]
+    pub(crate) fn admit(&self, flow: &Flow, stream: TcpStream, worker: usize) -> bool {
+        let upstream = Upstream { stream, worker };
+        let mut stage = flow.stage();
+        if flow.is_cut() || matches!(*stage, Stage::Over) {
+            drop(stage);
+            upstream.reset();
+            return false;
+        }
+        let place = match &mut *stage {
+            Stage::Held(place) => place.take(),
+            _ => None,
         };
+        *stage = Stage::Admitted {
+            upstream,
+            since: Instant::now(),
+            place,
+        };
+        drop(stage);
         self.no_longer_held(flow);
+        true
     }
 
     /// How many there are.
@@ -202,37 +207,6 @@ impl Flows {
     /// Every connection with an end among these addresses, in no order.
     pub(crate) fn of(&self, addresses: &BTreeSet<IpAddr>) -> Vec<Arc<Flow>> {
         self.by_address.of(addresses)
-    }
-
-    /// Ends what nobody waits for any more: attempts whose client stopped repeating its SYN, and
-    /// admitted connections whose client never completed the handshake. Returns how many.
-    pub(crate) fn expire(&self, now: Instant) -> usize {
-        let abandoned = self.all().into_iter().filter(|flow| flow.abandoned(now));
-        abandoned.map(|flow| self.end(&flow)).count()
-    }
-
-    /// Ends a connection that a change no longer lets be.
-    pub(crate) fn sever(&self, flow: &Arc<Flow>, severance: Severance) {
-        *flow
-            .severance
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(severance);
-        self.end(flow);
-    }
-
-    /// Ends every connection.
-    pub(crate) fn end_all(&self) {
-        for flow in self.all() {
-            self.end(&flow);
-        }
-    }
-
-    /// Tells the task that has the connection to end it; an admitted one waits here without a task.
-    fn end(&self, flow: &Arc<Flow>) {
-        flow.cut();
-        if flow.stage_name() == StageName::Admitted {
-            self.remove(flow);
-        }
     }
 }
 
@@ -259,9 +233,11 @@ impl Flow {
             trail: OnceLock::new(),
             decision: Mutex::new(None),
             severance: Mutex::new(None),
-            stage: Mutex::new(Stage::Held),
+            stage: Mutex::new(Stage::Held(None)),
             last_syn: AtomicU32::new(0),
             cut: Notify::new(),
+            is_cut: AtomicBool::new(false),
+            gave_way: AtomicBool::new(false),
             over: Notify::new(),
             succeeded: AtomicBool::new(false),
             _permit: permit,
@@ -294,13 +270,53 @@ impl Flow {
     pub(crate) fn cut(&self) {
         // First, so that the relay knows why its sockets break.
         self.cut.notify_one();
-        let lent = match &*self.stage() {
+        let stage = self.stage();
+        self.is_cut.store(true, Ordering::Relaxed);
+        let lent = match &*stage {
             Stage::Live(legs) => legs.upgrade(),
             _ => None,
         };
+        drop(stage);
         if let Some(legs) = lent {
             legs.reset();
         }
+    }
+
+    /// Takes its place among the half-open connections, until it is live or over.
+    pub(crate) fn takes(&self, place: HalfOpen) {
+        match &mut *self.stage() {
+            Stage::Held(none) | Stage::Admitted { place: none, .. } => *none = Some(place),
+            Stage::Live(_) | Stage::Over => {}
+        }
+    }
+
+    /// Why there is no connection although policy allows it, as a record has it.
+    pub(crate) fn why_unanswered(&self) -> Outcome {
+        let gave_way = self.gave_way.load(Ordering::Relaxed);
+        Outcome::Unanswered(String::from(match gave_way {
+            true => "too many connections were half-open",
+            false => "the server did not answer",
+        }))
+    }
+
+    /// Whether it was to end, whatever its task has made of that.
+    fn is_cut(&self) -> bool {
+        self.is_cut.load(Ordering::Relaxed)
+    }
+
+    /// Whether a SYN between its ends comes to its socket, or to the listener that has answered its first one.
+    /// Of a connection that was cut, or that the client itself has reset, the socket is gone before its task knows:
+    /// the listener would answer, whatever policy says by now.
+    pub(crate) fn takes_syn(&self) -> bool {
+        let stage = self.stage();
+        !self.is_cut()
+            && match &*stage {
+                Stage::Admitted { .. } => true,
+                // Its task is about to lend them.
+                Stage::Live(legs) if legs.ptr_eq(&Weak::new()) => true,
+                Stage::Live(legs) => legs.upgrade().is_some_and(|legs| legs.has_client()),
+                Stage::Held(_) | Stage::Over => false,
+            }
     }
 
     /// Lends its legs to whoever cuts a live connection. To be called before [`Self::cut_off`] is awaited.
@@ -354,14 +370,14 @@ impl Flow {
     fn repeat(&self, sequence: u32) -> Option<Arrival> {
         let same = sequence == self.sequence;
         match *self.stage() {
-            Stage::Held if same => {
+            Stage::Held(_) if same => {
                 self.note_syn();
                 Some(Arrival::Repeated)
             }
             Stage::Admitted { .. } if same => Some(Arrival::PastSyn),
             // The kernel's own socket answers as TCP wants it (RFC 5961, section 4).
             Stage::Live(_) => Some(Arrival::PastSyn),
-            Stage::Held | Stage::Admitted { .. } | Stage::Over => None,
+            Stage::Held(_) | Stage::Admitted { .. } | Stage::Over => None,
         }
     }
 
@@ -379,7 +395,7 @@ impl Flow {
     /// at first): one that is late is gone.
     fn abandoned(&self, now: Instant) -> bool {
         match *self.stage() {
-            Stage::Held => {
+            Stage::Held(_) => {
                 let last = Duration::from_millis(self.last_syn.load(Ordering::Relaxed).into());
                 now.saturating_duration_since(self.started) > last * 2 + REPEAT_SLACK
             }

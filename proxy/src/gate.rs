@@ -21,9 +21,9 @@ use tracing::warn;
 
 use crate::connect::{self, ConnectError, Leg};
 use crate::decision::Decision;
-use crate::enforcer::{Deny, Enforcer};
+use crate::enforcer::{Deny, Enforcer, Waiting};
 use crate::flows::{Arrival, Flow, FlowKey};
-use crate::limits::Full;
+use crate::limits::{LONGEST_WAITING, ShareUsedUp};
 use crate::metrics::Cause;
 use crate::records::Outcome;
 use crate::trail::{Moment, Trail};
@@ -96,13 +96,17 @@ impl Gate {
             // Only what the rules have handed to the listener can be relayed; to this node itself the
             // kernel carries a connection.
             Packet::Syn(syn) if queued.mark & self.enforcer.marks.divert() == 0 => {
-                self.flow(queued.id, syn.into());
+                self.flow(queued, syn.into());
+            }
+            // The kernel keeps all of what waits here, for the server too.
+            Packet::Syn(_) if queued.length > LONGEST_WAITING => {
+                self.refuse(queued.id, Cause::TooLong);
             }
             Packet::Syn(syn) => self.syn(queued.id, syn),
             Packet::Flow(packet) if queued.mark & self.enforcer.marks.answering() != 0 => {
-                self.flow(queued.id, packet.reversed());
+                self.flow(queued, packet.reversed());
             }
-            Packet::Flow(packet) => self.flow(queued.id, packet),
+            Packet::Flow(packet) => self.flow(queued, packet),
             Packet::Odd => self.refuse(queued.id, Cause::Odd),
             Packet::Unreadable => self.refuse(queued.id, Cause::Unreadable),
         }
@@ -115,10 +119,9 @@ impl Gate {
         };
         let enforcer = &self.enforcer;
         match enforcer.flows.arrive(key, syn.sequence, || {
-            enforcer.limits.permit(syn.client.ip())
+            enforcer.limits.permit(enforcer.source_of(syn.client.ip()))
         }) {
-            Err(Full::Source) => self.refuse(id, Cause::SourceLimit),
-            Err(Full::Node) => self.refuse(id, Cause::NodeLimit),
+            Err(full) => self.refuse(id, full.into()),
             Ok(Arrival::Repeated) => self.queue.rule(id, Ruling::Drop),
             Ok(Arrival::PastSyn) => self.answer(id, Answer::Accept),
             Ok(Arrival::Successor(last)) => {
@@ -132,11 +135,11 @@ impl Gate {
                 match self.judge(&flow) {
                     Judged::Denied => self.deny(id, &flow),
                     Judged::Allowed(leg) => {
-                        tokio::task::spawn_local(Rc::clone(self).admit(id, flow, leg));
+                        if self.opens(id, &flow) {
+                            tokio::task::spawn_local(Rc::clone(self).admit(id, flow, leg));
+                        }
                     }
-                    Judged::Unknown => {
-                        tokio::task::spawn_local(Rc::clone(self).hold(id, flow));
-                    }
+                    Judged::Unknown => self.wait(id, flow),
                 }
             }
         }
@@ -154,8 +157,11 @@ impl Gate {
         }
         if over {
             self.syn(id, syn);
-        } else {
+        } else if last.takes_syn() {
             self.answer(id, Answer::Accept);
+        } else {
+            // Its task is late. The client repeats its SYN, which is judged then.
+            self.queue.rule(id, Ruling::Drop);
         }
         self.flush();
     }
@@ -196,14 +202,45 @@ impl Gate {
         }
     }
 
+    /// Counts an allowed connection as half-open, before it costs a descriptor. False: its source has its share,
+    /// and its SYN has been dropped.
+    fn opens(&self, id: PacketId, flow: &Arc<Flow>) -> bool {
+        let opens = self.enforcer.opens(flow);
+        if opens.is_err() {
+            self.enforcer.flows.remove(flow);
+            self.refuse(id, Cause::HalfOpenLimit);
+        }
+        opens.is_ok()
+    }
+
+    /// Holds a SYN an end of which is unknown, unless its source holds many.
+    fn wait(self: &Rc<Self>, id: PacketId, flow: Arc<Flow>) {
+        let FlowKey { client, server } = flow.key;
+        match self.enforcer.waits(client.ip(), server.ip()) {
+            Ok(waiting) => {
+                tokio::task::spawn_local(Rc::clone(self).hold(id, flow, waiting));
+            }
+            Err(ShareUsedUp) => {
+                self.enforcer.flows.remove(&flow);
+                self.refuse(id, Cause::WaitingLimit);
+            }
+        }
+    }
+
     /// Holds a SYN until both its ends are known, for as long as `--hold` says.
-    async fn hold(self: Rc<Self>, id: PacketId, flow: Arc<Flow>) {
+    async fn hold(self: Rc<Self>, id: PacketId, flow: Arc<Flow>, waiting: Waiting) {
         let mut changed = self.enforcer.table.changed();
         let deadline = tokio::time::Instant::from_std(flow.started + self.enforcer.hold);
-        loop {
+        let cause = loop {
             changed.mark_unchanged();
             match self.judge(&flow) {
-                Judged::Allowed(leg) => return self.admit(id, flow, leg).await,
+                Judged::Allowed(leg) => {
+                    drop(waiting);
+                    if self.opens(id, &flow) {
+                        return self.admit(id, flow, leg).await;
+                    }
+                    return self.flush();
+                }
                 Judged::Denied => {
                     self.deny(id, &flow);
                     return self.flush();
@@ -212,13 +249,14 @@ impl Gate {
             }
             tokio::select! {
                 biased;
-                () = flow.cut_off() => break,
-                changed = changed.changed() => if changed.is_err() { break },
-                () = tokio::time::sleep_until(deadline) => break,
+                () = flow.cut_off() => break Cause::UnknownPod,
+                () = waiting.gives_way() => break Cause::WaitingLimit,
+                changed = changed.changed() => if changed.is_err() { break Cause::UnknownPod },
+                () = tokio::time::sleep_until(deadline) => break Cause::UnknownPod,
             }
-        }
+        };
         self.enforcer.flows.remove(&flow);
-        self.refuse(id, Cause::UnknownPod);
+        self.refuse(id, cause);
         self.flush();
     }
 
@@ -239,8 +277,11 @@ impl Gate {
                     trail.note(Moment::Connected);
                 }
                 // First the table, then the kernel: the client may be through in no time.
-                enforcer.flows.admit(&flow, upstream, self.worker);
-                self.answer(id, Answer::Accept);
+                if enforcer.flows.admit(&flow, upstream, self.worker) {
+                    self.answer(id, Answer::Accept);
+                } else {
+                    self.not_answered(id, &flow);
+                }
             }
             Some(Err(ConnectError::Answered { answer, source, .. })) => {
                 if unreachable::tell(client, server, flow.sequence, answer) {
@@ -255,13 +296,7 @@ impl Gate {
                 self.queue.rule(id, Ruling::Drop);
                 enforcer.flows.remove(&flow);
             }
-            Some(Err(ConnectError::Silent { .. })) | None => {
-                self.queue.rule(id, Ruling::Drop);
-                enforcer.ended(
-                    &flow,
-                    Outcome::Unanswered("the server did not answer".to_owned()),
-                );
-            }
+            Some(Err(ConnectError::Silent { .. })) | None => self.not_answered(id, &flow),
             // A client that uses up its ports does so by the thousand: counted, not logged.
             Some(Err(ConnectError::NoPort { .. })) => {
                 enforcer.flows.remove(&flow);
@@ -274,6 +309,12 @@ impl Gate {
             }
         }
         self.flush();
+    }
+
+    /// Drops the SYN of an allowed connection that comes to nothing.
+    fn not_answered(&self, id: PacketId, flow: &Arc<Flow>) {
+        self.queue.rule(id, Ruling::Drop);
+        self.enforcer.ended(flow, flow.why_unanswered());
     }
 
     fn deny(&self, id: PacketId, flow: &Arc<Flow>) {

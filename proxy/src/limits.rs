@@ -1,19 +1,48 @@
-//! Bounds on what may be held and open, per source address and in all.
+//! Who may have how much of what all share, and what happens beyond.
 //!
-//! Over a source's bound only that source is refused; its neighbours keep the rest.
-use std::net::IpAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+//! A user is a [`Source`]: a pod, whatever its addresses, or a prefix outside. One user never takes all of
+//! anything, and who has nothing yet gets something:
+//!
+//! | resource | one source | in all | beyond |
+//! |---|---|---|---|
+//! | connections | as many as are still free: one alone half of all, two a third each | what descriptors allow | a new one is refused; a live one never ends for it |
+//! | half-open ones among them | a pod of this node half | [`Bounds::half_open`] | the oldest of the biggest user, by source or by server, ends; over its half a pod is refused |
+//! | packets that wait for an unknown address | a pod of this node [`WAITING_OF_SOURCE`] | [`WAITING`] | the same |
+//! | length of a packet that waits | [`LONGEST_WAITING`] | | it is dropped |
+//! | pipes of bulk streams | | [`Bounds::pipes`] | the stream is copied, not spliced |
+//!
+//! The kernel's queue (`gate/nfqueue.rs`) has room for all that may wait at once.
+mod connections;
+mod pending;
+mod source;
 
-use dashmap::DashMap;
+pub(crate) use connections::{Connections, Permit};
+pub(crate) use pending::{Asking, Pending, Place, ShareUsedUp};
+pub(crate) use source::Source;
 
-/// How many connections there may be.
+/// Packets that may wait for an address of which nobody has said yet whose it is.
+pub(crate) const WAITING: usize = 4096;
+/// Of these, those of one pod of this node.
+pub(crate) const WAITING_OF_SOURCE: usize = 256;
+/// Bytes of a packet that may wait, headers included: an Ethernet frame's, with room. The kernel keeps all of it.
+pub(crate) const LONGEST_WAITING: usize = 2048;
+/// Connections that may be half-open, whatever descriptors allow: with what waits for unknown addresses they fit
+/// into one core's queue.
+const HALF_OPEN: usize = 8192;
+/// Descriptors for everything but connections: queues, listeners, admin, files.
+const DESCRIPTORS_KEPT: usize = 1024;
+
+/// How many there may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Bounds {
-    /// From one source address, held ones included.
+    /// Connections of one source, however many are free.
     pub(crate) per_source: usize,
-    /// In all.
+    /// Connections in all, half-open ones included.
     pub(crate) total: usize,
+    /// Connections whose client has not completed its handshake.
+    pub(crate) half_open: usize,
+    /// Pipes of bulk streams.
+    pub(crate) pipes: usize,
 }
 
 /// Which bound was met.
@@ -23,60 +52,24 @@ pub(crate) enum Full {
     Node,
 }
 
-/// The counts behind the bounds.
-pub(crate) struct Limits {
-    bounds: Bounds,
-    total: AtomicUsize,
-    sources: DashMap<IpAddr, usize, ahash::RandomState>,
-}
-
-/// The right to one connection; dropped, it is given back.
-pub(crate) struct Permit {
-    limits: Arc<Limits>,
-    source: IpAddr,
-}
-
-impl Limits {
-    /// Counts from zero.
-    pub(crate) fn new(bounds: Bounds) -> Arc<Self> {
-        Arc::new(Self {
-            bounds,
-            total: AtomicUsize::new(0),
-            sources: DashMap::default(),
-        })
-    }
-
-    /// Counts one more connection of `source`.
-    ///
-    /// # Errors
-    /// Which bound stands against it.
-    pub(crate) fn permit(self: &Arc<Self>, source: IpAddr) -> Result<Permit, Full> {
-        if self.total.fetch_add(1, Ordering::Relaxed) >= self.bounds.total {
-            self.total.fetch_sub(1, Ordering::Relaxed);
-            return Err(Full::Node);
+impl Bounds {
+    /// What `descriptors` allow: two for a connection, and an eighth of all for pipes, two each. Half-open may be
+    /// a quarter of all connections, with one descriptor each.
+    pub(crate) fn of(
+        descriptors: usize,
+        most: Option<usize>,
+        most_of_source: Option<usize>,
+    ) -> Self {
+        let pipes = descriptors / 8 / 2;
+        let left = descriptors.saturating_sub(DESCRIPTORS_KEPT + 2 * pipes);
+        let total = (left / 2).max(64);
+        let total = most.map_or(total, |most| most.min(total));
+        Self {
+            per_source: most_of_source.unwrap_or(total).min(total),
+            total,
+            half_open: (total / 4).clamp(16, HALF_OPEN),
+            pipes,
         }
-        let mut count = self.sources.entry(source).or_insert(0);
-        if *count >= self.bounds.per_source {
-            drop(count);
-            self.total.fetch_sub(1, Ordering::Relaxed);
-            return Err(Full::Source);
-        }
-        *count += 1;
-        drop(count);
-        Ok(Permit {
-            limits: Arc::clone(self),
-            source,
-        })
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        self.limits.total.fetch_sub(1, Ordering::Relaxed);
-        self.limits.sources.remove_if_mut(&self.source, |_, count| {
-            *count -= 1;
-            *count == 0
-        });
     }
 }
 
@@ -84,39 +77,26 @@ impl Drop for Permit {
 mod tests {
     use super::*;
 
-    fn address(last: u8) -> IpAddr {
-        [10, 0, 0, last].into()
+    #[test]
+    fn all_that_there_may_be_fits_into_the_descriptors() {
+        for descriptors in [4096, 20_000, 65_536, 1_048_576] {
+            let bounds = Bounds::of(descriptors, None, None);
+            let used = 2 * bounds.total + 2 * bounds.pipes + DESCRIPTORS_KEPT;
+            assert!(used <= descriptors, "{bounds:?}");
+            assert!(bounds.half_open <= bounds.total / 4, "{bounds:?}");
+            assert!(bounds.total >= descriptors / 4, "{bounds:?}");
+        }
     }
 
     #[test]
-    fn a_source_over_its_bound_is_refused_and_its_neighbour_is_not() {
-        let limits = Limits::new(Bounds {
-            per_source: 2,
-            total: 4,
-        });
-        let _held: Vec<_> = (0..2).map(|_| limits.permit(address(1)).ok()).collect();
-        assert_eq!(limits.permit(address(1)).err(), Some(Full::Source));
-        assert!(limits.permit(address(2)).is_ok());
-    }
-
-    #[test]
-    fn the_bound_in_all_stands_whoever_asks() {
-        let limits = Limits::new(Bounds {
-            per_source: 2,
-            total: 2,
-        });
-        let _held: Vec<_> = (1..=2).map(|n| limits.permit(address(n)).ok()).collect();
-        assert_eq!(limits.permit(address(3)).err(), Some(Full::Node));
-    }
-
-    #[test]
-    fn a_dropped_permit_is_given_back_and_leaves_no_trace() {
-        let limits = Limits::new(Bounds {
-            per_source: 1,
-            total: 1,
-        });
-        drop(limits.permit(address(1)));
-        assert!(limits.sources.is_empty());
-        assert!(limits.permit(address(1)).is_ok());
+    fn flags_lower_the_bounds_and_never_raise_them() {
+        let of = |most, most_of_source| Bounds::of(20_000, most, most_of_source);
+        let default = of(None, None);
+        assert_eq!(of(Some(usize::MAX), Some(usize::MAX)), default);
+        let lower = of(Some(100), Some(7));
+        assert_eq!(
+            (lower.total, lower.per_source, lower.half_open),
+            (100, 7, 25)
+        );
     }
 }

@@ -20,6 +20,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::decision::{Decision, Way, Word};
+use crate::limits::Full;
 use crate::relay::Moved;
 
 use decisions::Decisions;
@@ -30,10 +31,18 @@ use scraped::Scraped;
 /// Why a packet or connection was refused, when it was not policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cause {
-    /// Its source has as many connections as one source may have.
+    /// Its source has as many connections as one source may have, or as are still free.
     SourceLimit,
     /// The node has as many connections as it can hold.
     NodeLimit,
+    /// Its source, a pod of this node, has its share of half-open connections.
+    HalfOpenLimit,
+    /// An allowed connection was half-open and ended so that another could begin.
+    HalfOpenGaveWay,
+    /// One end is unknown, and its source has its share of what waits, or it made room for another.
+    WaitingLimit,
+    /// It would have to wait and is longer than what may.
+    TooLong,
     /// One end is in the cluster and did not become known within `--hold`.
     UnknownPod,
     /// No source port was left towards that server.
@@ -46,11 +55,24 @@ pub(crate) enum Cause {
     Internal,
 }
 
+impl From<Full> for Cause {
+    fn from(full: Full) -> Self {
+        match full {
+            Full::Source => Self::SourceLimit,
+            Full::Node => Self::NodeLimit,
+        }
+    }
+}
+
 impl Cause {
     /// Every one of them, in the order in which they are declared.
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 11] = [
         Self::SourceLimit,
         Self::NodeLimit,
+        Self::HalfOpenLimit,
+        Self::HalfOpenGaveWay,
+        Self::WaitingLimit,
+        Self::TooLong,
         Self::UnknownPod,
         Self::NoPort,
         Self::Odd,
@@ -63,6 +85,10 @@ impl Cause {
         match self {
             Self::SourceLimit => "source_limit",
             Self::NodeLimit => "node_limit",
+            Self::HalfOpenLimit => "half_open_limit",
+            Self::HalfOpenGaveWay => "half_open_gave_way",
+            Self::WaitingLimit => "waiting_limit",
+            Self::TooLong => "too_long",
             Self::UnknownPod => "unknown_pod",
             Self::NoPort => "no_port",
             Self::Odd => "odd",

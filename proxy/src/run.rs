@@ -28,7 +28,7 @@ use crate::conntrack::Endings;
 use crate::enforcer::Enforcer;
 use crate::flows::Flows;
 use crate::handover::{Estate, Leaving};
-use crate::limits::{Bounds, Limits};
+use crate::limits::{Bounds, Connections, Pending, WAITING, WAITING_OF_SOURCE};
 use crate::links::PodLinks;
 use crate::metrics::Metrics;
 use crate::occupancy::Vacancies;
@@ -46,8 +46,6 @@ use relief::{Relief, Rest};
 pub(crate) use settings::{LogFormat, RunArgs};
 use source::Source;
 
-/// Descriptors for everything but connections: queues, listeners, admin, pipes of bulk streams.
-const DESCRIPTORS_KEPT: u64 = 1024;
 /// How often nobody's connections are looked for.
 const EXPIRE_EVERY: Duration = Duration::from_secs(1);
 
@@ -236,12 +234,15 @@ fn enforcer(
     watches: Option<Arc<WatchStatus>>,
 ) -> anyhow::Result<Arc<Enforcer>> {
     let recorder = recorder(args, &node)?;
+    let bounds = bounds(args)?;
     Ok(Arc::new(Enforcer {
         node,
         table,
         flows: Flows::default(),
         carried: Carried::default(),
-        limits: Limits::new(bounds(args)?),
+        limits: Connections::new(bounds.per_source, bounds.total),
+        half_open: Pending::new(bounds.half_open / 2, bounds.half_open),
+        waiting: Pending::new(WAITING_OF_SOURCE, WAITING),
         marks: args.redirect.mark_mask,
         deny: args.deny,
         hold: args.hold.into(),
@@ -268,20 +269,19 @@ fn in_place(args: &RunArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// As many connections as descriptors allow, two each; one source may have half of them.
+/// What the descriptor limit of this process allows, after it was raised as far as can be.
 fn bounds(args: &RunArgs) -> anyhow::Result<Bounds> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
         Ok(()) => hard,
         Err(_) => soft,
     };
-    let total = usize::try_from(limit.saturating_sub(DESCRIPTORS_KEPT) / 2)?.max(64);
-    let total = args.max_connections.map_or(total, |most| most.min(total));
-    let per_source = args
-        .max_connections_per_source
-        .unwrap_or(total / 2)
-        .min(total);
-    Ok(Bounds { per_source, total })
+    let descriptors = usize::try_from(limit)?;
+    Ok(Bounds::of(
+        descriptors,
+        args.max_connections,
+        args.max_connections_per_source,
+    ))
 }
 
 fn recorder(args: &RunArgs, node: &Arc<str>) -> anyhow::Result<Recorder> {

@@ -13,8 +13,6 @@ use crate::decision::{Decision, Way};
 use crate::enforcer::Enforcer;
 use crate::flows::{Adopted, Flow, FlowKey};
 use crate::handover::{Connection, Pod, Told};
-use crate::limits::Full;
-use crate::metrics::Cause;
 use crate::relay::{InFlight, Moved};
 use crate::trail::Trail;
 
@@ -109,13 +107,11 @@ fn named(pod: &Endpoint) -> Pod {
 /// end that must not go on. Within a tokio runtime. Returns what is to be relayed.
 pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<Connection>) -> Vec<Relayed> {
     let adopted = left.into_iter().filter_map(|connection| {
-        let permit = match enforcer.limits.permit(connection.told.client.ip()) {
+        let source = enforcer.source_of(connection.told.client.ip());
+        let permit = match enforcer.limits.permit(source) {
             Ok(permit) => permit,
             Err(full) => {
-                enforcer.metrics.refused(match full {
-                    Full::Source => Cause::SourceLimit,
-                    Full::Node => Cause::NodeLimit,
-                });
+                enforcer.metrics.refused(full.into());
                 connection.reset();
                 return None;
             }
@@ -138,10 +134,7 @@ pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<Connection>) -> Vec<Relayed> 
                 in_flight,
             }),
             None => {
-                match tokio::net::TcpStream::from_std(server) {
-                    Ok(server) => enforcer.flows.admit(&flow, server, CONTROL),
-                    Err(_) => enforcer.flows.remove(&flow),
-                }
+                wait_for_client(enforcer, &flow, server);
                 None
             }
         };
@@ -149,6 +142,15 @@ pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<Connection>) -> Vec<Relayed> 
         relayed
     });
     adopted.collect()
+}
+
+/// Waits on for the client of a connection to complete its handshake.
+fn wait_for_client(enforcer: &Enforcer, flow: &Arc<Flow>, server: TcpStream) {
+    let admitted = tokio::net::TcpStream::from_std(server)
+        .is_ok_and(|server| enforcer.flows.admit(flow, server, CONTROL));
+    if !admitted || enforcer.opens(flow).is_err() {
+        enforcer.flows.remove(flow);
+    }
 }
 
 fn adopted(told: Told) -> Adopted {

@@ -63,6 +63,11 @@ impl Surroundings {
         Arc::clone(&self.cidrs)
     }
 
+    /// Whether a node has it.
+    pub(super) fn is_node(&self, address: IpAddr) -> bool {
+        self.nodes.contains(&address)
+    }
+
     /// Whether it is a pod's though no pod is known that has it.
     pub(super) fn is_unexplained(&self, address: IpAddr) -> bool {
         self.cluster.contain(address) && !self.nodes.contains(&address)

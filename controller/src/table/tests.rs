@@ -220,3 +220,18 @@ fn a_node_explains_no_address_of_another_nodes_pods() {
     ))]));
     assert_eq!(unknown(&table, "10.0.1.9", A), None, "of its own");
 }
+
+#[test]
+fn an_address_is_a_pods_a_nodes_unknown_or_outside() {
+    let table = Table::new(TableSettings {
+        cluster_cidrs: vec!["10.0.0.0/24".parse().unwrap()],
+        ..TableSettings::default()
+    });
+    let mut index = Index::new(Arc::clone(&table));
+    index.apply(batch(vec![Event::Upsert(pod("a", A))]));
+    table.set_gateways([ip("10.0.0.254")].into());
+    assert!(matches!(table.holder(ip(A)), Holder::Pod(pod) if &*pod.identity.key.name == "a"));
+    assert!(matches!(table.holder(ip("10.0.0.254")), Holder::Node));
+    assert!(matches!(table.holder(ip("10.0.0.9")), Holder::Unknown));
+    assert!(matches!(table.holder(ip("192.0.2.1")), Holder::Outside));
+}

@@ -1,17 +1,28 @@
 //! How far a connection has come, and the sockets that it has by then. Knows no table.
 use std::sync::Weak;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use socket2::SockRef;
 use tokio::net::TcpStream;
+
+use super::Flow;
+use crate::limits::Place;
 
 use crate::sys;
 
+/// The place of a connection among the half-open ones; whoever needs it finds the connection by its value.
+pub(crate) type HalfOpen = Place<Weak<Flow>>;
+
 /// How far a connection has come.
 pub(super) enum Stage {
-    /// The SYN waits for its verdict or for the server.
-    Held,
+    /// The SYN waits for its verdict, or for the server: then it is half-open.
+    Held(Option<HalfOpen>),
     /// The server has answered; the client has not yet completed its handshake.
-    Admitted { upstream: Upstream, since: Instant },
+    Admitted {
+        upstream: Upstream,
+        since: Instant,
+        place: Option<HalfOpen>,
+    },
     /// Both legs stand. Their relay owns them; until it has lent them there are none.
     Live(Weak<Legs>),
     /// Over; kept only by who still looks at it.
@@ -31,7 +42,7 @@ pub(crate) enum StageName {
 impl Stage {
     pub(super) fn name(&self) -> StageName {
         match self {
-            Self::Held => StageName::Held,
+            Self::Held(_) => StageName::Held,
             Self::Admitted { .. } => StageName::Admitted,
             Self::Live(_) => StageName::Live,
             Self::Over => StageName::Over,
@@ -44,6 +55,19 @@ impl Stage {
 pub(crate) struct Upstream {
     pub(crate) stream: TcpStream,
     pub(crate) worker: usize,
+}
+
+impl Upstream {
+    /// Closes it by a reset: the server must not take its end for that of a complete stream.
+    pub(crate) fn reset(self) {
+        reset_when_closed(&self.stream);
+    }
+}
+
+/// Has the socket say RST when it is dropped.
+pub(crate) fn reset_when_closed(stream: &TcpStream) {
+    // It fails only on a socket that is no socket; then there is nothing to reset.
+    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
 /// The two sockets of a live connection.
@@ -59,5 +83,11 @@ impl Legs {
             // Refused by a filter of system calls, say: the relay is told as well, and resets what is left.
             let _ = sys::disconnect(leg);
         }
+    }
+
+    /// Whether the kernel still has the client's connection: a SYN between its ends comes to this very socket.
+    pub(super) fn has_client(&self) -> bool {
+        // ENOTCONN after a reset, from either side.
+        self.client.peer_addr().is_ok()
     }
 }

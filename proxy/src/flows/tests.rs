@@ -2,7 +2,7 @@
 use std::io::ErrorKind;
 
 use super::*;
-use crate::limits::{Bounds, Full, Limits};
+use crate::limits::{Asking, Connections, Full, Pending, Source};
 
 fn key(client: u16, server: u8) -> FlowKey {
     FlowKey {
@@ -13,23 +13,21 @@ fn key(client: u16, server: u8) -> FlowKey {
 
 struct Bench {
     flows: Flows,
-    limits: Arc<Limits>,
+    limits: Arc<Connections>,
 }
 
 impl Bench {
     fn new() -> Self {
         Self {
             flows: Flows::default(),
-            limits: Limits::new(Bounds {
-                per_source: 2,
-                total: 4,
-            }),
+            limits: Connections::new(2, 8),
         }
     }
 
     fn arrive(&self, key: FlowKey, sequence: u32) -> Result<Arrival, Full> {
-        self.flows
-            .arrive(key, sequence, || self.limits.permit(key.client.ip()))
+        self.flows.arrive(key, sequence, || {
+            self.limits.permit(Source::Outside(key.client.ip()))
+        })
     }
 
     fn new_flow(&self, key: FlowKey, sequence: u32) -> Arc<Flow> {
@@ -120,7 +118,7 @@ async fn an_admitted_connection_is_paired_once_and_its_syn_goes_to_the_socket() 
         bench.flows.pair(&key(1, 2)).is_none(),
         "held: there is no upstream yet"
     );
-    bench.flows.admit(&flow, stream().await, 0);
+    assert!(bench.flows.admit(&flow, stream().await, 0));
     assert!(
         matches!(bench.arrive(key(1, 2), 7), Ok(Arrival::PastSyn)),
         "the SYN-ACK was lost"
@@ -137,7 +135,7 @@ async fn an_admitted_connection_is_paired_once_and_its_syn_goes_to_the_socket() 
 async fn a_new_attempt_over_a_live_connection_waits_for_its_end_once() {
     let bench = Bench::new();
     let flow = bench.new_flow(key(1, 2), 7);
-    bench.flows.admit(&flow, stream().await, 0);
+    assert!(bench.flows.admit(&flow, stream().await, 0));
     assert!(bench.flows.pair(&key(1, 2)).is_some());
     assert!(matches!(
         bench.arrive(key(1, 2), 9),
@@ -162,7 +160,7 @@ async fn a_live_connection_is_reset_though_nobody_runs_its_relay() {
     let flow = bench.new_flow(key(1, 2), 7);
     let (to_server, server) = stream_and_peer().await;
     let (to_client, client) = stream_and_peer().await;
-    bench.flows.admit(&flow, to_server, 0);
+    assert!(bench.flows.admit(&flow, to_server, 0));
     let (_, upstream) = bench.flows.pair(&key(1, 2)).unwrap();
     let legs = Arc::new(Legs {
         server: upstream.stream,
@@ -183,7 +181,7 @@ async fn what_nobody_waits_for_expires() {
     let bench = Bench::new();
     let held = bench.new_flow(key(1, 2), 7);
     let admitted = bench.new_flow(key(2, 2), 7);
-    bench.flows.admit(&admitted, stream().await, 0);
+    assert!(bench.flows.admit(&admitted, stream().await, 0));
     let at = |seconds| held.started + Duration::from_secs(seconds);
     assert_eq!(
         bench.flows.expire(at(3)),
@@ -207,4 +205,133 @@ async fn what_nobody_waits_for_expires() {
         "the handshake was never completed"
     );
     assert_eq!(bench.flows.len(), 0);
+}
+
+#[tokio::test]
+async fn a_connection_that_was_cut_is_not_admitted() {
+    let bench = Bench::new();
+    let cut = bench.new_flow(key(1, 2), 7);
+    cut.cut();
+    let (upstream, server) = stream_and_peer().await;
+    assert!(
+        !bench.flows.admit(&cut, upstream, 0),
+        "its SYN would be answered"
+    );
+    assert!(is_reset(&server).await, "the server saw no complete stream");
+
+    let bench = Bench::new();
+    let replaced = bench.new_flow(key(2, 2), 7);
+    let _ = bench.new_flow(key(2, 2), 8);
+    assert!(!bench.flows.admit(&replaced, stream().await, 0));
+}
+
+#[tokio::test]
+async fn an_admitted_connection_ends_by_a_reset() {
+    type End = fn(&Flows, &Arc<Flow>);
+    let ends: [(End, &str); 3] = [
+        (
+            |flows, flow| assert!(flows.give_way(flow).is_some()),
+            "gives way",
+        ),
+        (
+            |flows, flow| assert_eq!(flows.expire(flow.started + ACCEPT_WITHIN * 2), 1),
+            "expires",
+        ),
+        (|flows, _| flows.end_all(), "the daemon stops"),
+    ];
+    for (end, why) in ends {
+        let bench = Bench::new();
+        let flow = bench.new_flow(key(1, 2), 7);
+        let (upstream, server) = stream_and_peer().await;
+        assert!(bench.flows.admit(&flow, upstream, 0));
+        end(&bench.flows, &flow);
+        assert!(is_reset(&server).await, "{why}");
+        assert!(bench.flows.pair(&key(1, 2)).is_none(), "{why}");
+        assert_eq!(bench.flows.len(), 0, "{why}");
+    }
+}
+
+#[tokio::test]
+async fn a_live_connection_gives_way_to_nobody() {
+    let bench = Bench::new();
+    let held = bench.new_flow(key(1, 2), 7);
+    assert_eq!(bench.flows.give_way(&held), Some(StageName::Held));
+    let told = tokio::time::timeout(Duration::from_secs(1), held.cut_off());
+    told.await.expect("who connects for it is told");
+
+    let live = bench.new_flow(key(2, 2), 7);
+    assert!(bench.flows.admit(&live, stream().await, 0));
+    assert!(bench.flows.pair(&key(2, 2)).is_some());
+    assert_eq!(bench.flows.give_way(&live), None);
+    assert!(!live.is_cut());
+}
+
+#[tokio::test]
+async fn a_place_is_given_back_when_a_connection_is_live_or_over() {
+    let bench = Bench::new();
+    let half_open = Pending::new(8, 8);
+    let enter = |flow: &Arc<Flow>| {
+        let asking = Asking {
+            source: Source::Outside([10, 0, 0, 1].into()),
+            is_bound: true,
+        };
+        let asked = Source::Outside([10, 0, 0, 2].into());
+        let (place, _) = half_open
+            .enter(asking, asked, Arc::downgrade(flow), flow.started)
+            .unwrap();
+        flow.takes(place);
+    };
+    let flows: Vec<_> = (1..=2)
+        .map(|port| bench.new_flow(key(port, 2), 7))
+        .collect();
+    flows.iter().for_each(enter);
+    assert!(bench.flows.admit(&flows[0], stream().await, 0));
+    assert_eq!(half_open.len(), 2, "admitted is half-open too");
+    assert!(bench.flows.pair(&key(1, 2)).is_some());
+    assert_eq!(half_open.len(), 1, "live");
+    bench.flows.remove(&flows[1]);
+    assert_eq!(half_open.len(), 0, "over");
+}
+
+#[tokio::test]
+async fn a_syn_goes_to_no_socket_that_is_gone() {
+    let live = async |bench: &Bench| {
+        let flow = bench.new_flow(key(1, 2), 7);
+        assert!(bench.flows.admit(&flow, stream().await, 0));
+        let (_, upstream) = bench.flows.pair(&key(1, 2)).unwrap();
+        let (client, peer) = stream_and_peer().await;
+        let legs = Arc::new(Legs {
+            server: upstream.stream,
+            client,
+        });
+        flow.lend(&legs);
+        (flow, legs, peer)
+    };
+    let syn = |bench: &Bench| bench.arrive(key(1, 2), 7).unwrap();
+    let bench = Bench::new();
+    let (flow, legs, peer) = live(&bench).await;
+    assert!(matches!(syn(&bench), Arrival::PastSyn), "an old copy");
+    reset_when_closed(&peer);
+    drop(peer);
+    assert!(is_reset(&legs.client).await);
+    assert!(
+        matches!(syn(&bench), Arrival::Repeated),
+        "the client has reset it"
+    );
+    assert!(!flow.takes_syn());
+
+    let bench = Bench::new();
+    let (flow, _legs, _peer) = live(&bench).await;
+    assert!(flow.takes_syn());
+    flow.cut();
+    assert!(
+        matches!(syn(&bench), Arrival::Repeated),
+        "a change has cut it"
+    );
+    assert!(!flow.takes_syn());
+
+    let bench = Bench::new();
+    let (flow, legs, _peer) = live(&bench).await;
+    drop(legs);
+    assert!(!flow.takes_syn(), "its task is about to take it out");
 }

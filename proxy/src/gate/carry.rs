@@ -8,36 +8,45 @@ use std::time::{Instant, SystemTime};
 use iptables_init::marks::Answer;
 use policy::Protocol;
 
-use super::nfqueue::{PacketId, Ruling};
+use super::nfqueue::{PacketId, Queued, Ruling};
 use super::{Deny, Gate};
 use crate::conntrack::FlowId;
 use crate::decision::Way;
-use crate::limits::Full;
+use crate::enforcer::Waiting;
+use crate::limits::{LONGEST_WAITING, ShareUsedUp};
 use crate::metrics::Cause;
 use crate::records::Subject;
 
 impl Gate {
-    /// Decides a packet at once, or holds it until both its ends are known.
-    pub(super) fn flow(self: &Rc<Self>, id: PacketId, packet: FlowId) {
-        let arrived = Instant::now();
+    /// Decides a packet at once, or holds it until both its ends are known, unless it is long or its source holds
+    /// many.
+    pub(super) fn flow(self: &Rc<Self>, queued: &Queued<'_>, packet: FlowId) {
+        let (id, arrived) = (queued.id, Instant::now());
         if self.settle(id, &packet, arrived) {
             return;
         }
-        match self.enforcer.limits.permit(packet.client.ip()) {
-            Err(Full::Source) => self.refuse(id, Cause::SourceLimit),
-            Err(Full::Node) => self.refuse(id, Cause::NodeLimit),
-            Ok(permit) => {
+        if queued.length > LONGEST_WAITING {
+            return self.refuse(id, Cause::TooLong);
+        }
+        match self.enforcer.waits(packet.client.ip(), packet.server.ip()) {
+            Err(ShareUsedUp) => self.refuse(id, Cause::WaitingLimit),
+            Ok(waiting) => {
                 let gate = Rc::clone(self);
                 tokio::task::spawn_local(async move {
-                    gate.wait_and_settle(id, packet, arrived).await;
-                    drop(permit);
+                    gate.wait_and_settle(id, packet, arrived, waiting).await;
                 });
             }
         }
     }
 
     /// Decides as soon as the table knows both ends; after `--hold` the packet is refused.
-    async fn wait_and_settle(&self, id: PacketId, packet: FlowId, arrived: Instant) {
+    async fn wait_and_settle(
+        &self,
+        id: PacketId,
+        packet: FlowId,
+        arrived: Instant,
+        waiting: Waiting,
+    ) {
         let mut changed = self.enforcer.table.changed();
         let known = async {
             loop {
@@ -47,11 +56,13 @@ impl Gate {
                 }
             }
         };
-        if tokio::time::timeout(self.enforcer.hold, known)
-            .await
-            .is_err()
-        {
-            self.refuse(id, Cause::UnknownPod);
+        let refused = tokio::select! {
+            biased;
+            () = waiting.gives_way() => Some(Cause::WaitingLimit),
+            known = tokio::time::timeout(self.enforcer.hold, known) => known.err().map(|_| Cause::UnknownPod),
+        };
+        if let Some(cause) = refused {
+            self.refuse(id, cause);
         }
         self.flush();
     }

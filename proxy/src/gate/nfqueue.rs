@@ -33,6 +33,7 @@ const NFQA_PACKET_HDR: u16 = 1;
 const NFQA_VERDICT_HDR: u16 = 2;
 const NFQA_MARK: u16 = 3;
 const NFQA_PAYLOAD: u16 = 10;
+const NFQA_CAP_LEN: u16 = 13;
 const NFQA_CFG_CMD: u16 = 1;
 const NFQA_CFG_PARAMS: u16 = 2;
 const NFQA_CFG_QUEUE_MAXLEN: u16 = 3;
@@ -56,6 +57,8 @@ pub(crate) struct Queued<'a> {
     pub(crate) mark: u32,
     /// The packet from its IP header on, cut to what was copied.
     pub(crate) payload: &'a [u8],
+    /// Bytes of all of it.
+    pub(crate) length: usize,
 }
 
 /// What becomes of a waiting packet.
@@ -251,7 +254,7 @@ fn queued<'a>(message: &Message<'a>) -> Option<Queued<'a>> {
     if message.kind != PACKET {
         return None;
     }
-    let (mut id, mut mark, mut payload) = (None, 0, &[][..]);
+    let (mut id, mut mark, mut payload, mut whole) = (None, 0, &[][..], None);
     for attribute in netlink::attributes(message.attributes()) {
         match attribute.kind {
             NFQA_PACKET_HDR => id = netlink::chunk(attribute.value, 0),
@@ -259,6 +262,8 @@ fn queued<'a>(message: &Message<'a>) -> Option<Queued<'a>> {
                 mark = netlink::chunk(attribute.value, 0).map_or(0, u32::from_be_bytes);
             }
             NFQA_PAYLOAD => payload = attribute.value,
+            // Only if the payload is cut.
+            NFQA_CAP_LEN => whole = netlink::chunk(attribute.value, 0).map(u32::from_be_bytes),
             _ => {}
         }
     }
@@ -266,6 +271,7 @@ fn queued<'a>(message: &Message<'a>) -> Option<Queued<'a>> {
         id: PacketId(u32::from_be_bytes(id?)),
         mark,
         payload,
+        length: whole.map_or(payload.len(), |whole| whole as usize),
     })
 }
 
@@ -311,6 +317,21 @@ mod tests {
             m.bytes(NFQA_MARK, &0xc00u32.to_be_bytes());
         });
         assert_eq!(marks(&out), [0, 0xc00]);
+    }
+
+    #[test]
+    fn a_cut_packet_has_the_length_of_all_of_it() {
+        let lengths = |bytes: &[u8]| -> Vec<usize> {
+            let queued = messages(bytes).filter_map(|message| queued(&message));
+            queued.map(|queued| queued.length).collect()
+        };
+        let mut out = packet_message(1, b"one");
+        netlink::write(&mut out, header(PACKET, 0, 100), |m| {
+            m.bytes(NFQA_PACKET_HDR, &[0, 0, 0, 2, 8, 0, 1]);
+            m.bytes(NFQA_PAYLOAD, b"begin");
+            m.bytes(NFQA_CAP_LEN, &60_000u32.to_be_bytes());
+        });
+        assert_eq!(lengths(&out), [3, 60_000]);
     }
 
     #[test]

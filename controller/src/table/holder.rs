@@ -1,0 +1,43 @@
+//! What stands behind an address, without judging anything.
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use policy::Endpoint;
+
+use super::{Table, read_lock};
+
+/// What stands behind an address.
+#[derive(Clone, Debug)]
+pub enum Holder {
+    /// This pod.
+    Pod(Arc<Endpoint>),
+    /// A node, or this host itself.
+    Node,
+    /// No pod and no node is known to have the address, and it lies in the cluster's CIDRs, or its holder is not
+    /// known for certain.
+    Unknown,
+    /// Nobody in the cluster.
+    Outside,
+}
+
+impl Table {
+    /// What stands behind `address` now; one generation is read.
+    #[must_use]
+    pub fn holder(&self, address: IpAddr) -> Holder {
+        self.consistent(|| {
+            if let Some(endpoint) = self.get(address) {
+                return Holder::Pod(endpoint);
+            }
+            let surroundings = read_lock(&self.surroundings);
+            if surroundings.is_node(address) || read_lock(&self.gateways).contains(&address) {
+                Holder::Node
+            } else if surroundings.is_unexplained(address)
+                || read_lock(&self.unsettled).holds(address)
+            {
+                Holder::Unknown
+            } else {
+                Holder::Outside
+            }
+        })
+    }
+}

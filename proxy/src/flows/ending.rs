@@ -1,0 +1,87 @@
+//! How connections leave the table, and who makes room for whom.
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
+
+use super::stage::Stage;
+use super::{Flow, Flows, StageName};
+use crate::decision::Severance;
+
+impl Flows {
+    /// Takes a connection that is over out of the table.
+    pub(crate) fn remove(&self, flow: &Arc<Flow>) {
+        let stage = std::mem::replace(&mut *flow.stage(), Stage::Over);
+        self.removed(flow, stage);
+    }
+
+    /// Takes a connection out of the table that was at `stage` and is over.
+    fn removed(&self, flow: &Arc<Flow>, stage: Stage) {
+        if let Stage::Admitted { upstream, .. } = stage {
+            upstream.reset();
+        }
+        flow.over.notify_one();
+        self.no_longer_held(flow);
+        self.by_key
+            .remove_if(&flow.key, |_, held| Arc::ptr_eq(held, flow));
+        self.by_address.remove(flow);
+    }
+
+    /// Forgets the SYN of a connection that is past it.
+    pub(super) fn no_longer_held(&self, flow: &Flow) {
+        self.attempts
+            .remove_if(&(flow.key.client, flow.sequence), |_, key| *key == flow.key);
+    }
+
+    /// Ends a half-open connection so that another can begin. Returns how far it had come: a held one is recorded
+    /// by the task that connects. `None` if it is live or over by now: then nothing happens to it.
+    pub(crate) fn give_way(&self, flow: &Arc<Flow>) -> Option<StageName> {
+        let mut stage = flow.stage();
+        let name = stage.name();
+        match *stage {
+            Stage::Held(_) => {
+                flow.gave_way.store(true, Ordering::Relaxed);
+                flow.is_cut.store(true, Ordering::Relaxed);
+                flow.cut.notify_one();
+            }
+            Stage::Admitted { .. } => {
+                flow.gave_way.store(true, Ordering::Relaxed);
+                let admitted = std::mem::replace(&mut *stage, Stage::Over);
+                drop(stage);
+                self.removed(flow, admitted);
+            }
+            Stage::Live(_) | Stage::Over => return None,
+        }
+        Some(name)
+    }
+
+    /// Ends what nobody waits for any more: attempts whose client stopped repeating its SYN, and
+    /// admitted connections whose client never completed the handshake. Returns how many.
+    pub(crate) fn expire(&self, now: Instant) -> usize {
+        let abandoned = self.all().into_iter().filter(|flow| flow.abandoned(now));
+        abandoned.map(|flow| self.end(&flow)).count()
+    }
+
+    /// Ends a connection that a change no longer lets be.
+    pub(crate) fn sever(&self, flow: &Arc<Flow>, severance: Severance) {
+        *flow
+            .severance
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(severance);
+        self.end(flow);
+    }
+
+    /// Ends every connection.
+    pub(crate) fn end_all(&self) {
+        for flow in self.all() {
+            self.end(&flow);
+        }
+    }
+
+    /// Tells the task that has the connection to end it; an admitted one waits here without a task.
+    fn end(&self, flow: &Arc<Flow>) {
+        flow.cut();
+        if flow.stage_name() == StageName::Admitted {
+            self.remove(flow);
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Whose share a packet counts against.
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
+
+use controller::Holder;
+use policy::Endpoint;
+
+/// One user of what all share. A pod is one source, however many addresses it has.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Source {
+    /// A pod of any node, by uid; by namespace and name where manifests have no uid.
+    Pod(Arc<str>),
+    /// A node's address, or one in the cluster's CIDRs of which nobody has said yet whose it is.
+    Address(IpAddr),
+    /// Outside of the cluster: an IPv4 address, or the first address of a /64. Whoever has one address of a
+    /// /64 commonly has all (RFC 6177).
+    Outside(IpAddr),
+}
+
+impl Source {
+    /// The user behind `address`, of which the table says `holder`.
+    pub(crate) fn new(address: IpAddr, holder: &Holder) -> Self {
+        match holder {
+            Holder::Pod(endpoint) => Self::of(endpoint),
+            Holder::Node | Holder::Unknown => Self::Address(address),
+            Holder::Outside => Self::Outside(match address {
+                IpAddr::V4(_) => address,
+                IpAddr::V6(v6) => IpAddr::V6(network(v6)),
+            }),
+        }
+    }
+
+    /// The user that this pod is.
+    pub(crate) fn of(pod: &Endpoint) -> Self {
+        let identity = &pod.identity;
+        Self::Pod(match &*identity.uid {
+            "" => identity.key.to_string().into(),
+            _ => Arc::clone(&identity.uid),
+        })
+    }
+}
+
+/// The /64 of an address.
+fn network(address: Ipv6Addr) -> Ipv6Addr {
+    Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64))
+}
+
+#[cfg(test)]
+mod tests {
+    use policy::{Identity, PodKey};
+
+    use super::*;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn pod(uid: &str) -> Holder {
+        Holder::Pod(Arc::new(Endpoint::bare(Identity {
+            key: PodKey {
+                namespace: "x".into(),
+                name: "a".into(),
+            },
+            uid: uid.into(),
+            node_name: "".into(),
+            node: None,
+        })))
+    }
+
+    #[test]
+    fn one_source_is_one_pod_or_one_prefix() {
+        let source = |address, holder: &Holder| Source::new(ip(address), holder);
+        for (one, other, same, why) in [
+            (
+                source("10.0.0.1", &pod("u1")),
+                source("fd00::1", &pod("u1")),
+                true,
+                "both addresses of a pod",
+            ),
+            (
+                source("10.0.0.1", &pod("u1")),
+                source("10.0.0.1", &pod("u2")),
+                false,
+                "its successor at the address",
+            ),
+            (
+                source("192.0.2.1", &Holder::Outside),
+                source("192.0.2.2", &Holder::Outside),
+                false,
+                "two IPv4 addresses outside",
+            ),
+            (
+                source("2001:db8::1", &Holder::Outside),
+                source("2001:db8::ffff:0:0:2", &Holder::Outside),
+                true,
+                "a /64 outside",
+            ),
+            (
+                source("2001:db8::1", &Holder::Outside),
+                source("2001:db8:0:1::1", &Holder::Outside),
+                false,
+                "two of them",
+            ),
+            (
+                source("fd00::1", &Holder::Unknown),
+                source("fd00::2", &Holder::Unknown),
+                false,
+                "two new pods of a node",
+            ),
+            (
+                source("fd00::1", &Holder::Node),
+                source("fd00::2", &Holder::Node),
+                false,
+                "two nodes of a subnet",
+            ),
+        ] {
+            assert_eq!(one == other, same, "{why}: {one:?}, {other:?}");
+        }
+    }
+}

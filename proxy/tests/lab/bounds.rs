@@ -1,14 +1,15 @@
 //! What one pod does to the daemon is not felt by its neighbours.
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use lab::runner::Test;
-use lab::{Host, Kind, wait_until};
+use lab::{Cluster, Host, Kind, PodSpec, wait_until};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::neighbour::{StopOnDrop, are_unharmed, at_rate};
 use crate::support::{
     Bed, DEADLINE, SOON, allow_all, allow_ingress, connected, deny_egress, deny_ingress, echoes,
     metric,
@@ -18,6 +19,9 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_syn_flood_of_a_denied_pod_amid_changes_does_not_stop_its_neighbour,
     a_pod_over_its_bound_is_refused_and_its_neighbour_is_not,
     the_bound_of_the_node_is_told_apart_from_that_of_a_pod,
+    forged_handshakes_to_one_pod_harm_nobody,
+    unfinished_handshakes_of_two_pods_harm_nobody,
+    syns_to_silent_addresses_harm_nobody,
 ];
 
 /// SYNs that must have met the gate for a flood to be one.
@@ -71,15 +75,6 @@ fn a_syn_flood_of_a_denied_pod_amid_changes_does_not_stop_its_neighbour() {
     bed.wait_for_no_connection();
 }
 
-/// Ends what runs beside a test, however the test ends.
-pub(crate) struct StopOnDrop<'a>(pub(crate) &'a AtomicBool);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 /// Sends SYNs with ever new ports and sequence numbers, as fast as one thread can and the gate of `node`
 /// takes them.
 pub(crate) fn flood(from: &Host, to: &Host, node: &Host, stop: &AtomicBool, sent: &AtomicUsize) {
@@ -94,12 +89,8 @@ pub(crate) fn flood(from: &Host, to: &Host, node: &Host, stop: &AtomicBool, sent
         if stop.load(Ordering::Relaxed) {
             return;
         }
-        let port = 1024 + u16::try_from(number % 60_000).unwrap();
-        let segment = syn(
-            (from.ipv4(), port),
-            (to.ipv4(), 80),
-            number.wrapping_mul(2_654_435_761),
-        );
+        let (from, to) = ((from.ipv4().into(), port(number)), (to.ipv4().into(), 80));
+        let segment = syn(from, to, spread(number));
         // A full queue of the interface is no fault of the flood.
         if socket.send_to(&segment, &target).is_ok() {
             sent.fetch_add(1, Ordering::Relaxed);
@@ -118,14 +109,18 @@ fn waiting(node: &Host) -> u64 {
 }
 
 /// A SYN without options (RFC 9293, 3.1), with its checksum.
-fn syn(from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), sequence: u32) -> [u8; 20] {
+fn syn(from: (IpAddr, u16), to: (IpAddr, u16), sequence: u32) -> [u8; 20] {
     let mut segment = [0; 20];
     segment[0..2].copy_from_slice(&from.1.to_be_bytes());
     segment[2..4].copy_from_slice(&to.1.to_be_bytes());
     segment[4..8].copy_from_slice(&sequence.to_be_bytes());
     segment[12..16].copy_from_slice(&[0x50, 0b10, 0xff, 0xff]);
+    let octets = |address| match address {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    };
     // The pseudo header: addresses, protocol 6, length 20.
-    let header = [from.0.octets(), to.0.octets(), [0, 6, 0, 20]].concat();
+    let header = [octets(from.0), octets(to.0), vec![0, 6, 0, 20]].concat();
     let words = header.chunks(2).chain(segment.chunks(2));
     let sum: u32 = words
         .map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])))
@@ -150,8 +145,9 @@ fn a_pod_over_its_bound_is_refused_and_its_neighbour_is_not() {
     for _ in 0..5 {
         held.push(connected(&d, to));
     }
-    // IPv6 is another source address.
-    held.push(connected(&a, bed.lab.pod("x/b").addr_v6(80)));
+    // Its IPv6 address gets it no more.
+    let to_v6 = bed.lab.pod("x/b").addr_v6(80);
+    assert_eq!(a.connect(to_v6, SOON).unwrap().kind(), Kind::TimedOut);
     held.iter().for_each(|stream| echoes(stream, "undisturbed"));
     // A place that is given back can be taken again.
     drop(held.remove(0));
@@ -159,20 +155,196 @@ fn a_pod_over_its_bound_is_refused_and_its_neighbour_is_not() {
 }
 
 fn the_bound_of_the_node_is_told_apart_from_that_of_a_pod() {
-    let bed = Bed::enforced(
-        &[
-            "--max-connections",
-            "6",
-            "--max-connections-per-source",
-            "4",
-        ],
-        &[allow_all()],
+    let bed = Bed::enforced(&["--max-connections", "2"], &[allow_all()]);
+    let [a, b, d, node] = [
+        bed.lab.pod("x/a"),
+        bed.lab.pod("x/b"),
+        bed.lab.pod("x/d"),
+        bed.lab.node(0),
+    ];
+    let _half = connected(&a, b.addr_v4(80));
+    assert_eq!(
+        a.connect(b.addr_v4(80), SOON).unwrap().kind(),
+        Kind::TimedOut
     );
-    let (a, d, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/d"), bed.lab.node(0));
-    let to = bed.lab.pod("x/b").addr_v4(80);
-    let _held: Vec<_> = (0..4).map(|_| connected(&a, to)).collect();
-    let _others: Vec<_> = (0..2).map(|_| connected(&d, to)).collect();
-    assert_eq!(d.connect(to, SOON).unwrap().kind(), Kind::TimedOut);
+    assert!(metric(&node, SOURCE_LIMIT) >= 1);
+    assert_eq!(metric(&node, NODE_LIMIT), 0);
+    let _rest = connected(&d, b.addr_v4(80));
+    assert_eq!(
+        b.connect(d.addr_v4(80), SOON).unwrap().kind(),
+        Kind::TimedOut
+    );
     assert!(metric(&node, NODE_LIMIT) >= 1);
-    assert_eq!(metric(&node, SOURCE_LIMIT), 0);
+}
+
+/// Connections in all, of which a quarter may be half-open.
+const FEW: [&str; 2] = ["--max-connections", "400"];
+const ALL: usize = 400;
+const HALF_OPEN: u64 = 100;
+/// SYNs a second: few enough for a daemon without optimisation on half a core, and a half-open connection is the
+/// oldest of them after a quarter of a second only.
+const SYNS: u32 = 400;
+/// Sources of forged SYNs (RFC 2544): nobody is there.
+const FORGED: &str = "198.18.0.0/16";
+/// Connects of each neighbour.
+const MEASURED: usize = 60;
+
+/// A node with the attacked pod v, and neighbours n, o and p, all under policy and allowed everything.
+fn attacked() -> Bed {
+    let pod = |name: &str| PodSpec::new("x", name).node(0).label("pod", name);
+    let pods = ["v", "n", "o", "p"].map(pod);
+    let mut bed = Bed::bare(Cluster::builder().nodes(1).pods(pods));
+    bed.write_policies(&[allow_all()]);
+    bed.enforce(&FEW);
+    bed
+}
+
+fn forged_handshakes_to_one_pod_harm_nobody() {
+    let bed = attacked();
+    let [v, n, o, p] = ["x/v", "x/n", "x/o", "x/p"].map(|name| bed.lab.pod(name));
+    let (outside, node) = (bed.lab.outside(), bed.lab.node(0));
+    let mut ip = bed.lab.fabric().command("ip");
+    ip.args(["route", "add", "blackhole", FORGED]);
+    assert!(ip.output().unwrap().status.success());
+    let syns = RawSyns::of(&outside);
+    let attack = |stop: &AtomicBool| {
+        at_rate(SYNS, stop, |number| {
+            let [_, _, high, low] = number.to_be_bytes();
+            let from = Ipv4Addr::new(198, 18, high, low);
+            syns.send((from, port(number)), (v.ipv4(), 80), number);
+        });
+    };
+    let pairs = [
+        (&n, o.addr_v4(80)),
+        (&n, o.addr_v6(80)),
+        (&outside, o.addr_v4(80)),
+        // The attacked server has honest clients too.
+        (&p, v.addr_v4(80)),
+        (&outside, v.addr_v4(80)),
+    ];
+    are_unharmed(&pairs, MEASURED, attack, || syns.sent() > ALL);
+    assert!(gave_way(&node) > HALF_OPEN, "the bound was not met");
+    let half_open = metric(&node, "portreeve_connections{stage=\"admitted\"}");
+    assert!(half_open <= HALF_OPEN, "{half_open}");
+}
+
+fn unfinished_handshakes_of_two_pods_harm_nobody() {
+    let bed = attacked();
+    let [v, n, o, p] = ["x/v", "x/n", "x/o", "x/p"].map(|name| bed.lab.pod(name));
+    let node = bed.lab.node(0);
+    // Their kernels would answer with resets.
+    for pod in [&v, &p] {
+        pod.nft("table inet mute { chain out { type filter hook output priority 0; tcp flags rst drop; }; }")
+            .unwrap();
+    }
+    let from = [(&v, RawSyns::of(&v)), (&p, RawSyns::of(&p))];
+    let attack = |stop: &AtomicBool| {
+        at_rate(SYNS, stop, |number| {
+            let (pod, syns) = &from[number as usize % 2];
+            syns.send((pod.ipv4(), port(number)), (o.ipv4(), 81), number);
+            syns.send_v6((pod.ipv6(), port(number)), (o.ipv6(), 81), number);
+        });
+    };
+    let pairs = [
+        (&n, o.addr_v4(80)),
+        (&n, o.addr_v6(80)),
+        (&o, n.addr_v4(80)),
+    ];
+    are_unharmed(&pairs, MEASURED, attack, || {
+        from.iter().map(|(_, syns)| syns.sent()).sum::<usize>() > ALL
+    });
+    let refused = metric(&node, "portreeve_refusals_total{cause=\"half_open_limit\"}");
+    assert!(refused > HALF_OPEN, "the bound was not met");
+}
+
+fn syns_to_silent_addresses_harm_nobody() {
+    let bed = attacked();
+    let [v, n, o] = ["x/v", "x/n", "x/o"].map(|name| bed.lab.pod(name));
+    let node = bed.lab.node(0);
+    let [IpAddr::V4(silent), IpAddr::V6(silent_v6)] = bed.lab.blackhole(80).map(|at| at.ip())
+    else {
+        unreachable!("IPv4 first")
+    };
+    let syns = RawSyns::of(&v);
+    let attack = |stop: &AtomicBool| {
+        at_rate(SYNS, stop, |number| {
+            syns.send((v.ipv4(), port(number)), (silent, 80), number);
+            syns.send_v6((v.ipv6(), port(number)), (silent_v6, 80), number);
+        });
+    };
+    let pairs = [
+        (&n, o.addr_v4(80)),
+        (&n, o.addr_v6(80)),
+        (&o, n.addr_v4(80)),
+    ];
+    are_unharmed(&pairs, MEASURED, attack, || syns.sent() > ALL);
+    let refused = metric(&node, "portreeve_refusals_total{cause=\"half_open_limit\"}");
+    assert!(refused > HALF_OPEN, "the bound was not met");
+}
+
+/// Half-open connections that have ended for another.
+fn gave_way(node: &Host) -> u64 {
+    metric(
+        node,
+        "portreeve_refusals_total{cause=\"half_open_gave_way\"}",
+    )
+}
+
+fn port(number: u32) -> u16 {
+    1024 + u16::try_from(number % 60_000).unwrap()
+}
+
+/// Sends SYNs with any IPv4 source, and from the host's own IPv6 address.
+struct RawSyns {
+    v4: Socket,
+    v6: Socket,
+    sent: AtomicUsize,
+}
+
+impl RawSyns {
+    fn of(host: &Host) -> Self {
+        let open = || {
+            let v4 = Socket::new(
+                Domain::IPV4,
+                Type::RAW,
+                Some(Protocol::from(libc::IPPROTO_RAW)),
+            )
+            .unwrap();
+            let v6 = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::TCP)).unwrap();
+            let sent = AtomicUsize::new(0);
+            Self { v4, v6, sent }
+        };
+        host.run(open).unwrap()
+    }
+
+    fn sent(&self) -> usize {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    fn send(&self, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), number: u32) {
+        let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0];
+        packet.extend(from.0.octets());
+        packet.extend(to.0.octets());
+        packet.extend(syn(
+            (from.0.into(), from.1),
+            (to.0.into(), to.1),
+            spread(number),
+        ));
+        let to = SocketAddr::from((to.0, 0));
+        // A full queue of the interface is no fault of the flood.
+        let sent = self.v4.send_to(&packet, &to.into());
+        self.sent.fetch_add(sent.is_ok().into(), Ordering::Relaxed);
+    }
+
+    fn send_v6(&self, from: (Ipv6Addr, u16), to: (Ipv6Addr, u16), number: u32) {
+        let segment = syn((from.0.into(), from.1), (to.0.into(), to.1), spread(number));
+        let to = SocketAddr::from((to.0, 0));
+        let sent = self.v6.send_to(&segment, &to.into());
+        self.sent.fetch_add(sent.is_ok().into(), Ordering::Relaxed);
+    }
+}
+
+/// A sequence number that differs much from the next one.
+fn spread(number: u32) -> u32 {
+    number.wrapping_mul(2_654_435_761)
 }

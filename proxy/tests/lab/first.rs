@@ -14,7 +14,7 @@ use lab::runner::Test;
 use lab::{Host, PodSpec, wait_for, wait_until};
 use serde_json::{Value, json};
 
-use crate::bounds::StopOnDrop;
+use crate::neighbour::StopOnDrop;
 use crate::support::{Bed, DEADLINE, connected, deny_ingress, echoes, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![

@@ -29,6 +29,7 @@ mod jaeger;
 mod likeness;
 mod logs;
 mod martians;
+mod neighbour;
 mod odd;
 mod own_node;
 mod page;

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
-use tracing::warn;
 
-use crate::connect::keepalive;
+use crate::connect::{keepalive, reset_when_closed};
 use crate::enforcer::Enforcer;
-use crate::flows::{Flow, FlowKey, Legs, Upstream, reset_when_closed};
+use crate::flows::{Flow, FlowKey, Legs, Upstream};
+use crate::occasional::warn_occasionally;
 use crate::records::Outcome;
 use crate::relay::{InFlight, relay};
 use crate::succession::{self, Relayed};
@@ -70,7 +70,7 @@ pub(crate) async fn serve(listener: &TcpListener, enforcer: Arc<Enforcer>, worke
             Ok((client, peer)) => accepted(client, peer, &enforcer, worker),
             Err(error) => {
                 // Out of descriptors: those of ending connections come back; spinning would not help.
-                warn!(%error, "cannot accept");
+                warn_occasionally!(%error, "cannot accept");
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         }

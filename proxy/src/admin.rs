@@ -25,9 +25,10 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
-use tracing::{debug, warn};
+use tracing::debug;
 
 use crate::enforcer::Enforcer;
+use crate::occasional::warn_occasionally;
 use crate::readiness::Readiness;
 
 use page::Page;
@@ -95,7 +96,7 @@ pub(crate) async fn serve(listener: TcpListener, admin: Admin, mut stop: watch::
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
-                warn!(%error, "the admin port cannot accept");
+                warn_occasionally!(%error, "the admin port cannot accept");
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use iptables_init::marks::{Answer, Marks};
 use iptables_init::ruleset::UPSTREAM_PORTS;
-use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
 use crate::sys;
@@ -123,11 +123,52 @@ pub(crate) async fn connect(
     if answered {
         return Ok(stream);
     }
-    stream.writable().await.map_err(refused("watch a socket"))?;
-    match stream.take_error() {
-        Ok(None) => Ok(stream),
-        Ok(Some(error)) | Err(error) => Err(outcome(client, server, error)),
+    let attempt = Attempt(Some(stream));
+    attempt
+        .answered()
+        .await
+        .map_err(refused("watch a socket"))?;
+    match attempt.error() {
+        None => attempt.succeeded().map_err(refused("watch a socket")),
+        Some(error) => Err(outcome(client, server, error)),
     }
+}
+
+/// A connection that may have come about when nobody wants it any more: dropped, it is reset, so that the server
+/// does not take its end for that of an empty stream.
+struct Attempt(Option<TcpStream>);
+
+impl Attempt {
+    async fn answered(&self) -> io::Result<()> {
+        match &self.0 {
+            Some(stream) => stream.writable().await,
+            None => Ok(()),
+        }
+    }
+
+    fn error(&self) -> Option<io::Error> {
+        self.0.as_ref()?.take_error().unwrap_or_else(Some)
+    }
+
+    fn succeeded(mut self) -> io::Result<TcpStream> {
+        self.0
+            .take()
+            .ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        if let Some(stream) = &self.0 {
+            reset_when_closed(stream);
+        }
+    }
+}
+
+/// Has the socket say RST when it is dropped.
+pub(crate) fn reset_when_closed(stream: &TcpStream) {
+    // It fails only on a socket that is no socket; then there is nothing to reset.
+    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
 /// Keep-alive of both legs: a peer that is gone without a word is noticed within two minutes.

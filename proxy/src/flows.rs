@@ -21,13 +21,13 @@ use tokio::sync::Notify;
 
 use crate::decision::{Decision, Severance, Way};
 use crate::limits::Permit;
-use crate::records::{Outcome, Subject};
+use crate::records::Subject;
 use crate::relay::Moved;
 use crate::trail::Trail;
 
 pub(crate) use adopted::Adopted;
 pub(crate) use by_address::{ByAddress, Ends};
-pub(crate) use stage::{HalfOpen, Legs, StageName, Upstream, reset_when_closed};
+pub(crate) use stage::{HalfOpen, Legs, StageName, Upstream};
 
 use stage::Stage;
 
@@ -265,58 +265,12 @@ impl Flow {
             .clone()
     }
 
-    /// Ends the connection wherever it is: the held SYN is dropped, live legs are reset at once, however
-    /// much else their worker has to do.
-    pub(crate) fn cut(&self) {
-        // First, so that the relay knows why its sockets break.
-        self.cut.notify_one();
-        let stage = self.stage();
-        self.is_cut.store(true, Ordering::Relaxed);
-        let lent = match &*stage {
-            Stage::Live(legs) => legs.upgrade(),
-            _ => None,
-        };
-        drop(stage);
-        if let Some(legs) = lent {
-            legs.reset();
-        }
-    }
-
     /// Takes its place among the half-open connections, until it is live or over.
     pub(crate) fn takes(&self, place: HalfOpen) {
         match &mut *self.stage() {
             Stage::Held(none) | Stage::Admitted { place: none, .. } => *none = Some(place),
             Stage::Live(_) | Stage::Over => {}
         }
-    }
-
-    /// Why there is no connection although policy allows it, as a record has it.
-    pub(crate) fn why_unanswered(&self) -> Outcome {
-        let gave_way = self.gave_way.load(Ordering::Relaxed);
-        Outcome::Unanswered(String::from(match gave_way {
-            true => "too many connections were half-open",
-            false => "the server did not answer",
-        }))
-    }
-
-    /// Whether it was to end, whatever its task has made of that.
-    fn is_cut(&self) -> bool {
-        self.is_cut.load(Ordering::Relaxed)
-    }
-
-    /// Whether a SYN between its ends comes to its socket, or to the listener that has answered its first one.
-    /// Of a connection that was cut, or that the client itself has reset, the socket is gone before its task knows:
-    /// the listener would answer, whatever policy says by now.
-    pub(crate) fn takes_syn(&self) -> bool {
-        let stage = self.stage();
-        !self.is_cut()
-            && match &*stage {
-                Stage::Admitted { .. } => true,
-                // Its task is about to lend them.
-                Stage::Live(legs) if legs.ptr_eq(&Weak::new()) => true,
-                Stage::Live(legs) => legs.upgrade().is_some_and(|legs| legs.has_client()),
-                Stage::Held(_) | Stage::Over => false,
-            }
     }
 
     /// Lends its legs to whoever cuts a live connection. To be called before [`Self::cut_off`] is awaited.

@@ -17,7 +17,6 @@ use std::time::Duration;
 use controller::Judgement;
 use iptables_init::marks::Answer;
 use policy::Protocol;
-use tracing::warn;
 
 use crate::connect::{self, ConnectError, Leg};
 use crate::decision::Decision;
@@ -25,6 +24,7 @@ use crate::enforcer::{Deny, Enforcer, Waiting};
 use crate::flows::{Arrival, Flow, FlowKey};
 use crate::limits::{LONGEST_WAITING, ShareUsedUp};
 use crate::metrics::Cause;
+use crate::occasional::warn_occasionally;
 use crate::records::Outcome;
 use crate::trail::{Moment, Trail};
 
@@ -79,6 +79,8 @@ impl Gate {
                     .await?;
                 self.flush();
             }
+            // A queue that is never empty would keep the core from the listener and from the relays.
+            tokio::task::yield_now().await;
         }
     }
 
@@ -303,7 +305,7 @@ impl Gate {
                 self.refuse(id, Cause::NoPort);
             }
             Some(Err(error @ ConnectError::Refused { .. })) => {
-                warn!(error = %format!("{:#}", anyhow::Error::from(error)), "connection refused");
+                warn_occasionally!(error = %format!("{:#}", anyhow::Error::from(error)), "connection refused");
                 enforcer.flows.remove(&flow);
                 self.refuse(id, Cause::Internal);
             }
@@ -344,7 +346,7 @@ impl Gate {
 
     fn flush(&self) {
         if let Err(error) = self.queue.flush() {
-            warn!(%error, "the kernel did not take the gate's rulings; the packets stay held");
+            warn_occasionally!(%error, "the kernel did not take the gate's rulings; the packets stay held");
             self.enforcer.metrics.refused(Cause::Internal);
         }
     }

@@ -17,6 +17,7 @@ mod limits;
 mod links;
 mod metrics;
 mod observed;
+mod occasional;
 mod occupancy;
 mod readiness;
 mod recorder;

@@ -47,7 +47,7 @@ pub(crate) enum Cause {
     UnknownPod,
     /// No source port was left towards that server.
     NoPort,
-    /// TCP that begins nothing and belongs to nothing, or a packet cut too short.
+    /// TCP that begins nothing and belongs to nothing, a packet cut too short, or a link-local source.
     Odd,
     /// No IP packet that we can read.
     Unreadable,

@@ -25,6 +25,7 @@ use crate::trail::{Moment, Trail};
 pub(crate) use in_flight::InFlight;
 use in_flight::Passing;
 use pipe::Pipe;
+pub(crate) use pipe::allow_pipes;
 
 /// Bytes that one read through the shared buffer can take.
 const BUFFER: usize = 64 << 10;

@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use controller::kube::WatchStatus;
 use controller::{Index, Table, TableSettings};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::{info, warn};
@@ -28,13 +27,14 @@ use crate::conntrack::Endings;
 use crate::enforcer::Enforcer;
 use crate::flows::Flows;
 use crate::handover::{Estate, Leaving};
-use crate::limits::{Bounds, Connections, Pending, WAITING, WAITING_OF_SOURCE};
+use crate::limits::{Connections, Pending, WAITING, WAITING_OF_SOURCE};
 use crate::links::PodLinks;
 use crate::metrics::Metrics;
 use crate::occupancy::Vacancies;
 use crate::readiness::Readiness;
 use crate::recorder::Recorder;
 use crate::redirect::Redirect;
+use crate::relay;
 use crate::released::{LocalPods, Released};
 use crate::succession;
 use crate::telemetry::{Spans, TelemetryError};
@@ -234,7 +234,8 @@ fn enforcer(
     watches: Option<Arc<WatchStatus>>,
 ) -> anyhow::Result<Arc<Enforcer>> {
     let recorder = recorder(args, &node)?;
-    let bounds = bounds(args)?;
+    let bounds = args.bounds()?;
+    relay::allow_pipes(bounds.pipes);
     Ok(Arc::new(Enforcer {
         node,
         table,
@@ -267,21 +268,6 @@ fn in_place(args: &RunArgs) -> anyhow::Result<()> {
         bail!("this node is not ready:\n  {}", fatal.join("\n  "));
     }
     Ok(())
-}
-
-/// What the descriptor limit of this process allows, after it was raised as far as can be.
-fn bounds(args: &RunArgs) -> anyhow::Result<Bounds> {
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
-        Ok(()) => hard,
-        Err(_) => soft,
-    };
-    let descriptors = usize::try_from(limit)?;
-    Ok(Bounds::of(
-        descriptors,
-        args.max_connections,
-        args.max_connections_per_source,
-    ))
 }
 
 fn recorder(args: &RunArgs, node: &Arc<str>) -> anyhow::Result<Recorder> {

@@ -21,6 +21,7 @@ use super::{CarriedFlow, Listed, Source, backlog};
 use crate::conntrack::{self, Endings, Entry, FlowId, Heard};
 use crate::decision::{Decision, Severance, Way};
 use crate::enforcer::Enforcer;
+use crate::occasional::warn_occasionally;
 use crate::records::{Outcome, Subject};
 
 /// How often the list is compared with conntrack.
@@ -134,7 +135,7 @@ async fn forget_cut(enforcer: Arc<Enforcer>) {
         let forget = move || conntrack::delete(&parted.iter().collect::<Vec<_>>());
         if let Ok(Err(error)) = tokio::task::spawn_blocking(forget).await {
             // It stays closed, until conntrack gives up on it.
-            warn!(%error, "conntrack keeps connections that were cut");
+            warn_occasionally!(%error, "conntrack keeps connections that were cut");
         }
     }
 }
@@ -216,7 +217,7 @@ async fn compare_in_background(enforcer: &Arc<Enforcer>) {
     let enforcer = Arc::clone(enforcer);
     let compared = tokio::task::spawn_blocking(move || compare(&enforcer)).await;
     if let Ok(Err(error)) = compared {
-        warn!(%error, "conntrack could not be read; it is tried again");
+        warn_occasionally!(%error, "conntrack could not be read; it is tried again");
     }
 }
 

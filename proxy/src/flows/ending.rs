@@ -1,11 +1,12 @@
 //! How connections leave the table, and who makes room for whom.
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::Instant;
 
 use super::stage::Stage;
 use super::{Flow, Flows, StageName};
 use crate::decision::Severance;
+use crate::records::Outcome;
 
 impl Flows {
     /// Takes a connection that is over out of the table.
@@ -83,5 +84,53 @@ impl Flows {
         if flow.stage_name() == StageName::Admitted {
             self.remove(flow);
         }
+    }
+}
+
+impl Flow {
+    /// Ends the connection wherever it is: the held SYN is dropped, live legs are reset at once, however
+    /// much else their worker has to do.
+    pub(crate) fn cut(&self) {
+        // First, so that the relay knows why its sockets break.
+        self.cut.notify_one();
+        let stage = self.stage();
+        self.is_cut.store(true, Ordering::Relaxed);
+        let lent = match &*stage {
+            Stage::Live(legs) => legs.upgrade(),
+            _ => None,
+        };
+        drop(stage);
+        if let Some(legs) = lent {
+            legs.reset();
+        }
+    }
+
+    /// Why there is no connection although policy allows it, as a record has it.
+    pub(crate) fn why_unanswered(&self) -> Outcome {
+        let gave_way = self.gave_way.load(Ordering::Relaxed);
+        Outcome::Unanswered(String::from(match gave_way {
+            true => "too many connections were half-open",
+            false => "the server did not answer",
+        }))
+    }
+
+    /// Whether it was to end, whatever its task has made of that.
+    pub(super) fn is_cut(&self) -> bool {
+        self.is_cut.load(Ordering::Relaxed)
+    }
+
+    /// Whether a SYN between its ends comes to its socket, or to the listener that has answered its first one.
+    /// Of a connection that was cut, or that the client itself has reset, the socket is gone before its task knows:
+    /// the listener would answer, whatever policy says by now.
+    pub(crate) fn takes_syn(&self) -> bool {
+        let stage = self.stage();
+        !self.is_cut()
+            && match &*stage {
+                Stage::Admitted { .. } => true,
+                // Its task is about to lend them.
+                Stage::Live(legs) if legs.ptr_eq(&Weak::new()) => true,
+                Stage::Live(legs) => legs.upgrade().is_some_and(|legs| legs.has_client()),
+                Stage::Held(_) | Stage::Over => false,
+            }
     }
 }

@@ -1,11 +1,11 @@
 //! How far a connection has come, and the sockets that it has by then. Knows no table.
 use std::sync::Weak;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use super::Flow;
+use crate::connect;
 use crate::limits::Place;
 
 use crate::sys;
@@ -60,14 +60,8 @@ pub(crate) struct Upstream {
 impl Upstream {
     /// Closes it by a reset: the server must not take its end for that of a complete stream.
     pub(crate) fn reset(self) {
-        reset_when_closed(&self.stream);
+        connect::reset_when_closed(&self.stream);
     }
-}
-
-/// Has the socket say RST when it is dropped.
-pub(crate) fn reset_when_closed(stream: &TcpStream) {
-    // It fails only on a socket that is no socket; then there is nothing to reset.
-    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
 /// The two sockets of a live connection.

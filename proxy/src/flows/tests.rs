@@ -2,6 +2,7 @@
 use std::io::ErrorKind;
 
 use super::*;
+use crate::connect::reset_when_closed;
 use crate::limits::{Asking, Connections, Full, Pending, Source};
 
 fn key(client: u16, server: u8) -> FlowKey {

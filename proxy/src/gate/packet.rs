@@ -23,7 +23,8 @@ pub(crate) enum Packet {
     /// In the original direction of a flow that the kernel carries once it is allowed: UDP, SCTP,
     /// ICMP, another protocol, or TCP that ran before.
     Flow(FlowId),
-    /// TCP that begins nothing and belongs to nothing, or too little of a packet to judge it.
+    /// TCP that begins nothing and belongs to nothing, too little of a packet to judge it, or a source that is
+    /// nobody's beyond its link.
     Odd,
     /// Not an IP packet that we can read.
     Unreadable,
@@ -66,6 +67,10 @@ impl Packet {
         else {
             return Self::Unreadable;
         };
+        // It says nothing of who sent it beyond its link, where it cannot be answered either.
+        if is_link_local(from) {
+            return Self::Odd;
+        }
         // To the kernel it is a protocol of its own: what it wraps is no connection that we relay.
         let protocol = Protocol::from_ip_number(if authenticated {
             AUTHENTICATION
@@ -110,6 +115,12 @@ impl Packet {
             _ => Self::Odd,
         }
     }
+}
+
+/// Whether it is an IPv6 address of one link (RFC 4291, section 2.5.6). Those of IPv4 do go beyond theirs: some
+/// networks give them to pods.
+fn is_link_local(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
 /// What the IP header and its extensions say.
@@ -402,6 +413,20 @@ mod tests {
                 };
                 assert_eq!(flow.identifier, u16::from(identifier), "{why}");
             }
+        }
+    }
+
+    #[test]
+    fn a_link_local_source_is_odd_whatever_it_sends() {
+        for payload in [
+            (6, tcp(SYN)),
+            (6, tcp(ACK)),
+            (17, vec![0; 8]),
+            (58, vec![128; 8]),
+        ] {
+            let mut packet = ipv6(payload.0, &payload.1);
+            packet[8..10].copy_from_slice(&[0xfe, 0x80]);
+            assert_eq!(Packet::parse(&packet), Packet::Odd, "{payload:?}");
         }
     }
 

@@ -3,7 +3,9 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::{pipe2, read};
 
@@ -17,9 +19,23 @@ thread_local! {
     static POOL: RefCell<Vec<Rc<Ends>>> = const { RefCell::new(Vec::new()) };
 }
 
+/// How many more there may be: their descriptors must not be those that connections count on.
+static LEFT: AtomicUsize = AtomicUsize::new(usize::MAX);
+
+/// Says how many pipes there may be in all; to be called before the first is made.
+pub(crate) fn allow_pipes(most: usize) {
+    LEFT.store(most, Ordering::Relaxed);
+}
+
 struct Ends {
     read: OwnedFd,
     write: OwnedFd,
+}
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        LEFT.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// A pipe that is empty when taken. Dropped empty it goes back to the pool; with bytes still in
@@ -33,7 +49,7 @@ impl Pipe {
     /// Takes a pipe from the pool or makes one.
     ///
     /// # Errors
-    /// `EMFILE` or `ENFILE` if there are no descriptors left.
+    /// `EMFILE` or `ENFILE` if there are no descriptors left, or as many pipes as there may be.
     pub(super) fn take() -> io::Result<Self> {
         let ends = match POOL.with_borrow_mut(Vec::pop) {
             Some(ends) => ends,
@@ -99,7 +115,16 @@ impl Drop for Pipe {
 }
 
 fn create() -> io::Result<Rc<Ends>> {
-    let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    let less = |left: usize| left.checked_sub(1);
+    if LEFT
+        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less)
+        .is_err()
+    {
+        return Err(Errno::EMFILE.into());
+    }
+    let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).inspect_err(|_| {
+        LEFT.fetch_add(1, Ordering::Relaxed);
+    })?;
     let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(SIZE));
     Ok(Rc::new(Ends { read, write }))
 }

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use anyhow::Context;
 use ipnet::IpNet;
 use iptables_init::settings::Settings;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::enforcer::Deny;
+use crate::limits::Bounds;
 use crate::telemetry::TelemetryArgs;
 
 /// Traffic between a pod and the node that it runs on.
@@ -123,7 +125,7 @@ pub(crate) struct RunArgs {
     /// Connections in all [default: what the descriptor limit allows].
     #[arg(long, value_name = "COUNT", env = "PORTREEVE_MAX_CONNECTIONS")]
     pub(crate) max_connections: Option<usize>,
-    /// Connections from one source address [default: half of all].
+    /// Connections of one source, a pod or an address outside [default: as many as are still free].
     #[arg(
         long,
         value_name = "COUNT",
@@ -141,6 +143,20 @@ impl RunArgs {
     pub(crate) fn pod(&self) -> Option<String> {
         let told = std::env::var("POD_UID").ok();
         told.filter(|uid| !uid.is_empty() && !uid.contains(char::is_whitespace))
+    }
+
+    /// What the descriptor limit of this process allows, after it was raised as far as can be.
+    pub(crate) fn bounds(&self) -> anyhow::Result<Bounds> {
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+            Ok(()) => hard,
+            Err(_) => soft,
+        };
+        Ok(Bounds::of(
+            usize::try_from(limit)?,
+            self.max_connections,
+            self.max_connections_per_source,
+        ))
     }
 
     /// The Node's name, as told or as the host has it.

@@ -1,7 +1,7 @@
 //! What one pod does to the daemon is not felt by its neighbours.
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     forged_handshakes_to_one_pod_harm_nobody,
     unfinished_handshakes_of_two_pods_harm_nobody,
     syns_to_silent_addresses_harm_nobody,
+    packets_to_unknown_addresses_harm_nobody,
 ];
 
 /// SYNs that must have met the gate for a flood to be one.
@@ -195,7 +196,13 @@ fn attacked() -> Bed {
     let pods = ["v", "n", "o", "p"].map(pod);
     let mut bed = Bed::bare(Cluster::builder().nodes(1).pods(pods));
     bed.write_policies(&[allow_all()]);
-    bed.enforce(&FEW);
+    let cluster = [
+        "--cluster-cidr",
+        "10.244.0.0/16",
+        "--cluster-cidr",
+        "fd00:10:244::/48",
+    ];
+    bed.enforce(&[&FEW[..], &cluster].concat());
     bed
 }
 
@@ -280,6 +287,55 @@ fn syns_to_silent_addresses_harm_nobody() {
     are_unharmed(&pairs, MEASURED, attack, || syns.sent() > ALL);
     let refused = metric(&node, "portreeve_refusals_total{cause=\"half_open_limit\"}");
     assert!(refused > HALF_OPEN, "the bound was not met");
+}
+
+/// What waits for an address of the cluster that nobody has.
+fn packets_to_unknown_addresses_harm_nobody() {
+    const WAITING_OF_SOURCE: u64 = 256;
+    let bed = attacked();
+    let [v, n, o] = ["x/v", "x/n", "x/o"].map(|name| bed.lab.pod(name));
+    let node = bed.lab.node(0);
+    let (unknown, unknown_v6) = (
+        Ipv4Addr::new(10, 244, 77, 7),
+        "fd00:10:244:77::7".parse().unwrap(),
+    );
+    let syns = RawSyns::of(&v);
+    let udp = v.run(|| UdpSocket::bind((v.ipv4(), 0)).unwrap()).unwrap();
+    let (small, large) = ([0; 32], vec![0; 60_000]);
+    let attack = |stop: &AtomicBool| {
+        at_rate(SYNS / 2, stop, |number| {
+            syns.send((v.ipv4(), port(number)), (unknown, 80), number);
+            syns.send_v6((v.ipv6(), port(number)), (unknown_v6, 80), number);
+            let _ = udp.send_to(&small, (unknown, port(number)));
+            if number.is_multiple_of(8) {
+                let _ = udp.send_to(&large, (unknown, port(number) + 1));
+            }
+        });
+    };
+    let pairs = [
+        (&n, o.addr_v4(80)),
+        (&n, o.addr_v6(80)),
+        (&o, n.addr_v4(80)),
+    ];
+    let most = AtomicU64::new(0);
+    let is_felt = || {
+        most.fetch_max(metric(&node, "portreeve_held_packets"), Ordering::Relaxed);
+        syns.sent() > 2 * ALL
+    };
+    are_unharmed(&pairs, MEASURED, attack, is_felt);
+    let most = most.into_inner();
+    // And what has just come.
+    assert!(
+        (200..WAITING_OF_SOURCE + 64).contains(&most),
+        "{most} waited"
+    );
+    for cause in ["waiting_limit", "too_long"] {
+        let refused = metric(
+            &node,
+            &format!("portreeve_refusals_total{{cause=\"{cause}\"}}"),
+        );
+        assert!(refused > 0, "{cause}");
+    }
 }
 
 /// Half-open connections that have ended for another.

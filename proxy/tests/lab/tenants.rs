@@ -8,7 +8,8 @@ use lab::runner::Test;
 use lab::{Cluster, PodSpec, wait_until};
 use serde_json::{Value, json};
 
-use crate::bounds::{StopOnDrop, flood};
+use crate::bounds::flood;
+use crate::neighbour::StopOnDrop;
 use crate::support::{Bed, DEADLINE, allow_ingress, ask, deny_ingress, metric, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![

@@ -1,0 +1,99 @@
+//! Log lines that packets can cause: so many in a while, and then how many more there were.
+//!
+//! Who sends packets must not be able to fill the disk, nor to hide the lines of others: each place in the code has
+//! a bound of its own. Knows no clock and no line.
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Lines of one place in one [`WINDOW`].
+const LINES: u64 = 5;
+const WINDOW: Duration = Duration::from_secs(10);
+
+/// The bound of one place in the code.
+pub(crate) struct Occasional {
+    state: Mutex<State>,
+}
+
+struct State {
+    /// When the window began; none before the first line.
+    since: Option<Instant>,
+    count: u64,
+}
+
+/// A line may be written, and so many have been left out before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Line {
+    pub(crate) left_out: u64,
+}
+
+impl Occasional {
+    pub(crate) const fn new() -> Self {
+        Self {
+            state: Mutex::new(State {
+                since: None,
+                count: 0,
+            }),
+        }
+    }
+
+    /// Asks for a line.
+    pub(crate) fn line(&self, now: Instant) -> Option<Line> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let runs = |since: Instant| now.saturating_duration_since(since) < WINDOW;
+        let mut left_out = 0;
+        if !state.since.is_some_and(runs) {
+            left_out = state.count.saturating_sub(LINES);
+            *state = State {
+                since: Some(now),
+                count: 0,
+            };
+        }
+        state.count += 1;
+        (state.count <= LINES).then_some(Line { left_out })
+    }
+}
+
+/// Writes a warning, unless this place has had its lines: `warn_occasionally!(field = value, "message")`.
+macro_rules! warn_occasionally {
+    ($($told:tt)+) => {{
+        static PLACE: crate::occasional::Occasional = crate::occasional::Occasional::new();
+        if let Some(line) = PLACE.line(std::time::Instant::now()) {
+            match line.left_out {
+                0 => tracing::warn!($($told)+),
+                left_out => tracing::warn!(left_out, $($told)+),
+            }
+        }
+    }};
+}
+pub(crate) use warn_occasionally;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_has_its_lines_and_counts_the_rest() {
+        let (place, now) = (Occasional::new(), Instant::now());
+        let lines =
+            |place: &Occasional, now| (0..20).filter_map(|_| place.line(now)).count() as u64;
+        assert_eq!(lines(&place, now), LINES);
+        assert_eq!(lines(&place, now + WINDOW / 2), 0);
+        let next = place.line(now + WINDOW);
+        assert_eq!(
+            next,
+            Some(Line {
+                left_out: 40 - LINES
+            })
+        );
+        assert_eq!(
+            place.line(now + WINDOW),
+            Some(Line { left_out: 0 }),
+            "told once"
+        );
+        assert_eq!(
+            lines(&Occasional::new(), now),
+            LINES,
+            "another place has its own"
+        );
+    }
+}

@@ -5,6 +5,7 @@
 mod adopted;
 mod by_address;
 mod ending;
+mod handshake;
 mod stage;
 
 use std::collections::BTreeSet;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
+use iptables_init::marks::Marks;
 use policy::Protocol;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
@@ -29,6 +31,7 @@ pub(crate) use adopted::Adopted;
 pub(crate) use by_address::{ByAddress, Ends};
 pub(crate) use stage::{HalfOpen, Legs, StageName, Upstream};
 
+use handshake::Handshakes;
 use stage::Stage;
 
 /// Client and server of a connection, the server after translation of Service addresses.
@@ -91,9 +94,18 @@ pub(crate) struct Flows {
     /// to another pod, because the first one's conntrack entry is not confirmed while it is held.
     attempts: DashMap<(SocketAddr, u32), FlowKey, ahash::RandomState>,
     next_id: AtomicU64,
+    handshakes: Handshakes,
 }
 
 impl Flows {
+    /// No connections yet; `marks` are those of packets that the daemon sends to this host.
+    pub(crate) fn new(marks: Marks) -> Self {
+        Self {
+            handshakes: Handshakes::of(marks),
+            ..Self::default()
+        }
+    }
+
     /// Enters a SYN. `permit` is asked for only when the attempt is new.
     ///
     /// # Errors

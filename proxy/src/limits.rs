@@ -27,8 +27,9 @@ pub(crate) const WAITING_OF_SOURCE: usize = 256;
 /// Bytes of a packet that may wait, headers included: an Ethernet frame's, with room. The kernel keeps all of it.
 pub(crate) const LONGEST_WAITING: usize = 2048;
 /// Connections that may be half-open, whatever descriptors allow: with what waits for unknown addresses they fit
-/// into one core's queue.
-const HALF_OPEN: usize = 8192;
+/// into one core's queue, and into the backlog of one listener (`net.core.somaxconn`, 4096), whose overflow all
+/// would notice.
+const HALF_OPEN: usize = 3072;
 /// Descriptors for everything but connections: queues, listeners, admin, files.
 const DESCRIPTORS_KEPT: usize = 1024;
 
@@ -54,9 +55,10 @@ pub(crate) enum Full {
 
 impl Bounds {
     /// What `descriptors` allow: two for a connection, and an eighth of all for pipes, two each. Half-open may be
-    /// a quarter of all connections, with one descriptor each.
+    /// a quarter of all connections, with one descriptor each, and three quarters of the `backlog` of a listener.
     pub(crate) fn of(
         descriptors: usize,
+        backlog: usize,
         most: Option<usize>,
         most_of_source: Option<usize>,
     ) -> Self {
@@ -67,7 +69,7 @@ impl Bounds {
         Self {
             per_source: most_of_source.unwrap_or(total).min(total),
             total,
-            half_open: (total / 4).clamp(16, HALF_OPEN),
+            half_open: (total / 4).min(backlog / 4 * 3).clamp(16, HALF_OPEN),
             pipes,
         }
     }
@@ -80,7 +82,7 @@ mod tests {
     #[test]
     fn all_that_there_may_be_fits_into_the_descriptors() {
         for descriptors in [4096, 20_000, 65_536, 1_048_576] {
-            let bounds = Bounds::of(descriptors, None, None);
+            let bounds = Bounds::of(descriptors, 4096, None, None);
             let used = 2 * bounds.total + 2 * bounds.pipes + DESCRIPTORS_KEPT;
             assert!(used <= descriptors, "{bounds:?}");
             assert!(bounds.half_open <= bounds.total / 4, "{bounds:?}");
@@ -89,8 +91,15 @@ mod tests {
     }
 
     #[test]
+    fn half_open_connections_fit_into_a_listeners_backlog() {
+        let bounds = Bounds::of(1_048_576, 4096, None, None);
+        assert_eq!(bounds.half_open, HALF_OPEN);
+        assert_eq!(Bounds::of(1_048_576, 128, None, None).half_open, 96);
+    }
+
+    #[test]
     fn flags_lower_the_bounds_and_never_raise_them() {
-        let of = |most, most_of_source| Bounds::of(20_000, most, most_of_source);
+        let of = |most, most_of_source| Bounds::of(20_000, 4096, most, most_of_source);
         let default = of(None, None);
         assert_eq!(of(Some(usize::MAX), Some(usize::MAX)), default);
         let lower = of(Some(100), Some(7));

@@ -32,6 +32,10 @@ const BUFFER: usize = 64 << 10;
 /// So many reads in a row that fill the buffer make a direction bulk.
 const FULL_READS_OF_BULK: u32 = 2;
 
+/// Bytes that a direction moves before others of its thread have their turn, first packets among them: the thread
+/// takes up to 61 tasks before it looks at its queue again.
+const TURN: usize = 256 << 10;
+
 thread_local! {
     static SHARED: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into_boxed_slice());
 }
@@ -149,6 +153,21 @@ impl Side<'_> {
     }
 }
 
+/// What a direction has moved in its turn.
+#[derive(Default)]
+struct Turn(usize);
+
+impl Turn {
+    /// Counts bytes; lets others go on if they were many.
+    async fn took(&mut self, bytes: usize) {
+        self.0 += bytes;
+        if self.0 >= TURN {
+            self.0 = 0;
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
 /// Moves bytes until `from` has ended, says so in `ended`, and ends itself only by an error: a side
 /// that has said its last word can still be reset while the other speaks.
 async fn direction(
@@ -180,7 +199,7 @@ async fn direction(
 }
 
 async fn one_way(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> io::Result<()> {
-    let mut full_reads = 0;
+    let (mut full_reads, mut turn) = (0, Turn::default());
     let rest = &side.passing.rest;
     pass_on(to, rest).await?;
     loop {
@@ -198,6 +217,7 @@ async fn one_way(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> io::Result
         if is_last(ready, taken) {
             return Ok(());
         }
+        turn.took(taken).await;
         full_reads = if taken == BUFFER { full_reads + 1 } else { 0 };
         if full_reads >= FULL_READS_OF_BULK {
             full_reads = 0;
@@ -273,6 +293,7 @@ async fn splice_while_bulk(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> 
         return Ok(Source::Paused);
     };
     let pipe = side.passing.keep(pipe);
+    let mut turn = Turn::default();
     loop {
         let taken = match from.try_io(Interest::READABLE, || pipe.fill_from(from)) {
             Ok(0) => return Ok(Source::Ended),
@@ -287,6 +308,6 @@ async fn splice_while_bulk(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> 
                 .async_io(Interest::WRITABLE, || pipe.drain_to(to, left))
                 .await?;
         }
-        tokio::task::consume_budget().await;
+        turn.took(taken).await;
     }
 }

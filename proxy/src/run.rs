@@ -239,7 +239,7 @@ fn enforcer(
     Ok(Arc::new(Enforcer {
         node,
         table,
-        flows: Flows::default(),
+        flows: Flows::new(args.redirect.mark_mask),
         carried: Carried::default(),
         limits: Connections::new(bounds.per_source, bounds.total),
         half_open: Pending::new(bounds.half_open / 2, bounds.half_open),

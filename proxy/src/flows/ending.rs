@@ -19,6 +19,7 @@ impl Flows {
     fn removed(&self, flow: &Arc<Flow>, stage: Stage) {
         if let Stage::Admitted { upstream, .. } = stage {
             upstream.reset();
+            self.handshakes.forget(flow);
         }
         flow.over.notify_one();
         self.no_longer_held(flow);

@@ -152,8 +152,13 @@ impl RunArgs {
             Ok(()) => hard,
             Err(_) => soft,
         };
+        let backlog = std::fs::read_to_string("/proc/sys/net/core/somaxconn");
         Ok(Bounds::of(
             usize::try_from(limit)?,
+            backlog
+                .ok()
+                .and_then(|text| text.trim().parse().ok())
+                .unwrap_or(4096),
             self.max_connections,
             self.max_connections_per_source,
         ))

@@ -1,0 +1,138 @@
+//! Has the kernel forget a client's handshake that is not complete, when its connection has ended.
+//!
+//! The listener has answered the SYN, and would repeat that answer for a minute, to a client that may be denied by
+//! now. A flood of such would fill its backlog, which all connections of the node share. No call takes one out of
+//! it; a reset of the client does, so one is sent to this host in the client's name.
+use std::net::{IpAddr, SocketAddr};
+
+use iptables_init::marks::Marks;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::Flow;
+
+/// IANA protocol number of TCP.
+const TCP: u8 = 6;
+const RST: u8 = 0b100;
+
+/// Raw sockets for these resets; none without `CAP_NET_RAW`, and then the kernel forgets by itself, later.
+#[derive(Default)]
+pub(super) struct Handshakes {
+    v4: Option<Socket>,
+    v6: Option<Socket>,
+}
+
+impl Handshakes {
+    /// Sockets whose packets the rules route to this host.
+    pub(super) fn of(marks: Marks) -> Self {
+        let open = |domain| {
+            let protocol = Protocol::from(libc::IPPROTO_RAW);
+            let socket = Socket::new(domain, Type::RAW.nonblocking(), Some(protocol)).ok()?;
+            socket.set_mark(marks.divert()).ok()?;
+            Some(socket)
+        };
+        Self {
+            v4: open(Domain::IPV4),
+            v6: open(Domain::IPV6),
+        }
+    }
+
+    /// Takes the handshake of this connection's client out of the backlog. What the client has completed meanwhile
+    /// is reset.
+    pub(super) fn forget(&self, flow: &Flow) {
+        let (client, server) = (flow.key.client, flow.key.server);
+        let socket = match client {
+            SocketAddr::V4(_) => &self.v4,
+            SocketAddr::V6(_) => &self.v6,
+        };
+        if let Some(socket) = socket
+            && let Some(packet) = reset(client, server, flow.sequence.wrapping_add(1))
+        {
+            // A raw socket takes no port. If it is not sent, the kernel forgets by itself, later.
+            let to = SocketAddr::new(server.ip(), 0);
+            let _ = socket.send_to(&packet, &to.into());
+        }
+    }
+}
+
+/// A reset from `client` (RFC 9293, 3.1) within its IP header; none between two families.
+fn reset(client: SocketAddr, server: SocketAddr, sequence: u32) -> Option<Vec<u8>> {
+    let mut segment = [0; 20];
+    segment[..2].copy_from_slice(&client.port().to_be_bytes());
+    segment[2..4].copy_from_slice(&server.port().to_be_bytes());
+    segment[4..8].copy_from_slice(&sequence.to_be_bytes());
+    segment[12..14].copy_from_slice(&[5 << 4, RST]);
+    let (mut packet, ends) = match (client.ip(), server.ip()) {
+        (IpAddr::V4(client), IpAddr::V4(server)) => {
+            let ends = [client.octets(), server.octets()].concat();
+            // The kernel fills in length, number and checksum (raw(7)).
+            let header = [0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, TCP, 0, 0];
+            ([&header[..], &ends].concat(), ends)
+        }
+        (IpAddr::V6(client), IpAddr::V6(server)) => {
+            let ends = [client.octets(), server.octets()].concat();
+            let header = [0x60, 0, 0, 0, 0, 20, TCP, 64];
+            ([&header[..], &ends].concat(), ends)
+        }
+        _ => return None,
+    };
+    let checksum = checksum(&ends, &segment);
+    segment[16..18].copy_from_slice(&checksum);
+    packet.extend(segment);
+    Some(packet)
+}
+
+/// Of a segment of 20 bytes with its pseudo header (RFC 1071).
+fn checksum(ends: &[u8], segment: &[u8; 20]) -> [u8; 2] {
+    let pseudo = [0, TCP, 0, 20];
+    let words = ends
+        .chunks(2)
+        .chain(pseudo.chunks(2))
+        .chain(segment.chunks(2));
+    let mut sum: u32 = words
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)))
+        .sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    let [_, _, high, low] = (!sum).to_be_bytes();
+    [high, low]
+}
+
+#[cfg(test)]
+mod tests {
+    use etherparse::{NetSlice, SlicedPacket, TransportSlice};
+
+    use super::*;
+
+    #[test]
+    fn a_reset_is_the_clients_and_its_checksum_is_right() {
+        for (client, server) in [
+            ("10.0.0.1:40000", "10.0.0.2:80"),
+            ("[fd00::1]:40000", "[fd00::2]:80"),
+        ] {
+            let ends = [client, server].map(|end| end.parse().unwrap());
+            let packet = reset(ends[0], ends[1], 0xffff_fff0).unwrap();
+            let sliced = SlicedPacket::from_ip(&packet).unwrap();
+            let Some(TransportSlice::Tcp(tcp)) = &sliced.transport else {
+                panic!("TCP")
+            };
+            assert!(tcp.rst() && !tcp.ack() && !tcp.syn());
+            assert_eq!((tcp.source_port(), tcp.destination_port()), (40_000, 80));
+            assert_eq!(tcp.sequence_number(), 0xffff_fff0);
+            let right = match &sliced.net {
+                Some(NetSlice::Ipv4(v4)) => {
+                    let header = v4.header();
+                    tcp.calc_checksum_ipv4(header.source(), header.destination())
+                }
+                Some(NetSlice::Ipv6(v6)) => {
+                    let header = v6.header();
+                    tcp.calc_checksum_ipv6(header.source(), header.destination())
+                }
+                _ => panic!("IP"),
+            };
+            assert_eq!(tcp.checksum(), right.unwrap());
+        }
+        let mixed = ["10.0.0.1:1", "[fd00::2]:80"].map(|end| end.parse().unwrap());
+        assert_eq!(reset(mixed[0], mixed[1], 7), None);
+    }
+}

@@ -147,7 +147,8 @@ fn it_agrees_with_the_plain_way_to_do_it() {
             drop(places.remove(&gone));
             continue;
         }
-        let ends = [(random >> 8) as u32 % 5, 10 + (random >> 16) as u32 % 5];
+        let [_, _, high, low, ..] = random.to_be_bytes();
+        let ends = [u32::from(high % 5), 10 + u32::from(low % 5)];
         let (place, gave_way) = enter(
             &pending,
             anybody(outside(ends[0])),

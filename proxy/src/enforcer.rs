@@ -83,7 +83,7 @@ impl Enforcer {
     }
 
     /// The same for who asks for something: a pod of this node has its addresses for itself.
-    fn asking(&self, address: IpAddr) -> Asking {
+    pub(crate) fn asking(&self, address: IpAddr) -> Asking {
         let holder = self.table.holder(address);
         Asking {
             source: Source::new(address, &holder),

@@ -3,9 +3,11 @@
 //! A denied SYN is dropped or reset and never answered. An allowed one waits until the server has
 //! answered the connection that we make in the client's name, and hears the same: so a client
 //! cannot tell the gate from the network. Knows nothing of what flows afterwards.
+mod backlog;
 mod carry;
 mod nfqueue;
 mod packet;
+mod turns;
 mod unreachable;
 
 use std::io;
@@ -32,8 +34,9 @@ pub(crate) use nfqueue::Queue;
 use nfqueue::{PacketId, Queued, Ruling};
 use packet::{Packet, Syn};
 
-/// Packets decided before their rulings are sent: enough to share a call, few enough to be prompt.
-const BATCH: usize = 64;
+/// Packets decided before their rulings are sent and others of this thread go on: enough to share a call, few enough
+/// to be prompt.
+const TURN: usize = 16;
 /// How long a connection may take to end whose client has taken its port again already.
 const SUCCESSION: Duration = Duration::from_millis(250);
 /// Bytes for one message of the queue, with room for attributes that newer kernels add.
@@ -45,6 +48,25 @@ pub(crate) struct Gate {
     enforcer: Arc<Enforcer>,
     /// Number of the core's worker, noted on what it connects.
     worker: usize,
+}
+
+/// A packet that has come and is to be decided.
+struct Came {
+    id: PacketId,
+    mark: u32,
+    length: usize,
+    packet: Packet,
+}
+
+impl Came {
+    fn of(queued: &Queued<'_>) -> Self {
+        Self {
+            id: queued.id,
+            mark: queued.mark,
+            length: queued.length,
+            packet: Packet::parse(queued.payload),
+        }
+    }
 }
 
 /// What the table says of a connection.
@@ -72,15 +94,16 @@ impl Gate {
     pub(crate) async fn serve(self: Rc<Self>) -> io::Result<()> {
         let mut buffer = vec![0; MESSAGE];
         loop {
+            let mut came = 0;
             // Most come alone: their ruling does not wait for a look whether there is another.
-            for most in [1, BATCH] {
-                self.queue
-                    .receive(&mut buffer, most, |queued| self.arrived(&queued))
-                    .await?;
+            for most in [1, TURN] {
+                let decide = |queued: Queued<'_>| self.decide(Came::of(&queued));
+                came = self.queue.receive(&mut buffer, most, decide).await?;
                 self.flush();
             }
-            // A queue that is never empty would keep the core from the listener and from the relays.
-            tokio::task::yield_now().await;
+            if came == TURN {
+                self.serve_in_turns(&mut buffer).await?;
+            }
         }
     }
 
@@ -93,24 +116,23 @@ impl Gate {
         self.queue.leave()
     }
 
-    fn arrived(self: &Rc<Self>, queued: &Queued<'_>) {
-        match Packet::parse(queued.payload) {
+    fn decide(self: &Rc<Self>, came: Came) {
+        let Came { id, length, .. } = came;
+        match came.packet {
             // Only what the rules have handed to the listener can be relayed; to this node itself the
             // kernel carries a connection.
-            Packet::Syn(syn) if queued.mark & self.enforcer.marks.divert() == 0 => {
-                self.flow(queued, syn.into());
+            Packet::Syn(syn) if came.mark & self.enforcer.marks.divert() == 0 => {
+                self.flow(id, length, syn.into());
             }
             // The kernel keeps all of what waits here, for the server too.
-            Packet::Syn(_) if queued.length > LONGEST_WAITING => {
-                self.refuse(queued.id, Cause::TooLong);
+            Packet::Syn(_) if length > LONGEST_WAITING => self.refuse(id, Cause::TooLong),
+            Packet::Syn(syn) => self.syn(id, syn),
+            Packet::Flow(packet) if came.mark & self.enforcer.marks.answering() != 0 => {
+                self.flow(id, length, packet.reversed());
             }
-            Packet::Syn(syn) => self.syn(queued.id, syn),
-            Packet::Flow(packet) if queued.mark & self.enforcer.marks.answering() != 0 => {
-                self.flow(queued, packet.reversed());
-            }
-            Packet::Flow(packet) => self.flow(queued, packet),
-            Packet::Odd => self.refuse(queued.id, Cause::Odd),
-            Packet::Unreadable => self.refuse(queued.id, Cause::Unreadable),
+            Packet::Flow(packet) => self.flow(id, length, packet),
+            Packet::Odd => self.refuse(id, Cause::Odd),
+            Packet::Unreadable => self.refuse(id, Cause::Unreadable),
         }
     }
 
@@ -121,7 +143,8 @@ impl Gate {
         };
         let enforcer = &self.enforcer;
         match enforcer.flows.arrive(key, syn.sequence, || {
-            enforcer.limits.permit(enforcer.source_of(syn.client.ip()))
+            let [source, server] = [syn.client, syn.server].map(|end| enforcer.source_of(end.ip()));
+            enforcer.limits.permit(source, server)
         }) {
             Err(full) => self.refuse(id, full.into()),
             Ok(Arrival::Repeated) => self.queue.rule(id, Ruling::Drop),

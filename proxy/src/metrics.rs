@@ -33,6 +33,8 @@ use scraped::Scraped;
 pub(crate) enum Cause {
     /// Its source has as many connections as one source may have, or as are still free.
     SourceLimit,
+    /// Its server has as many connections as are still free.
+    ServerLimit,
     /// The node has as many connections as it can hold.
     NodeLimit,
     /// Its source, a pod of this node, has its share of half-open connections.
@@ -43,6 +45,8 @@ pub(crate) enum Cause {
     WaitingLimit,
     /// It would have to wait and is longer than what may.
     TooLong,
+    /// Many of the same user wait to be judged.
+    Crowded,
     /// One end is in the cluster and did not become known within `--hold`.
     UnknownPod,
     /// No source port was left towards that server.
@@ -59,6 +63,7 @@ impl From<Full> for Cause {
     fn from(full: Full) -> Self {
         match full {
             Full::Source => Self::SourceLimit,
+            Full::Server => Self::ServerLimit,
             Full::Node => Self::NodeLimit,
         }
     }
@@ -66,13 +71,15 @@ impl From<Full> for Cause {
 
 impl Cause {
     /// Every one of them, in the order in which they are declared.
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 13] = [
         Self::SourceLimit,
+        Self::ServerLimit,
         Self::NodeLimit,
         Self::HalfOpenLimit,
         Self::HalfOpenGaveWay,
         Self::WaitingLimit,
         Self::TooLong,
+        Self::Crowded,
         Self::UnknownPod,
         Self::NoPort,
         Self::Odd,
@@ -84,11 +91,13 @@ impl Cause {
     fn label(self) -> &'static str {
         match self {
             Self::SourceLimit => "source_limit",
+            Self::ServerLimit => "server_limit",
             Self::NodeLimit => "node_limit",
             Self::HalfOpenLimit => "half_open_limit",
             Self::HalfOpenGaveWay => "half_open_gave_way",
             Self::WaitingLimit => "waiting_limit",
             Self::TooLong => "too_long",
+            Self::Crowded => "crowded",
             Self::UnknownPod => "unknown_pod",
             Self::NoPort => "no_port",
             Self::Odd => "odd",

@@ -107,8 +107,9 @@ fn named(pod: &Endpoint) -> Pod {
 /// end that must not go on. Within a tokio runtime. Returns what is to be relayed.
 pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<Connection>) -> Vec<Relayed> {
     let adopted = left.into_iter().filter_map(|connection| {
-        let source = enforcer.source_of(connection.told.client.ip());
-        let permit = match enforcer.limits.permit(source) {
+        let ends = [connection.told.client, connection.told.server];
+        let [source, server] = ends.map(|end| enforcer.source_of(end.ip()));
+        let permit = match enforcer.limits.permit(source, server) {
             Ok(permit) => permit,
             Err(full) => {
                 enforcer.metrics.refused(full.into());

@@ -27,7 +27,10 @@ impl Bench {
 
     fn arrive(&self, key: FlowKey, sequence: u32) -> Result<Arrival, Full> {
         self.flows.arrive(key, sequence, || {
-            self.limits.permit(Source::Outside(key.client.ip()))
+            self.limits.permit(
+                Source::Outside(key.client.ip()),
+                Source::Outside(key.server.ip()),
+            )
         })
     }
 

@@ -8,7 +8,7 @@ use std::time::{Instant, SystemTime};
 use iptables_init::marks::Answer;
 use policy::Protocol;
 
-use super::nfqueue::{PacketId, Queued, Ruling};
+use super::nfqueue::{PacketId, Ruling};
 use super::{Deny, Gate};
 use crate::conntrack::FlowId;
 use crate::decision::Way;
@@ -20,12 +20,12 @@ use crate::records::Subject;
 impl Gate {
     /// Decides a packet at once, or holds it until both its ends are known, unless it is long or its source holds
     /// many.
-    pub(super) fn flow(self: &Rc<Self>, queued: &Queued<'_>, packet: FlowId) {
-        let (id, arrived) = (queued.id, Instant::now());
+    pub(super) fn flow(self: &Rc<Self>, id: PacketId, length: usize, packet: FlowId) {
+        let arrived = Instant::now();
         if self.settle(id, &packet, arrived) {
             return;
         }
-        if queued.length > LONGEST_WAITING {
+        if length > LONGEST_WAITING {
             return self.refuse(id, Cause::TooLong);
         }
         match self.enforcer.waits(packet.client.ip(), packet.server.ip()) {

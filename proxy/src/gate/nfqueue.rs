@@ -129,7 +129,7 @@ impl Queue {
         Ok((self.number, self.socket.get_ref().try_clone()?))
     }
 
-    /// Waits until there may be a packet, then hands out up to `most` of them.
+    /// Waits until there may be a packet, then hands out up to `most` of them. Returns how many calls brought some.
     ///
     /// # Errors
     /// What `recv` answers; the queue is of no use then.
@@ -137,27 +137,45 @@ impl Queue {
         &self,
         buffer: &mut [u8],
         most: usize,
-        mut each: impl FnMut(Queued<'_>),
-    ) -> io::Result<()> {
+        each: impl FnMut(Queued<'_>),
+    ) -> io::Result<usize> {
         let mut ready = self.socket.readable().await?;
-        for _ in 0..most {
+        let came = self.receive_waiting(buffer, most, each)?;
+        if came < most {
+            ready.clear_ready();
+        }
+        Ok(came)
+    }
+
+    /// Hands out up to `most` packets that are there. Returns how many calls brought some: fewer than `most` if
+    /// there are no more.
+    ///
+    /// # Errors
+    /// What `recv` answers; the queue is of no use then.
+    pub(crate) fn receive_waiting(
+        &self,
+        buffer: &mut [u8],
+        most: usize,
+        mut each: impl FnMut(Queued<'_>),
+    ) -> io::Result<usize> {
+        let mut came = 0;
+        while came < most {
             match recv(self.socket.get_ref().as_raw_fd(), buffer, MsgFlags::empty()) {
-                Ok(length) => messages(&buffer[..length])
-                    .filter_map(|message| queued(&message))
-                    .for_each(|queued| {
+                Ok(length) => {
+                    came += 1;
+                    for queued in messages(&buffer[..length]).filter_map(|message| queued(&message))
+                    {
                         self.last.set(Some(queued.id));
                         each(queued);
-                    }),
-                Err(nix::errno::Errno::EAGAIN) => {
-                    ready.clear_ready();
-                    break;
+                    }
                 }
+                Err(nix::errno::Errno::EAGAIN) => break,
                 // The kernel dropped packets for want of room and says so once; it goes on.
                 Err(nix::errno::Errno::ENOBUFS | nix::errno::Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(())
+        Ok(came)
     }
 
     /// Notes the ruling on a packet; [`Self::flush`] tells the kernel.

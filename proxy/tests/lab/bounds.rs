@@ -23,6 +23,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     unfinished_handshakes_of_two_pods_harm_nobody,
     syns_to_silent_addresses_harm_nobody,
     packets_to_unknown_addresses_harm_nobody,
+    a_flood_beyond_the_gates_pace_delays_itself_only,
 ];
 
 /// SYNs that must have met the gate for a flood to be one.
@@ -170,7 +171,7 @@ fn the_bound_of_the_node_is_told_apart_from_that_of_a_pod() {
     );
     assert!(metric(&node, SOURCE_LIMIT) >= 1);
     assert_eq!(metric(&node, NODE_LIMIT), 0);
-    let _rest = connected(&d, b.addr_v4(80));
+    let _rest = connected(&d, a.addr_v4(80));
     assert_eq!(
         b.connect(d.addr_v4(80), SOON).unwrap().kind(),
         Kind::TimedOut
@@ -345,6 +346,31 @@ fn packets_to_unknown_addresses_harm_nobody() {
         );
         assert!(refused > 0, "{cause}");
     }
+}
+
+/// Each SYN from the same port ends the attempt before it and begins a connection to the server: no bound is met,
+/// and it is more than a daemon without optimisation can do.
+fn a_flood_beyond_the_gates_pace_delays_itself_only() {
+    const TOO_MANY: u32 = 9000;
+    let bed = attacked();
+    let [v, n, o] = ["x/v", "x/n", "x/o"].map(|name| bed.lab.pod(name));
+    let node = bed.lab.node(0);
+    let syns = RawSyns::of(&v);
+    let attack = |stop: &AtomicBool| {
+        at_rate(TOO_MANY, stop, |number| {
+            syns.send((v.ipv4(), 1024), (o.ipv4(), 81), number);
+            syns.send_v6((v.ipv6(), 1024), (o.ipv6(), 81), number);
+        });
+    };
+    let pairs = [(&n, o.addr_v4(80)), (&o, n.addr_v6(80))];
+    let is_felt = || syns.sent() > TOO_MANY as usize / 2;
+    are_unharmed(&pairs, MEASURED, attack, is_felt);
+    let crowded = metric(&node, "portreeve_refusals_total{cause=\"crowded\"}");
+    assert!(
+        crowded > 0,
+        "the gate has kept pace with {} SYNs",
+        syns.sent()
+    );
 }
 
 /// Half-open connections that have ended for another.

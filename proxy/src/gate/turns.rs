@@ -1,0 +1,50 @@
+//! Decides packets of which many wait: users take turns, and so do the gate and all else that its thread does.
+use std::io;
+use std::rc::Rc;
+
+use super::backlog::{Backlog, User};
+use super::nfqueue::Queued;
+use super::packet::Packet;
+use super::{Came, Gate, TURN};
+use crate::metrics::Cause;
+
+/// Packets taken from the kernel's queue at once if many wait there.
+const BATCH: usize = 128;
+
+impl Gate {
+    /// Decides packets of which many wait, one of each user in turn, until few do. Listener and relays have their
+    /// turn meanwhile.
+    pub(super) async fn serve_in_turns(self: &Rc<Self>, buffer: &mut [u8]) -> io::Result<()> {
+        let mut backlog = Backlog::new();
+        loop {
+            tokio::task::yield_now().await;
+            let wait = |queued: Queued<'_>| self.wait_for_turn(&mut backlog, Came::of(&queued));
+            self.queue.receive_waiting(buffer, BATCH, wait)?;
+            for _ in 0..TURN {
+                if let Some(came) = backlog.pop() {
+                    self.decide(came);
+                }
+            }
+            self.flush();
+            if backlog.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn wait_for_turn(self: &Rc<Self>, backlog: &mut Backlog<Came>, came: Came) {
+        let (client, server) = match &came.packet {
+            Packet::Syn(syn) => (syn.client, syn.server),
+            Packet::Flow(flow) => (flow.client, flow.server),
+            Packet::Odd | Packet::Unreadable => return self.decide(came),
+        };
+        let asking = self.enforcer.asking(client.ip());
+        let user = match asking.is_bound {
+            true => User::Asks(asking.source),
+            false => User::Asked(self.enforcer.source_of(server.ip())),
+        };
+        if let Err(came) = backlog.push(user, came) {
+            self.refuse(came.id, Cause::Crowded);
+        }
+    }
+}

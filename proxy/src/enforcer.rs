@@ -14,7 +14,7 @@ use crate::carried::{Carried, Listed};
 use crate::decision::{Decision, Severance, Way};
 use crate::flows::{Flow, FlowKey, Flows, StageName};
 use crate::handover::Leaving;
-use crate::limits::{Asking, Connections, Pending, Place, ShareUsedUp, Source};
+use crate::limits::{Asking, Connections, Party, Pending, Place, ShareUsedUp, Source};
 use crate::metrics::{Cause, Metrics};
 use crate::recorder::Recorder;
 use crate::records::{Outcome, Subject};
@@ -80,6 +80,11 @@ impl Enforcer {
     /// Whose share what comes from `address`, or goes there, counts against.
     pub(crate) fn source_of(&self, address: IpAddr) -> Source {
         Source::new(address, &self.table.holder(address))
+    }
+
+    /// The same with the namespace.
+    pub(crate) fn party(&self, address: IpAddr) -> Party {
+        Party::new(address, &self.table.holder(address))
     }
 
     /// The same for who asks for something: a pod of this node has its addresses for itself.

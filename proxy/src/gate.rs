@@ -143,8 +143,8 @@ impl Gate {
         };
         let enforcer = &self.enforcer;
         match enforcer.flows.arrive(key, syn.sequence, || {
-            let [source, server] = [syn.client, syn.server].map(|end| enforcer.source_of(end.ip()));
-            enforcer.limits.permit(source, server)
+            let [client, server] = [syn.client, syn.server].map(|end| enforcer.party(end.ip()));
+            enforcer.limits.permit(client, server)
         }) {
             Err(full) => self.refuse(id, full.into()),
             Ok(Arrival::Repeated) => self.queue.rule(id, Ruling::Drop),

@@ -5,7 +5,7 @@
 //!
 //! | resource | one source | in all | beyond |
 //! |---|---|---|---|
-//! | connections | as many as are still free: one alone half of all, two a third each; the same for one server | what descriptors allow | a new one is refused; a live one never ends for it |
+//! | connections | as many as are still free: one alone half of all, two a third each; the same for one server, and three times that for one namespace | what descriptors allow | a new one is refused; a live one never ends for it |
 //! | half-open ones among them | a pod of this node half | [`Bounds::half_open`] | the oldest of the biggest user, by source or by server, ends; over its half a pod is refused |
 //! | packets that wait for an unknown address | a pod of this node [`WAITING_OF_SOURCE`] | [`WAITING`] | the same |
 //! | length of a packet that waits | [`LONGEST_WAITING`] | | it is dropped |
@@ -18,7 +18,7 @@ mod source;
 
 pub(crate) use connections::{Connections, Permit};
 pub(crate) use pending::{Asking, Pending, Place, ShareUsedUp};
-pub(crate) use source::Source;
+pub(crate) use source::{Party, Source};
 
 /// Packets that may wait for an address of which nobody has said yet whose it is.
 pub(crate) const WAITING: usize = 4096;
@@ -51,6 +51,7 @@ pub(crate) struct Bounds {
 pub(crate) enum Full {
     Source,
     Server,
+    Namespace,
     Node,
 }
 

@@ -35,6 +35,8 @@ pub(crate) enum Cause {
     SourceLimit,
     /// Its server has as many connections as are still free.
     ServerLimit,
+    /// The pods of a namespace have three times as many connections as are still free.
+    NamespaceLimit,
     /// The node has as many connections as it can hold.
     NodeLimit,
     /// Its source, a pod of this node, has its share of half-open connections.
@@ -64,6 +66,7 @@ impl From<Full> for Cause {
         match full {
             Full::Source => Self::SourceLimit,
             Full::Server => Self::ServerLimit,
+            Full::Namespace => Self::NamespaceLimit,
             Full::Node => Self::NodeLimit,
         }
     }
@@ -71,9 +74,10 @@ impl From<Full> for Cause {
 
 impl Cause {
     /// Every one of them, in the order in which they are declared.
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::SourceLimit,
         Self::ServerLimit,
+        Self::NamespaceLimit,
         Self::NodeLimit,
         Self::HalfOpenLimit,
         Self::HalfOpenGaveWay,
@@ -92,6 +96,7 @@ impl Cause {
         match self {
             Self::SourceLimit => "source_limit",
             Self::ServerLimit => "server_limit",
+            Self::NamespaceLimit => "namespace_limit",
             Self::NodeLimit => "node_limit",
             Self::HalfOpenLimit => "half_open_limit",
             Self::HalfOpenGaveWay => "half_open_gave_way",

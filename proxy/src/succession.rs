@@ -108,15 +108,9 @@ fn named(pod: &Endpoint) -> Pod {
 pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<Connection>) -> Vec<Relayed> {
     let adopted = left.into_iter().filter_map(|connection| {
         let ends = [connection.told.client, connection.told.server];
-        let [source, server] = ends.map(|end| enforcer.source_of(end.ip()));
-        let permit = match enforcer.limits.permit(source, server) {
-            Ok(permit) => permit,
-            Err(full) => {
-                enforcer.metrics.refused(full.into());
-                connection.reset();
-                return None;
-            }
-        };
+        // A stream that stands is not reset because the shares are others now.
+        let [client, server] = ends.map(|end| enforcer.party(end.ip()));
+        let permit = enforcer.limits.take_over(client, server);
         let Connection {
             told,
             server,

@@ -3,7 +3,7 @@ use std::io::ErrorKind;
 
 use super::*;
 use crate::connect::reset_when_closed;
-use crate::limits::{Asking, Connections, Full, Pending, Source};
+use crate::limits::{Asking, Connections, Full, Party, Pending, Source};
 
 fn key(client: u16, server: u8) -> FlowKey {
     FlowKey {
@@ -26,11 +26,12 @@ impl Bench {
     }
 
     fn arrive(&self, key: FlowKey, sequence: u32) -> Result<Arrival, Full> {
+        let party = |end: SocketAddr| Party {
+            source: Source::Outside(end.ip()),
+            namespace: None,
+        };
         self.flows.arrive(key, sequence, || {
-            self.limits.permit(
-                Source::Outside(key.client.ip()),
-                Source::Outside(key.server.ip()),
-            )
+            self.limits.permit(party(key.client), party(key.server))
         })
     }
 

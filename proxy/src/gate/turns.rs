@@ -5,11 +5,15 @@ use std::rc::Rc;
 use super::backlog::{Backlog, User};
 use super::nfqueue::Queued;
 use super::packet::Packet;
-use super::{Came, Gate, TURN};
+use super::{Came, Gate};
 use crate::metrics::Cause;
 
 /// Packets taken from the kernel's queue at once if many wait there.
 const BATCH: usize = 128;
+
+/// Packets decided before the kernel's queue is looked at again: each may begin a connection, and who has come
+/// meanwhile waits for as many.
+const AT_ONCE: usize = 4;
 
 impl Gate {
     /// Decides packets of which many wait, one of each user in turn, until few do. Listener and relays have their
@@ -20,7 +24,7 @@ impl Gate {
             tokio::task::yield_now().await;
             let wait = |queued: Queued<'_>| self.wait_for_turn(&mut backlog, Came::of(&queued));
             self.queue.receive_waiting(buffer, BATCH, wait)?;
-            for _ in 0..TURN {
+            for _ in 0..AT_ONCE {
                 if let Some(came) = backlog.pop() {
                     self.decide(came);
                 }

@@ -1,10 +1,11 @@
 //! How many connections there may be: of one source, and in all.
+use std::hash::Hash;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use dashmap::DashMap;
 
-use super::{Full, Source};
+use super::{Full, Party, Source};
 
 /// The counts behind the bound of connections.
 pub(crate) struct Connections {
@@ -13,17 +14,23 @@ pub(crate) struct Connections {
     /// In all.
     total: usize,
     used: AtomicUsize,
-    sources: Counts,
-    servers: Counts,
+    sources: Counts<Source>,
+    servers: Counts<Source>,
+    namespaces: Counts<Arc<str>>,
 }
 
-type Counts = DashMap<Source, usize, ahash::RandomState>;
+type Counts<K> = DashMap<K, usize, ahash::RandomState>;
+
+/// What a namespace may have for each one that is still free: three quarters of all, if it is alone on the node.
+const OF_NAMESPACE: usize = 3;
 
 /// The right to one connection; dropped, it is given back.
 pub(crate) struct Permit {
     connections: Arc<Connections>,
     source: Source,
     server: Source,
+    /// Of both ends, each once.
+    namespaces: [Option<Arc<str>>; 2],
 }
 
 impl Connections {
@@ -35,46 +42,68 @@ impl Connections {
             used: AtomicUsize::new(0),
             sources: DashMap::default(),
             servers: DashMap::default(),
+            namespaces: DashMap::default(),
         })
     }
 
-    /// Counts one more connection of `source` to `server`. Each may have no more than are still free: one alone half
-    /// of all, two a third each; so there is always some left for those who have none yet. A server counts too, since
-    /// who attacks one may have any number of sources.
+    /// Counts one more connection. A source may have no more than are still free: one alone half of all, two a third
+    /// each; so there is always some left for those who have none yet. So may a server, since who attacks one may
+    /// have any number of sources, and a namespace, which may have any number of pods, three times as many.
     ///
     /// # Errors
     /// Which bound stands against it.
-    pub(crate) fn permit(self: &Arc<Self>, source: Source, server: Source) -> Result<Permit, Full> {
-        let used = self.used.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn permit(self: &Arc<Self>, client: Party, server: Party) -> Result<Permit, Full> {
+        let used = self.used.load(Ordering::Relaxed);
         let free = self.total.saturating_sub(used);
-        let full = if free == 0 {
-            Full::Node
-        } else if !count(&self.sources, &source, self.per_source.min(free)) {
-            Full::Source
-        } else if !count(&self.servers, &server, free) {
-            discount(&self.sources, &source);
-            Full::Server
-        } else {
-            return Ok(Permit {
-                connections: Arc::clone(self),
-                source,
-                server,
-            });
-        };
-        self.used.fetch_sub(1, Ordering::Relaxed);
-        Err(full)
+        if free == 0 {
+            return Err(Full::Node);
+        }
+        // Counted first, so that what is refused is given back as any other.
+        let permit = self.take_over(client, server);
+        if count(&self.sources, &permit.source) > self.per_source.min(free) {
+            return Err(Full::Source);
+        }
+        if count(&self.servers, &permit.server) > free {
+            return Err(Full::Server);
+        }
+        let mut namespaces = permit.namespaces.iter().flatten();
+        if namespaces.any(|namespace| count(&self.namespaces, namespace) > OF_NAMESPACE * free) {
+            return Err(Full::Namespace);
+        }
+        Ok(permit)
+    }
+
+    /// Counts a connection that stands, whatever the bounds.
+    pub(crate) fn take_over(self: &Arc<Self>, client: Party, server: Party) -> Permit {
+        self.used.fetch_add(1, Ordering::Relaxed);
+        let other = server
+            .namespace
+            .filter(|it| client.namespace.as_ref() != Some(it));
+        let namespaces = [client.namespace, other];
+        add(&self.sources, &client.source);
+        add(&self.servers, &server.source);
+        namespaces
+            .iter()
+            .flatten()
+            .for_each(|it| add(&self.namespaces, it));
+        Permit {
+            connections: Arc::clone(self),
+            source: client.source,
+            server: server.source,
+            namespaces,
+        }
     }
 }
 
-/// Counts one more of `whose`, unless there are `most`.
-fn count(counts: &Counts, whose: &Source, most: usize) -> bool {
-    let mut count = counts.entry(whose.clone()).or_insert(0);
-    let room = *count < most;
-    *count += usize::from(room);
-    room
+fn add<K: Clone + Eq + Hash>(counts: &Counts<K>, whose: &K) {
+    *counts.entry(whose.clone()).or_insert(0) += 1;
 }
 
-fn discount(counts: &Counts, whose: &Source) {
+fn count<K: Eq + Hash>(counts: &Counts<K>, whose: &K) -> usize {
+    counts.get(whose).map_or(0, |count| *count)
+}
+
+fn take<K: Eq + Hash>(counts: &Counts<K>, whose: &K) {
     counts.remove_if_mut(whose, |_, count| {
         *count -= 1;
         *count == 0
@@ -87,11 +116,16 @@ impl Drop for Permit {
             used,
             sources,
             servers,
+            namespaces,
             ..
         } = &*self.connections;
         used.fetch_sub(1, Ordering::Relaxed);
-        discount(sources, &self.source);
-        discount(servers, &self.server);
+        take(sources, &self.source);
+        take(servers, &self.server);
+        self.namespaces
+            .iter()
+            .flatten()
+            .for_each(|it| take(namespaces, it));
     }
 }
 
@@ -99,12 +133,26 @@ impl Drop for Permit {
 mod tests {
     use super::*;
 
-    fn source(last: u8) -> Source {
-        Source::Outside([10, 0, 0, last].into())
+    fn outside(third: u8, last: u8) -> Party {
+        Party {
+            source: Source::Outside([10, 0, third, last].into()),
+            namespace: None,
+        }
     }
 
-    fn server(last: u8) -> Source {
-        Source::Outside([10, 0, 1, last].into())
+    fn source(last: u8) -> Party {
+        outside(0, last)
+    }
+
+    fn server(last: u8) -> Party {
+        outside(1, last)
+    }
+
+    fn pod(namespace: &str, name: u16) -> Party {
+        Party {
+            source: Source::Pod(format!("{namespace}/{name}").into()),
+            namespace: Some(namespace.into()),
+        }
     }
 
     /// Permits for as many connections of a source as it gets.
@@ -161,6 +209,62 @@ mod tests {
         assert!(connections.permit(source(1), server(2)).is_ok());
         drop(held);
         assert!(connections.servers.is_empty() && connections.sources.is_empty());
+    }
+
+    #[test]
+    fn one_namespace_leaves_a_quarter_however_many_pods_it_has() {
+        for (client, of_server) in [
+            ("greedy", "other"),
+            ("other", "greedy"),
+            ("greedy", "greedy"),
+        ] {
+            let connections = Connections::new(usize::MAX, 1000);
+            let ends = |n| match client == "other" {
+                true => (source(0), pod(of_server, n)),
+                false => (pod(client, n), source(1)),
+            };
+            let held: Vec<_> = (0..1000)
+                .map(|n| {
+                    let (client, _) = ends(n);
+                    let server = if of_server == "greedy" {
+                        pod("greedy", n + 5000)
+                    } else {
+                        server(n as u8)
+                    };
+                    let client = if client.namespace.is_none() {
+                        outside(2, n as u8)
+                    } else {
+                        client
+                    };
+                    connections.permit(client, server)
+                })
+                .filter_map(Result::ok)
+                .collect();
+            assert!(
+                (700..=750).contains(&held.len()),
+                "{client} to {of_server}: {}",
+                held.len()
+            );
+            let more = connections.permit(pod("greedy", 9999), server(99));
+            assert_eq!(more.err(), Some(Full::Namespace));
+            assert!(connections.permit(pod("third", 1), pod("third", 2)).is_ok());
+            drop(held);
+            assert!(connections.namespaces.is_empty());
+        }
+    }
+
+    #[test]
+    fn what_is_taken_over_stands_whatever_the_bounds() {
+        let connections = Connections::new(1, 2);
+        let held: Vec<_> = (0..5)
+            .map(|_| connections.take_over(source(1), server(1)))
+            .collect();
+        assert_eq!(
+            connections.permit(source(2), server(2)).err(),
+            Some(Full::Node)
+        );
+        drop(held);
+        assert!(connections.permit(source(1), server(1)).is_ok());
     }
 
     #[test]

@@ -17,6 +17,26 @@ pub(crate) enum Source {
     Outside(IpAddr),
 }
 
+/// A source with the namespace that it belongs to, if it is a pod.
+#[derive(Clone, Debug)]
+pub(crate) struct Party {
+    pub(crate) source: Source,
+    pub(crate) namespace: Option<Arc<str>>,
+}
+
+impl Party {
+    /// The user behind `address`, of which the table says `holder`.
+    pub(crate) fn new(address: IpAddr, holder: &Holder) -> Self {
+        Self {
+            source: Source::new(address, holder),
+            namespace: match holder {
+                Holder::Pod(pod) => Some(Arc::clone(&pod.identity.key.namespace)),
+                _ => None,
+            },
+        }
+    }
+}
+
 impl Source {
     /// The user behind `address`, of which the table says `holder`.
     pub(crate) fn new(address: IpAddr, holder: &Holder) -> Self {

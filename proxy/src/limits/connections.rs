@@ -213,43 +213,34 @@ mod tests {
 
     #[test]
     fn one_namespace_leaves_a_quarter_however_many_pods_it_has() {
-        for (client, of_server) in [
-            ("greedy", "other"),
-            ("other", "greedy"),
-            ("greedy", "greedy"),
-        ] {
+        let others = |n: u16| outside(2, n.to_le_bytes()[0]);
+        let ways: [(fn(u16) -> (Party, Party), &str); 3] = [
+            (
+                |n| (pod("greedy", n), server(n.to_le_bytes()[0])),
+                "clients",
+            ),
+            (
+                |n| (source(n.to_le_bytes()[0]), pod("greedy", n)),
+                "servers",
+            ),
+            (|n| (pod("greedy", n), pod("greedy", n + 5000)), "both"),
+        ];
+        for (ends, what) in ways {
             let connections = Connections::new(usize::MAX, 1000);
-            let ends = |n| match client == "other" {
-                true => (source(0), pod(of_server, n)),
-                false => (pod(client, n), source(1)),
+            let permit = |n| {
+                let (client, server) = ends(n);
+                connections.permit(client, server).ok()
             };
-            let held: Vec<_> = (0..1000)
-                .map(|n| {
-                    let (client, _) = ends(n);
-                    let server = if of_server == "greedy" {
-                        pod("greedy", n + 5000)
-                    } else {
-                        server(n as u8)
-                    };
-                    let client = if client.namespace.is_none() {
-                        outside(2, n as u8)
-                    } else {
-                        client
-                    };
-                    connections.permit(client, server)
-                })
-                .filter_map(Result::ok)
-                .collect();
+            let held: Vec<_> = (0..1000).filter_map(permit).collect();
+            assert_eq!(held.len(), 750, "{what}");
+            let more = connections.permit(pod("greedy", 9999), others(1));
+            assert_eq!(more.err(), Some(Full::Namespace), "{what}");
             assert!(
-                (700..=750).contains(&held.len()),
-                "{client} to {of_server}: {}",
-                held.len()
+                connections.permit(pod("third", 1), others(1)).is_ok(),
+                "{what}"
             );
-            let more = connections.permit(pod("greedy", 9999), server(99));
-            assert_eq!(more.err(), Some(Full::Namespace));
-            assert!(connections.permit(pod("third", 1), pod("third", 2)).is_ok());
             drop(held);
-            assert!(connections.namespaces.is_empty());
+            assert!(connections.namespaces.is_empty(), "{what}");
         }
     }
 

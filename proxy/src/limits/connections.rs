@@ -213,8 +213,9 @@ mod tests {
 
     #[test]
     fn one_namespace_leaves_a_quarter_however_many_pods_it_has() {
+        type Ends = fn(u16) -> (Party, Party);
         let others = |n: u16| outside(2, n.to_le_bytes()[0]);
-        let ways: [(fn(u16) -> (Party, Party), &str); 3] = [
+        let ways: [(Ends, &str); 3] = [
             (
                 |n| (pod("greedy", n), server(n.to_le_bytes()[0])),
                 "clients",

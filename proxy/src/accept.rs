@@ -1,11 +1,14 @@
 //! Takes connections whose handshake the kernel has completed, pairs each with the upstream that
 //! waits for it, and relays until both sides have ended.
+//!
+//! Both sockets are reset when they are closed, whoever closes them, until both sides have ended: the kernel closes
+//! those of a daemon that is killed, and a FIN then would make a cut stream look complete.
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::connect::{keepalive, reset_when_closed};
@@ -58,6 +61,7 @@ fn open(domain: Domain, address: SocketAddr) -> io::Result<std::net::TcpListener
     socket.set_tcp_nodelay(true)?;
     socket.set_out_of_band_inline(true)?;
     socket.set_tcp_keepalive(&keepalive())?;
+    reset_when_closed(&socket)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
@@ -97,8 +101,8 @@ fn accepted(client: TcpStream, peer: SocketAddr, enforcer: &Arc<Enforcer>, worke
             );
             tokio::task::spawn_local(task);
         }
-        // Someone who dialled our port itself, or whose upstream has been cut meanwhile.
-        None => reset_when_closed(&client),
+        // Someone who dialled our port itself, or whose upstream has been cut meanwhile: it is reset.
+        None => drop(client),
     }
 }
 
@@ -155,16 +159,15 @@ async fn live(
                     return;
                 }
                 ended => {
-                    if ended != Outcome::Closed {
-                        reset_when_closed(&legs.client);
-                        reset_when_closed(&legs.server);
+                    if ended == Outcome::Closed {
+                        close_in_order(&legs.client);
+                        close_in_order(&legs.server);
                     }
                     ended
                 }
             }
         }
         Err(error) => {
-            reset_when_closed(&client);
             drop(client);
             Outcome::Broken(error.kind())
         }
@@ -192,6 +195,12 @@ fn at_home(upstream: Upstream, worker: usize) -> io::Result<TcpStream> {
         return Ok(upstream.stream);
     }
     TcpStream::from_std(upstream.stream.into_std()?)
+}
+
+/// Has the kernel send what waits and FIN once the socket is dropped, in place of a reset.
+fn close_in_order(stream: &TcpStream) {
+    // It fails only on what is no socket; then there is nothing to close.
+    let _ = SockRef::from(stream).set_linger(None);
 }
 
 /// An IPv4 peer of a socket for both families shows as an IPv4-mapped address.

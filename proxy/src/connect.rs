@@ -6,6 +6,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
+use std::os::fd::AsFd;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
@@ -123,52 +124,11 @@ pub(crate) async fn connect(
     if answered {
         return Ok(stream);
     }
-    let attempt = Attempt(Some(stream));
-    attempt
-        .answered()
-        .await
-        .map_err(refused("watch a socket"))?;
-    match attempt.error() {
-        None => attempt.succeeded().map_err(refused("watch a socket")),
-        Some(error) => Err(outcome(client, server, error)),
+    stream.writable().await.map_err(refused("watch a socket"))?;
+    match stream.take_error() {
+        Ok(None) => Ok(stream),
+        Ok(Some(error)) | Err(error) => Err(outcome(client, server, error)),
     }
-}
-
-/// A connection that may have come about when nobody wants it any more: dropped, it is reset, so that the server
-/// does not take its end for that of an empty stream.
-struct Attempt(Option<TcpStream>);
-
-impl Attempt {
-    async fn answered(&self) -> io::Result<()> {
-        match &self.0 {
-            Some(stream) => stream.writable().await,
-            None => Ok(()),
-        }
-    }
-
-    fn error(&self) -> Option<io::Error> {
-        self.0.as_ref()?.take_error().unwrap_or_else(Some)
-    }
-
-    fn succeeded(mut self) -> io::Result<TcpStream> {
-        self.0
-            .take()
-            .ok_or_else(|| io::ErrorKind::NotConnected.into())
-    }
-}
-
-impl Drop for Attempt {
-    fn drop(&mut self) {
-        if let Some(stream) = &self.0 {
-            reset_when_closed(stream);
-        }
-    }
-}
-
-/// Has the socket say RST when it is dropped.
-pub(crate) fn reset_when_closed(stream: &TcpStream) {
-    // It fails only on a socket that is no socket; then there is nothing to reset.
-    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
 /// Keep-alive of both legs: a peer that is gone without a word is noticed within two minutes.
@@ -177,6 +137,15 @@ pub(crate) fn keepalive() -> TcpKeepalive {
         .with_time(Duration::from_secs(60))
         .with_interval(Duration::from_secs(15))
         .with_retries(4)
+}
+
+/// Has the kernel reset the connection when the last copy of the socket is closed, at the end of a killed process too
+/// (socket(7), `SO_LINGER` with a time of zero). What a listener accepts inherits it.
+///
+/// # Errors
+/// `ENOTSOCK` if it is no socket.
+pub(crate) fn reset_when_closed(socket: impl AsFd) -> io::Result<()> {
+    SockRef::from(&socket).set_linger(Some(Duration::ZERO))
 }
 
 /// A socket whose handshake has begun, from the next port of the range that is free towards `server`.
@@ -240,6 +209,7 @@ fn prepared(server: SocketAddr, marks: Marks) -> io::Result<Socket> {
     // Urgent data is data (RFC 6093, section 3.2): without this the kernel takes its byte out of the stream.
     socket.set_out_of_band_inline(true)?;
     socket.set_tcp_keepalive(&keepalive())?;
+    reset_when_closed(&socket)?;
     Ok(socket)
 }
 

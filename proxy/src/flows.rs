@@ -189,7 +189,7 @@ impl Flows {
         let mut stage = flow.stage();
         if flow.is_cut() || matches!(*stage, Stage::Over) {
             drop(stage);
-            upstream.reset();
+            drop(upstream);
             return false;
         }
         let place = match &mut *stage {

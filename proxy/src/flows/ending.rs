@@ -18,7 +18,7 @@ impl Flows {
     /// Takes a connection out of the table that was at `stage` and is over.
     fn removed(&self, flow: &Arc<Flow>, stage: Stage) {
         if let Stage::Admitted { upstream, .. } = stage {
-            upstream.reset();
+            drop(upstream);
             self.handshakes.forget(flow);
         }
         flow.over.notify_one();

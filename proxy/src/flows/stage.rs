@@ -5,7 +5,6 @@ use std::time::Instant;
 use tokio::net::TcpStream;
 
 use super::Flow;
-use crate::connect;
 use crate::limits::Place;
 
 use crate::sys;
@@ -50,18 +49,12 @@ impl Stage {
     }
 }
 
-/// A connection to the server, and the worker whose reactor watches it.
+/// A connection to the server, and the worker whose reactor watches it. Dropped, it is reset: the server must not take
+/// its end for that of a complete stream.
 #[derive(Debug)]
 pub(crate) struct Upstream {
     pub(crate) stream: TcpStream,
     pub(crate) worker: usize,
-}
-
-impl Upstream {
-    /// Closes it by a reset: the server must not take its end for that of a complete stream.
-    pub(crate) fn reset(self) {
-        connect::reset_when_closed(&self.stream);
-    }
 }
 
 /// The two sockets of a live connection.

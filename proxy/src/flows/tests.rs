@@ -316,7 +316,7 @@ async fn a_syn_goes_to_no_socket_that_is_gone() {
     let bench = Bench::new();
     let (flow, legs, peer) = live(&bench).await;
     assert!(matches!(syn(&bench), Arrival::PastSyn), "an old copy");
-    reset_when_closed(&peer);
+    reset_when_closed(&peer).unwrap();
     drop(peer);
     assert!(is_reset(&legs.client).await);
     assert!(

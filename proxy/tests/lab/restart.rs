@@ -2,13 +2,18 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use lab::runner::Test;
+use lab::traffic::bulk;
 use lab::{Kind, Netns, wait_until};
+use socket2::SockRef;
 
+use crate::streams::ends;
 use crate::support::{
     Bed, DEADLINE, SOON, allow_all, allow_ingress, ask, connected, deny_ingress, echoes, greeted,
     init, small,
@@ -18,6 +23,8 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     with_the_daemon_killed_denied_stays_denied_and_released_pods_go_on,
     with_fail_open_new_connections_pass_while_no_daemon_runs,
     sigterm_ends_it_within_two_seconds_and_resets_live_streams,
+    a_killed_daemon_resets_streams_and_completes_none,
+    an_orderly_close_delivers_what_still_waits,
     uninstall_restores_the_node_to_the_byte_after_a_full_run,
     a_redirect_that_is_taken_away_is_reported_and_one_that_comes_anew_is_filled_again,
 ];
@@ -131,6 +138,107 @@ fn ended_by(mut stream: &TcpStream) -> String {
         Ok(count) => format!("{count} bytes"),
         Err(error) => format!("{:?}", error.kind()),
     }
+}
+
+/// A stream that is cut in the middle and ends in order is taken for complete (RFC 9293, 3.6).
+fn a_killed_daemon_resets_streams_and_completes_none() {
+    const FLOWING: usize = 1 << 20;
+    let mut bed = Bed::enforced(&[], &[allow_all()]);
+    let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
+    let mut pairs = Vec::new();
+    for to in b.addrs(82) {
+        pairs.extend((0..5).map(|_| ends(&a, &b, to)));
+    }
+    let received: Vec<_> = pairs.iter().map(|_| AtomicUsize::new(0)).collect();
+    thread::scope(|scope| {
+        let mut readers = Vec::new();
+        for (turn, ((client, server), received)) in pairs.iter().zip(&received).enumerate() {
+            let (from, to, what) = match turn % 5 {
+                0 => (server, client, "a download"),
+                1 => (client, server, "an upload"),
+                2 => (
+                    server,
+                    client,
+                    "a download of a client that said its last word",
+                ),
+                3 => (
+                    client,
+                    server,
+                    "an upload to a server that said its last word",
+                ),
+                _ => (client, server, "an idle stream"),
+            };
+            if turn % 5 == 2 || turn % 5 == 3 {
+                to.shutdown(Shutdown::Write).unwrap();
+                assert_eq!({ from }.read(&mut [0; 1]).unwrap(), 0, "{what}");
+            }
+            let pours = turn % 5 != 4;
+            if pours {
+                scope.spawn(move || bulk::send(from, u64::MAX).unwrap_err());
+            } else {
+                received.store(FLOWING, Ordering::Relaxed);
+                readers.push((what, scope.spawn(move || ended_by(from))));
+            }
+            let reader = scope.spawn(move || {
+                let mut buffer = vec![0; 64 << 10];
+                loop {
+                    match { to }.read(&mut buffer) {
+                        Ok(0) => return "a complete stream".to_owned(),
+                        Ok(count) => received.fetch_add(count, Ordering::Relaxed),
+                        Err(error) => return format!("{:?}", error.kind()),
+                    };
+                }
+            });
+            readers.push((what, reader));
+        }
+        let flow = || {
+            received
+                .iter()
+                .all(|it| it.load(Ordering::Relaxed) >= FLOWING)
+        };
+        wait_until(DEADLINE, "all to flow", flow).unwrap();
+        bed.kill(0);
+        for (what, reader) in readers {
+            assert_eq!(reader.join().unwrap(), "ConnectionReset", "{what}");
+        }
+    });
+}
+
+fn an_orderly_close_delivers_what_still_waits() {
+    const TOTAL: u64 = 40 << 10;
+    let mut bed = Bed::enforced(&[], &[allow_all()]);
+    let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
+    let mut streams = Vec::new();
+    for to in b.addrs(82) {
+        let (client, server) = ends(&a, &b, to);
+        // So that most of it has to wait in the daemon's socket.
+        SockRef::from(&client).set_recv_buffer_size(2048).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        assert_eq!((&server).read(&mut [0; 1]).unwrap(), 0);
+        bulk::send(&server, TOTAL).unwrap();
+        drop(server);
+        streams.push(client);
+    }
+    // The daemon has closed both sides of each; what waits is the kernel's, with it and without it.
+    bed.wait_for_no_connection();
+    assert!(waiting_to_be_sent(bed.lab.node(0).netns()) > 0);
+    let first = bulk::receive(&streams[0]).unwrap();
+    bed.kill(0);
+    let second = bulk::receive(&streams[1]).unwrap();
+    for seen in [first, second] {
+        assert!(seen.is_all_of(TOTAL), "{seen}");
+    }
+}
+
+/// Bytes in the send queues of a namespace's TCP sockets.
+fn waiting_to_be_sent(netns: &Netns) -> u64 {
+    let read = |name| fs::read_to_string(format!("/proc/thread-self/net/{name}")).unwrap();
+    let tables = netns.run(|| read("tcp") + &read("tcp6")).unwrap();
+    let queues = tables.lines().filter_map(|line| {
+        let (sent, _) = line.split_whitespace().nth(4)?.split_once(':')?;
+        u64::from_str_radix(sent, 16).ok()
+    });
+    queues.sum()
 }
 
 fn uninstall_restores_the_node_to_the_byte_after_a_full_run() {

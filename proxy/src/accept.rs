@@ -146,26 +146,17 @@ async fn live(
     let outcome = match at_home(upstream, worker) {
         Ok(server) => {
             let legs = Arc::new(Legs { server, client });
-            match relayed(&legs, &flow, &in_flight).await {
-                Outcome::Stopped
-                    if succession::leave(
-                        &enforcer,
-                        &flow,
-                        &legs.client,
-                        &legs.server,
-                        in_flight,
-                    ) =>
-                {
-                    return;
+            let ended = relayed(&legs, &flow, &in_flight).await;
+            match ended {
+                Outcome::Closed => {
+                    close_in_order(&legs.client);
+                    close_in_order(&legs.server);
                 }
-                ended => {
-                    if ended == Outcome::Closed {
-                        close_in_order(&legs.client);
-                        close_in_order(&legs.server);
-                    }
-                    ended
-                }
+                // Else they are reset as they are dropped.
+                Outcome::Stopped if succession::leave(&enforcer, &flow, legs, in_flight) => return,
+                _ => {}
             }
+            ended
         }
         Err(error) => {
             drop(client);

@@ -2,7 +2,8 @@
 //! listeners and every relayed connection, from process to process over a Unix socket.
 //!
 //! Knows neither flows nor policy: what is handed over is values and descriptors. Whoever takes over
-//! judges anew. A path of the file system and not an abstract name: that could be had by whoever runs in
+//! judges anew. Until the new daemon says that it begins, the old one can go on with all that it has left: its copies
+//! of the sockets are as good. A path of the file system and not an abstract name: that could be had by whoever runs in
 //! the node's network namespace, and with it every stream of the node.
 mod line;
 mod message;
@@ -22,14 +23,23 @@ use iptables_init::settings::Settings;
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
+use crate::relay::Left;
 use crate::trail::Seen;
 
-pub(crate) use offer::{Offer, Successor, come, is_offered, take_over};
+use line::Line;
+
+pub(crate) use offer::{Given, Kept, Offer, Successor, come, is_offered, take_over};
 
 /// What is said, and in which order, has this number; another daemon may speak another.
-const FORMAT: u32 = 2;
-/// What the handover may take in all, from either side.
+const FORMAT: u32 = 3;
+/// How long either side waits for the other's next message.
 pub(crate) const WITHIN: Duration = Duration::from_secs(2);
+/// What the running daemon may take to stop its work before it hands it over, and the new one to begin it.
+const READY_WITHIN: Duration = Duration::from_secs(5);
+/// What handing connections over may take; those that are left by then are reset.
+const CONNECTIONS_WITHIN: Duration = Duration::from_secs(3);
+/// What all of it may take.
+const IN_ALL: Duration = Duration::from_secs(12);
 
 /// Why nothing was handed over.
 #[derive(Debug, thiserror::Error)]
@@ -59,8 +69,11 @@ pub(crate) enum HandoverError {
     Gone,
     #[error("the other daemon said what makes no sense: {0}")]
     Malformed(String),
-    #[error("the socket between the daemons failed")]
+    #[error("the socket between the daemons failed: {0}")]
     Io(#[from] io::Error),
+    /// The other daemon had stopped its work already; it goes on with it, or has ended.
+    #[error("the handover broke off: {0}")]
+    BrokenOff(#[source] Box<HandoverError>),
 }
 
 /// Who wants to take over from whom.
@@ -118,6 +131,8 @@ pub(crate) struct Estate {
     /// By number of the NFQUEUE.
     pub(crate) seats: BTreeMap<u16, Seat>,
     pub(crate) connections: Vec<Connection>,
+    /// From the daemon that has left it, which goes on with it unless it hears that this one does.
+    from: Option<Line>,
 }
 
 /// What a worker works with. Bound and listening: what comes while nobody serves them waits.
@@ -135,7 +150,7 @@ pub(crate) struct Connection {
     /// `None`: its handshake is still the listener's.
     pub(crate) client: Option<OwnedFd>,
     /// What was taken from the client, and from the server, and not passed on yet.
-    pub(crate) in_flight: [Vec<u8>; 2],
+    pub(crate) in_flight: [Left; 2],
 }
 
 /// What is known of a connection.
@@ -165,8 +180,21 @@ pub(crate) struct Pod {
 impl Estate {
     /// Bytes that were taken from one side of a connection and not given to the other yet.
     pub(crate) fn in_flight(&self) -> usize {
-        let bytes = self.connections.iter().flat_map(|it| &it.in_flight);
-        bytes.map(Vec::len).sum()
+        let left = self.connections.iter().flat_map(|it| &it.in_flight);
+        left.map(Left::len).sum()
+    }
+
+    /// Tells the daemon that has left this, if another did, that this one goes on with so many of its connections: at
+    /// the very last, since from then on nobody else does.
+    ///
+    /// # Errors
+    /// [`HandoverError::BrokenOff`] if that one does not wait for it any more. It goes on itself, or has ended.
+    pub(crate) fn begin(&mut self, connections: usize) -> Result<(), HandoverError> {
+        let Some(line) = self.from.take() else {
+            return Ok(());
+        };
+        let begun = line.say_begun(connections);
+        begun.map_err(|error| HandoverError::BrokenOff(error.into()))
     }
 
     /// The connections, which are the caller's from now on.

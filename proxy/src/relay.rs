@@ -22,10 +22,10 @@ use tokio::net::TcpStream;
 
 use crate::trail::{Moment, Trail};
 
-pub(crate) use in_flight::InFlight;
 use in_flight::Passing;
+pub(crate) use in_flight::{InFlight, Left};
 use pipe::Pipe;
-pub(crate) use pipe::allow_pipes;
+pub(crate) use pipe::{Unread, allow_pipes};
 
 /// Bytes that one read through the shared buffer can take.
 const BUFFER: usize = 64 << 10;
@@ -202,6 +202,9 @@ async fn one_way(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> io::Result
     let (mut full_reads, mut turn) = (0, Turn::default());
     let rest = &side.passing.rest;
     pass_on(to, rest).await?;
+    if let Some(pipe) = side.passing.kept() {
+        empty(&pipe, to).await?;
+    }
     loop {
         // After a read that left room this still says yes, and the next read hears EAGAIN. To trust the
         // short read instead would strand what is behind urgent data, where a read stops too.
@@ -302,12 +305,16 @@ async fn splice_while_bulk(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> 
             Err(error) => return Err(error),
         };
         side.moved.fetch_add(taken as u64, Ordering::Relaxed);
-        let mut left = taken;
-        while left > 0 {
-            left -= to
-                .async_io(Interest::WRITABLE, || pipe.drain_to(to, left))
-                .await?;
-        }
+        empty(&pipe, to).await?;
         turn.took(taken).await;
     }
+}
+
+/// Moves all that is in the pipe to `to`; what is there when this is dropped has not been moved.
+async fn empty(pipe: &Pipe, to: &TcpStream) -> io::Result<()> {
+    while !pipe.is_empty() {
+        let drain = || pipe.drain_to(to);
+        to.async_io(Interest::WRITABLE, drain).await?;
+    }
+    Ok(())
 }

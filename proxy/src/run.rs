@@ -5,9 +5,9 @@ mod node;
 mod relief;
 mod settings;
 mod source;
+mod workers;
 
 use std::collections::BTreeSet;
-use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -19,7 +19,6 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::{info, warn};
 
-use crate::accept;
 use crate::admin::{self, Admin};
 use crate::bridges::Bridges;
 use crate::carried::{Carried, upkeep};
@@ -36,15 +35,14 @@ use crate::recorder::Recorder;
 use crate::redirect::Redirect;
 use crate::relay;
 use crate::released::{LocalPods, Released};
-use crate::succession;
 use crate::telemetry::{Spans, TelemetryError};
-use crate::worker::Worker;
 
 use ending::{Ended, Running, StopSignals, Thread};
 use follow::{Follower, first_state};
 use relief::{Relief, Rest};
 pub(crate) use settings::{LogFormat, RunArgs};
 use source::Source;
+use workers::start_workers;
 
 /// How often nobody's connections are looked for.
 const EXPIRE_EVERY: Duration = Duration::from_secs(1);
@@ -75,9 +73,10 @@ pub(crate) fn run(args: &RunArgs) -> ExitCode {
 #[error("{0}")]
 struct Unusable(anyhow::Error);
 
-/// Enforces; rests while another daemon does, and then enforces again.
+/// Enforces; rests while another daemon does, and then enforces again; goes on at once with what no other took over.
 fn work_and_rest(args: &RunArgs) -> anyhow::Result<()> {
     let mut resting: Option<(Relief, StopSignals)> = None;
+    let mut kept = None;
     loop {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -90,12 +89,18 @@ fn work_and_rest(args: &RunArgs) -> anyhow::Result<()> {
                 Some(again) => again,
                 None => (Relief::new(args)?, StopSignals::listen()?),
             };
-            let ended = enforce(args, &relief, source, &mut signals).await;
+            let ended = enforce(args, &relief, source, &mut signals, kept.take()).await;
             anyhow::Ok((relief, signals, ended))
         })?;
         let rest = match ended {
             Ok(Ended::Stopped) => return Ok(()),
             Ok(Ended::Relieved) => Rest::Relieved,
+            Ok(Ended::Kept(estate)) => {
+                runtime.shutdown_background();
+                kept = Some(estate);
+                resting = Some((relief, signals));
+                continue;
+            }
             Err(error) => {
                 let Some(rest) = relief.rest_for(&error) else {
                     return Err(error);
@@ -117,6 +122,7 @@ async fn enforce(
     relief: &Relief,
     mut source: Source,
     signals: &mut StopSignals,
+    kept: Option<Estate>,
 ) -> anyhow::Result<Ended> {
     let node: Arc<str> = args.node()?.into();
     let table = table(args);
@@ -126,10 +132,12 @@ async fn enforce(
     let enforcer = enforcer(args, node, Arc::clone(&table), source.status())?;
     let (stop, stopped) = watch::channel(false);
     let pod = Arc::default();
-    let serve = async || open_admin(args, &pod, &enforcer, &readiness, &stopped).await;
+    // The daemon that did not take over may have it for a moment yet.
+    let patience = kept.as_ref().map(|_| relief::FREE_WITHIN);
+    let serve = async || open_admin(args, patience, &pod, &enforcer, &readiness, &stopped).await;
     // Before the first state is there, which can take long: who waits wants to know for what. A daemon that is
     // to be relieved still has the port.
-    let serving = match relief.is_due() {
+    let serving = match kept.is_some() || relief.is_due() {
         true => None,
         false => Some(serve().await?),
     };
@@ -150,8 +158,11 @@ async fn enforce(
         kernel,
     )?;
     // From here on live connections may depend on this daemon.
-    let began = Instant::now();
-    let estate = relief.take_over().await?;
+    let began = kept.is_none().then(Instant::now);
+    let estate = match kept {
+        Some(estate) => Some(estate),
+        None => relief.take_over().await?,
+    };
     let serving = match serving {
         Some(serving) => serving,
         None => serve().await?,
@@ -197,7 +208,7 @@ fn begin(
     enforcer: &Arc<Enforcer>,
     stopped: &watch::Receiver<bool>,
     estate: Option<Estate>,
-    since: Instant,
+    since: Option<Instant>,
 ) -> anyhow::Result<(Vec<Thread>, JoinSet<()>)> {
     let mut tasks = JoinSet::new();
     follow_carried(enforcer, &mut tasks)?;
@@ -208,12 +219,14 @@ fn begin(
 
 async fn open_admin(
     args: &RunArgs,
+    patience: Option<Duration>,
     pod: &Arc<OnceLock<String>>,
     enforcer: &Arc<Enforcer>,
     readiness: &Readiness,
     stopped: &watch::Receiver<bool>,
 ) -> anyhow::Result<JoinHandle<()>> {
-    let admin = admin::bind(args.admin).await?;
+    let bind = async || admin::bind(args.admin).await;
+    let admin = relief::once_free(bind, patience.unwrap_or_default()).await?;
     let (enforcer, readiness) = (Arc::clone(enforcer), readiness.clone());
     let answering = Admin::new(enforcer, readiness, Arc::clone(pod));
     let serving = admin::serve(admin, answering, stopped.clone());
@@ -284,54 +297,6 @@ fn recorder(args: &RunArgs, node: &Arc<str>) -> anyhow::Result<Recorder> {
             path.display()
         )
     })
-}
-
-/// Binds every queue before the first listener: a SYN that finds a listener must find its queue.
-fn start_workers(
-    args: &RunArgs,
-    enforcer: &Arc<Enforcer>,
-    stopped: &watch::Receiver<bool>,
-    estate: Option<Estate>,
-    since: Instant,
-) -> anyhow::Result<Vec<Thread>> {
-    let settings = &args.redirect;
-    let mut workers = Vec::new();
-    let mut listeners = Vec::new();
-    let count = settings.queue_count();
-    let relieves = estate.is_some();
-    let mut estate = estate.unwrap_or_default();
-    for number in 0..count {
-        let queue = settings.queue + number;
-        let seat = estate.seats.remove(&queue);
-        let (bound, listener) = seat.map(|seat| (seat.queue, seat.listener)).unzip();
-        listeners.push(listener);
-        let worker = Worker::start(number.into(), count.into(), queue, bound, Arc::clone(enforcer), stopped.clone())
-            .with_context(|| format!("cannot bind NFQUEUE {queue}: is another daemon running, or another program on that queue? (--queue chooses others)"))?;
-        workers.push(worker);
-    }
-    let port = settings.proxy_port;
-    let listen = |left: Option<OwnedFd>| match left {
-        Some(listener) => Ok(listener.into()),
-        None => accept::listen(port),
-    };
-    let listeners = listeners.into_iter().map(listen).collect::<Result<Vec<_>, _>>()
-        .with_context(|| format!("cannot listen on port {port}: is it in use? (--proxy-port chooses another, for iptables-init too)"))?;
-    let mut shares: Vec<Vec<_>> = workers.iter().map(|_| Vec::new()).collect();
-    let left = estate.take_connections();
-    if relieves {
-        let (connections, milliseconds) = (left.len(), since.elapsed().as_millis());
-        info!(
-            connections,
-            milliseconds, "took over from the daemon before"
-        );
-    }
-    let left = succession::adopt(enforcer, left);
-    for (turn, relayed) in left.into_iter().enumerate() {
-        shares[turn % workers.len()].push(relayed);
-    }
-    let given = listeners.into_iter().zip(shares);
-    let begin = |(worker, (listener, share)): (Worker, _)| worker.listen(listener, share);
-    Ok(workers.into_iter().zip(given).map(begin).collect())
 }
 
 /// To be called before the first flow: whose beginning nobody heard, of its end none is told.

@@ -2,7 +2,7 @@
 //!
 //! Each is judged anew by whoever takes it over; only the pods that it belongs to are taken on trust.
 use std::net::TcpStream;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -11,9 +11,10 @@ use policy::{Decided, DecidedSide, Endpoint, Identity, PodKey, Protocol};
 
 use crate::decision::{Decision, Way};
 use crate::enforcer::Enforcer;
-use crate::flows::{Adopted, Flow, FlowKey};
+use crate::flows::{Adopted, Flow, FlowKey, Legs, StageName};
 use crate::handover::{Connection, Pod, Told};
-use crate::relay::{InFlight, Moved};
+use crate::records::Outcome;
+use crate::relay::{InFlight, Left, Moved};
 use crate::trail::Trail;
 
 /// The worker of a leg that the control thread watches until a worker wants it.
@@ -24,25 +25,28 @@ pub(crate) struct Relayed {
     pub(crate) flow: Arc<Flow>,
     pub(crate) client: TcpStream,
     pub(crate) server: TcpStream,
-    pub(crate) in_flight: [Vec<u8>; 2],
+    pub(crate) in_flight: [Left; 2],
 }
 
 /// Leaves a connection whose relay has been stopped, if this daemon is being relieved; from then on it is not
-/// ours. False: it is to be ended.
+/// ours. False: it has ended, by a reset.
 pub(crate) fn leave(
     enforcer: &Enforcer,
     flow: &Arc<Flow>,
-    client: impl AsFd,
-    server: impl AsFd,
+    legs: Arc<Legs>,
     in_flight: InFlight,
 ) -> bool {
     if !enforcer.leaving.has_begun() || flow.severance().is_some() {
         return false;
     }
-    let copy = |socket: &dyn AsFd| socket.as_fd().try_clone_to_owned();
-    match (copy(&client), copy(&server), in_flight.left()) {
-        (Ok(client), Ok(server), Ok(in_flight)) => {
-            enter(enforcer, flow, server, Some(client), in_flight);
+    // Else somebody is about to cut it.
+    let Some(Legs { server, client }) = Arc::into_inner(legs) else {
+        return false;
+    };
+    let unwatched = |leg: tokio::net::TcpStream| leg.into_std().map(OwnedFd::from);
+    match (unwatched(server), unwatched(client)) {
+        (Ok(server), Ok(client)) => {
+            enter(enforcer, flow, server, Some(client), in_flight.left());
             true
         }
         _ => false,
@@ -62,12 +66,22 @@ pub(crate) fn leave_admitted(enforcer: &Enforcer) {
     }
 }
 
+/// Records the end of all others, whose sockets were reset with their worker; no worker may run any more. Returns how
+/// many were live.
+pub(crate) fn end_others(enforcer: &Enforcer) -> usize {
+    let live = |flow: &Arc<Flow>| flow.stage_name() == StageName::Live;
+    let others = enforcer.flows.all().into_iter().filter(live);
+    others
+        .map(|flow| enforcer.ended(&flow, Outcome::Stopped))
+        .count()
+}
+
 fn enter(
     enforcer: &Enforcer,
     flow: &Arc<Flow>,
     server: OwnedFd,
     client: Option<OwnedFd>,
-    in_flight: [Vec<u8>; 2],
+    in_flight: [Left; 2],
 ) {
     let decision = flow.decision();
     let pods = match &decision {

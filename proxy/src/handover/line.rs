@@ -1,41 +1,67 @@
 //! Messages with descriptors between two processes, each in its time. Knows nothing of what they say.
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt};
+use nix::sys::socket::{
+    ControlMessage, MsgFlags, Shutdown, getsockopt, sendmsg, shutdown, sockopt,
+};
 use nix::unistd::Uid;
 
-use super::HandoverError;
-use crate::sys;
+use super::{HandoverError, IN_ALL};
+use crate::sys::{self, Received};
 
 /// Bytes of the longest message.
 pub(super) const LONGEST: usize = 64 << 10;
 
 /// A connected socket of kind `SOCK_SEQPACKET`.
+#[derive(Debug)]
 pub(super) struct Line {
     socket: OwnedFd,
-    deadline: Instant,
+    /// For each message.
+    within: Duration,
+    /// For all of them.
+    until: Instant,
     buffer: Vec<u8>,
 }
 
+/// A message that has been received.
+pub(super) struct Heard<'a> {
+    pub(super) message: &'a [u8],
+    pub(super) descriptors: Vec<OwnedFd>,
+    /// Whether all of its descriptors are there.
+    pub(super) whole: bool,
+}
+
 impl Line {
-    /// Takes a socket whose other end belongs to `user`; what is sent and received is due by `deadline`.
+    /// Takes a socket whose other end belongs to `user`; each message is due `within` so long.
     ///
     /// # Errors
     /// [`HandoverError::Stranger`] if it belongs to somebody else.
-    pub(super) fn to(socket: OwnedFd, user: Uid, deadline: Instant) -> Result<Self, HandoverError> {
+    pub(super) fn to(socket: OwnedFd, user: Uid, within: Duration) -> Result<Self, HandoverError> {
         let peer = getsockopt(&socket, sockopt::PeerCredentials).map_err(io::Error::from)?;
         if peer.uid() != user.as_raw() {
             return Err(HandoverError::Stranger { uid: peer.uid() });
         }
         Ok(Self {
             socket,
-            deadline,
+            within,
+            until: Instant::now() + IN_ALL,
             buffer: vec![0; LONGEST],
         })
+    }
+
+    /// Waits so long for each message from now on.
+    pub(super) fn wait(&mut self, within: Duration) {
+        self.within = within;
+    }
+
+    /// Has nothing arrive any more; what has arrived can still be received.
+    pub(super) fn break_off(&self) {
+        // It fails only if the other end is gone, from which nothing comes either.
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
     }
 
     /// Sends a message, with copies of these descriptors.
@@ -55,15 +81,24 @@ impl Line {
     }
 
     /// Receives a message.
-    pub(super) fn receive(&mut self) -> Result<(&[u8], Vec<OwnedFd>), HandoverError> {
+    pub(super) fn receive(&mut self) -> Result<Heard<'_>, HandoverError> {
         let mut buffer = std::mem::take(&mut self.buffer);
         let received = self.in_time(PollFlags::POLLIN, || {
             sys::receive(&self.socket, &mut buffer)
         });
         self.buffer = buffer;
-        match received? {
-            (0, _) => Err(HandoverError::Gone),
-            (length, descriptors) => Ok((&self.buffer[..length], descriptors)),
+        let Received {
+            length,
+            descriptors,
+            whole,
+        } = received?;
+        match &self.buffer[..length] {
+            [] => Err(HandoverError::Gone),
+            message => Ok(Heard {
+                message,
+                descriptors,
+                whole,
+            }),
         }
     }
 
@@ -72,6 +107,7 @@ impl Line {
         ready: PollFlags,
         mut act: impl FnMut() -> io::Result<T>,
     ) -> Result<T, HandoverError> {
+        let due = self.until.min(Instant::now() + self.within);
         loop {
             match act() {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -79,7 +115,7 @@ impl Line {
                 Err(error) if is_end(&error) => return Err(HandoverError::Gone),
                 other => return Ok(other?),
             }
-            let left = self.deadline.saturating_duration_since(Instant::now());
+            let left = due.saturating_duration_since(Instant::now());
             let wait = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
             match poll(&mut [PollFd::new(self.socket.as_fd(), ready)], wait) {
                 Ok(0) => return Err(HandoverError::Late),

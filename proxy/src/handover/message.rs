@@ -1,14 +1,17 @@
 //! What two daemons say to each other, and in which order. JSON, a message each; the bytes that were in
-//! flight follow their connection as they are.
+//! flight follow their connection as they are, but for those in pipes, which come with it.
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
-use super::line::{LONGEST, Line};
+use super::line::{Heard, LONGEST, Line};
 use super::{Connection, Estate, HandoverError, Seat, Told};
+use crate::relay::{Left, Unread};
 
-/// Bytes that a direction can have in flight: a full pipe and a full buffer, and room for larger ones.
+/// Bytes that a direction can have in flight outside of a pipe: a full buffer, and room for larger ones.
 const MOST_IN_FLIGHT: usize = 4 << 20;
 
 /// The running daemon's answer to [`super::Terms`]. Whatever the format, this much is understood.
@@ -31,18 +34,29 @@ pub(super) struct Reply {
 enum Part {
     /// With a queue of this number, and a listener.
     Seat { queue: u16 },
-    /// With the socket towards the server and, if it has one, that towards the client.
+    /// With the socket towards the server, that towards the client if it has one, and the pipes. Bytes follow, a
+    /// direction after the other.
     Connection {
         told: Box<Told>,
-        in_flight: [usize; 2],
+        client: bool,
+        in_flight: [Load; 2],
     },
     /// That was all.
     End { connections: usize },
 }
 
-/// The new daemon has everything, and answers for it from now on.
+/// What is in flight in one direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Load {
+    /// In messages that follow.
+    bytes: usize,
+    /// In a pipe, none if it is 0.
+    piped: usize,
+}
+
+/// The new daemon has everything, and goes on with it from now on.
 #[derive(Debug, Serialize, Deserialize)]
-struct Taken {
+struct Begun {
     connections: usize,
 }
 
@@ -54,26 +68,50 @@ impl Line {
 
     /// Hears something without descriptors.
     pub(super) fn hear<T: DeserializeOwned>(&mut self) -> Result<T, HandoverError> {
-        decoded(self.receive()?.0)
+        decoded(self.receive()?.message)
     }
 
-    /// Hands all over, and waits until the other end says that it has it.
-    pub(super) fn give(&mut self, estate: &Estate) -> Result<(), HandoverError> {
+    /// Says that this daemon goes on with so many connections.
+    pub(super) fn say_begun(&self, connections: usize) -> Result<(), HandoverError> {
+        self.say(&Begun { connections })
+    }
+
+    /// Hands all over, as many `connections` as can be within that time, the first ones first, and waits so long until
+    /// the other end says that it has `begun`. Returns how many they were.
+    ///
+    /// # Errors
+    /// Why the other end does not: it will not either.
+    pub(super) fn give(
+        &mut self,
+        estate: &Estate,
+        [connections, begun]: [Duration; 2],
+    ) -> Result<usize, HandoverError> {
+        let given = self.give_all(estate, connections)?;
+        self.wait(begun);
+        let begun = self.hear::<Begun>().or_else(|error| {
+            // In the very last moment it may have said so. After this it cannot any more.
+            self.break_off();
+            self.hear().map_err(|_| error)
+        });
+        begun.map(|Begun { .. }| given)
+    }
+
+    fn give_all(&self, estate: &Estate, within: Duration) -> Result<usize, HandoverError> {
         for (queue, seat) in &estate.seats {
             let part = encoded(&Part::Seat { queue: *queue })?;
             self.send(&part, &[seat.queue.as_fd(), seat.listener.as_fd()])?;
         }
+        let until = Instant::now() + within;
+        let mut connections = 0;
         for connection in &estate.connections {
+            if Instant::now() >= until {
+                break;
+            }
             self.give_connection(connection)?;
+            connections += 1;
         }
-        let connections = estate.connections.len();
         self.say(&Part::End { connections })?;
-        let taken: Taken = self.hear()?;
-        if taken.connections == connections {
-            Ok(())
-        } else {
-            Err(malformed("it has another number of connections"))
-        }
+        Ok(connections)
     }
 
     fn give_connection(&self, connection: &Connection) -> Result<(), HandoverError> {
@@ -85,22 +123,34 @@ impl Line {
         } = connection;
         let part = encoded(&Part::Connection {
             told: Box::new(told.clone()),
-            in_flight: in_flight.each_ref().map(Vec::len),
+            client: client.is_some(),
+            in_flight: in_flight.each_ref().map(|left| Load {
+                bytes: left.bytes.len(),
+                piped: left.pipe.as_ref().map_or(0, |pipe| pipe.bytes),
+            }),
         })?;
+        let pipes = in_flight.iter().filter_map(|left| left.pipe.as_ref());
         let sockets: Vec<_> = [server]
             .into_iter()
             .chain(client)
+            .chain(pipes.map(|pipe| &pipe.read))
             .map(AsFd::as_fd)
             .collect();
         self.send(&part, &sockets)?;
-        let mut chunks = in_flight.iter().flat_map(|bytes| bytes.chunks(LONGEST));
+        let mut chunks = in_flight.iter().flat_map(|left| left.bytes.chunks(LONGEST));
         chunks.try_for_each(|chunk| self.send(chunk, &[]))
     }
 
-    /// Takes all over, puts it into `estate` piece by piece, and says so.
+    /// Takes all over, and puts it into `estate` piece by piece. A connection whose descriptors this process has no room for is
+    /// left out.
     pub(super) fn take(&mut self, estate: &mut Estate) -> Result<(), HandoverError> {
+        let mut told_of = 0;
         loop {
-            let (message, descriptors) = self.receive()?;
+            let Heard {
+                message,
+                descriptors,
+                whole,
+            } = self.receive()?;
             match decoded(message)? {
                 Part::Seat { queue } => {
                     let [queue_socket, listener] = exactly(descriptors)?;
@@ -110,26 +160,31 @@ impl Line {
                     };
                     estate.seats.insert(queue, seat);
                 }
-                Part::Connection { told, in_flight } => {
-                    let mut sockets = descriptors.into_iter();
-                    let server = sockets
-                        .next()
-                        .ok_or_else(|| malformed("a connection without a socket"))?;
-                    estate.connections.push(Connection {
-                        told: *told,
-                        server,
-                        client: sockets.next(),
-                        in_flight: Default::default(),
-                    });
-                    for (direction, length) in in_flight.into_iter().enumerate() {
-                        let bytes = self.bytes(length)?;
-                        if let Some(connection) = estate.connections.last_mut() {
-                            connection.in_flight[direction] = bytes;
-                        }
+                Part::Connection {
+                    told,
+                    client,
+                    in_flight,
+                } => {
+                    told_of += 1;
+                    let bytes = [
+                        self.bytes(in_flight[0].bytes)?,
+                        self.bytes(in_flight[1].bytes)?,
+                    ];
+                    if whole {
+                        let piped = in_flight.map(|load| load.piped);
+                        let connection = connection(*told, client, descriptors, bytes, piped)?;
+                        estate.connections.push(connection);
                     }
                 }
-                Part::End { connections } if connections == estate.connections.len() => {
-                    return self.say(&Taken { connections });
+                Part::End { connections } if connections == told_of => {
+                    let lost = connections - estate.connections.len();
+                    if lost > 0 {
+                        warn!(
+                            lost,
+                            "no descriptors for all connections of the daemon before: they are reset; raise the limit (RLIMIT_NOFILE)"
+                        );
+                    }
+                    return Ok(());
                 }
                 Part::End { .. } => return Err(malformed("connections are missing")),
             }
@@ -142,13 +197,54 @@ impl Line {
         }
         let mut bytes = Vec::new();
         while bytes.len() < length {
-            bytes.extend_from_slice(self.receive()?.0);
+            bytes.extend_from_slice(self.receive()?.message);
         }
         if bytes.len() == length {
             Ok(bytes)
         } else {
             Err(malformed("more bytes in flight than announced"))
         }
+    }
+}
+
+/// Puts a connection together again.
+fn connection(
+    told: Told,
+    client: bool,
+    descriptors: Vec<OwnedFd>,
+    bytes: [Vec<u8>; 2],
+    piped: [usize; 2],
+) -> Result<Connection, HandoverError> {
+    let mut descriptors = descriptors.into_iter();
+    let mut next = || {
+        let descriptor = descriptors.next();
+        descriptor.ok_or_else(|| malformed("a connection with too few descriptors"))
+    };
+    let server = next()?;
+    let client = client.then(&mut next).transpose()?;
+    let mut pipe = |bytes| {
+        let read = (bytes > 0).then(&mut next).transpose()?;
+        Ok::<_, HandoverError>(read.map(|read| Unread { read, bytes }))
+    };
+    let [up, down] = bytes;
+    let in_flight = [
+        Left {
+            bytes: up,
+            pipe: pipe(piped[0])?,
+        },
+        Left {
+            bytes: down,
+            pipe: pipe(piped[1])?,
+        },
+    ];
+    match descriptors.next() {
+        None => Ok(Connection {
+            told,
+            server,
+            client,
+            in_flight,
+        }),
+        Some(_) => Err(malformed("a connection with too many descriptors")),
     }
 }
 

@@ -4,7 +4,6 @@ use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use nix::unistd::Uid;
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
@@ -13,7 +12,11 @@ use tracing::{debug, warn};
 
 use super::line::Line;
 use super::message::Reply;
-use super::{Estate, FORMAT, HandoverError, Terms, WITHIN, order};
+use super::{
+    CONNECTIONS_WITHIN, Connection, Estate, FORMAT, HandoverError, READY_WITHIN, Terms, WITHIN,
+    order,
+};
+use crate::relay::Left;
 use crate::sys;
 
 /// A running daemon's readiness to be relieved.
@@ -28,6 +31,26 @@ pub(crate) struct Successor {
     line: Line,
     /// Whether it can use what would be handed over.
     suited: bool,
+}
+
+/// What came of a handover.
+#[derive(Debug)]
+pub(crate) struct Given {
+    /// Whether the other end could use it.
+    pub(crate) suited: bool,
+    /// Connections that were handed over.
+    pub(crate) connections: usize,
+    /// Bytes in flight on these.
+    pub(crate) in_flight: usize,
+    /// Connections that were not, and were reset.
+    pub(crate) reset: usize,
+}
+
+/// All that was to be handed over, still whole, and why it was not.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) estate: Estate,
+    pub(crate) error: HandoverError,
 }
 
 impl Offer {
@@ -98,7 +121,7 @@ impl Successor {
         terms: &Terms,
         user: Uid,
     ) -> Result<Self, HandoverError> {
-        let mut line = Line::to(socket, user, Instant::now() + WITHIN)?;
+        let mut line = Line::to(socket, user, WITHIN)?;
         let asked: Terms = line.hear()?;
         let reply = reply(place, terms, &asked);
         line.say(&reply)?;
@@ -111,17 +134,42 @@ impl Successor {
         }
     }
 
-    /// Hands all over, or ends what cannot be handed over. Blocks. Returns whether it was handed over.
+    /// Hands over as many connections as can be in time, and resets the others; all of them if the other end cannot
+    /// use what it would get. What costs least goes first. Blocks.
     ///
     /// # Errors
-    /// If the other end may not have it all; all connections are reset then.
-    pub(crate) fn give(mut self, mut estate: Estate) -> Result<bool, HandoverError> {
-        if self.suited {
-            self.line.give(&estate)?;
-            // They live on as copies.
-            drop(estate.take_connections());
+    /// If the other end does not go on with it: then this daemon has to, and can.
+    pub(crate) fn give(mut self, mut estate: Estate) -> Result<Given, Box<Kept>> {
+        let all = estate.connections.len();
+        if !self.suited {
+            return Ok(Given {
+                suited: false,
+                connections: 0,
+                in_flight: 0,
+                reset: all,
+            });
         }
-        Ok(self.suited)
+        let cost = |it: &Connection| {
+            let pipes = it.in_flight.iter().flat_map(|left| &left.pipe).count();
+            (pipes, it.in_flight.iter().map(Left::len).sum::<usize>())
+        };
+        estate.connections.sort_by_cached_key(cost);
+        match self.line.give(&estate, [CONNECTIONS_WITHIN, READY_WITHIN]) {
+            Ok(connections) => {
+                let reset = estate.connections.split_off(connections);
+                let in_flight = estate.in_flight();
+                // They live on as copies.
+                drop(estate.take_connections());
+                estate.connections = reset;
+                Ok(Given {
+                    suited: true,
+                    connections,
+                    in_flight,
+                    reset: all - connections,
+                })
+            }
+            Err(error) => Err(Box::new(Kept { estate, error })),
+        }
     }
 }
 
@@ -166,18 +214,20 @@ pub(crate) fn is_offered(path: &Path) -> bool {
     connected(path).is_ok_and(|socket| socket.is_some())
 }
 
-/// Takes over from the daemon that waits at `path`, if there is one. Blocks, for [`WITHIN`] at most. Of another
-/// format, or with other settings, all it can give is its place.
+/// Takes over from the daemon that waits at `path`, if there is one. Blocks, for seconds at most. Of another
+/// format, or with other settings, all it can give is its place. It goes on itself until [`Estate::begin`] says that this
+/// daemon does.
 ///
 /// # Errors
-/// Why it did not hand over; what came of it by then is reset.
+/// Why it did not hand over; [`HandoverError::BrokenOff`] if it had stopped its work by then.
 pub(crate) fn take_over(path: &Path, terms: &Terms) -> Result<Option<Estate>, HandoverError> {
     let Some(socket) = connected(path)? else {
         return Ok(None);
     };
-    let mut line = Line::to(socket, Uid::effective(), Instant::now() + WITHIN)?;
+    let mut line = Line::to(socket, Uid::effective(), WITHIN)?;
     line.say(terms)?;
     let reply: Reply = line.hear()?;
+    line.wait(READY_WITHIN);
     match reply {
         Reply {
             newer: Some(pod), ..
@@ -197,16 +247,19 @@ pub(crate) fn take_over(path: &Path, terms: &Terms) -> Result<Option<Estate>, Ha
             format!("runs with other settings ({settings})")
         }
         _ => {
-            line.take(&mut estate)?;
+            let taken = line.take(&mut estate);
+            taken.map_err(|error| HandoverError::BrokenOff(error.into()))?;
+            estate.from = Some(line);
             return Ok(Some(estate));
         }
     };
     warn!("the running daemon {differs}: it ends without a handover");
-    match line.receive() {
-        Err(HandoverError::Gone) => Ok(Some(estate)),
-        Err(error) => Err(error),
-        Ok(_) => Err(HandoverError::Malformed("it goes on to speak".to_owned())),
-    }
+    let error = match line.receive() {
+        Err(HandoverError::Gone) => return Ok(Some(estate)),
+        Err(error) => error,
+        Ok(_) => HandoverError::Malformed("it goes on to speak".to_owned()),
+    };
+    Err(HandoverError::BrokenOff(error.into()))
 }
 
 /// `None`: nobody is there.

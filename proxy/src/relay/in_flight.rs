@@ -1,11 +1,10 @@
 //! What a relay has taken from one side and not given to the other yet: whoever relays on begins with it.
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::io;
 use std::ops::Deref;
 use std::rc::Rc;
 
-use super::pipe::Pipe;
+use super::pipe::{Pipe, Unread};
 
 /// What is on its way, both ways.
 #[derive(Default)]
@@ -29,22 +28,33 @@ pub(super) struct Lent<'a> {
     passing: &'a Passing,
 }
 
+/// What a direction that was stopped has taken and not given: the bytes first, then what is in the pipe.
+#[derive(Debug, Default)]
+pub(crate) struct Left {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) pipe: Option<Unread>,
+}
+
+impl Left {
+    /// How many bytes it is in all.
+    pub(crate) fn len(&self) -> usize {
+        self.bytes.len() + self.pipe.as_ref().map_or(0, |pipe| pipe.bytes)
+    }
+}
+
 impl InFlight {
     /// Of a relay that goes on from another, which left this.
-    pub(crate) fn resumed(left: [Vec<u8>; 2]) -> Self {
-        let [up, down] = left.map(|bytes| Passing {
+    pub(crate) fn resumed(left: [Left; 2]) -> Self {
+        let [up, down] = left.map(|Left { bytes, pipe }| Passing {
             rest: RefCell::new(bytes.into()),
-            pipe: RefCell::default(),
+            pipe: RefCell::new(pipe.map(|pipe| Rc::new(Pipe::left(pipe)))),
         });
         Self { up, down }
     }
 
     /// What a relay that was dropped has left, from the client and from the server.
-    ///
-    /// # Errors
-    /// What reading a pipe answers.
-    pub(crate) fn left(self) -> io::Result<[Vec<u8>; 2]> {
-        Ok([self.up.left()?, self.down.left()?])
+    pub(crate) fn left(self) -> [Left; 2] {
+        [self.up.left(), self.down.left()]
     }
 }
 
@@ -59,12 +69,24 @@ impl Passing {
         }
     }
 
-    fn left(self) -> io::Result<Vec<u8>> {
-        let mut left = Vec::from(self.rest.into_inner());
-        if let Some(pipe) = self.pipe.into_inner() {
-            pipe.empty_into(&mut left)?;
+    /// The pipe that another relay has filled, if one has.
+    pub(super) fn kept(&self) -> Option<Lent<'_>> {
+        let pipe = self.pipe.borrow().clone()?;
+        Some(Lent {
+            pipe,
+            passing: self,
+        })
+    }
+
+    fn left(self) -> Left {
+        Left {
+            bytes: self.rest.into_inner().into(),
+            pipe: self
+                .pipe
+                .into_inner()
+                .and_then(Rc::into_inner)
+                .and_then(Pipe::leave),
         }
-        Ok(left)
     }
 }
 

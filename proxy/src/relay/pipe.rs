@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
-use nix::unistd::{pipe2, read};
+use nix::unistd::pipe2;
 
 /// Bytes that a pipe is asked to hold. Beyond `fs.pipe-user-pages-soft` the kernel gives less to
 /// who lacks `CAP_SYS_RESOURCE`; everything works with any size.
@@ -27,12 +27,33 @@ pub(crate) fn allow_pipes(most: usize) {
     LEFT.store(most, Ordering::Relaxed);
 }
 
-struct Ends {
-    read: OwnedFd,
-    write: OwnedFd,
+/// The read end of a pipe, and how many bytes are in it.
+#[derive(Debug)]
+pub(crate) struct Unread {
+    pub(crate) read: OwnedFd,
+    pub(crate) bytes: usize,
 }
 
-impl Drop for Ends {
+struct Ends {
+    read: OwnedFd,
+    /// `None`: another process has filled it.
+    write: Option<OwnedFd>,
+    /// `None`: another process had room for it.
+    _room: Option<Room>,
+}
+
+/// One of the pipes that there may be; dropped, it is given back.
+struct Room;
+
+impl Room {
+    fn take() -> io::Result<Self> {
+        let less = |left: usize| left.checked_sub(1);
+        let taken = LEFT.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        taken.map(|_| Self).map_err(|_| Errno::EMFILE.into())
+    }
+}
+
+impl Drop for Room {
     fn drop(&mut self) {
         LEFT.fetch_add(1, Ordering::Relaxed);
     }
@@ -66,17 +87,21 @@ impl Pipe {
     /// # Errors
     /// `WouldBlock` if it has nothing ready, else the socket's error.
     pub(super) fn fill_from(&self, source: impl AsFd) -> io::Result<usize> {
-        let moved = splice(source, None, &self.ends.write, None, SIZE as usize, flags())?;
+        let write = self.ends.write.as_ref().ok_or(io::ErrorKind::BrokenPipe)?;
+        let moved = splice(source, None, write, None, SIZE as usize, flags())?;
         self.held.set(self.held.get() + moved);
         Ok(moved)
     }
 
-    /// Moves up to `most` bytes from the pipe to `sink`.
+    /// Moves what is in the pipe to `sink`, or as much as it takes.
     ///
     /// # Errors
-    /// `WouldBlock` if it has no room, else the socket's error.
-    pub(super) fn drain_to(&self, sink: impl AsFd, most: usize) -> io::Result<usize> {
-        let moved = splice(&self.ends.read, None, sink, None, most, flags())?;
+    /// `WouldBlock` if it has no room, `UnexpectedEof` if there is less in the pipe, else the socket's error.
+    pub(super) fn drain_to(&self, sink: impl AsFd) -> io::Result<usize> {
+        let moved = splice(&self.ends.read, None, sink, None, self.held(), flags())?;
+        if moved == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         self.held.set(self.held.get() - moved);
         Ok(moved)
     }
@@ -86,25 +111,37 @@ impl Pipe {
         self.held.get() == 0
     }
 
-    /// Appends what is in the pipe to `bytes`, and leaves it empty.
-    ///
-    /// # Errors
-    /// What `read` answers.
-    pub(super) fn empty_into(&self, bytes: &mut Vec<u8>) -> io::Result<()> {
-        let mut at = bytes.len();
-        bytes.resize(at + self.held.get(), 0);
-        while !self.is_empty() {
-            let moved = read(&self.ends.read, &mut bytes[at..])?;
-            at += moved;
-            self.held.set(self.held.get() - moved);
+    /// Goes on with the read end of a pipe that another process has filled with so many bytes.
+    pub(super) fn left(Unread { read, bytes }: Unread) -> Self {
+        Self {
+            ends: Rc::new(Ends {
+                read,
+                write: None,
+                _room: Room::take().ok(),
+            }),
+            held: Cell::new(bytes),
         }
-        Ok(())
+    }
+
+    /// Bytes in the pipe.
+    pub(super) fn held(&self) -> usize {
+        self.held.get()
+    }
+
+    /// The read end with what is in the pipe, for another process; none if it is empty.
+    pub(super) fn leave(self) -> Option<Unread> {
+        let bytes = self.held.get();
+        let ends = Rc::clone(&self.ends);
+        drop(self);
+        // Else it is in the pool.
+        let Ends { read, .. } = Rc::into_inner(ends)?;
+        Some(Unread { read, bytes })
     }
 }
 
 impl Drop for Pipe {
     fn drop(&mut self) {
-        if self.is_empty() {
+        if self.is_empty() && self.ends.write.is_some() {
             POOL.with_borrow_mut(|pool| {
                 if pool.len() < KEPT {
                     pool.push(Rc::clone(&self.ends));
@@ -115,18 +152,14 @@ impl Drop for Pipe {
 }
 
 fn create() -> io::Result<Rc<Ends>> {
-    let less = |left: usize| left.checked_sub(1);
-    if LEFT
-        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less)
-        .is_err()
-    {
-        return Err(Errno::EMFILE.into());
-    }
-    let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).inspect_err(|_| {
-        LEFT.fetch_add(1, Ordering::Relaxed);
-    })?;
+    let room = Room::take()?;
+    let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(SIZE));
-    Ok(Rc::new(Ends { read, write }))
+    Ok(Rc::new(Ends {
+        read,
+        write: Some(write),
+        _room: Some(room),
+    }))
 }
 
 fn flags() -> SpliceFFlags {

@@ -11,7 +11,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tracing::info;
 
 use crate::enforcer::Enforcer;
-use crate::handover::{Offer, Successor};
+use crate::handover::{Estate, Offer, Successor};
 
 use super::relief;
 
@@ -63,6 +63,8 @@ pub(super) enum Ended {
     Stopped,
     /// Nothing: another has its place.
     Relieved,
+    /// To go on with all that another was to take over.
+    Kept(Estate),
 }
 
 /// The parts of a daemon that enforces.
@@ -80,7 +82,7 @@ impl Running {
     /// Waits for the end of this daemon's work, and takes its parts down.
     ///
     /// # Errors
-    /// A worker's failure, or that of a handover.
+    /// A worker's failure.
     pub(super) async fn until_ended(
         mut self,
         enforcer: &Arc<Enforcer>,
@@ -99,8 +101,8 @@ impl Running {
         let _ = self.serving.await;
         let ended = match ended {
             Ok(Ending::Relieved(successor)) => {
-                let given = relief::hand_over(enforcer, self.following, successor).await;
-                given.map(|()| Ended::Relieved)
+                let kept = relief::hand_over(enforcer, self.following, successor).await;
+                kept.map(|kept| kept.map_or(Ended::Relieved, Ended::Kept))
             }
             other => other.map(|_| Ended::Stopped),
         };

@@ -16,7 +16,8 @@ use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use crate::enforcer::Enforcer;
-use crate::handover::{self, Estate, HandoverError, Offer, Successor, Terms, WITHIN};
+use crate::gate;
+use crate::handover::{self, Estate, Given, HandoverError, Kept, Offer, Successor, Terms, WITHIN};
 use crate::succession;
 
 use super::ending::StopSignals;
@@ -24,6 +25,12 @@ use super::settings::RunArgs;
 
 /// How often a daemon that rests looks for others.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How often, while another daemon ends or gives up.
+const LOOK_SOON: Duration = Duration::from_millis(50);
+/// What that may take.
+pub(super) const FREE_WITHIN: Duration = Duration::from_secs(5);
+/// How often a daemon that breaks the handover off is asked.
+const ATTEMPTS: usize = 3;
 /// How long a node must seem to be without a daemon: longer than two take for a handover.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -31,6 +38,8 @@ const GRACE: Duration = Duration::from_secs(2);
 pub(super) struct Relief {
     place: Option<(PathBuf, Terms)>,
     admin: SocketAddr,
+    /// The first one's number.
+    queue: u16,
 }
 
 /// Why a daemon rests.
@@ -44,9 +53,13 @@ pub(super) enum Rest {
 
 impl Relief {
     pub(super) fn new(args: &RunArgs) -> anyhow::Result<Self> {
-        let admin = args.admin;
+        let (admin, queue) = (args.admin, args.redirect.queue);
         let Some(path) = args.handover.clone() else {
-            return Ok(Self { place: None, admin });
+            return Ok(Self {
+                place: None,
+                admin,
+                queue,
+            });
         };
         let terms = Terms::new(&args.redirect, args.pod());
         let terms = terms.context("cannot tell this network namespace")?;
@@ -54,7 +67,11 @@ impl Relief {
             warn!("who is started last has the node, whatever its pod: {error}");
         }
         let place = Some((path, terms));
-        Ok(Self { place, admin })
+        Ok(Self {
+            place,
+            admin,
+            queue,
+        })
     }
 
     /// The pod of this daemon, if pods' daemons relieve each other.
@@ -68,27 +85,47 @@ impl Relief {
         place.is_some_and(|(path, _)| handover::is_offered(path))
     }
 
-    /// Takes over from the daemon that runs, if there is one that can be relieved.
+    /// Takes over from the daemon that runs, if there is one that can be relieved. If it ends meanwhile, or breaks the
+    /// handover off, waits until it is gone or takes part again.
     ///
     /// # Errors
     /// If the one that runs is none that this one may relieve. A fault on the way is none: then this daemon starts
     /// as if it were the first, and if the other still runs that says so.
     pub(super) async fn take_over(&self) -> anyhow::Result<Option<Estate>> {
-        let Some((path, terms)) = self.place.clone() else {
+        let Some((path, terms)) = &self.place else {
             return Ok(None);
         };
-        let taken = tokio::task::spawn_blocking(move || handover::take_over(&path, &terms));
-        match taken.await? {
-            Ok(estate) => Ok(estate),
-            Err(
-                error @ (HandoverError::Refused(_)
-                | HandoverError::Newer { .. }
-                | HandoverError::Stranger { .. }
-                | HandoverError::Path { .. }),
-            ) => Err(error.into()),
-            Err(error) => {
-                warn!("no connection is taken over: {error}");
-                Ok(None)
+        let mut attempts = 0;
+        loop {
+            let (path, terms) = (path.clone(), terms.clone());
+            let taking = move || handover::take_over(&path, &terms);
+            attempts += 1;
+            let error = match tokio::task::spawn_blocking(taking).await? {
+                Ok(estate) => return Ok(estate),
+                Err(
+                    error @ (HandoverError::Refused(_)
+                    | HandoverError::Newer { .. }
+                    | HandoverError::Stranger { .. }
+                    | HandoverError::Path { .. }),
+                ) => return Err(error.into()),
+                Err(error) => error,
+            };
+            warn!("no connection is taken over: {error}");
+            let again = matches!(error, HandoverError::BrokenOff(_) | HandoverError::Gone);
+            if !again || attempts == ATTEMPTS {
+                return Ok(None);
+            }
+            self.settled().await;
+        }
+    }
+
+    /// Waits until the daemon that ran takes part again, or nobody has its queue any more; for a while at most.
+    async fn settled(&self) {
+        let until = Instant::now() + FREE_WITHIN;
+        while Instant::now() < until {
+            tokio::time::sleep(LOOK_SOON).await;
+            if self.is_due() || gate::Queue::bind(self.queue).is_ok() {
+                return;
             }
         }
     }
@@ -112,8 +149,7 @@ impl Relief {
         if let Some(HandoverError::Newer { .. }) = error.downcast_ref() {
             return Some(Rest::Relieved);
         }
-        let fault: &io::Error = error.downcast_ref()?;
-        (fault.kind() == io::ErrorKind::AddrInUse).then_some(Rest::Occupied)
+        is_taken(error).then_some(Rest::Occupied)
     }
 
     /// Does nothing and holds nothing until told to end, or, in a pod, until this daemon may try again. Returns whether
@@ -169,34 +205,80 @@ impl Relief {
 }
 
 /// Hands over what the workers have left, once `following` has brought its last change into the kernel. No worker may
-/// run any more.
+/// run any more. Returns what this daemon has to go on with, if the other one does not.
 ///
 /// # Errors
-/// If the other daemon may not have it.
+/// If the thread that hands over fails.
 pub(super) async fn hand_over(
     enforcer: &Arc<Enforcer>,
     following: JoinHandle<()>,
     successor: Successor,
-) -> anyhow::Result<()> {
-    let stuck = "the last change of the cluster is not in the kernel yet";
-    let _ = tokio::time::timeout(WITHIN, following)
-        .await
-        .context(stuck)?;
+) -> anyhow::Result<Option<Estate>> {
+    let stuck = tokio::time::timeout(WITHIN, following).await.is_err();
     succession::leave_admitted(enforcer);
+    let late = succession::end_others(enforcer);
     let estate = enforcer.leaving.take();
-    let connections = estate.connections.len();
-    let in_flight = estate.in_flight();
+    if stuck {
+        warn!(
+            "the last change of the cluster is not in the kernel yet: nothing is handed over, this daemon goes on"
+        );
+        return Ok(Some(estate));
+    }
     let given = tokio::task::spawn_blocking(move || successor.give(estate)).await?;
-    if given.context("the connections could not be handed over, and were reset")? {
+    let Given {
+        suited,
+        connections,
+        in_flight,
+        reset,
+    } = match given.map_err(|kept| *kept) {
+        Ok(given) => given,
+        Err(Kept { estate, error }) => {
+            warn!("the other daemon does not take over, this one goes on: {error}");
+            return Ok(Some(estate));
+        }
+    };
+    let reset = reset + late;
+    if !suited {
+        warn!(
+            connections = reset,
+            "relieved by a daemon that speaks another format or has other settings: the connections were reset, this daemon rests"
+        );
+    } else if reset > 0 {
+        warn!(
+            connections,
+            in_flight,
+            reset,
+            "relieved: what could not be handed over in time was reset, this daemon rests"
+        );
+    } else {
         info!(
             connections,
             in_flight, "relieved: all is handed over, this daemon rests"
         );
-    } else {
-        warn!(
-            connections,
-            "relieved by a daemon that speaks another format or has other settings: the connections were reset, this daemon rests"
-        );
     }
-    Ok(())
+    Ok(None)
+}
+
+/// Does what wants a port, again and again for so long if another daemon, on its way out, still has it.
+///
+/// # Errors
+/// What `act` answers in the end.
+pub(super) async fn once_free<T>(
+    act: impl AsyncFn() -> anyhow::Result<T>,
+    patience: Duration,
+) -> anyhow::Result<T> {
+    let until = Instant::now() + patience;
+    loop {
+        match act().await {
+            Err(error) if is_taken(&error) && Instant::now() < until => {
+                tokio::time::sleep(LOOK_SOON).await;
+            }
+            other => return other,
+        }
+    }
+}
+
+fn is_taken(error: &anyhow::Error) -> bool {
+    let fault: Option<&io::Error> = error.downcast_ref();
+    fault.is_some_and(|fault| fault.kind() == io::ErrorKind::AddrInUse)
 }

@@ -342,7 +342,7 @@ fn daemons_of_different_formats_relieve_each_other_without_a_handover() {
     let mut asked = terms_of(&node);
     asked["format"] = 999.into();
     let line = asking(&bed, &asked);
-    assert_eq!(heard(&line)["format"], 2);
+    assert_eq!(heard(&line)["format"], 3);
     assert_eq!(end_of(&live), ErrorKind::ConnectionReset);
     assert!(heard(&line).is_null(), "it leaves without a word");
     let daemon = bed.daemon(0);
@@ -395,7 +395,7 @@ fn relieve(bed: &mut Bed) -> Daemon {
 pub(crate) fn terms_of(node: &Host) -> Value {
     let queues = thread::available_parallelism().unwrap();
     let settings = format!("--proxy-port 15001 --queue 100 --queues {queues} --mark-mask 0x3c00");
-    json!({ "format": 2, "namespace": node.netns().inode(), "settings": settings })
+    json!({ "format": 3, "namespace": node.netns().inode(), "settings": settings })
 }
 
 /// Says this where the daemon of node 0 waits to be relieved.
@@ -423,7 +423,7 @@ pub(crate) fn end_of(mut stream: &TcpStream) -> ErrorKind {
 }
 
 /// The small cluster; the daemon of node 0 lets itself be relieved, and writes records to the file returned.
-fn bed() -> (Bed, PathBuf) {
+pub(crate) fn bed() -> (Bed, PathBuf) {
     let mut bed = Bed::bare(small());
     bed.write_policies(&policies());
     let flags = flags(&bed);

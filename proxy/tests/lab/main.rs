@@ -44,6 +44,7 @@ mod sever;
 mod spans;
 mod spoof;
 mod stage;
+mod stalled;
 mod startup;
 mod strange;
 mod streams;
@@ -83,6 +84,7 @@ fn main() -> ExitCode {
         redirect::TESTS,
         restart::TESTS,
         handover::TESTS,
+        stalled::TESTS,
         surge::TESTS,
         tenants::TESTS,
         admin::TESTS,

@@ -193,6 +193,11 @@ impl Bed {
         self.daemons[node].replace(relief).unwrap()
     }
 
+    /// Takes a daemon that was spawned for that of a node.
+    pub(crate) fn adopt(&mut self, node: usize, daemon: Daemon) {
+        self.daemons[node] = Some(daemon);
+    }
+
     /// Starts a daemon that need not enforce.
     pub(crate) fn spawn(&self, command: lab::Command) -> Daemon {
         self.logging(command, self.file(&format!("{}.log", self.mark())))

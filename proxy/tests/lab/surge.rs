@@ -2,10 +2,12 @@
 //!
 //! Without kubelet: pods are processes with `POD_UID`, as the DaemonSet sets it.
 use std::io::ErrorKind;
+use std::thread;
 
 use lab::runner::Test;
 use lab::{Kind, wait_until};
 use serde_json::json;
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::handover::{asking, end_of, flags, heard, policies, terms_of};
 use crate::support::{
@@ -17,7 +19,8 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_container_that_is_started_again_leaves_the_node_to_the_newer_pod,
     a_daemon_whose_successor_is_gone_has_the_node_again,
     a_new_daemon_that_cannot_start_disturbs_nothing,
-    a_new_daemon_that_dies_while_it_takes_over_costs_the_streams_and_not_the_node,
+    a_handover_that_breaks_off_costs_nothing,
+    a_new_daemon_waits_for_the_end_of_the_old_one,
     the_old_daemon_goes_on_under_the_rules_of_the_new_version,
     with_other_ports_the_new_daemon_gets_the_node_without_the_streams,
     a_daemon_that_cannot_be_relieved_is_waited_for,
@@ -156,20 +159,69 @@ fn a_new_daemon_that_cannot_start_disturbs_nothing() {
     enforces(&bed);
 }
 
-fn a_new_daemon_that_dies_while_it_takes_over_costs_the_streams_and_not_the_node() {
+fn a_handover_that_breaks_off_costs_nothing() {
     let mut bed = bed();
     let [a, b] = ["x/a", "x/b"].map(|name| bed.lab.pod(name));
-    let live = connected(&a, b.addr_v4(80));
+    let live: Vec<_> = b.addrs(80).map(|to| connected(&a, to)).into();
     let mut terms = terms_of(&bed.lab.node(0));
     terms["pod"] = "new".into();
-    let line = asking(&bed, &terms);
-    assert!(heard(&line)["refused"].is_null());
-    drop(line);
-    assert_eq!(end_of(&live), ErrorKind::ConnectionReset);
-    let status = bed.daemon(0).child.wait(DEADLINE).unwrap();
-    assert_eq!(status.code(), Some(1), "{}", bed.daemon(0).log());
-    // As kubelet does.
-    bed.start_command(0, pod(&bed, "old", &[]));
+    // The reply, the queues with their listeners, the connections, the end.
+    let messages = 1 + thread::available_parallelism().unwrap().get() + live.len() + 1;
+    for heard_of in [1, 2, messages - 1, messages] {
+        let line = asking(&bed, &terms);
+        for turn in 0..heard_of {
+            let said = heard(&line);
+            assert!(
+                !said.is_null() && said["refused"].is_null(),
+                "{turn}: {said}"
+            );
+        }
+        drop(line);
+        live.iter().for_each(|it| echoes(it, "goes on"));
+        enforces(&bed);
+        wait_until_ready(&bed, "old");
+        let log = bed.daemon(0).log();
+        assert!(log.contains("this one goes on"), "{log}");
+        // It waits for the next one again.
+        bed.daemon(0)
+            .says("goes on with what no other daemon took over");
+        let offered = || bed.file("handover.sock").exists();
+        wait_until(DEADLINE, "the next offer", offered).unwrap();
+    }
+    let mut old = bed.relieve_by(0, pod(&bed, "new", &[]));
+    live.iter().for_each(|it| echoes(it, "taken over"));
+    enforces(&bed);
+    old.terminate();
+}
+
+/// The daemon that runs breaks the handover off, and ends a while later.
+fn a_new_daemon_waits_for_the_end_of_the_old_one() {
+    let mut bed = Bed::bare(small());
+    bed.write_policies(&policies());
+    for node in 0..2 {
+        bed.install(node, &[]);
+        bed.start(node, &[]);
+    }
+    let place = bed.file("handover.sock");
+    let listener = Socket::new(Domain::UNIX, Type::SEQPACKET, None).unwrap();
+    listener.bind(&SockAddr::unix(&place).unwrap()).unwrap();
+    listener.listen(8).unwrap();
+    let asked = thread::spawn(move || {
+        // The first only looks whether somebody is there.
+        let mut lines = std::iter::repeat_with(|| listener.accept().unwrap().0);
+        lines.find_map(|line| {
+            let asked = heard(&line);
+            let reply = json!({ "format": asked["format"], "settings": asked["settings"] });
+            (!asked.is_null()).then(|| line.send(reply.to_string().as_bytes()).unwrap())
+        });
+    });
+    let flags = flags(&bed);
+    let new = bed.spawn(bed.run_command(0, &flags.each_ref().map(String::as_str)));
+    asked.join().unwrap();
+    new.says("the handover broke off");
+    bed.daemon(0).terminate();
+    new.says("in force");
+    bed.adopt(0, new);
     enforces(&bed);
 }
 

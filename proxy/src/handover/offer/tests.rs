@@ -1,5 +1,5 @@
 //! Two daemons' ends of a handover, in one process.
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::thread;
@@ -9,13 +9,14 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use super::super::{Connection, Pod, Seat, Told};
 use super::*;
+use crate::relay::Unread;
 use crate::trail::{Onward, Seen};
 
-/// Both ends of a line that is broken off by `within`.
+/// Both ends of a line that waits so long for each message.
 fn lines(within: Duration) -> (Line, Line) {
     let (kind, flags) = (SockType::SeqPacket, SockFlag::empty());
     let (one, other) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
-    let line = |socket| Line::to(socket, Uid::effective(), Instant::now() + within).unwrap();
+    let line = |socket| Line::to(socket, Uid::effective(), within).unwrap();
     (line(one), line(other))
 }
 
@@ -56,7 +57,7 @@ fn told(port: u16) -> Told {
 }
 
 /// A connection, and what it looks like from outside: the client's end and the server's.
-fn connection(port: u16, in_flight: [Vec<u8>; 2]) -> (Connection, [TcpStream; 2]) {
+fn connection(port: u16, in_flight: [Left; 2]) -> (Connection, [TcpStream; 2]) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let pair = || {
         let dialled = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -70,6 +71,18 @@ fn connection(port: u16, in_flight: [Vec<u8>; 2]) -> (Connection, [TcpStream; 2]
         in_flight,
     };
     (connection, [client, server])
+}
+
+fn bytes(bytes: Vec<u8>) -> Left {
+    Left { bytes, pipe: None }
+}
+
+/// A pipe with these bytes in it, and nobody to write more.
+fn pipe(held: &[u8]) -> Unread {
+    let (read, write) = nix::unistd::pipe().unwrap();
+    assert_eq!(nix::unistd::write(&write, held).unwrap(), held.len());
+    let bytes = held.len();
+    Unread { read, bytes }
 }
 
 fn seat() -> Seat {
@@ -87,54 +100,163 @@ fn end_of(mut stream: &TcpStream) -> ErrorKind {
 
 #[test]
 fn what_is_given_is_what_is_taken() {
-    let (mut giving, mut taking) = lines(WITHIN);
-    let in_flight = [vec![1; 3 << 20], vec![2; 7]];
+    let (giving, mut taking) = lines(WITHIN);
     let (mut estate, mut outside) = (Estate::default(), Vec::new());
     estate.seats.extend([(100, seat()), (101, seat())]);
-    for (port, in_flight) in [(1, in_flight.clone()), (2, [vec![], vec![3]])] {
+    let piped = |held: &[u8], rest: &[u8]| Left {
+        bytes: rest.to_vec(),
+        pipe: Some(pipe(held)),
+    };
+    for (port, in_flight) in [
+        (1, [piped(b"held", b"rest"), piped(b"back", b"")]),
+        (2, [bytes(vec![1; 3 << 20]), bytes(vec![2; 7])]),
+        (3, [bytes(vec![]), piped(b"down", b"")]),
+        (4, Default::default()),
+    ] {
         let (connection, ends) = connection(port, in_flight);
         estate.connections.push(connection);
         outside.push(ends);
     }
-    let (admitted, _ends) = connection(3, Default::default());
+    let (admitted, _ends) = connection(5, Default::default());
     estate.connections.push(Connection {
         client: None,
         ..admitted
     });
-    let expected: Vec<_> = estate
+    let mut expected: Vec<_> = estate
         .connections
         .iter()
         .map(|it| it.told.clone())
         .collect();
+    let all = estate.in_flight();
+    let mut taken = Estate::default();
+    let given = thread::scope(|scope| {
+        let successor = Successor {
+            line: giving,
+            suited: true,
+        };
+        let given = scope.spawn(move || successor.give(estate).unwrap());
+        taking.take(&mut taken).unwrap();
+        taken.from = Some(taking);
+        taken.begin(5).unwrap();
+        given.join().unwrap()
+    });
+    assert_eq!(
+        (given.connections, given.reset, given.in_flight),
+        (5, 0, all)
+    );
+    assert_eq!(taken.in_flight(), all);
+    // What costs least comes first: nothing in flight, bytes, pipes.
+    let order: Vec<_> = taken
+        .connections
+        .iter()
+        .map(|it| it.told.client.port())
+        .collect();
+    assert_eq!(order, [4, 5, 2, 3, 1]);
+    let mut told: Vec<_> = taken.connections.iter().map(|it| it.told.clone()).collect();
+    told.sort_by_key(|told| told.client.port());
+    expected.sort_by_key(|told| told.client.port());
+    assert_eq!(told, expected);
+    assert_eq!(taken.seats.keys().collect::<Vec<_>>(), [&100, &101]);
+    let rest = |at: usize, way: usize| taken.connections[at].in_flight[way].bytes.clone();
+    assert_eq!([rest(2, 0), rest(2, 1)], [vec![1; 3 << 20], vec![2; 7]]);
+    assert_eq!([rest(4, 0), rest(4, 1)], [b"rest".to_vec(), vec![]]);
+    let held = |at: usize, way: usize| {
+        let pipe = taken.connections[at].in_flight[way].pipe.as_ref().unwrap();
+        let mut held = vec![0; pipe.bytes + 1];
+        let length = nix::unistd::read(&pipe.read, &mut held).unwrap();
+        held.truncate(length);
+        held
+    };
+    assert_eq!(
+        [held(4, 0), held(4, 1), held(3, 1)],
+        [b"held", b"back", b"down"]
+    );
+    assert!(taken.connections[1].client.is_none() && taken.connections[0].client.is_some());
+    // The streams live by the taken copies alone, and end as they are told.
+    drop(taken);
+    for ends in &outside {
+        assert_eq!(end_of(&ends[0]), ErrorKind::ConnectionReset);
+    }
+}
+
+#[test]
+fn connections_that_are_late_are_reset_alone() {
+    let (mut giving, mut taking) = lines(WITHIN);
+    let (mut estate, mut outside) = (Estate::default(), Vec::new());
+    for port in 1..=3 {
+        let (connection, ends) = connection(port, Default::default());
+        estate.connections.push(connection);
+        outside.push(ends);
+    }
     let mut taken = Estate::default();
     thread::scope(|scope| {
         let given = scope.spawn(move || {
-            giving.give(&estate).unwrap();
-            drop(estate.take_connections());
+            assert_eq!(giving.give(&estate, [Duration::ZERO, WITHIN]).unwrap(), 0);
         });
         taking.take(&mut taken).unwrap();
+        assert!(taken.connections.is_empty());
+        taken.from = Some(taking);
+        taken.begin(0).unwrap();
         given.join().unwrap();
     });
-    let told: Vec<_> = taken.connections.iter().map(|it| it.told.clone()).collect();
-    assert_eq!(told, expected);
-    assert_eq!(taken.seats.keys().collect::<Vec<_>>(), [&100, &101]);
-    assert_eq!(taken.connections[0].in_flight, in_flight);
-    assert_eq!(taken.connections[1].in_flight, [vec![], vec![3]]);
-    assert!(taken.connections[1].client.is_some() && taken.connections[2].client.is_none());
-    assert_eq!(taken.in_flight(), (3 << 20) + 8);
-    // The streams live by the taken copies alone, and end as they are told.
-    drop(taken);
-    assert_eq!(end_of(&outside[0][0]), ErrorKind::ConnectionReset);
-    assert_eq!(end_of(&outside[1][1]), ErrorKind::ConnectionReset);
+    for end in outside.iter().flatten() {
+        assert_eq!(end_of(end), ErrorKind::ConnectionReset);
+    }
+}
+
+#[test]
+fn only_one_of_both_goes_on_after_a_break() {
+    for dies in [false, true] {
+        let (mut giving, mut taking) = lines(WITHIN);
+        let (mut estate, mut taken) = (Estate::default(), Estate::default());
+        let (connection, ends) = connection(1, [bytes(vec![7; 9]), Left::default()]);
+        estate.connections.push(connection);
+        let brief = Duration::from_millis(20);
+        let (error, mut estate) = thread::scope(|scope| {
+            let giving = scope.spawn(move || {
+                let error = giving.give(&estate, [WITHIN, brief]).unwrap_err();
+                (error, estate)
+            });
+            taking.take(&mut taken).unwrap();
+            if dies {
+                drop((taking, taken));
+                return giving.join().unwrap();
+            }
+            let kept = giving.join().unwrap();
+            // It is too late to begin.
+            taken.from = Some(taking);
+            let begun = taken.begin(1).unwrap_err();
+            assert!(matches!(begun, HandoverError::BrokenOff(_)), "{begun}");
+            kept
+        });
+        let expected = match dies {
+            true => matches!(error, HandoverError::Gone),
+            false => matches!(error, HandoverError::Late),
+        };
+        assert!(expected, "{error}");
+        let connection = estate.take_connections().remove(0);
+        assert_eq!(connection.in_flight[0].bytes, [7; 9]);
+        let mut client = TcpStream::from(connection.client.unwrap());
+        client.write_all(b"goes on").unwrap();
+        let mut heard = [0; 7];
+        { &ends[0] }.read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, b"goes on");
+    }
 }
 
 #[test]
 fn a_message_that_is_cut_or_bent_is_refused_without_panic() {
-    let (connection, _ends) = connection(1, [vec![0; 2], vec![]]);
-    let part =
-        serde_json::json!({ "Connection": { "told": connection.told, "in_flight": [2, 0] } });
+    let (connection, _ends) = connection(1, Default::default());
+    let load = |bytes: usize, piped: usize| serde_json::json!({ "bytes": bytes, "piped": piped });
+    let of = |client: bool, in_flight: [serde_json::Value; 2]| {
+        let told = &connection.told;
+        let part = serde_json::json!({ "told": told, "client": client, "in_flight": in_flight });
+        serde_json::json!({ "Connection": part })
+            .to_string()
+            .into_bytes()
+    };
+    let message = of(false, [load(2, 0), load(0, 0)]);
     let end = br#"{"End":{"connections":1}}"#;
-    let message = part.to_string().into_bytes();
     let take = |messages: &[&[u8]]| {
         let (giving, mut taking) = lines(WITHIN);
         for (at, message) in messages.iter().enumerate() {
@@ -144,10 +266,7 @@ fn a_message_that_is_cut_or_bent_is_refused_without_panic() {
         drop(giving);
         taking.take(&mut Estate::default())
     };
-    assert!(
-        matches!(take(&[&message, &[7; 2], end]), Err(HandoverError::Gone)),
-        "nobody hears the thanks"
-    );
+    assert!(take(&[&message, &[7; 2], end]).is_ok());
     for length in (1..message.len()).step_by(7) {
         assert!(take(&[&message[..length]]).is_err(), "cut after {length}");
         for value in [0, b'"', b'9', 255] {
@@ -187,7 +306,7 @@ fn who_belongs_to_another_user_is_refused_before_anything_is_said() {
     assert!(
         matches!(refused, Some(HandoverError::Stranger { uid }) if uid == Uid::effective().as_raw())
     );
-    let mut line = Line::to(other, Uid::effective(), Instant::now() + WITHIN).unwrap();
+    let mut line = Line::to(other, Uid::effective(), WITHIN).unwrap();
     assert!(matches!(line.receive(), Err(HandoverError::Gone)));
 }
 
@@ -195,15 +314,16 @@ fn who_belongs_to_another_user_is_refused_before_anything_is_said() {
 fn who_says_nothing_is_not_waited_for() {
     let (_silent, mut line) = lines(Duration::from_millis(20));
     assert!(matches!(line.receive(), Err(HandoverError::Late)));
-    let (connection, _ends) = connection(1, [vec![0; 3 << 20], vec![]]);
+    let (connection, _ends) = connection(1, [bytes(vec![0; 3 << 20]), Left::default()]);
     let (_deaf, mut line) = lines(Duration::from_millis(20));
     let mut estate = Estate::default();
     estate.connections.push(connection);
-    assert!(matches!(line.give(&estate), Err(HandoverError::Late)));
+    let given = line.give(&estate, [WITHIN, WITHIN]);
+    assert!(matches!(given, Err(HandoverError::Late)));
 }
 
 #[test]
-fn what_cannot_be_handed_over_is_reset() {
+fn what_cannot_be_handed_over_is_reset_or_kept() {
     for suited in [true, false] {
         let (line, other) = lines(WITHIN);
         drop(other);
@@ -211,7 +331,10 @@ fn what_cannot_be_handed_over_is_reset() {
         let mut estate = Estate::default();
         estate.connections.push(connection);
         let given = Successor { line, suited }.give(estate);
-        assert_eq!(given.is_err(), suited, "{given:?}");
+        match given {
+            Ok(given) => assert_eq!((suited, given.connections, given.reset), (false, 0, 1)),
+            Err(kept) => assert!(suited && kept.estate.connections.len() == 1),
+        }
         for end in &ends {
             assert_eq!(end_of(end), ErrorKind::ConnectionReset);
         }
@@ -272,8 +395,9 @@ async fn a_daemon_is_relieved_at_its_path_once_and_nobody_waits_there_afterwards
     let successor = offer.taken().await;
     drop(offer);
     let given = tokio::task::spawn_blocking(|| successor.give(Estate::default()));
-    assert!(given.await.unwrap().unwrap());
-    assert!(taking.await.unwrap().unwrap().is_some());
+    let taken = taking.await.unwrap().unwrap();
+    taken.unwrap().begin(0).unwrap();
+    assert!(given.await.unwrap().unwrap().suited);
     assert!(!is_offered(&path), "a socket that nobody listens at");
     assert!(take_over(&path, &terms()).unwrap().is_none());
 }

@@ -1,0 +1,76 @@
+//! Taking up work: queues, listeners, and what another daemon has left.
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Context;
+use tokio::sync::watch;
+use tracing::info;
+
+use crate::accept;
+use crate::enforcer::Enforcer;
+use crate::handover::Estate;
+use crate::succession;
+use crate::worker::Worker;
+
+use super::ending::Thread;
+use super::settings::RunArgs;
+
+/// Binds every queue before the first listener: a SYN that finds a listener must find its queue. Goes on with what `estate`
+/// has, of which nothing moves before all is in place. It is another daemon's, asked for it `since` then, or this
+/// one's own.
+///
+/// # Errors
+/// If a queue or the port is in use, or the daemon that left `estate` does not wait for this one any more.
+pub(super) fn start_workers(
+    args: &RunArgs,
+    enforcer: &Arc<Enforcer>,
+    stopped: &watch::Receiver<bool>,
+    estate: Option<Estate>,
+    since: Option<Instant>,
+) -> anyhow::Result<Vec<Thread>> {
+    let settings = &args.redirect;
+    let mut workers = Vec::new();
+    let mut listeners = Vec::new();
+    let count = settings.queue_count();
+    let relieves = estate.is_some();
+    let mut estate = estate.unwrap_or_default();
+    for number in 0..count {
+        let queue = settings.queue + number;
+        let seat = estate.seats.remove(&queue);
+        let (bound, listener) = seat.map(|seat| (seat.queue, seat.listener)).unzip();
+        listeners.push(listener);
+        let worker = Worker::start(number.into(), count.into(), queue, bound, Arc::clone(enforcer), stopped.clone())
+            .with_context(|| format!("cannot bind NFQUEUE {queue}: is another daemon running, or another program on that queue? (--queue chooses others)"))?;
+        workers.push(worker);
+    }
+    let port = settings.proxy_port;
+    let listen = |left: Option<OwnedFd>| match left {
+        Some(listener) => Ok(listener.into()),
+        None => accept::listen(port),
+    };
+    let listeners = listeners.into_iter().map(listen).collect::<Result<Vec<_>, _>>()
+        .with_context(|| format!("cannot listen on port {port}: is it in use? (--proxy-port chooses another, for iptables-init too)"))?;
+    let mut shares: Vec<Vec<_>> = workers.iter().map(|_| Vec::new()).collect();
+    let left = estate.take_connections();
+    let connections = left.len();
+    let left = succession::adopt(enforcer, left);
+    for (turn, relayed) in left.into_iter().enumerate() {
+        shares[turn % workers.len()].push(relayed);
+    }
+    estate.begin(connections)?;
+    match since {
+        Some(since) if relieves => {
+            let milliseconds = since.elapsed().as_millis();
+            info!(
+                connections,
+                milliseconds, "took over from the daemon before"
+            );
+        }
+        None => info!(connections, "goes on with what no other daemon took over"),
+        Some(_) => {}
+    }
+    let given = listeners.into_iter().zip(shares);
+    let begin = |(worker, (listener, share)): (Worker, _)| worker.listen(listener, share);
+    Ok(workers.into_iter().zip(given).map(begin).collect())
+}

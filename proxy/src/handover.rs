@@ -73,7 +73,7 @@ pub(crate) enum HandoverError {
     Io(#[from] io::Error),
     /// The other daemon had stopped its work already; it goes on with it, or has ended.
     #[error("the handover broke off: {0}")]
-    BrokenOff(#[source] Box<HandoverError>),
+    BrokenOff(#[source] Box<Self>),
 }
 
 /// Who wants to take over from whom.

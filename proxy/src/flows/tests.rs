@@ -48,7 +48,10 @@ async fn stream_and_peer() -> (TcpStream, TcpStream) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let stream = TcpStream::connect(listener.local_addr().unwrap());
     let (stream, peer) = tokio::join!(stream, listener.accept());
-    (stream.unwrap(), peer.unwrap().0)
+    let stream = stream.unwrap();
+    // As each leg is made.
+    reset_when_closed(&stream).unwrap();
+    (stream, peer.unwrap().0)
 }
 
 async fn stream() -> TcpStream {

@@ -13,12 +13,18 @@ pub(crate) const SYSCTL: &str = "netfilter/nf_conntrack_acct";
 const SWITCHED_ON: &str = "switched_on";
 const NOTED: &str = "acct";
 
-/// Has conntrack count, if it may be written, and notes so in the table; whether anything changed.
+/// Whether conntrack counts. To load or try a rule with `ct packets` makes it (linux net/netfilter/nft_ct.c), so it is
+/// asked before.
+pub(crate) fn is_on() -> bool {
+    sysctl::is_on(SYSCTL)
+}
+
+/// Has conntrack count, if it may be written, and notes in the table that it did not before; whether anything changed.
 ///
 /// # Errors
 /// If it could not be noted; nothing is switched on then.
-pub(crate) fn switch_on() -> Result<bool, SetsError> {
-    if sysctl::is_on(SYSCTL) {
+pub(crate) fn switch_on(was_on: bool) -> Result<bool, SetsError> {
+    if was_on {
         return Ok(false);
     }
     note("add")?;
@@ -34,6 +40,13 @@ pub(crate) fn switch_on_script() -> String {
     format!(
         "# If it was off, that is noted in the table, for `uninstall`.\n[ ! -w /proc/sys/net/{SYSCTL} ] || echo 1 > /proc/sys/net/{SYSCTL}\n"
     )
+}
+
+/// After a trial of rules: as it was.
+pub(crate) fn leave_as(was_on: bool) {
+    if !was_on && is_on() {
+        let _ = sysctl::write(SYSCTL, "0");
+    }
 }
 
 /// Undoes [`switch_on`], as `loaded` has it noted.

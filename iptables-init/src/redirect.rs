@@ -84,9 +84,10 @@ pub fn install(settings: &Settings) -> Result<Outcome, RedirectError> {
         return Err(BridgeError::NoFamily.into());
     }
     let ruleset = Ruleset::new(settings, kernel);
+    let counting = accounting::is_on();
     let mut changed = install_routes(settings)?;
     changed |= load_table(&ruleset)?;
-    changed |= accounting::switch_on()?;
+    changed |= accounting::switch_on(counting)?;
     if !settings.bridge.is_empty() {
         changed |= bridges::switch_off()?;
     }
@@ -227,7 +228,10 @@ fn of_routes(error: CommandError) -> RedirectError {
 /// [`CommandError::Refused`] with what nft said.
 pub(crate) fn dry_run(ruleset: &Ruleset) -> Result<(), CommandError> {
     let script = table::create_script(ruleset);
-    command::run(Program::Nft, &["-c", "-f", "-"], &script).map(drop)
+    let counting = accounting::is_on();
+    let tried = command::run(Program::Nft, &["-c", "-f", "-"], &script).map(drop);
+    accounting::leave_as(counting);
+    tried
 }
 
 /// Loads the tables where they are not as `ruleset` has them, and notes then what the kernel holds.

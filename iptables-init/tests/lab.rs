@@ -128,6 +128,9 @@ fn what_install_switched_on_uninstall_switches_off_and_nothing_else() {
             &netns,
             &format!("sysctl -qw net.netfilter.nf_conntrack_acct={before}"),
         );
+        // Without an installed table it makes a trial of all rules.
+        assert!(!init(&netns, "check").success);
+        assert_eq!(counts(), format!("{before}\n"), "check");
         init(&netns, "install").ok();
         assert_eq!(counts(), "1\n", "{before} before");
         // The note outlives a table that takes the other's place.

@@ -120,7 +120,9 @@ impl Occupancy {
 
 /// Whether this network namespace has a link with this index.
 pub(crate) fn exists(index: u32) -> bool {
-    nix::net::if_::if_indextoname(index).is_ok()
+    let name = nix::net::if_::if_indextoname(index);
+    // nix 0.31 takes the null that says "none" for a success.
+    name.is_ok_and(|name| !name.is_empty())
 }
 
 /// Who looks at links.
@@ -370,6 +372,12 @@ mod tests {
             let look = occupancy.look(&[pod("1")], &seen, Instant::now());
             assert_eq!(!look.vacant.is_empty(), expected, "{why}");
         }
+    }
+
+    #[test]
+    fn a_link_that_is_not_there_does_not_exist() {
+        assert!(exists(1), "the loopback link");
+        assert!(!exists(NO_LINK) && !exists(0x7fff_fff0));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Whose an address is: pods outside of their node's pod CIDRs, and addresses that go from one pod to
 //! the next before the API says so.
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 
 use lab::runner::Test;
@@ -9,6 +9,7 @@ use lab::{Cluster, Dial, Gateway, Kind, PodSpec, wait_until};
 use serde_json::{Value, json};
 
 use crate::bridges::BRIDGE;
+use crate::sever::reset_after;
 use crate::support::{Bed, DEADLINE, SOON, ask, connected, echoes, greeted, policy, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
@@ -20,6 +21,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_new_pod_at_a_port_has_no_rights_of_the_last,
     a_daemon_that_starts_gives_no_rights_of_the_last,
     a_pod_whose_route_comes_back_keeps_its_rights,
+    an_address_whose_link_is_gone_is_nobodys,
 ];
 
 /// Addresses with this host number that lie in no pod CIDR.
@@ -335,4 +337,27 @@ fn a_pod_whose_route_comes_back_keeps_its_rights() {
         );
     }
     echoes(&live, "still there");
+}
+
+fn an_address_whose_link_is_gone_is_nobodys() {
+    for gateway in [Gateway::LinkLocal, BRIDGE] {
+        let pod = |name: &str| PodSpec::new("x", name).label("pod", name);
+        let pods = [pod("a"), pod("b"), pod("last")];
+        let mut bed = Bed::bare(Cluster::builder().nodes(1).gateway(gateway).pods(pods));
+        bed.write_policies(&[allow_egress("a")]);
+        bed.enforce(&[]);
+        let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
+        let last = bed.lab.pod("x/last").addresses();
+        let live = connected(&a, SocketAddr::new(last[0], 80));
+        let link = bed.lab.link_of("x/last").unwrap();
+        node.ip(&format!("link del {link}\n")).unwrap();
+        assert_eq!(reset_after(&live), Some(ErrorKind::ConnectionReset));
+        wait_until(DEADLINE, "the addresses to be nobody's", || {
+            !last.iter().any(|at| in_set(&node, "ingress_released", *at))
+        })
+        .unwrap();
+        for at in b.addresses() {
+            assert!(in_set(&node, "ingress_released", at), "{at} is still b's");
+        }
+    }
 }

@@ -6,7 +6,7 @@
 //! | resource | one source | in all | beyond |
 //! |---|---|---|---|
 //! | connections | as many as are still free: one alone half of all, two a third each; the same for one server, and three times that for one namespace | what descriptors allow | a new one is refused; a live one never ends for it |
-//! | half-open ones among them | a pod of this node half | [`Bounds::half_open`] | the oldest of the biggest user, by source or by server, ends; over its half a pod is refused |
+//! | half-open ones among them | a pod of this node two thirds | [`Bounds::half_open`] | the oldest of the biggest user, by source or by server, ends; over its share a pod is refused |
 //! | packets that wait for an unknown address | a pod of this node [`WAITING_OF_SOURCE`] | [`WAITING`] | the same |
 //! | length of a packet that waits | [`LONGEST_WAITING`] | | it is dropped |
 //! | pipes of bulk streams | | [`Bounds::pipes`] | the stream is copied, not spliced |
@@ -57,7 +57,7 @@ pub(crate) enum Full {
 
 impl Bounds {
     /// What `descriptors` allow: two for a connection, and an eighth of all for pipes, two each. Half-open may be
-    /// a quarter of all connections, with one descriptor each, and three quarters of the `backlog` of a listener.
+    /// half of all connections, with one descriptor each, and three quarters of the `backlog` of a listener.
     pub(crate) fn of(
         descriptors: usize,
         backlog: usize,
@@ -71,7 +71,7 @@ impl Bounds {
         Self {
             per_source: most_of_source.unwrap_or(total).min(total),
             total,
-            half_open: (total / 4).min(backlog / 4 * 3).clamp(16, HALF_OPEN),
+            half_open: (total / 2).min(backlog / 4 * 3).clamp(16, HALF_OPEN),
             pipes,
         }
     }
@@ -87,7 +87,7 @@ mod tests {
             let bounds = Bounds::of(descriptors, 4096, None, None);
             let used = 2 * bounds.total + 2 * bounds.pipes + DESCRIPTORS_KEPT;
             assert!(used <= descriptors, "{bounds:?}");
-            assert!(bounds.half_open <= bounds.total / 4, "{bounds:?}");
+            assert!(bounds.half_open <= bounds.total / 2, "{bounds:?}");
             assert!(bounds.total >= descriptors / 4, "{bounds:?}");
         }
     }
@@ -107,7 +107,7 @@ mod tests {
         let lower = of(Some(100), Some(7));
         assert_eq!(
             (lower.total, lower.per_source, lower.half_open),
-            (100, 7, 25)
+            (100, 7, 50)
         );
     }
 }

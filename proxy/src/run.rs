@@ -255,7 +255,7 @@ fn enforcer(
         flows: Flows::new(args.redirect.mark_mask),
         carried: Carried::default(),
         limits: Connections::new(bounds.per_source, bounds.total),
-        half_open: Pending::new(bounds.half_open / 2, bounds.half_open),
+        half_open: Pending::new(bounds.half_open / 3 * 2, bounds.half_open),
         waiting: Pending::new(WAITING_OF_SOURCE, WAITING),
         marks: args.redirect.mark_mask,
         deny: args.deny,

@@ -7,8 +7,13 @@ use std::collections::{HashMap, VecDeque};
 
 use crate::limits::Source;
 
-/// Packets of one user that may wait here; more are dropped, so that the kernel's queue is not filled by one.
-pub(super) const OF_USER: usize = 256;
+/// Packets of one user that may wait here, and no more than there is room for in all: the kernel has a place in its
+/// queue for each until it is decided. A client that begins a thousand connections at once loses none.
+const OF_USER: usize = 2048;
+/// Of these, long ones, of which the kernel keeps all.
+const LONG_OF_USER: usize = 64;
+/// Packets that may wait here in all.
+const ROOM: usize = 8192;
 
 /// Who waits: a pod of this node by what it sends; else the one who is asked, since whoever sends to it may do so
 /// in any number of names.
@@ -23,6 +28,7 @@ pub(super) struct Backlog<T> {
     waiting: HashMap<User, VecDeque<T>, ahash::RandomState>,
     /// Users of whom something waits, in the order of their turns.
     turns: VecDeque<User>,
+    len: usize,
 }
 
 impl<T> Backlog<T> {
@@ -30,6 +36,7 @@ impl<T> Backlog<T> {
         Self {
             waiting: HashMap::default(),
             turns: VecDeque::new(),
+            len: 0,
         }
     }
 
@@ -37,15 +44,18 @@ impl<T> Backlog<T> {
         self.turns.is_empty()
     }
 
-    /// Adds something behind all of the same user.
+    /// Adds a packet behind all of the same user.
     ///
     /// # Errors
-    /// The same thing, if as much of the user as may waits already.
-    pub(super) fn push(&mut self, user: User, value: T) -> Result<(), T> {
-        let waiting = self.waiting.entry(user.clone()).or_default();
-        if waiting.len() >= OF_USER {
+    /// The same packet, if as many of the user as may wait already, or as there is still room for.
+    pub(super) fn push(&mut self, user: User, value: T, is_long: bool) -> Result<(), T> {
+        let free = ROOM - self.len;
+        let most = if is_long { LONG_OF_USER } else { OF_USER }.min(free);
+        if self.waiting.get(&user).map_or(0, VecDeque::len) >= most {
             return Err(value);
         }
+        self.len += 1;
+        let waiting = self.waiting.entry(user.clone()).or_default();
         if waiting.is_empty() {
             self.turns.push_back(user);
         }
@@ -58,6 +68,7 @@ impl<T> Backlog<T> {
         let user = self.turns.pop_front()?;
         let waiting = self.waiting.get_mut(&user)?;
         let value = waiting.pop_front();
+        self.len -= usize::from(value.is_some());
         if waiting.is_empty() {
             self.waiting.remove(&user);
         } else {
@@ -75,26 +86,48 @@ mod tests {
         User::Asks(Source::Outside([10, 0, 0, last].into()))
     }
 
+    /// Adds short packets of a user until one is refused; how many were taken.
+    fn fill(backlog: &mut Backlog<usize>, last: u8) -> usize {
+        let pushed = (0..).map(|value| backlog.push(user(last), value, false));
+        pushed.take_while(Result::is_ok).count()
+    }
+
     #[test]
     fn users_take_turns_and_each_has_its_own_order() {
         let mut backlog = Backlog::new();
         for (from, value) in [(1, 10), (1, 11), (1, 12), (2, 20), (3, 30), (2, 21)] {
-            assert_eq!(backlog.push(user(from), value), Ok(()));
+            assert_eq!(backlog.push(user(from), value, false), Ok(()));
         }
         let order: Vec<_> = std::iter::from_fn(|| backlog.pop()).collect();
         assert_eq!(order, [10, 20, 30, 11, 21, 12]);
-        assert!(backlog.is_empty() && backlog.waiting.is_empty());
+        assert!(backlog.is_empty() && backlog.waiting.is_empty() && backlog.len == 0);
     }
 
     #[test]
     fn one_user_has_so_much_room_and_others_have_theirs() {
         let mut backlog = Backlog::new();
-        for value in 0..OF_USER {
-            assert_eq!(backlog.push(user(1), value), Ok(()));
-        }
-        assert_eq!(backlog.push(user(1), 7), Err(7));
-        assert_eq!(backlog.push(user(2), 8), Ok(()));
+        assert_eq!(fill(&mut backlog, 1), OF_USER);
+        assert_eq!(backlog.push(user(2), 8, false), Ok(()));
         assert_eq!((backlog.pop(), backlog.pop()), (Some(0), Some(8)));
-        assert_eq!(backlog.push(user(1), 9), Ok(()), "one has gone");
+        assert_eq!(fill(&mut backlog, 1), 1, "one has gone");
+    }
+
+    #[test]
+    fn many_users_leave_room_for_one_more() {
+        let mut backlog = Backlog::new();
+        let taken: usize = (1..=20).map(|last| fill(&mut backlog, last)).sum();
+        assert!(taken <= ROOM);
+        let mut backlog = Backlog::new();
+        (1..=5).for_each(|last| assert!(fill(&mut backlog, last) > 0, "{last}"));
+        assert_eq!(backlog.push(user(6), 7, false), Ok(()));
+    }
+
+    #[test]
+    fn long_packets_of_a_user_have_less_room() {
+        let mut backlog = Backlog::new();
+        let pushed = (0..).map(|value| backlog.push(user(1), value, true));
+        assert_eq!(pushed.take_while(Result::is_ok).count(), LONG_OF_USER);
+        assert_eq!(backlog.push(user(1), 7, false), Ok(()));
+        assert_eq!(backlog.push(user(2), 7, true), Ok(()));
     }
 }

@@ -6,6 +6,7 @@ use super::backlog::{Backlog, User};
 use super::nfqueue::Queued;
 use super::packet::Packet;
 use super::{Came, Gate};
+use crate::limits::LONGEST_WAITING;
 use crate::metrics::Cause;
 
 /// Packets taken from the kernel's queue at once if many wait there.
@@ -47,7 +48,8 @@ impl Gate {
             true => User::Asks(asking.source),
             false => User::Asked(self.enforcer.source_of(server.ip())),
         };
-        if let Err(came) = backlog.push(user, came) {
+        let is_long = came.length > LONGEST_WAITING;
+        if let Err(came) = backlog.push(user, came, is_long) {
             self.refuse(came.id, Cause::Crowded);
         }
     }

@@ -179,7 +179,7 @@ fn the_bound_of_the_node_is_told_apart_from_that_of_a_pod() {
     assert!(metric(&node, NODE_LIMIT) >= 1);
 }
 
-/// Connections in all, of which a quarter may be half-open.
+/// Connections in all; three quarters of a listener's backlog may be half-open.
 const FEW: [&str; 2] = ["--max-connections", "400"];
 const ALL: usize = 400;
 const HALF_OPEN: u64 = 96;

@@ -165,9 +165,13 @@ fn a_flooding_pods_flows_are_all_cut() {
     })
     .unwrap();
     assert!(carried(&node) > usize::try_from(SHARE).unwrap());
+    let since = Instant::now();
     bed.apply(&[egress("a", Some("198.18.0.0/15"))]);
+    let in_force = since.elapsed();
     wait_until(DEADLINE, "all of them to be cut", || carried(&node) == 0)
         .unwrap_or_else(|error| panic!("{error}: {} left\n{}", carried(&node), bed.logs()));
+    let all = since.elapsed();
+    println!("its share cut and in force after {in_force:?}, the rest cut after {all:?}");
 }
 
 /// Bytes that the daemon has of what `/proc/PID/status` calls `key`.

@@ -11,13 +11,14 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::connect::{keepalive, reset_when_closed};
+use crate::connect::{keepalive, reset_when_closed, send_soon};
 use crate::enforcer::Enforcer;
 use crate::flows::{Flow, FlowKey, Legs, Upstream};
 use crate::occasional::warn_occasionally;
 use crate::records::Outcome;
-use crate::relay::{InFlight, relay};
+use crate::relay::{InFlight, Pressure, relay};
 use crate::succession::{self, Relayed};
+use crate::unread::Owner;
 
 /// Completed handshakes that may wait for us; the kernel caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 16_384;
@@ -62,6 +63,7 @@ fn open(domain: Domain, address: SocketAddr) -> io::Result<std::net::TcpListener
     socket.set_out_of_band_inline(true)?;
     socket.set_tcp_keepalive(&keepalive())?;
     reset_when_closed(&socket)?;
+    send_soon(&socket)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
@@ -120,6 +122,7 @@ pub(crate) fn resume(relayed: Relayed, enforcer: &Arc<Enforcer>, worker: usize) 
     });
     match watched {
         Ok((client, server)) => {
+            flow.holding.is_taken_over();
             let in_flight = InFlight::resumed(in_flight);
             let task = live(
                 client,
@@ -146,7 +149,7 @@ async fn live(
     let outcome = match at_home(upstream, worker) {
         Ok(server) => {
             let legs = Arc::new(Legs { server, client });
-            let ended = relayed(&legs, &flow, &in_flight).await;
+            let ended = relayed(&legs, &flow, &in_flight, &enforcer).await;
             match ended {
                 Outcome::Closed => {
                     close_in_order(&legs.client);
@@ -167,16 +170,70 @@ async fn live(
 }
 
 /// Relays until both sides have ended, one breaks, or the connection is cut.
-async fn relayed(legs: &Arc<Legs>, flow: &Flow, in_flight: &InFlight) -> Outcome {
+async fn relayed(
+    legs: &Arc<Legs>,
+    flow: &Flow,
+    in_flight: &InFlight,
+    enforcer: &Enforcer,
+) -> Outcome {
     flow.lend(legs);
+    let pressed = Pressed {
+        legs,
+        flow,
+        enforcer,
+    };
+    pressed.begins();
     let (client, server) = (&legs.client, &legs.server);
     tokio::select! {
         biased;
-        () = flow.cut_off() => Outcome::Stopped,
-        ended = relay(client, server, &flow.moved, flow.trail.get(), in_flight) => match ended {
+        () = flow.cut_off() => match flow.holding.gave_way() {
+            true => Outcome::Unread,
+            false => Outcome::Stopped,
+        },
+        ended = relay(client, server, &flow.moved, flow.trail.get(), in_flight, &pressed) => match ended {
             Ok(()) => Outcome::Closed,
             Err(error) => Outcome::Broken(error.kind()),
         },
+    }
+}
+
+/// A stream whose receivers may not keep up.
+struct Pressed<'a> {
+    legs: &'a Legs,
+    flow: &'a Flow,
+    enforcer: &'a Enforcer,
+}
+
+impl Pressed<'_> {
+    fn begins(&self) {
+        let stream = &self.flow.holding;
+        if self.enforcer.unread.opens(stream, || self.owner()) {
+            stream.keep_small(self.legs.of(0));
+        }
+    }
+
+    fn owner(&self) -> Owner {
+        let decision = self.flow.decision();
+        let from = decision.as_ref().and_then(|it| it.from.as_ref());
+        Owner::new(from.map(|pod| &pod.identity.uid), self.flow.key.client.ip())
+    }
+}
+
+impl Pressure for Pressed<'_> {
+    fn presses(&self, direction: usize, bytes: usize) {
+        let (unread, stream) = (&self.enforcer.unread, &self.flow.holding);
+        if let Some(share) = unread.presses(stream, || self.owner(), direction, bytes) {
+            let [from, to] = self.legs.of(direction);
+            stream.reduce(from, to, share);
+        }
+    }
+
+    fn eases(&self, direction: usize) {
+        self.enforcer.unread.eases(&self.flow.holding, direction);
+    }
+
+    fn most(&self) -> usize {
+        self.enforcer.unread.most_relayed(&self.flow.holding)
     }
 }
 

@@ -18,6 +18,7 @@ use crate::limits::{Asking, Connections, Party, Pending, Place, ShareUsedUp, Sou
 use crate::metrics::{Cause, Metrics};
 use crate::recorder::Recorder;
 use crate::records::{Outcome, Subject};
+use crate::unread::Unread;
 
 /// What a refused client sees.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -55,6 +56,7 @@ pub(crate) struct Enforcer {
     pub(crate) half_open: Arc<Pending<Weak<Flow>>>,
     /// Packets that wait until an address is known; who has to give way is notified.
     pub(crate) waiting: Arc<Pending<Arc<Notify>>>,
+    pub(crate) unread: Unread,
     pub(crate) marks: Marks,
     pub(crate) deny: Deny,
     /// How long a first packet waits for a pod that is not known yet.

@@ -6,6 +6,7 @@ mod adopted;
 mod by_address;
 mod ending;
 mod handshake;
+mod pressed;
 mod stage;
 
 use std::collections::BTreeSet;
@@ -26,6 +27,7 @@ use crate::limits::Permit;
 use crate::records::Subject;
 use crate::relay::Moved;
 use crate::trail::Trail;
+use crate::unread::Holding;
 
 pub(crate) use adopted::Adopted;
 pub(crate) use by_address::{ByAddress, Ends};
@@ -55,6 +57,7 @@ pub(crate) struct Flow {
     pub(crate) opened: SystemTime,
     pub(crate) started: Instant,
     pub(crate) moved: Moved,
+    pub(crate) holding: Holding,
     /// Kept if the connection is followed for a span.
     pub(crate) trail: OnceLock<Trail>,
     decision: Mutex<Option<Arc<Decision>>>,
@@ -242,6 +245,7 @@ impl Flow {
             opened: SystemTime::now(),
             started: Instant::now(),
             moved: Moved::default(),
+            holding: Holding::default(),
             trail: OnceLock::new(),
             decision: Mutex::new(None),
             severance: Mutex::new(None),

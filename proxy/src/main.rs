@@ -30,6 +30,7 @@ mod succession;
 mod sys;
 mod telemetry;
 mod trail;
+mod unread;
 mod worker;
 
 use std::io::IsTerminal;

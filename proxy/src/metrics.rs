@@ -138,6 +138,8 @@ pub(crate) struct Metrics {
     taken_over: Counter,
     /// In the order of [`Part::ALL`].
     redirect: [Counter; Part::ALL.len()],
+    unread: Gauge,
+    gave_way: Counter,
     scraped: Scraped,
 }
 
@@ -171,6 +173,18 @@ impl Metrics {
             "How often a part of the redirect was found gone or changed",
             redirect.clone(),
         );
+        let (unread, gave_way) = (Gauge::default(), Counter::default());
+        registry.register_with_unit(
+            "unread",
+            "Memory of streams whose receivers do not keep up",
+            Unit::Bytes,
+            unread.clone(),
+        );
+        registry.register(
+            "unread_resets",
+            "Streams reset because their source had more bytes unread than it may have",
+            gave_way.clone(),
+        );
         Self {
             redirect: Part::ALL.map(|part| {
                 redirect.get_or_create_owned(&CauseLabel {
@@ -185,6 +199,8 @@ impl Metrics {
             change,
             enforced,
             taken_over,
+            unread,
+            gave_way,
             scraped: Scraped::registered(&mut registry),
             registry,
         }
@@ -223,6 +239,12 @@ impl Metrics {
     /// Counts a connection that another daemon has left.
     pub(crate) fn taken_over(&self) {
         self.taken_over.inc();
+    }
+
+    /// Notes what streams take whose receivers do not keep up, and counts those that gave way for it.
+    pub(crate) fn unread(&self, bytes: usize, gave_way: usize) {
+        self.unread.set(whole(bytes as u64));
+        self.gave_way.inc_by(gave_way as u64);
     }
 
     /// Notes how long a first packet waited for the server.

@@ -51,6 +51,8 @@ pub(crate) enum Outcome {
     Broken(io::ErrorKind),
     /// The daemon ended it.
     Stopped,
+    /// The daemon ended it, for the bytes that its receivers left unread.
+    Unread,
     /// It goes on in the kernel; this is its first packet.
     Carried,
     /// There was no connection to the server; the client heard the same.
@@ -95,6 +97,9 @@ impl Record {
         match outcome {
             Outcome::Closed | Outcome::Carried => reason,
             Outcome::Broken(kind) => format!("{reason} Broken off: {kind}."),
+            Outcome::Unread => {
+                format!("{reason} Reset: its source has more bytes unread than it may have.")
+            }
             Outcome::Stopped => format!("{reason} Ended by the daemon."),
             Outcome::Unanswered(why) => format!("{reason} Not connected: {why}."),
         }

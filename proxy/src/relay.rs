@@ -29,6 +29,8 @@ pub(crate) use pipe::{Unread, allow_pipes};
 
 /// Bytes that one read through the shared buffer can take.
 const BUFFER: usize = 64 << 10;
+/// A read of so many bytes makes a direction press until its source has no more ready.
+const PRESSING_READ: usize = BUFFER / 2;
 /// So many reads in a row that fill the buffer make a direction bulk.
 const FULL_READS_OF_BULK: u32 = 2;
 
@@ -71,6 +73,25 @@ impl Moved {
     }
 }
 
+/// Hears how the directions of a stream get on: 0 is that to the server, 1 that to the client.
+pub(crate) trait Pressure {
+    /// Its source sends much, or its receiver takes nothing now; so many bytes are here.
+    fn presses(&self, direction: usize, bytes: usize);
+    /// It is neither any more, or the relay has ended.
+    fn eases(&self, direction: usize);
+    /// Bytes that a direction may take from its source before it gives them to the receiver.
+    fn most(&self) -> usize;
+}
+
+/// A direction whose source sends much, or whose receiver takes nothing.
+struct Pressed<'a>(Side<'a>);
+
+impl Drop for Pressed<'_> {
+    fn drop(&mut self) {
+        self.0.pressure.eases(self.0.direction);
+    }
+}
+
 /// Relays until both sides have closed. A half-close is passed on and the other direction goes on. What is `in_flight`
 /// goes first; what the future leaves there when it is dropped has been taken from one side and not given to the other.
 ///
@@ -83,6 +104,7 @@ pub(crate) async fn relay(
     moved: &Moved,
     trail: Option<&Trail>,
     in_flight: &InFlight,
+    pressure: &dyn Pressure,
 ) -> io::Result<()> {
     let (client_ended, server_ended) = (Cell::new(false), Cell::new(false));
     let mut up = pin!(direction(
@@ -94,6 +116,8 @@ pub(crate) async fn relay(
             trail,
             first: Moment::Sent,
             last: Moment::ClientEnded,
+            direction: 0,
+            pressure,
         },
         &client_ended,
         &server_ended
@@ -107,6 +131,8 @@ pub(crate) async fn relay(
             trail,
             first: Moment::Received,
             last: Moment::ServerEnded,
+            direction: 1,
+            pressure,
         },
         &server_ended,
         &client_ended
@@ -137,9 +163,17 @@ struct Side<'a> {
     first: Moment,
     /// Its end before the other's.
     last: Moment,
+    direction: usize,
+    pressure: &'a dyn Pressure,
 }
 
-impl Side<'_> {
+impl<'a> Side<'a> {
+    /// To be kept for as long as that is so, with so many bytes at first.
+    fn presses(self, bytes: usize) -> Pressed<'a> {
+        self.pressure.presses(self.direction, bytes);
+        Pressed(self)
+    }
+
     fn took(&self, bytes: usize) {
         if self.moved.fetch_add(bytes as u64, Ordering::Relaxed) == 0 && bytes > 0 {
             self.note(self.first);
@@ -200,10 +234,12 @@ async fn direction(
 
 async fn one_way(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> io::Result<()> {
     let (mut full_reads, mut turn) = (0, Turn::default());
+    let mut pressed = None;
     let rest = &side.passing.rest;
-    pass_on(to, rest).await?;
+    pass_on(to, side, &mut pressed).await?;
     if let Some(pipe) = side.passing.kept() {
-        empty(&pipe, to).await?;
+        pressed.get_or_insert_with(|| side.presses(pipe.held()));
+        empty(&pipe, to, side).await?;
     }
     loop {
         // After a read that left room this still says yes, and the next read hears EAGAIN. To trust the
@@ -211,12 +247,16 @@ async fn one_way(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> io::Result
         let ready = from.ready(Interest::READABLE | Interest::ERROR).await?;
         let taken = match copy(from, to, ready, rest) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && !ready.is_error() => {
+                pressed = None;
                 continue;
             }
             other => other?,
         };
         side.took(taken);
-        pass_on(to, rest).await?;
+        if taken >= PRESSING_READ {
+            pressed.get_or_insert_with(|| side.presses(0));
+        }
+        pass_on(to, side, &mut pressed).await?;
         if is_last(ready, taken) {
             return Ok(());
         }
@@ -268,10 +308,21 @@ fn copy(
     })
 }
 
-/// Writes all of `rest`; what is there when this is dropped has not been written.
-async fn pass_on(to: &TcpStream, rest: &RefCell<VecDeque<u8>>) -> io::Result<()> {
+/// Writes all of the rest; what is there when this is dropped has not been written.
+async fn pass_on<'a>(
+    to: &TcpStream,
+    side: Side<'a>,
+    pressed: &mut Option<Pressed<'a>>,
+) -> io::Result<()> {
+    let rest = &side.passing.rest;
     if rest.borrow().is_empty() {
         return Ok(());
+    }
+    // The receiver has just taken less than there was.
+    let bytes = rest.borrow().len();
+    match pressed {
+        Some(_) => side.pressure.presses(side.direction, bytes),
+        None => *pressed = Some(side.presses(bytes)),
     }
     while !rest.borrow().is_empty() {
         let write = || to.try_write(rest.borrow().as_slices().0);
@@ -280,6 +331,7 @@ async fn pass_on(to: &TcpStream, rest: &RefCell<VecDeque<u8>>) -> io::Result<()>
     }
     // Of an idle connection no buffer is kept.
     rest.take();
+    side.pressure.presses(side.direction, 0);
     Ok(())
 }
 
@@ -298,23 +350,30 @@ async fn splice_while_bulk(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> 
     let pipe = side.passing.keep(pipe);
     let mut turn = Turn::default();
     loop {
-        let taken = match from.try_io(Interest::READABLE, || pipe.fill_from(from)) {
+        let taken = match from.try_io(Interest::READABLE, || {
+            pipe.fill_from(from, side.pressure.most())
+        }) {
             Ok(0) => return Ok(Source::Ended),
             Ok(taken) => taken,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Source::Paused),
             Err(error) => return Err(error),
         };
         side.moved.fetch_add(taken as u64, Ordering::Relaxed);
-        empty(&pipe, to).await?;
+        empty(&pipe, to, side).await?;
         turn.took(taken).await;
     }
 }
 
 /// Moves all that is in the pipe to `to`; what is there when this is dropped has not been moved.
-async fn empty(pipe: &Pipe, to: &TcpStream) -> io::Result<()> {
+async fn empty(pipe: &Pipe, to: &TcpStream, side: Side<'_>) -> io::Result<()> {
     while !pipe.is_empty() {
-        let drain = || pipe.drain_to(to);
-        to.async_io(Interest::WRITABLE, drain).await?;
+        match to.try_io(Interest::WRITABLE, || pipe.drain_to(to)) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                side.pressure.presses(side.direction, pipe.held());
+                to.writable().await?;
+            }
+            other => drop(other?),
+        }
     }
     Ok(())
 }

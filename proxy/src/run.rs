@@ -2,6 +2,7 @@
 mod ending;
 mod follow;
 mod node;
+mod reclaim;
 mod relief;
 mod settings;
 mod source;
@@ -36,6 +37,7 @@ use crate::redirect::Redirect;
 use crate::relay;
 use crate::released::{LocalPods, Released};
 use crate::telemetry::{Spans, TelemetryError};
+use crate::unread::Unread;
 
 use ending::{Ended, Running, StopSignals, Thread};
 use follow::{Follower, first_state};
@@ -132,7 +134,6 @@ async fn enforce(
     let enforcer = enforcer(args, node, Arc::clone(&table), source.status())?;
     let (stop, stopped) = watch::channel(false);
     let pod = Arc::default();
-    // The daemon that did not take over may have it for a moment yet.
     let patience = kept.as_ref().map(|_| relief::FREE_WITHIN);
     let serve = async || open_admin(args, patience, &pod, &enforcer, &readiness, &stopped).await;
     // Before the first state is there, which can take long: who waits wants to know for what. A daemon that is
@@ -159,10 +160,7 @@ async fn enforce(
     )?;
     // From here on live connections may depend on this daemon.
     let began = kept.is_none().then(Instant::now);
-    let estate = match kept {
-        Some(estate) => Some(estate),
-        None => relief.take_over().await?,
-    };
+    let estate = relief.take_over(kept).await?;
     let serving = match serving {
         Some(serving) => serving,
         None => serve().await?,
@@ -214,9 +212,11 @@ fn begin(
     follow_carried(enforcer, &mut tasks)?;
     let workers = start_workers(args, enforcer, stopped, estate, since)?;
     tasks.spawn(expire(Arc::clone(enforcer)));
+    reclaim::start(Arc::clone(enforcer), stopped.clone())?;
     Ok((workers, tasks))
 }
 
+/// Opens the admin port; with patience it waits for a daemon that did not take over to give it back.
 async fn open_admin(
     args: &RunArgs,
     patience: Option<Duration>,
@@ -257,6 +257,7 @@ fn enforcer(
         limits: Connections::new(bounds.per_source, bounds.total),
         half_open: Pending::new(bounds.half_open / 3 * 2, bounds.half_open),
         waiting: Pending::new(WAITING_OF_SOURCE, WAITING),
+        unread: Unread::new(args.max_unread.saturating_mul(1 << 20)),
         marks: args.redirect.mark_mask,
         deny: args.deny,
         hold: args.hold.into(),

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "the one place for calls without a safe wrapper")]
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use tokio::io::unix::AsyncFd;
 
@@ -64,6 +65,95 @@ pub(crate) fn disconnect(socket: impl AsFd) -> io::Result<()> {
     }
 }
 
+/// Bytes of memory that a socket takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Memory {
+    /// Received, and not read yet.
+    pub(crate) received: usize,
+    /// The bound of these.
+    pub(crate) receive_buffer: usize,
+    /// Written, and not acknowledged yet.
+    pub(crate) sent: usize,
+    /// The bound of these.
+    pub(crate) send_buffer: usize,
+}
+
+/// What `socket` takes, with the kernel's overhead (`SO_MEMINFO`, linux/sock_diag.h; since Linux 4.12).
+///
+/// # Errors
+/// `ENOPROTOOPT` if the kernel is older.
+pub(crate) fn socket_memory(socket: impl AsFd) -> io::Result<Memory> {
+    const SO_MEMINFO: libc::c_int = 55;
+    let mut values = [0u32; 9];
+    let mut length: libc::socklen_t = 36;
+    // SAFETY: the borrow keeps the socket open; `values` and `length` are valid for writes during the call, `length`
+    // is the size of `values`, and the kernel keeps neither pointer.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_MEMINFO,
+            values.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    // SK_MEMINFO_RMEM_ALLOC, _RCVBUF, _WMEM_ALLOC, _SNDBUF, _FWD_ALLOC, _WMEM_QUEUED, _OPTMEM, _BACKLOG.
+    let [
+        received,
+        receive_buffer,
+        _,
+        send_buffer,
+        _,
+        sent,
+        _,
+        backlog,
+        _,
+    ] = values.map(|value| usize::try_from(value).unwrap_or(usize::MAX));
+    match result {
+        0 => Ok(Memory {
+            received: received + backlog,
+            receive_buffer,
+            sent,
+            send_buffer,
+        }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Has the kernel choose the sizes of a socket's buffers again (`SO_BUF_LOCK`, since Linux 5.14).
+///
+/// # Errors
+/// `ENOPROTOOPT` if the kernel is older.
+pub(crate) fn unlock_buffers(socket: impl AsFd) -> io::Result<()> {
+    const SO_BUF_LOCK: libc::c_int = 72;
+    set(socket, libc::SOL_SOCKET, SO_BUF_LOCK, 0)
+}
+
+/// The time that a segment of a TCP socket takes to be acknowledged (`TCP_INFO`, `tcpi_rtt`), smoothed.
+///
+/// # Errors
+/// `ENOPROTOOPT` if it is no TCP socket.
+pub(crate) fn round_trip(socket: impl AsFd) -> io::Result<Duration> {
+    // SAFETY: a `tcp_info` is numbers, for which zero is a value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = libc::socklen_t::try_from(size_of_val(&info)).unwrap_or_default();
+    // SAFETY: the borrow keeps the socket open; `info` and `length` are valid for writes during the call, `length` is
+    // the size of `info`, and the kernel keeps neither pointer.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            std::ptr::from_mut(&mut info).cast(),
+            &raw mut length,
+        )
+    };
+    match result {
+        0 => Ok(Duration::from_micros(info.tcpi_rtt.into())),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Has the kernel take a dump's request at its word and refuse what it does not know
 /// (`NETLINK_GET_STRICT_CHK`, linux/netlink.h; since Linux 4.20).
 ///
@@ -83,16 +173,24 @@ pub(crate) fn listen_everywhere(netlink: impl AsFd) -> io::Result<()> {
 }
 
 fn switch_on(netlink: impl AsFd, option: libc::c_int) -> io::Result<()> {
-    let fd = netlink.as_fd();
-    let on: libc::c_int = 1;
-    // SAFETY: the borrow keeps `fd` open; `on` is valid for reads during the call, its size is the
+    set(netlink, libc::SOL_NETLINK, option, 1)
+}
+
+fn set(
+    socket: impl AsFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    let fd = socket.as_fd();
+    // SAFETY: the borrow keeps `fd` open; `value` is valid for reads during the call, its size is the
     // one given, and the kernel keeps no pointer.
     let result = unsafe {
         libc::setsockopt(
             fd.as_raw_fd(),
-            libc::SOL_NETLINK,
+            level,
             option,
-            std::ptr::from_ref(&on).cast(),
+            std::ptr::from_ref(&value).cast(),
             4,
         )
     };
@@ -103,11 +201,10 @@ fn switch_on(netlink: impl AsFd, option: libc::c_int) -> io::Result<()> {
 }
 
 /// Descriptors that the kernel lets one message have (`SCM_MAX_FD`, net/scm.h).
-const MOST_DESCRIPTORS: usize = 253;
-/// Room for them: no message has more than fits.
+const MOST_DESCRIPTORS: u32 = 253;
+/// Room for them, of four bytes each: no message has more than fits.
 // SAFETY: it calculates.
-const CONTROL: usize =
-    unsafe { libc::CMSG_SPACE((MOST_DESCRIPTORS * size_of::<RawFd>()) as u32) } as usize;
+const CONTROL: usize = unsafe { libc::CMSG_SPACE(MOST_DESCRIPTORS * 4) } as usize;
 
 /// A message as it has arrived.
 #[derive(Debug)]
@@ -153,25 +250,30 @@ pub(crate) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Receiv
     })
 }
 
-/// Takes the descriptors out of a message that `recvmsg` has just filled in.
+/// Takes the descriptors out of a message that `recvmsg` has just filled in: `msg_controllen` bytes of whole control
+/// messages are where `header` points, aligned.
 fn received(header: &libc::msghdr) -> Vec<OwnedFd> {
     let mut descriptors = Vec::new();
-    // SAFETY: the kernel has written `msg_controllen` bytes of whole control messages, aligned, to where `header`
-    // points, so that each of these calls stays within them; each has as many descriptors as its length says.
-    // The kernel has just opened them for us, and nobody else knows their numbers.
-    unsafe {
-        let mut control = libc::CMSG_FIRSTHDR(header);
-        while let Some(head) = control.as_ref() {
-            if (head.cmsg_level, head.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
-                let data = libc::CMSG_DATA(control).cast::<RawFd>();
-                let bytes = head.cmsg_len - libc::CMSG_LEN(0) as usize;
-                for at in 0..bytes / size_of::<RawFd>() {
-                    let fd = data.add(at).read_unaligned();
-                    descriptors.push(OwnedFd::from_raw_fd(fd));
-                }
-            }
-            control = libc::CMSG_NXTHDR(header, control);
+    // SAFETY: `header` is as said above.
+    let mut control = unsafe { libc::CMSG_FIRSTHDR(header) };
+    // SAFETY: it is null, or points to a control message, which lives as long as `header`.
+    while let Some(head) = unsafe { control.as_ref() } {
+        if (head.cmsg_level, head.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            // SAFETY: it calculates.
+            let empty = unsafe { libc::CMSG_LEN(0) } as usize;
+            // SAFETY: `control` points to a control message.
+            let data = unsafe { libc::CMSG_DATA(control) };
+            // SAFETY: that has so many bytes of data by its length, which the kernel has written.
+            let data = unsafe { std::slice::from_raw_parts(data, head.cmsg_len - empty) };
+            let (numbers, _) = data.as_chunks();
+            descriptors.extend(numbers.iter().map(|number| {
+                let fd = RawFd::from_ne_bytes(*number);
+                // SAFETY: the kernel has just opened it for us, and nobody else knows its number.
+                unsafe { OwnedFd::from_raw_fd(fd) }
+            }));
         }
+        // SAFETY: `control` points to a control message of `header`.
+        control = unsafe { libc::CMSG_NXTHDR(header, control) };
     }
     descriptors
 }
@@ -202,7 +304,7 @@ mod tests {
         let (sender, socket) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
         let (read, _write) = nix::unistd::pipe().unwrap();
         let before = copies_of(&read);
-        for (count, room) in [(1, 64), (3, 64), (MOST_DESCRIPTORS, 64), (2, 1)] {
+        for (count, room) in [(1, 64), (3, 64), (MOST_DESCRIPTORS as usize, 64), (2, 1)] {
             let raw = vec![read.as_raw_fd(); count];
             let rights = [ControlMessage::ScmRights(&raw)];
             let part = [IoSlice::new(b"message")];

@@ -96,12 +96,9 @@ impl Flow {
         self.cut.notify_one();
         let stage = self.stage();
         self.is_cut.store(true, Ordering::Relaxed);
-        let lent = match &*stage {
-            Stage::Live(legs) => legs.upgrade(),
-            _ => None,
-        };
+        let legs = stage.legs();
         drop(stage);
-        if let Some(legs) = lent {
+        if let Some(legs) = legs {
             legs.reset();
         }
     }

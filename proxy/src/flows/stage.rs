@@ -1,5 +1,5 @@
 //! How far a connection has come, and the sockets that it has by then. Knows no table.
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use tokio::net::TcpStream;
@@ -39,6 +39,14 @@ pub(crate) enum StageName {
 }
 
 impl Stage {
+    /// Both legs, if they stand and have been lent.
+    pub(super) fn legs(&self) -> Option<Arc<Legs>> {
+        match self {
+            Self::Live(legs) => legs.upgrade(),
+            _ => None,
+        }
+    }
+
     pub(super) fn name(&self) -> StageName {
         match self {
             Self::Held(_) => StageName::Held,
@@ -64,6 +72,14 @@ pub(crate) struct Legs {
 }
 
 impl Legs {
+    /// Where a direction comes from, and where it goes: 0 is that to the server, 1 that to the client.
+    pub(crate) fn of(&self, direction: usize) -> [&TcpStream; 2] {
+        match direction {
+            0 => [&self.client, &self.server],
+            _ => [&self.server, &self.client],
+        }
+    }
+
     /// Resets both sides now, from whatever thread; the relay finds its sockets broken.
     pub(super) fn reset(&self) {
         for leg in [&self.server, &self.client] {

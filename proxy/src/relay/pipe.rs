@@ -82,13 +82,13 @@ impl Pipe {
         })
     }
 
-    /// Moves what `source` has ready into the pipe; 0 means that it has ended.
+    /// Moves what `source` has ready into the pipe, so much at most; 0 means that it has ended.
     ///
     /// # Errors
     /// `WouldBlock` if it has nothing ready, else the socket's error.
-    pub(super) fn fill_from(&self, source: impl AsFd) -> io::Result<usize> {
+    pub(super) fn fill_from(&self, source: impl AsFd, most: usize) -> io::Result<usize> {
         let write = self.ends.write.as_ref().ok_or(io::ErrorKind::BrokenPipe)?;
-        let moved = splice(source, None, write, None, SIZE as usize, flags())?;
+        let moved = splice(source, None, write, None, most, flags())?;
         self.held.set(self.held.get() + moved);
         Ok(moved)
     }

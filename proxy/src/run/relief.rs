@@ -85,15 +85,15 @@ impl Relief {
         place.is_some_and(|(path, _)| handover::is_offered(path))
     }
 
-    /// Takes over from the daemon that runs, if there is one that can be relieved. If it ends meanwhile, or breaks the
-    /// handover off, waits until it is gone or takes part again.
+    /// Takes over from the daemon that runs, if there is one that can be relieved, unless this one goes on with what it has
+    /// `kept`. If it ends meanwhile, or breaks the handover off, waits until it is gone or takes part again.
     ///
     /// # Errors
     /// If the one that runs is none that this one may relieve. A fault on the way is none: then this daemon starts
     /// as if it were the first, and if the other still runs that says so.
-    pub(super) async fn take_over(&self) -> anyhow::Result<Option<Estate>> {
-        let Some((path, terms)) = &self.place else {
-            return Ok(None);
+    pub(super) async fn take_over(&self, kept: Option<Estate>) -> anyhow::Result<Option<Estate>> {
+        let Some((path, terms)) = self.place.as_ref().filter(|_| kept.is_none()) else {
+            return Ok(kept);
         };
         let mut attempts = 0;
         loop {

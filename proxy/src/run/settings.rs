@@ -132,6 +132,14 @@ pub(crate) struct RunArgs {
         env = "PORTREEVE_MAX_CONNECTIONS_PER_SOURCE"
     )]
     pub(crate) max_connections_per_source: Option<usize>,
+    /// MiB of memory that streams may take whose receivers do not read, half of it those of one source.
+    #[arg(
+        long,
+        value_name = "MIB",
+        default_value_t = 256,
+        env = "PORTREEVE_MAX_UNREAD"
+    )]
+    pub(crate) max_unread: usize,
     #[command(flatten)]
     pub(crate) telemetry: TelemetryArgs,
     #[command(flatten)]

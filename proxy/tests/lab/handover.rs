@@ -423,11 +423,20 @@ pub(crate) fn end_of(mut stream: &TcpStream) -> ErrorKind {
 }
 
 /// The small cluster; the daemon of node 0 lets itself be relieved, and writes records to the file returned.
-pub(crate) fn bed() -> (Bed, PathBuf) {
+fn bed() -> (Bed, PathBuf) {
+    bed_with(&[])
+}
+
+/// The same, whose daemon of node 0 has more flags.
+pub(crate) fn bed_with(more: &[&str]) -> (Bed, PathBuf) {
     let mut bed = Bed::bare(small());
     bed.write_policies(&policies());
     let flags = flags(&bed);
-    let flags = flags.each_ref().map(String::as_str);
+    let flags: Vec<_> = flags
+        .iter()
+        .map(String::as_str)
+        .chain(more.iter().copied())
+        .collect();
     for (node, flags) in [(0, &flags[..]), (1, &[])] {
         bed.install(node, &[]);
         bed.start(node, flags);
@@ -500,7 +509,7 @@ fn wait_until_full(node: &Host, full: usize) {
 }
 
 /// The one record of a connection.
-fn record_of(file: &Path, ends: &Ends) -> Value {
+pub(crate) fn record_of(file: &Path, ends: &Ends) -> Value {
     let records = || -> Vec<Value> {
         let text = fs::read_to_string(file).unwrap();
         let whole = text
@@ -516,7 +525,7 @@ fn record_of(file: &Path, ends: &Ends) -> Value {
 }
 
 /// Client and server, as records have them.
-type Ends = [(String, u64); 2];
+pub(crate) type Ends = [(String, u64); 2];
 
 fn ends_in(record: &Value) -> Ends {
     ["source", "destination"].map(|end| {
@@ -526,7 +535,7 @@ fn ends_in(record: &Value) -> Ends {
     })
 }
 
-fn ends_of(client: &TcpStream) -> Ends {
+pub(crate) fn ends_of(client: &TcpStream) -> Ends {
     let ends = [client.local_addr(), client.peer_addr()];
     ends.map(Result::unwrap)
         .map(|end| (end.ip().to_string(), end.port().into()))

@@ -1,25 +1,31 @@
 //! Streams whose receivers do not read: they end no other stream, and take what they may and no more.
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lab::Host;
 use lab::runner::Test;
 use lab::traffic::bulk::{self, Verifier};
+use lab::{Host, wait_until};
 
-use crate::handover::{bed, flags};
+use crate::handover::{bed_with, ends_of, flags, record_of};
 use crate::streams::ends;
-use crate::support::{DEADLINE, greeted, metric};
+use crate::support::{Bed, DEADLINE, allow_all, greeted, metric};
 
-pub(crate) const TESTS: &[Test] =
-    &lab::tests![a_handover_with_stalled_streams_keeps_the_neighbours];
+pub(crate) const TESTS: &[Test] = &lab::tests![
+    a_handover_with_stalled_streams_keeps_the_neighbours,
+    unread_bytes_of_a_pod_keep_to_their_bound,
+    over_the_bound_the_pods_own_streams_are_reset,
+];
 
 /// Both ends of a stream, of which neither reads, and what each has sent.
 struct Stalled {
     ends: [TcpStream; 2],
     sent: [u64; 2],
+    /// Whether an end has seen a reset.
+    reset: bool,
 }
 
 /// Opens so many streams, to a port of `to` at which nobody listens.
@@ -50,6 +56,7 @@ fn open(from: &Host, to: &Host, at: SocketAddr, count: u16) -> Vec<Stalled> {
         .map(|(client, server)| Stalled {
             ends: [client, server],
             sent: [0; 2],
+            reset: false,
         })
         .collect()
 }
@@ -68,15 +75,14 @@ fn small_buffers(host: &Host, received: usize) {
 }
 
 /// Has the first bytes of a stream from its client read, so many that the relay takes it for bulk.
-fn flow(Stalled { ends, sent }: &mut Stalled) {
-    const BULK: u64 = 512 << 10;
-    let [client, server] = &*ends;
+fn flow(Stalled { ends, .. }: &Stalled) {
+    const BULK: usize = 512 << 10;
+    let [client, server] = ends;
     thread::scope(|scope| {
-        scope.spawn(|| bulk::send(client, BULK).unwrap());
+        scope.spawn(|| bulk::send(client, BULK as u64).unwrap());
         server.set_read_timeout(Some(DEADLINE)).unwrap();
-        { server }.read_exact(&mut vec![0; BULK as usize]).unwrap();
+        { server }.read_exact(&mut vec![0; BULK]).unwrap();
     });
-    sent[0] = 0;
 }
 
 /// Has all send until the network takes no more for a while, each end at most so much.
@@ -89,7 +95,7 @@ fn fill(streams: &mut [Stalled], most: u64) {
     let mut last = Instant::now();
     while last.elapsed() < SETTLED {
         let mut moved = false;
-        for Stalled { ends, sent } in &mut *streams {
+        for Stalled { ends, sent, reset } in &mut *streams {
             for (mut end, sent) in ends.iter().zip(sent) {
                 let room = chunk.len().min(usize::try_from(most - *sent).unwrap());
                 bulk::fill(*sent, &mut chunk[..room]);
@@ -98,8 +104,7 @@ fn fill(streams: &mut [Stalled], most: u64) {
                         *sent += count as u64;
                         moved |= count > 0;
                     }
-                    // A stream that was reset takes nothing any more.
-                    Err(_) => {}
+                    Err(error) => *reset |= error.kind() != ErrorKind::WouldBlock,
                 }
             }
         }
@@ -112,6 +117,9 @@ fn fill(streams: &mut [Stalled], most: u64) {
 
 /// Reads all that was sent on a stream, both ways; false if it was reset.
 fn is_whole(stream: &Stalled) -> bool {
+    if stream.reset {
+        return false;
+    }
     let [client, server] = &stream.ends;
     for (mut from, sent) in [(server, stream.sent[0]), (client, stream.sent[1])] {
         from.set_nonblocking(false).unwrap();
@@ -133,7 +141,7 @@ fn is_whole(stream: &Stalled) -> bool {
 fn a_handover_with_stalled_streams_keeps_the_neighbours() {
     const STALLED: u16 = 800;
     const PIPED: u16 = 200;
-    let (mut bed, _) = bed();
+    let (mut bed, _) = bed_with(&["--max-unread", "4096"]);
     let [a, b, d] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
     let neighbours: Vec<_> = (0..20)
         .map(|turn| ends(&a, &b, b.addrs(82)[turn % 2]))
@@ -144,7 +152,7 @@ fn a_handover_with_stalled_streams_keeps_the_neighbours() {
     let mut stalled = open(&d, &b, v4, STALLED - PIPED);
     fill(&mut stalled, 192 << 10);
     let mut piped = open(&d, &b, v6, PIPED);
-    piped.iter_mut().for_each(flow);
+    piped.iter().for_each(flow);
     fill(&mut piped, 2 << 20);
     let talk = |word: &[u8; 8]| {
         for (client, server) in &neighbours {
@@ -157,12 +165,18 @@ fn a_handover_with_stalled_streams_keeps_the_neighbours() {
         }
     };
     talk(b"before  ");
-    let flags = flags(&bed);
+    let mut flags = flags(&bed).to_vec();
+    flags.extend(["--max-unread", "4096"].map(str::to_owned));
+    let peak = bed.daemon(0).peak_memory();
     let began = Instant::now();
-    let old = bed.relieve(0, &flags.each_ref().map(String::as_str));
+    let flags: Vec<_> = flags.iter().map(String::as_str).collect();
+    let old = bed.relieve(0, &flags);
     println!("relieved within {:?}", began.elapsed());
     talk(b"after   ");
     greeted(&a, b.addr_v4(80));
+    // What is in pipes stays there.
+    let grown = old.peak_memory() - peak;
+    assert!(grown < 16 << 20, "{grown} bytes more");
     let log = old.log();
     println!(
         "{}",
@@ -185,4 +199,102 @@ fn a_handover_with_stalled_streams_keeps_the_neighbours() {
         .count();
     println!("{whole} of {STALLED} stalled streams are whole");
     assert_eq!(whole, usize::from(STALLED));
+}
+
+/// Memory of the TCP sockets of a node's namespace, received and to be sent.
+fn socket_memory(node: &Host) -> usize {
+    let mut ss = node.command("ss");
+    ss.args(["-tnmH"]);
+    let said = ss.output().unwrap();
+    assert!(said.status.success(), "{said:?}");
+    let text = String::from_utf8(said.stdout).unwrap();
+    let numbers = text.split(['(', ',', ')']).filter_map(|part| {
+        // r: received; w: queued to be sent. Others have two letters.
+        let number = part.strip_prefix('r').or_else(|| part.strip_prefix('w'))?;
+        number.parse::<usize>().ok()
+    });
+    numbers.sum()
+}
+
+/// How long so many bytes take from one host to another.
+fn transfer(from: &Host, to: &Host, at: SocketAddr) -> Duration {
+    const TOTAL: u64 = 64 << 20;
+    let (client, server) = ends(from, to, at);
+    let began = Instant::now();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            bulk::send(&client, TOTAL).unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+        });
+        assert!(bulk::receive(&server).unwrap().is_all_of(TOTAL));
+    });
+    began.elapsed()
+}
+
+fn unread_bytes_of_a_pod_keep_to_their_bound() {
+    const STREAMS: u16 = 100;
+    const BOUND: usize = 128 << 20;
+    let bed = Bed::enforced(&[], &[allow_all()]);
+    let [a, b, d] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
+    let node = bed.lab.node(0);
+    let alone = transfer(&a, &b, b.addr_v4(82));
+    let mut streams = open(&d, &b, b.addr_v4(83), STREAMS);
+    let (filled, mut peak) = (AtomicBool::new(false), 0);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            fill(&mut streams, 2 << 20);
+            filled.store(true, Ordering::Relaxed);
+        });
+        while !filled.load(Ordering::Relaxed) {
+            peak = peak.max(socket_memory(&node));
+        }
+    });
+    let beside = transfer(&a, &b, b.addr_v4(84));
+    let ratio = beside.as_secs_f64() / alone.as_secs_f64();
+    let after = socket_memory(&node);
+    println!(
+        "{} MiB at most, {} then, neighbour {ratio:.2} times as long",
+        peak >> 20,
+        after >> 20
+    );
+    // It grows for a moment before it is measured.
+    assert!(peak < BOUND + BOUND / 4, "{peak} bytes");
+    assert!(after < BOUND, "{after} bytes");
+    assert_eq!(metric(&node, "portreeve_unread_resets_total"), 0);
+    assert!(metric(&node, "portreeve_unread_bytes") > 1 << 20);
+    let sent: u64 = streams.iter().flat_map(|it| it.sent).sum();
+    assert!(sent > BOUND as u64, "only {sent} bytes were sent");
+    let whole = streams.iter().filter(|it| is_whole(it)).count();
+    assert_eq!(whole, usize::from(STREAMS));
+}
+
+fn over_the_bound_the_pods_own_streams_are_reset() {
+    const STREAMS: u16 = 60;
+    const BOUND: usize = 8 << 20;
+    let (mut bed, records) = bed_with(&["--max-unread", "16"]);
+    let [a, b, d] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
+    let node = bed.lab.node(0);
+    let neighbour = ends(&a, &b, b.addr_v6(82));
+    let mut streams = open(&d, &b, b.addr_v4(83), STREAMS);
+    let ends: Vec<_> = streams.iter().map(|it| ends_of(&it.ends[0])).collect();
+    fill(&mut streams, 1 << 20);
+    let within =
+        || (metric(&node, "portreeve_unread_resets_total") > 0) && socket_memory(&node) < BOUND;
+    wait_until(DEADLINE, "the bound to hold", within).unwrap();
+    bed.daemon(0).says("more bytes unread than it may have");
+    (&neighbour.0).write_all(b"word").unwrap();
+    (&neighbour.1).read_exact(&mut [0; 4]).unwrap();
+    greeted(&a, b.addr_v4(80));
+    let reset: Vec<_> = streams.iter().map(|it| !is_whole(it)).collect();
+    let at = reset.iter().position(|reset| *reset).unwrap();
+    let record = record_of(&records, &ends[at]);
+    let reason = record["reason"].as_str().unwrap();
+    assert!(
+        reason.contains("more bytes unread than it may have"),
+        "{record}"
+    );
+    assert_eq!(record["verdict"], "allow", "{record}");
+    let count = reset.iter().filter(|reset| **reset).count();
+    println!("{count} of {STREAMS} were reset");
+    assert_eq!(metric(&node, "portreeve_unread_resets_total"), count as u64);
 }

@@ -374,6 +374,21 @@ impl Daemon {
             .count()
     }
 
+    /// The most memory that the process has had, in bytes (`VmHWM`, proc_pid_status(5)).
+    pub(crate) fn peak_memory(&self) -> usize {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmHWM:"))
+            .unwrap();
+        line.split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<usize>()
+            .unwrap()
+            << 10
+    }
+
     /// Waits until its log has this.
     pub(crate) fn says(&self, text: &str) {
         let said = wait_until(DEADLINE, text, || self.log().contains(text));

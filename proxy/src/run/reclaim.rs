@@ -1,0 +1,139 @@
+//! Keeps what receivers leave unread within its bounds, in a thread of its own: a change of policy that takes long must
+//! not let memory grow meanwhile.
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use tokio::sync::watch;
+use tracing::warn;
+
+use crate::enforcer::Enforcer;
+use crate::flows::Flow;
+use crate::sys::{self, Memory};
+use crate::unread::{Holding, Use};
+
+/// How often streams whose receivers do not keep up are measured: between the two, a look takes a twentieth of the time
+/// at most.
+const LOOK_EVERY: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(100)];
+/// So many at least are measured as often as can be.
+const MANY: usize = 16;
+/// How often resets are logged at most.
+const LOG_EVERY: Duration = Duration::from_secs(10);
+
+/// Keeps the bounds until told to stop.
+///
+/// # Errors
+/// If there can be no thread.
+pub(super) fn start(enforcer: Arc<Enforcer>, stopped: watch::Receiver<bool>) -> anyhow::Result<()> {
+    let keep = move || {
+        let mut log = Log::default();
+        let [soon, late] = LOOK_EVERY;
+        let (mut pressed, mut pause) = (0, late);
+        // Nobody is there to tell if the daemon has ended otherwise.
+        while !*stopped.borrow() && stopped.has_changed().is_ok() {
+            thread::sleep(pause);
+            let began = Instant::now();
+            if pressed > 0 || !enforcer.unread.is_idle() {
+                pressed = look(&enforcer, &mut log);
+            }
+            pause = match pressed {
+                0..MANY => late,
+                _ => (began.elapsed() * 20).clamp(soon, late),
+            };
+        }
+    };
+    let thread = thread::Builder::new().name("reclaim".to_owned());
+    thread
+        .spawn(keep)
+        .context("the thread that bounds unread bytes cannot be started; see the process limits")?;
+    Ok(())
+}
+
+/// Measures every stream that presses, and has those give way that are too much. Returns how many there were.
+fn look(enforcer: &Enforcer, log: &mut Log) -> usize {
+    let now = Instant::now();
+    let pressed = enforcer.flows.pressed();
+    let measured: Vec<_> = pressed
+        .iter()
+        .filter_map(|flow| Some((flow, measure(enforcer, flow, now)?)))
+        .collect();
+    let uses: Vec<_> = measured.iter().map(|(_, taken)| *taken).collect();
+    let gone = enforcer.unread.give_way(&uses);
+    for at in &gone {
+        measured[*at].0.give_way();
+    }
+    let bytes: usize = uses.iter().map(|it| it.bytes).sum();
+    let freed: usize = gone.iter().map(|at| uses[*at].bytes).sum();
+    enforcer.metrics.unread(bytes - freed, gone.len());
+    log.note(gone.iter().map(|at| &**measured[*at].0), now);
+    enforcer.unread.forget_gone();
+    pressed.len()
+}
+
+/// What a stream takes; adapts its buffers to its share.
+fn measure(enforcer: &Enforcer, flow: &Flow, now: Instant) -> Option<Use> {
+    let legs = flow.legs()?;
+    let stream = &flow.holding;
+    let presses = stream.pressing();
+    if presses == [false; 2] {
+        stream.restore();
+        return None;
+    }
+    let (source, held) = stream.source_and_bytes()?;
+    let memory =
+        [&legs.client, &legs.server].map(|leg| sys::socket_memory(leg).unwrap_or_default());
+    match enforcer.unread.share(stream) {
+        None => stream.free([&legs.client, &legs.server]),
+        Some(share) => {
+            for direction in [0, 1] {
+                let [from, to] = legs.of(direction);
+                let buffer = memory[direction].receive_buffer;
+                if presses[direction] && Holding::is_outgrown(buffer, share) {
+                    stream.reduce(from, to, share);
+                }
+            }
+        }
+    }
+    let bytes: usize = memory.iter().map(|it| it.received + it.sent).sum();
+    let sent = memory.iter().map(|it: &Memory| it.sent as u64).sum::<u64>();
+    let moved = [&flow.moved.sent, &flow.moved.received];
+    let moved = moved.map(|moved| moved.load(Ordering::Relaxed));
+    let sign = moved
+        .iter()
+        .fold(sent, |sign, moved| sign.wrapping_add(*moved));
+    Some(Use {
+        source,
+        bytes: bytes + held,
+        stalled: stream.stalled(sign, now),
+    })
+}
+
+/// Says now and then whose streams gave way.
+#[derive(Default)]
+struct Log {
+    last: Option<Instant>,
+    since: usize,
+}
+
+impl Log {
+    fn note<'a>(&mut self, gone: impl Iterator<Item = &'a Flow>, now: Instant) {
+        let mut one = None;
+        for flow in gone {
+            self.since += 1;
+            one = Some(flow);
+        }
+        let due = self.last.is_none_or(|last| now - last >= LOG_EVERY);
+        if let (Some(flow), true) = (one, due) {
+            let streams = self.since;
+            warn!(
+                streams,
+                client = %flow.key.client,
+                server = %flow.key.server,
+                "streams were reset, this one among them: their source has more bytes unread than it may have (--max-unread)"
+            );
+            (self.last, self.since) = (Some(now), 0);
+        }
+    }
+}

@@ -1,0 +1,427 @@
+//! Bytes that receivers leave unread: how much memory the streams of one source may take with it, and all streams.
+//!
+//! A direction whose source sends much, or whose receiver takes nothing, presses. Its bytes are in the buffers of two sockets and
+//! with the relay, and the kernel lets such buffers grow to tens of megabytes. So the more directions of one source press,
+//! the smaller is the share of each, and over the bounds streams give way. Knows neither flows nor policy: who measures and resets is the
+//! caller.
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv6Addr};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use dashmap::DashMap;
+use nix::sys::socket::{setsockopt, sockopt};
+
+use crate::sys;
+
+/// Directions of one source that may press with buffers as large as the kernel makes them.
+const FREE: usize = 4;
+/// Streams of one source of which each begins with buffers that the kernel sizes.
+const CROWD: usize = 8;
+/// Bytes of a new receive buffer (`tcp_rmem`, its default).
+const SMALL: usize = 128 << 10;
+/// Bytes that are left to each of a direction's buffers.
+const LEAST: usize = 64 << 10;
+/// Bytes up to which a receive buffer that is larger than its share stays.
+const KEPT: usize = 2 << 20;
+/// A peer is near if it acknowledges within this.
+const NEAR: Duration = Duration::from_millis(5);
+/// Bytes of a receive buffer that are enough for one: 50 MB/s at the farthest, 500 at the usual half millisecond.
+const ENOUGH_NEAR: usize = 256 << 10;
+/// Bytes that the relay takes from a side at a time: a full pipe.
+const MOST_RELAYED: usize = 1 << 20;
+
+/// Who has opened a stream, and answers for what is left unread on it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Owner {
+    /// By uid.
+    Pod(Arc<str>),
+    /// An IPv4 address, or the /64 of an IPv6 address.
+    Outside(IpAddr),
+}
+
+impl Owner {
+    /// The pod with this uid; without one whoever has the address.
+    pub(crate) fn new(pod: Option<&Arc<str>>, address: IpAddr) -> Self {
+        match (pod, address) {
+            (Some(uid), _) if !uid.is_empty() => Self::Pod(Arc::clone(uid)),
+            (None, IpAddr::V6(v6)) => {
+                Self::Outside(Ipv6Addr::from_bits(v6.to_bits() & (u128::MAX << 64)).into())
+            }
+            _ => Self::Outside(address),
+        }
+    }
+}
+
+/// The bounds, and the sources of whose streams some press.
+pub(crate) struct Unread {
+    /// Bytes of one source.
+    per_source: usize,
+    /// Bytes in all.
+    total: usize,
+    accounts: DashMap<Owner, Weak<Account>, ahash::RandomState>,
+    /// Directions that press.
+    pressing: AtomicUsize,
+}
+
+/// What is counted of one source.
+#[derive(Debug, Default)]
+pub(crate) struct Account {
+    /// Directions that press.
+    pressing: AtomicUsize,
+}
+
+/// What is known of one stream.
+#[derive(Debug, Default)]
+pub(crate) struct Holding {
+    account: OnceLock<Arc<Account>>,
+    /// By direction: bytes with the relay while it presses, at least 1; 0 while it does not.
+    held: [AtomicUsize; 2],
+    /// Whether the buffers are smaller than the kernel would make them.
+    reduced: AtomicBool,
+    /// Whether the receive buffers stay as small as new ones are.
+    small: AtomicBool,
+    /// Something that changes when bytes move, and since when it has been the same.
+    still: Mutex<Option<(u64, Instant)>>,
+    gave_way: AtomicBool,
+}
+
+/// What a stream takes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Use {
+    /// Of the same source as others with this number.
+    pub(crate) source: usize,
+    pub(crate) bytes: usize,
+    /// For how long nothing has moved.
+    pub(crate) stalled: Duration,
+}
+
+impl Unread {
+    /// So many bytes in all; one source may have half of them.
+    pub(crate) fn new(total: usize) -> Self {
+        Self {
+            per_source: total / 2,
+            total,
+            accounts: DashMap::default(),
+            pressing: AtomicUsize::new(0),
+        }
+    }
+
+    /// Notes whose a stream is that begins. Returns whether that source has so many that none gets a large window before it
+    /// is known what it does with it.
+    pub(crate) fn opens(&self, stream: &Holding, owner: impl FnOnce() -> Owner) -> bool {
+        let account = stream.account.get_or_init(|| self.account(owner()));
+        Arc::strong_count(account) > CROWD
+    }
+
+    /// Counts a direction of a stream that presses, with so many bytes in the relay. Returns the bytes that it may take, if
+    /// its source has many and its buffers are not reduced yet.
+    pub(crate) fn presses(
+        &self,
+        stream: &Holding,
+        owner: impl FnOnce() -> Owner,
+        direction: usize,
+        bytes: usize,
+    ) -> Option<usize> {
+        let account = stream.account.get_or_init(|| self.account(owner()));
+        if stream.held[direction].swap(bytes.max(1), Ordering::Relaxed) > 0 {
+            return None;
+        }
+        self.pressing.fetch_add(1, Ordering::Relaxed);
+        account.pressing.fetch_add(1, Ordering::Relaxed);
+        let reduced = stream.reduced.load(Ordering::Relaxed);
+        self.share_of(account).filter(|_| !reduced)
+    }
+
+    /// Counts the direction no more.
+    pub(crate) fn eases(&self, stream: &Holding, direction: usize) {
+        if stream.held[direction].swap(0, Ordering::Relaxed) == 0 {
+            return;
+        }
+        self.pressing.fetch_sub(1, Ordering::Relaxed);
+        if let Some(account) = stream.account.get() {
+            account.pressing.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Bytes that each direction of a stream's source may take; `None` while it has few that press.
+    pub(crate) fn share(&self, stream: &Holding) -> Option<usize> {
+        self.share_of(stream.account.get()?)
+    }
+
+    /// Bytes that the relay may take from a side of the stream before it gives them to the other.
+    pub(crate) fn most_relayed(&self, stream: &Holding) -> usize {
+        let share = self.share(stream);
+        share.map_or(MOST_RELAYED, |share| (share / 8).clamp(LEAST, MOST_RELAYED))
+    }
+
+    fn share_of(&self, account: &Account) -> Option<usize> {
+        let pressing = account.pressing.load(Ordering::Relaxed);
+        (pressing > FREE).then(|| self.per_source / pressing)
+    }
+
+    /// Whether no direction presses.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.pressing.load(Ordering::Relaxed) == 0
+    }
+
+    /// Which of these streams give way, so that each source and all together keep to their bounds: of the source that
+    /// takes most those on which nothing has moved for longest, and the largest of these first.
+    pub(crate) fn give_way(&self, uses: &[Use]) -> Vec<usize> {
+        let mut taken = HashMap::<usize, usize>::new();
+        for it in uses {
+            *taken.entry(it.source).or_default() += it.bytes;
+        }
+        let mut order: Vec<_> = (0..uses.len()).collect();
+        // From the end.
+        order.sort_by_key(|at| (uses[*at].stalled, uses[*at].bytes));
+        let mut all: usize = taken.values().sum();
+        let mut gone = Vec::new();
+        while let Some((source, bytes)) = taken.iter().max_by_key(|it| (*it.1, *it.0)) {
+            let (source, bytes) = (*source, *bytes);
+            if bytes <= self.per_source && all <= self.total {
+                break;
+            }
+            let Some(place) = order.iter().rposition(|at| uses[*at].source == source) else {
+                break;
+            };
+            let at = order.remove(place);
+            all -= uses[at].bytes;
+            taken.insert(source, bytes - uses[at].bytes);
+            gone.push(at);
+        }
+        gone
+    }
+
+    /// Forgets the sources whose last stream has ended.
+    pub(crate) fn forget_gone(&self) {
+        self.accounts
+            .retain(|_, account| account.strong_count() > 0);
+    }
+
+    fn account(&self, owner: Owner) -> Arc<Account> {
+        let mut entry = self.accounts.entry(owner).or_default();
+        entry.upgrade().unwrap_or_else(|| {
+            let account = Arc::default();
+            *entry = Arc::downgrade(&account);
+            account
+        })
+    }
+}
+
+impl Holding {
+    /// Whether there is something to look after: a direction that presses, or buffers that are reduced.
+    pub(crate) fn is_pressed(&self) -> bool {
+        self.pressing() != [false; 2] || self.reduced.load(Ordering::Relaxed)
+    }
+
+    /// Which directions press.
+    pub(crate) fn pressing(&self) -> [bool; 2] {
+        self.held
+            .each_ref()
+            .map(|held| held.load(Ordering::Relaxed) > 0)
+    }
+
+    /// A number for its source, and the bytes that the relay has.
+    pub(crate) fn source_and_bytes(&self) -> Option<(usize, usize)> {
+        let account = Arc::as_ptr(self.account.get()?).addr();
+        let held = self.held.iter().map(|held| held.load(Ordering::Relaxed));
+        Some((account, held.sum()))
+    }
+
+    /// For how long `sign`, which changes when bytes move, has been the same.
+    pub(crate) fn stalled(&self, sign: u64, now: Instant) -> Duration {
+        let mut still = self.still.lock().unwrap_or_else(PoisonError::into_inner);
+        match *still {
+            Some((last, since)) if last == sign => now.saturating_duration_since(since),
+            _ => {
+                *still = Some((sign, now));
+                Duration::ZERO
+            }
+        }
+    }
+
+    /// Keeps the receive buffers as small as new ones are: the first large read alone would make them ten times as large.
+    pub(crate) fn keep_small(&self, legs: [impl AsFd; 2]) {
+        self.small.store(true, Ordering::Relaxed);
+        legs.iter().for_each(|leg| set_receive_buffer(leg, SMALL));
+    }
+
+    /// Takes the buffers of a stream for small that another daemon may have kept so.
+    pub(crate) fn is_taken_over(&self) {
+        self.small.store(true, Ordering::Relaxed);
+    }
+
+    /// Reduces what a direction has to its share: a quarter of it is what is received, and a quarter what is to be sent.
+    pub(crate) fn reduce(&self, from: impl AsFd, to: impl AsFd, share: usize) {
+        let (Ok(now), Ok(later)) = (sys::socket_memory(&from), sys::socket_memory(&to)) else {
+            return;
+        };
+        self.reduced.store(true, Ordering::Relaxed);
+        let quarter = (share / 4).max(LEAST);
+        let near = sys::round_trip(&from).is_ok_and(|time| time < NEAR);
+        let received = if near {
+            quarter.min(ENOUGH_NEAR)
+        } else {
+            quarter
+        };
+        // A window is not taken back: what comes in it and is dropped comes again seconds later.
+        let buffer = now.receive_buffer.min(KEPT).max(received);
+        set_receive_buffer(&from, buffer);
+        if later.send_buffer > quarter
+            && setsockopt(&to, sockopt::SndBufForce, &(quarter / 2)).is_err()
+        {
+            let _ = setsockopt(&to, sockopt::SndBuf, &(quarter / 2));
+        }
+    }
+
+    /// Whether a direction with so large a receive buffer is to be reduced again, since more of its source press by now.
+    pub(crate) fn is_outgrown(receive_buffer: usize, share: usize) -> bool {
+        receive_buffer > (share / 4).max(KEPT)
+    }
+
+    /// Ends the reduction; the buffers become others when the stream presses again.
+    pub(crate) fn restore(&self) {
+        if self.reduced.swap(false, Ordering::Relaxed) {
+            self.small.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Has the kernel size the buffers of a stream that presses among few, however many there are. One before 5.14 cannot, and
+    /// leaves them.
+    pub(crate) fn free(&self, legs: [impl AsFd; 2]) {
+        if self.small.swap(false, Ordering::Relaxed) {
+            for leg in legs {
+                let _ = sys::unlock_buffers(&leg);
+            }
+        }
+    }
+
+    /// Notes that the stream ends because of what is unread on it.
+    pub(crate) fn gives_way(&self) {
+        self.gave_way.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it ended because of that.
+    pub(crate) fn gave_way(&self) -> bool {
+        self.gave_way.load(Ordering::Relaxed)
+    }
+}
+
+/// Sets a receive buffer to so many bytes.
+fn set_receive_buffer(socket: impl AsFd, bytes: usize) {
+    // The kernel takes twice what it is given (socket(7)); without the right to force it, the system's limit is the most.
+    if setsockopt(&socket, sockopt::RcvBufForce, &(bytes / 2)).is_err() {
+        let _ = setsockopt(&socket, sockopt::RcvBuf, &(bytes / 2));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn owner(uid: &str) -> Owner {
+        Owner::new(Some(&uid.into()), [10, 0, 0, 1].into())
+    }
+
+    #[test]
+    fn a_share_shrinks_with_those_that_press() {
+        let unread = Unread::new(2 << 20);
+        let streams: Vec<_> = (0..FREE).map(|_| Holding::default()).collect();
+        for stream in &streams {
+            for direction in [0, 0] {
+                let buffers = unread.presses(stream, || owner("a"), direction, 7);
+                assert_eq!(buffers, None);
+            }
+        }
+        let (one, other) = (Holding::default(), Holding::default());
+        let buffers = unread.presses(&other, || owner("b"), 1, 0);
+        assert_eq!(buffers, None, "another's");
+        let share = (1 << 20) / (FREE + 1);
+        let buffers = unread.presses(&one, || owner("a"), 1, 7);
+        assert_eq!(buffers, Some(share));
+        assert_eq!(unread.share(&streams[0]), Some(share));
+        assert_eq!(one.pressing(), [false, true]);
+        for _ in 0..2 {
+            unread.eases(&one, 1);
+            assert_eq!(unread.share(&one), None, "few press");
+        }
+        streams.iter().for_each(|it| unread.eases(it, 0));
+        assert!(!unread.is_idle() && !one.is_pressed());
+        unread.eases(&other, 1);
+        assert!(unread.is_idle());
+        drop((streams, one));
+        unread.forget_gone();
+        assert_eq!(unread.accounts.len(), 1);
+    }
+
+    #[test]
+    fn streams_of_a_crowd_begin_small() {
+        let unread = Unread::new(2 << 20);
+        let streams: Vec<_> = (0..=CROWD).map(|_| Holding::default()).collect();
+        let crowded = streams.iter().map(|it| unread.opens(it, || owner("a")));
+        assert_eq!(crowded.filter(|crowded| *crowded).count(), 1);
+        assert!(!unread.opens(&Holding::default(), || owner("b")));
+    }
+
+    #[test]
+    fn the_biggest_sources_longest_stalled_streams_give_way() {
+        let of = |source, bytes, stalled| Use {
+            source,
+            bytes,
+            stalled: Duration::from_secs(stalled),
+        };
+        let unread = Unread::new(100);
+        for (uses, gone, why) in [
+            (
+                vec![of(1, 50, 9), of(2, 50, 9)],
+                vec![],
+                "within the bounds",
+            ),
+            (
+                vec![of(1, 20, 1), of(1, 20, 3), of(1, 11, 2), of(2, 49, 9)],
+                vec![1],
+                "over a source's bound its own",
+            ),
+            (
+                vec![of(1, 20, 3), of(1, 21, 3), of(1, 10, 3)],
+                vec![1],
+                "the largest of those",
+            ),
+            (
+                vec![of(1, 40, 1), of(2, 45, 0), of(3, 30, 9)],
+                vec![1],
+                "over the bound in all the biggest",
+            ),
+            (vec![of(1, 200, 0)], vec![0], "one alone"),
+        ] {
+            assert_eq!(unread.give_way(&uses), gone, "{why}");
+        }
+    }
+
+    #[test]
+    fn a_stream_is_stalled_since_its_last_move() {
+        let (stream, now) = (Holding::default(), Instant::now());
+        let later = |seconds| now + Duration::from_secs(seconds);
+        assert_eq!(stream.stalled(1, now), Duration::ZERO);
+        assert_eq!(stream.stalled(1, later(5)), Duration::from_secs(5));
+        assert_eq!(stream.stalled(2, later(6)), Duration::ZERO);
+        assert_eq!(stream.stalled(2, later(7)), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn an_owner_is_a_pod_or_a_prefix() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        assert_eq!(owner("a"), Owner::new(Some(&"a".into()), ip("fd00::1")));
+        assert_ne!(owner("a"), owner("b"));
+        let [one, other] = ["2001:db8::1", "2001:db8::2"].map(|it| Owner::new(None, ip(it)));
+        assert_eq!(one, other);
+        let [one, other] = ["192.0.2.1", "192.0.2.2"].map(|it| Owner::new(None, ip(it)));
+        assert_ne!(one, other);
+        // Manifests need no uid.
+        let [one, other] = ["fd00::1", "fd00::2"].map(|it| Owner::new(Some(&"".into()), ip(it)));
+        assert_ne!(one, other);
+    }
+}

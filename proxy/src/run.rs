@@ -152,12 +152,8 @@ async fn enforce(
         touched = first => touched?,
     };
     let links = PodLinks::new(pods.clone(), vacancies.clone(), readiness.is_heard())?;
-    let bridges = Bridges::new(
-        args.redirect.bridge.clone(),
-        pods,
-        vacancies.clone(),
-        kernel,
-    )?;
+    let bridge = args.redirect.bridge.clone();
+    let bridges = Bridges::new(bridge, pods, vacancies.clone(), kernel)?;
     // From here on live connections may depend on this daemon.
     let began = kept.is_none().then(Instant::now);
     let estate = relief.take_over(kept).await?;

@@ -278,6 +278,21 @@ impl Ends for CarriedFlow {
     }
 }
 
+/// A flow that was not listed, as a record shows it.
+fn unlisted(entry: &Entry) -> Subject {
+    Subject {
+        client: entry.flow.client,
+        server: entry.flow.server,
+        protocol: entry.flow.protocol,
+        way: Way::Kernel,
+        sent: entry.sent,
+        received: entry.received,
+        opened: entry.began.unwrap_or_else(SystemTime::now),
+        attempt: 0,
+        seen: None,
+    }
+}
+
 impl CarriedFlow {
     /// The flow as a record shows it.
     pub(crate) fn subject(&self) -> Subject {

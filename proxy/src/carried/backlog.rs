@@ -1,4 +1,4 @@
-//! Addresses whose flows beyond the list are still to be judged again: in the background, so that one source's many
+//! Addresses whose flows are still to be judged again, where they are many or not listed: in the background, so that one source's many
 //! flows delay no change that concerns others.
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -9,7 +9,6 @@ use tokio::sync::Notify;
 use tracing::warn;
 
 use super::upkeep;
-use crate::conntrack::FlowId;
 use crate::enforcer::Enforcer;
 
 /// How soon what conntrack refused is tried again.
@@ -85,11 +84,7 @@ pub(super) async fn work_off(enforcer: Arc<Enforcer>) {
         loop {
             let of_task = Arc::clone(&enforcer);
             let judge = move || {
-                let carried = of_task.marks.carried();
-                let unlisted = |flow: &FlowId| of_task.carried.get(flow).is_none();
-                let judge = |addresses: &BTreeSet<IpAddr>| {
-                    upkeep::judge_unlisted(&of_task, carried, carried, addresses, unlisted)
-                };
+                let judge = |all: &BTreeSet<IpAddr>| upkeep::judge_all_again(&of_task, all);
                 of_task.carried.backlog.work(judge)
             };
             match tokio::task::spawn_blocking(judge).await {

@@ -17,12 +17,12 @@ use policy::Protocol;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::{CarriedFlow, Listed, Source, backlog};
+use super::{CarriedFlow, Listed, Source, backlog, unlisted};
 use crate::conntrack::{self, Endings, Entry, FlowId, Heard};
-use crate::decision::{Decision, Severance, Way};
+use crate::decision::{Decision, Severance};
 use crate::enforcer::Enforcer;
 use crate::occasional::warn_occasionally;
-use crate::records::{Outcome, Subject};
+use crate::records::Outcome;
 
 /// How often the list is compared with conntrack.
 const COMPARE_EVERY: Duration = Duration::from_secs(15);
@@ -36,6 +36,8 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// How long a change waits until flows beyond the list are judged again. Longer takes only who has many.
 const PATIENCE: Duration = Duration::from_millis(100);
+/// Listed flows that a change denies, beyond which they are ended in the background.
+const MANY: usize = 256;
 /// Flows that are ended together.
 const AT_ONCE: usize = 1024;
 
@@ -57,6 +59,27 @@ pub(crate) fn spawn(tasks: &mut JoinSet<()>, enforcer: &Arc<Enforcer>, endings: 
 /// # Errors
 /// What ctnetlink answers; to be called again then.
 pub(crate) fn judge_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Result<()> {
+    let denied = denied_of(enforcer, touched);
+    let many = denied.len() > MANY;
+    if !many {
+        cut_listed(enforcer, touched, denied)?;
+    }
+    if many || enforcer.carried.is_incomplete() {
+        enforcer.carried.backlog.add(touched, PATIENCE);
+    }
+    Ok(())
+}
+
+/// The same for all flows of these addresses, listed or not, however long it takes.
+pub(super) fn judge_all_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Result<()> {
+    cut_listed(enforcer, touched, denied_of(enforcer, touched))?;
+    let carried = enforcer.marks.carried();
+    let unlisted = |flow: &FlowId| enforcer.carried.get(flow).is_none();
+    judge_unlisted(enforcer, carried, carried, touched, unlisted)
+}
+
+/// The listed flows of these addresses that may not go on, and why.
+fn denied_of(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> HashMap<FlowId, Severance> {
     let mut denied: HashMap<FlowId, Severance> = HashMap::new();
     for flow in enforcer.carried.of(touched) {
         let now = judge(enforcer, &flow.id);
@@ -68,6 +91,15 @@ pub(crate) fn judge_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io
             flow.decide(now);
         }
     }
+    denied
+}
+
+/// Ends listed flows that have an end among `touched`.
+fn cut_listed(
+    enforcer: &Enforcer,
+    touched: &BTreeSet<IpAddr>,
+    mut denied: HashMap<FlowId, Severance>,
+) -> io::Result<()> {
     let carried = enforcer.marks.carried();
     while !denied.is_empty() {
         let ends = denied
@@ -79,7 +111,7 @@ pub(crate) fn judge_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io
             if let Some(severance) = denied.remove(&entry.flow) {
                 doomed.push((entry, Some(severance)));
             }
-            Ok(())
+            cut_if_many(enforcer, &mut doomed)
         })?;
         cut(enforcer, &doomed)?;
         // What has ended by itself will not come; what has just been let through will.
@@ -90,9 +122,6 @@ pub(crate) fn judge_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io
         if !denied.is_empty() {
             thread::sleep(LOOK_AGAIN);
         }
-    }
-    if enforcer.carried.is_incomplete() {
-        enforcer.carried.backlog.add(touched, PATIENCE);
     }
     Ok(())
 }
@@ -237,7 +266,7 @@ fn judge(enforcer: &Enforcer, flow: &FlowId) -> Judgement {
 
 /// Judges the flows of these addresses in conntrack whose mark under `mask` is `mark`, but for those
 /// that are not `concerned`, and ends those that are denied.
-pub(super) fn judge_unlisted(
+fn judge_unlisted(
     enforcer: &Enforcer,
     mark: u32,
     mask: u32,
@@ -322,21 +351,6 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// A flow that was not listed, as a record shows it.
-fn unlisted(entry: &Entry) -> Subject {
-    Subject {
-        client: entry.flow.client,
-        server: entry.flow.server,
-        protocol: entry.flow.protocol,
-        way: Way::Kernel,
-        sent: entry.sent,
-        received: entry.received,
-        opened: entry.began.unwrap_or_else(SystemTime::now),
-        attempt: 0,
-        seen: None,
-    }
 }
 
 impl Enforcer {

@@ -171,7 +171,7 @@ fn a_flooding_pods_flows_are_all_cut() {
     wait_until(DEADLINE, "all of them to be cut", || carried(&node) == 0)
         .unwrap_or_else(|error| panic!("{error}: {} left\n{}", carried(&node), bed.logs()));
     let all = since.elapsed();
-    println!("its share cut and in force after {in_force:?}, the rest cut after {all:?}");
+    println!("in force after {in_force:?}, all cut after {all:?}");
 }
 
 /// Bytes that the daemon has of what `/proc/PID/status` calls `key`.

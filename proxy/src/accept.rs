@@ -14,11 +14,11 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::connect::{keepalive, reset_when_closed, send_soon};
 use crate::enforcer::Enforcer;
 use crate::flows::{Flow, FlowKey, Legs, Upstream};
+use crate::limits::Source;
 use crate::occasional::warn_occasionally;
 use crate::records::Outcome;
 use crate::relay::{InFlight, Pressure, relay};
 use crate::succession::{self, Relayed};
-use crate::unread::Owner;
 
 /// Completed handshakes that may wait for us; the kernel caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 16_384;
@@ -207,22 +207,22 @@ struct Pressed<'a> {
 impl Pressed<'_> {
     fn begins(&self) {
         let stream = &self.flow.holding;
-        if self.enforcer.unread.opens(stream, || self.owner()) {
+        if self.enforcer.unread.opens(stream, || self.source()) {
             stream.keep_small(self.legs.of(0));
         }
     }
 
-    fn owner(&self) -> Owner {
+    fn source(&self) -> Source {
         let decision = self.flow.decision();
-        let from = decision.as_ref().and_then(|it| it.from.as_ref());
-        Owner::new(from.map(|pod| &pod.identity.uid), self.flow.key.client.ip())
+        let from = decision.as_ref().and_then(|it| it.from.as_deref());
+        Source::behind(from, self.flow.key.client.ip())
     }
 }
 
 impl Pressure for Pressed<'_> {
     fn presses(&self, direction: usize, bytes: usize) {
         let (unread, stream) = (&self.enforcer.unread, &self.flow.holding);
-        if let Some(share) = unread.presses(stream, || self.owner(), direction, bytes) {
+        if let Some(share) = unread.presses(stream, || self.source(), direction, bytes) {
             let [from, to] = self.legs.of(direction);
             stream.reduce(from, to, share);
         }

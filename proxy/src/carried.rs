@@ -8,18 +8,18 @@ mod backlog;
 pub(crate) mod upkeep;
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as Place;
-use policy::Endpoint;
 
 use crate::conntrack::{Entry, FlowId};
 use crate::decision::{Decision, Severance, Way};
 use crate::flows::{ByAddress, Ends};
+use crate::limits::Source;
 use crate::records::Subject;
 
 use backlog::Backlog;
@@ -46,28 +46,6 @@ pub(crate) struct Carried {
     parting: Mutex<Vec<(Instant, Entry)>>,
     /// Addresses whose flows that are not listed are to be judged again.
     backlog: Backlog,
-}
-
-/// Who begins flows, as shares of the list count them.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Source {
-    /// By its uid.
-    Pod(Arc<str>),
-    /// By its address, or the beginning of it.
-    Outside(IpAddr),
-}
-
-impl Source {
-    fn of(pod: Option<&Endpoint>, address: IpAddr) -> Self {
-        match (pod, address) {
-            (Some(pod), _) => Self::Pod(Arc::clone(&pod.identity.uid)),
-            (None, IpAddr::V4(_)) => Self::Outside(address),
-            (None, IpAddr::V6(v6)) => {
-                let network = v6.to_bits() >> 64 << 64;
-                Self::Outside(Ipv6Addr::from_bits(network).into())
-            }
-        }
-    }
 }
 
 /// A flow that was let through at its first packet.
@@ -147,7 +125,7 @@ impl Carried {
             known.again.store(true, Ordering::Relaxed);
             return Listed::Again;
         }
-        let source = Source::of(decision.from.as_deref(), id.client.ip());
+        let source = Source::behind(decision.from.as_deref(), id.client.ip());
         if !self.has_room(&source) {
             self.pass_over();
             return Listed::Full;
@@ -477,13 +455,5 @@ mod tests {
             assert!(carried.remove(&id).is_some());
         }
         assert!(carried.by_source.is_empty());
-    }
-
-    #[test]
-    fn a_source_outside_is_one_host_or_one_network_of_ipv6() {
-        let of = |text: &str| Source::of(None, text.parse().unwrap());
-        assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
-        assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:1"));
-        assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
     }
 }

@@ -5,7 +5,6 @@
 //! the smaller is the share of each, and over the bounds streams give way. Knows neither flows nor policy: who measures and resets is the
 //! caller.
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
@@ -14,6 +13,7 @@ use std::time::{Duration, Instant};
 use dashmap::DashMap;
 use nix::sys::socket::{setsockopt, sockopt};
 
+use crate::limits::Source;
 use crate::sys;
 
 /// Directions of one source that may press with buffers as large as the kernel makes them.
@@ -33,35 +33,13 @@ const ENOUGH_NEAR: usize = 256 << 10;
 /// Bytes that the relay takes from a side at a time: a full pipe.
 const MOST_RELAYED: usize = 1 << 20;
 
-/// Who has opened a stream, and answers for what is left unread on it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Owner {
-    /// By uid.
-    Pod(Arc<str>),
-    /// An IPv4 address, or the /64 of an IPv6 address.
-    Outside(IpAddr),
-}
-
-impl Owner {
-    /// The pod with this uid; without one whoever has the address.
-    pub(crate) fn new(pod: Option<&Arc<str>>, address: IpAddr) -> Self {
-        match (pod, address) {
-            (Some(uid), _) if !uid.is_empty() => Self::Pod(Arc::clone(uid)),
-            (None, IpAddr::V6(v6)) => {
-                Self::Outside(Ipv6Addr::from_bits(v6.to_bits() & (u128::MAX << 64)).into())
-            }
-            _ => Self::Outside(address),
-        }
-    }
-}
-
 /// The bounds, and the sources of whose streams some press.
 pub(crate) struct Unread {
     /// Bytes of one source.
     per_source: usize,
     /// Bytes in all.
     total: usize,
-    accounts: DashMap<Owner, Weak<Account>, ahash::RandomState>,
+    accounts: DashMap<Source, Weak<Account>, ahash::RandomState>,
     /// Directions that press.
     pressing: AtomicUsize,
 }
@@ -111,8 +89,8 @@ impl Unread {
 
     /// Notes whose a stream is that begins. Returns whether that source has so many that none gets a large window before it
     /// is known what it does with it.
-    pub(crate) fn opens(&self, stream: &Holding, owner: impl FnOnce() -> Owner) -> bool {
-        let account = stream.account.get_or_init(|| self.account(owner()));
+    pub(crate) fn opens(&self, stream: &Holding, source: impl FnOnce() -> Source) -> bool {
+        let account = stream.account.get_or_init(|| self.account(source()));
         Arc::strong_count(account) > CROWD
     }
 
@@ -121,11 +99,11 @@ impl Unread {
     pub(crate) fn presses(
         &self,
         stream: &Holding,
-        owner: impl FnOnce() -> Owner,
+        source: impl FnOnce() -> Source,
         direction: usize,
         bytes: usize,
     ) -> Option<usize> {
-        let account = stream.account.get_or_init(|| self.account(owner()));
+        let account = stream.account.get_or_init(|| self.account(source()));
         if stream.held[direction].swap(bytes.max(1), Ordering::Relaxed) > 0 {
             return None;
         }
@@ -201,8 +179,8 @@ impl Unread {
             .retain(|_, account| account.strong_count() > 0);
     }
 
-    fn account(&self, owner: Owner) -> Arc<Account> {
-        let mut entry = self.accounts.entry(owner).or_default();
+    fn account(&self, source: Source) -> Arc<Account> {
+        let mut entry = self.accounts.entry(source).or_default();
         entry.upgrade().unwrap_or_else(|| {
             let account = Arc::default();
             *entry = Arc::downgrade(&account);
@@ -322,8 +300,8 @@ fn set_receive_buffer(socket: impl AsFd, bytes: usize) {
 mod tests {
     use super::*;
 
-    fn owner(uid: &str) -> Owner {
-        Owner::new(Some(&uid.into()), [10, 0, 0, 1].into())
+    fn source(uid: &str) -> Source {
+        Source::Pod(uid.into())
     }
 
     #[test]
@@ -332,15 +310,15 @@ mod tests {
         let streams: Vec<_> = (0..FREE).map(|_| Holding::default()).collect();
         for stream in &streams {
             for direction in [0, 0] {
-                let buffers = unread.presses(stream, || owner("a"), direction, 7);
+                let buffers = unread.presses(stream, || source("a"), direction, 7);
                 assert_eq!(buffers, None);
             }
         }
         let (one, other) = (Holding::default(), Holding::default());
-        let buffers = unread.presses(&other, || owner("b"), 1, 0);
+        let buffers = unread.presses(&other, || source("b"), 1, 0);
         assert_eq!(buffers, None, "another's");
         let share = (1 << 20) / (FREE + 1);
-        let buffers = unread.presses(&one, || owner("a"), 1, 7);
+        let buffers = unread.presses(&one, || source("a"), 1, 7);
         assert_eq!(buffers, Some(share));
         assert_eq!(unread.share(&streams[0]), Some(share));
         assert_eq!(one.pressing(), [false, true]);
@@ -361,9 +339,9 @@ mod tests {
     fn streams_of_a_crowd_begin_small() {
         let unread = Unread::new(2 << 20);
         let streams: Vec<_> = (0..=CROWD).map(|_| Holding::default()).collect();
-        let crowded = streams.iter().map(|it| unread.opens(it, || owner("a")));
+        let crowded = streams.iter().map(|it| unread.opens(it, || source("a")));
         assert_eq!(crowded.filter(|crowded| *crowded).count(), 1);
-        assert!(!unread.opens(&Holding::default(), || owner("b")));
+        assert!(!unread.opens(&Holding::default(), || source("b")));
     }
 
     #[test]
@@ -409,19 +387,5 @@ mod tests {
         assert_eq!(stream.stalled(1, later(5)), Duration::from_secs(5));
         assert_eq!(stream.stalled(2, later(6)), Duration::ZERO);
         assert_eq!(stream.stalled(2, later(7)), Duration::from_secs(1));
-    }
-
-    #[test]
-    fn an_owner_is_a_pod_or_a_prefix() {
-        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
-        assert_eq!(owner("a"), Owner::new(Some(&"a".into()), ip("fd00::1")));
-        assert_ne!(owner("a"), owner("b"));
-        let [one, other] = ["2001:db8::1", "2001:db8::2"].map(|it| Owner::new(None, ip(it)));
-        assert_eq!(one, other);
-        let [one, other] = ["192.0.2.1", "192.0.2.2"].map(|it| Owner::new(None, ip(it)));
-        assert_ne!(one, other);
-        // Manifests need no uid.
-        let [one, other] = ["fd00::1", "fd00::2"].map(|it| Owner::new(Some(&"".into()), ip(it)));
-        assert_ne!(one, other);
     }
 }

@@ -17,10 +17,11 @@ use policy::Protocol;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::{CarriedFlow, Listed, Source, backlog, unlisted};
+use super::{CarriedFlow, Listed, backlog, unlisted};
 use crate::conntrack::{self, Endings, Entry, FlowId, Heard};
 use crate::decision::{Decision, Severance};
 use crate::enforcer::Enforcer;
+use crate::limits::Source;
 use crate::occasional::warn_occasionally;
 use crate::records::Outcome;
 
@@ -214,7 +215,7 @@ pub(crate) fn compare(enforcer: &Enforcer) -> io::Result<()> {
             return Ok(());
         }
         let client = entry.flow.client.ip();
-        let source = Source::of(enforcer.table.endpoint(client).as_deref(), client);
+        let source = Source::behind(enforcer.table.endpoint(client).as_deref(), client);
         if !enforcer.carried.has_room(&source) {
             // Changes find it without the list.
             enforcer.carried.pass_over();

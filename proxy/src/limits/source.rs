@@ -43,10 +43,16 @@ impl Source {
         match holder {
             Holder::Pod(endpoint) => Self::of(endpoint),
             Holder::Node | Holder::Unknown => Self::Address(address),
-            Holder::Outside => Self::Outside(match address {
-                IpAddr::V4(_) => address,
-                IpAddr::V6(v6) => IpAddr::V6(network(v6)),
-            }),
+            Holder::Outside => Self::behind(None, address),
+        }
+    }
+
+    /// The user behind `address` by a decision, which knows the pod there or nobody.
+    pub(crate) fn behind(pod: Option<&Endpoint>, address: IpAddr) -> Self {
+        match (pod, address) {
+            (Some(pod), _) => Self::of(pod),
+            (None, IpAddr::V4(_)) => Self::Outside(address),
+            (None, IpAddr::V6(v6)) => Self::Outside(network(v6).into()),
         }
     }
 

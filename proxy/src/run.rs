@@ -162,8 +162,7 @@ async fn enforce(
         None => serve().await?,
     };
     let (workers, mut tasks) = begin(args, &enforcer, &stopped, estate, began)?;
-    let watched = (links, bridges, redirect);
-    let renewed = node::watch(&mut tasks, &readiness, &enforcer, watched);
+    let renewed = node::watch(&mut tasks, &readiness, &enforcer, (links, bridges, redirect));
     source::lift_taint(args, &readiness, &enforcer.node);
     let following = Follower {
         source,

@@ -103,13 +103,13 @@ impl Bridges {
     /// # Errors
     /// If the kernel does not tell of changes.
     pub(crate) fn new(
-        names: Vec<String>,
+        names: &[String],
         pods: LocalPods,
         vacancies: Vacancies,
         kernel: Kernel,
     ) -> io::Result<Self> {
         Ok(Self {
-            names,
+            names: names.to_vec(),
             pods,
             vacancies,
             kernel,

@@ -152,8 +152,7 @@ async fn enforce(
         touched = first => touched?,
     };
     let links = PodLinks::new(pods.clone(), vacancies.clone(), readiness.is_heard())?;
-    let bridge = args.redirect.bridge.clone();
-    let bridges = Bridges::new(bridge, pods, vacancies.clone(), kernel)?;
+    let bridges = Bridges::new(&args.redirect.bridge, pods, vacancies.clone(), kernel)?;
     // From here on live connections may depend on this daemon.
     let began = kept.is_none().then(Instant::now);
     let estate = relief.take_over(kept).await?;
@@ -162,7 +161,8 @@ async fn enforce(
         None => serve().await?,
     };
     let (workers, mut tasks) = begin(args, &enforcer, &stopped, estate, began)?;
-    let renewed = node::watch(&mut tasks, &readiness, &enforcer, (links, bridges, redirect));
+    let watched = (links, bridges, redirect);
+    let renewed = node::watch(&mut tasks, &readiness, &enforcer, watched);
     source::lift_taint(args, &readiness, &enforcer.node);
     let following = Follower {
         source,

@@ -7,10 +7,10 @@ CARGO ?= cargo
 BUILT := $(or $(CARGO_TARGET_DIR),$(CARGO_BUILD_TARGET_DIR),target)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
-# Program needed, Debian package that has it.
+# Program or file needed, Debian package that has it.
 TOOLS := nft:nftables ip:iproute2 setpriv:util-linux cc:gcc
 # What it takes to build the programs of other projects.
-TOOLS_TOOLS := curl:curl unzip:unzip
+TOOLS_TOOLS := curl:curl unzip:unzip /usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
 TEST_TOOLS := bwrap:bubblewrap chromium:chromium chromedriver:chromium-driver openssl:openssl iptables:iptables \
   containerd:containerd runc:runc busybox:busybox-static /usr/lib/cni/ptp:containernetworking-plugins
 BENCH_TOOLS := haproxy:haproxy
@@ -71,7 +71,7 @@ toolchain:
 
 define install
 	missing=""; for tool in $(1); do \
-	  PATH="$$PATH:/usr/sbin:/sbin" command -v "$${tool%%:*}" >/dev/null || missing="$$missing $${tool##*:}"; done; \
+	  PATH="$$PATH:/usr/sbin:/sbin" command -v "$${tool%%:*}" >/dev/null || [ -e "$${tool%%:*}" ] || missing="$$missing $${tool##*:}"; done; \
 	if [ -n "$$missing" ]; then \
 	  echo "==> Installing with apt:$$missing"; \
 	  command -v apt-get >/dev/null || { echo "this is no Debian or Ubuntu; install by hand:$$missing" >&2; exit 1; }; \

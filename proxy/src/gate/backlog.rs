@@ -8,8 +8,8 @@ use std::collections::{HashMap, VecDeque};
 use crate::limits::Source;
 
 /// Packets of one user that may wait here, and no more than there is room for in all: the kernel has a place in its
-/// queue for each until it is decided. A client that begins a thousand connections at once loses none.
-const OF_USER: usize = 2048;
+/// queue for each until it is decided. A client that sends thousands of first packets at once loses none.
+const OF_USER: usize = 4096;
 /// Of these, long ones, of which the kernel keeps all.
 const LONG_OF_USER: usize = 64;
 /// Packets that may wait here in all.

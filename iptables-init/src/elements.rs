@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn elements_of_every_kind_are_encoded_as_the_kernel_has_them() {
+    fn every_element_is_encoded_as_the_kernel_does() {
         let name = |text: &str| {
             let mut name = text.as_bytes().to_vec();
             name.resize(16, 0);
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn scripts_are_noted_from_the_first_flush_on() {
+    fn a_set_is_tracked_from_its_first_flush() {
         let mut noted = Noted::default();
         noted.apply("add element inet portreeve a { 1.1.1.1 }\n");
         assert!(noted.sets.is_empty(), "what else it holds is not known");

@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn every_number_of_an_error_message_can_be_read() {
+    fn any_error_number_can_be_read() {
         for (code, refused) in [
             (0, false),
             (-1, true),

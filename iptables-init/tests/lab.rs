@@ -46,8 +46,8 @@ fn main() -> ExitCode {
         bridges_look_into_packets_again_after_uninstall_only_if_they_did_before,
         another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements,
         nft_understands_its_own_queue_for_any_number_of_queues,
-        nft_of_each_debian_loads_and_removes_the_rules,
-        nft_of_each_debian_keeps_the_elements_of_the_sets,
+        each_debians_nft_loads_and_removes_the_rules,
+        each_debians_nft_keeps_the_sets_elements,
         check_names_an_nft_that_refuses_the_rules,
         sets_in_the_kernel_are_what_the_scripts_say,
         sets_without_an_installed_table_are_refused_with_the_remedy,
@@ -298,7 +298,7 @@ fn nft_of_each_release() -> Vec<String> {
     folders
 }
 
-fn nft_of_each_debian_loads_and_removes_the_rules() {
+fn each_debians_nft_loads_and_removes_the_rules() {
     for folder in nft_of_each_release() {
         let netns = namespace();
         sh(
@@ -315,7 +315,7 @@ fn nft_of_each_debian_loads_and_removes_the_rules() {
 }
 
 /// What the daemon writes into the sets, and how another layout takes it over.
-fn nft_of_each_debian_keeps_the_elements_of_the_sets() {
+fn each_debians_nft_keeps_the_sets_elements() {
     for folder in nft_of_each_release() {
         let netns = namespace();
         let path = format!("PATH={folder}:$PATH\n");

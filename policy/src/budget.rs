@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn a_policy_is_counted_by_what_it_asks_for() {
+    fn a_policys_resources_are_counted() {
         use Resource::{Expressions, Labels, Pairs, Peers, Policies, Ports, Rules, Selectors};
         for (spec, expected, why) in [
             ("{}", vec![(Policies, 1)], "nothing but itself"),
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_much_is_named_with_count_and_bound() {
+    fn an_excess_names_resource_count_and_bound() {
         let budget = Budget::default().with(Resource::Rules, 2);
         let (one, two) = (usage("ingress: [{}]"), usage("ingress: [{}, {}]"));
         assert!(budget.holds(&two) && !budget.holds(&one.plus(&two)));

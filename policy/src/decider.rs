@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_namespace_merges_so_much_at_one_time() {
+    fn a_namespace_merges_a_bounded_number_of_entries() {
         let taken = Arc::new(AtomicUsize::new(0));
         let first = Lease::take(&taken, 6, 10);
         assert!(first.is_some() && Lease::take(&taken, 5, 10).is_none());

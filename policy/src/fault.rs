@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_many_faults_the_first_are_named() {
+    fn only_the_first_faults_are_named() {
         let mut faults = Faults::default();
         for number in 0..1_000 {
             faults.push(number, "wrong", "correct it");

@@ -154,7 +154,7 @@ proptest! {
     }
 
     #[test]
-    fn a_decision_that_is_explained_later_is_the_verdict(world in worlds()) {
+    fn a_decision_explained_later_equals_the_verdict(world in worlds()) {
         let cluster = cluster(&world);
         for question in questions(&all_addresses()) {
             let (from, to) = (cluster.party(question.from), cluster.party(question.to));
@@ -218,7 +218,7 @@ proptest! {
     }
 
     #[test]
-    fn a_budget_opens_nothing_and_never_asks_in_which_order_policies_came(
+    fn a_budget_opens_nothing_whatever_the_order(
         world in worlds(),
         keys in keys(),
         steps in proptest::collection::vec(changes(true), 1..8),

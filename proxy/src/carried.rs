@@ -439,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_over_its_share_leaves_room_for_others() {
+    fn a_source_over_its_share_leaves_room() {
         let carried = Carried::with_room_for(3, 2);
         let listed: Vec<_> = (1..=3).map(|port| enter(&carried, port)).collect();
         assert_eq!(listed, [Listed::New, Listed::New, Listed::Full]);

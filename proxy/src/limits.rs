@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_that_there_may_be_fits_into_the_descriptors() {
+    fn the_bounds_fit_into_the_descriptors() {
         for descriptors in [4096, 20_000, 65_536, 1_048_576] {
             let bounds = Bounds::of(descriptors, 4096, None, None);
             let used = 2 * bounds.total + 2 * bounds.pipes + DESCRIPTORS_KEPT;

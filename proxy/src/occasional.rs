@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_has_its_lines_and_counts_the_rest() {
+    fn each_call_site_counts_its_suppressed_lines() {
         let (place, now) = (Occasional::new(), Instant::now());
         let lines =
             |place: &Occasional, now| (0..20).filter_map(|_| place.line(now)).count() as u64;

@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_without_its_link_has_left_its_address() {
+    fn a_pod_without_a_link_leaves_its_address() {
         for (looks, expected, why) in [
             (
                 &[(0, "1", Some(7), true, false), (1, "1", None, true, false)][..],
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_daemon_that_starts_goes_on_from_the_links_of_the_last() {
+    fn a_new_daemon_resumes_from_pinned_links() {
         for (before, heard, link, expected, why) in [
             (&[(at(), 7)][..], true, Some(7), false, "the same link"),
             (
@@ -375,13 +375,13 @@ mod tests {
     }
 
     #[test]
-    fn a_link_that_is_not_there_does_not_exist() {
+    fn a_missing_link_does_not_exist() {
         assert!(exists(1), "the loopback link");
         assert!(!exists(NO_LINK) && !exists(0x7fff_fff0));
     }
 
     #[test]
-    fn a_look_is_due_when_a_link_could_be_confirmed() {
+    fn a_look_is_due_at_the_confirmation_time() {
         let now = Instant::now();
         let mut occupancy = Occupancy::default();
         let mut look = |link| {

@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_put_back_names_its_remedy() {
+    fn damage_that_stays_names_its_remedy() {
         let table = |ours| damage(Part::Table, "nft table portreeve", ours);
         let sysctl = damage(Part::Sysctl, "sysctl x is 1: bad; set it to 0", false);
         for (damages, expected) in [

@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_that_nobody_wants_are_closed() {
+    fn unwanted_descriptors_are_closed() {
         let (kind, flags) = (SockType::SeqPacket, SockFlag::empty());
         let (sender, socket) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
         let (read, _write) = nix::unistd::pipe().unwrap();

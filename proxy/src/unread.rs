@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn a_share_shrinks_with_those_that_press() {
+    fn a_share_shrinks_as_more_directions_press() {
         let unread = Unread::new(2 << 20);
         let streams: Vec<_> = (0..FREE).map(|_| Holding::default()).collect();
         for stream in &streams {
@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn streams_of_a_crowd_begin_small() {
+    fn the_ninth_stream_begins_with_small_buffers() {
         let unread = Unread::new(2 << 20);
         let streams: Vec<_> = (0..=CROWD).map(|_| Holding::default()).collect();
         let crowded = streams.iter().map(|it| unread.opens(it, || source("a")));

@@ -251,7 +251,7 @@ items:
 "#;
 
 #[test]
-fn a_claim_of_an_isolated_pods_address_opens_nothing() {
+fn claiming_an_isolated_pods_address_opens_nothing() {
     let dir = tempdir().unwrap();
     write(dir.path().join("state.yaml"), HAUNTED).unwrap();
     let source = format!("dir:{}", dir.path().display());

@@ -289,7 +289,7 @@ fn a_policy_on_a_host_network_pod_is_a_warning() {
 }
 
 #[test]
-fn a_policy_beyond_the_budget_is_an_error_that_names_field_count_and_remedy() {
+fn a_refused_policy_names_field_count_and_remedy() {
     let (table, mut index) = setup();
     let large = |rules: usize| {
         let key = PolicyKey {
@@ -321,7 +321,7 @@ fn a_policy_beyond_the_budget_is_an_error_that_names_field_count_and_remedy() {
 }
 
 #[test]
-fn of_many_refused_policies_the_first_are_named() {
+fn only_the_first_refused_policies_are_named() {
     let (table, mut index) = setup();
     let many = (0..2_030).map(|number| {
         let key = PolicyKey {

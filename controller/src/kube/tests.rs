@@ -159,7 +159,7 @@ async fn a_server_that_ignores_streamed_lists_is_asked_for_pages() {
 }
 
 #[tokio::test]
-async fn a_list_that_cannot_be_streamed_comes_in_pages_whatever_the_reason() {
+async fn a_failed_list_stream_falls_back_to_pages() {
     for code in [400, 404, 410, 422, 429, 500, 503] {
         let bed = Bed::new().await;
         bed.api.world().streams = Some(false);
@@ -172,7 +172,7 @@ async fn a_list_that_cannot_be_streamed_comes_in_pages_whatever_the_reason() {
 }
 
 #[tokio::test]
-async fn an_outage_is_said_by_the_list_in_pages() {
+async fn an_outage_is_reported_by_the_paged_list() {
     let bed = Bed::new().await;
     bed.api.world().refuse.insert("pods", 500);
     let mut source = bed.source().await;

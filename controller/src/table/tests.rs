@@ -153,7 +153,7 @@ fn unknown(table: &Table, from: &str, to: &str) -> Option<String> {
 }
 
 #[test]
-fn a_pod_that_left_its_address_has_no_rights_there() {
+fn a_vacated_address_gives_a_pod_no_rights() {
     let (table, mut index) = two_pods();
     let holder = table.endpoint(ip(A)).unwrap().identity.clone();
     let left = Unsettled {
@@ -189,7 +189,7 @@ fn a_pod_that_left_its_address_has_no_rights_there() {
 }
 
 #[test]
-fn an_awaited_address_waits_until_a_pod_has_it() {
+fn an_awaited_address_is_unknown_until_claimed() {
     const OUTSIDE: &str = "192.168.77.5";
     let (table, mut index) = two_pods();
     assert_eq!(unknown(&table, OUTSIDE, A), None);
@@ -204,7 +204,7 @@ fn an_awaited_address_waits_until_a_pod_has_it() {
 }
 
 #[test]
-fn a_node_explains_no_address_of_another_nodes_pods() {
+fn a_node_cannot_claim_another_nodes_pod_addresses() {
     let (table, mut index) = two_pods();
     assert!(unknown(&table, "10.0.0.9", A).is_some());
     index.apply(batch(vec![Event::Upsert(node(
@@ -222,7 +222,7 @@ fn a_node_explains_no_address_of_another_nodes_pods() {
 }
 
 #[test]
-fn an_address_is_a_pods_a_nodes_unknown_or_outside() {
+fn an_address_is_pod_node_unknown_or_outside() {
     let table = Table::new(TableSettings {
         cluster_cidrs: vec!["10.0.0.0/24".parse().unwrap()],
         ..TableSettings::default()

@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_set_is_worked_out_once_and_the_memory_is_bounded() {
+    fn each_set_is_evaluated_once_within_bounded_memory() {
         let known = Known::default();
         let mut worked_out = 0;
         let mut meet = |number: u64, asked: Key| {

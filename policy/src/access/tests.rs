@@ -146,7 +146,7 @@ proptest! {
     #![proptest_config(config(400))]
 
     #[test]
-    fn what_rules_allow_together_is_what_any_allows(
+    fn merged_rules_allow_what_any_rule_allows(
         lists in proptest::collection::vec(rules(), 1..4),
         ids in proptest::collection::btree_set(0_u32..60, 0..40),
         asked in proptest::collection::vec((any::<bool>(), any::<u8>(), numbers(), protocols()), 24),
@@ -178,7 +178,7 @@ proptest! {
 }
 
 #[test]
-fn a_range_of_ports_is_at_most_thirty_prefixes() {
+fn a_port_range_is_at_most_thirty_prefixes() {
     for (first, last, expected) in [
         (0, 65_535, 1),
         (80, 80, 1),
@@ -194,7 +194,7 @@ fn a_range_of_ports_is_at_most_thirty_prefixes() {
 }
 
 #[test]
-fn every_port_is_in_the_prefixes_of_its_ranges_only() {
+fn prefixes_cover_the_ports_of_their_ranges_only() {
     for (first, last) in [
         (0, 0),
         (1, 6),

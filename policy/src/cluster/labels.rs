@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_removed_leaves_nothing_behind() {
+    fn removal_leaves_nothing_behind() {
         let mut index = ByLabel::default();
         let slots: Vec<Slot> = (0..100).map(|n| index.insert(namespace(n))).collect();
         slots.into_iter().for_each(|slot| index.remove(slot));

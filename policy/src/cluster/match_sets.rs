@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn equal_sets_are_one_and_unused_ones_are_let_go() {
+    fn equal_sets_are_shared_and_unused_freed() {
         let mut sets = MatchSets::default();
         let kept = sets.intern(vec![1, 2]);
         assert!(Arc::ptr_eq(&kept, &sets.intern(vec![1, 2])));

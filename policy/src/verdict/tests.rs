@@ -409,7 +409,7 @@ fn a_reason_is_one_sentence() {
 }
 
 #[test]
-fn an_explanation_is_short_however_many_rules_allow() {
+fn an_explanation_of_many_rules_is_short() {
     let many = format!("ingress: [{}]", vec!["{}"; 5000].join(", "));
     let specs: Vec<&str> = vec![&many, &many, "ingress: [{}]"];
     let cluster = cluster_under(&specs);

@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn what_failed_is_done_with_what_came_since() {
+    fn failed_addresses_are_retried_with_later_ones() {
         let backlog = Backlog::default();
         backlog.add(&addresses(1), Duration::ZERO);
         assert_eq!(backlog.work(|_| Err(())), Err(()));
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn who_adds_waits_for_its_turn_and_not_for_ever() {
+    fn adding_waits_for_completion_up_to_a_limit() {
         let backlog = Backlog::default();
         std::thread::scope(|scope| {
             scope.spawn(|| backlog.add(&addresses(1), Duration::from_secs(600)));

@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reset_is_the_clients_and_its_checksum_is_right() {
+    fn a_client_reset_has_a_valid_checksum() {
         for (client, server) in [
             ("10.0.0.1:40000", "10.0.0.2:80"),
             ("[fd00::1]:40000", "[fd00::2]:80"),

@@ -275,7 +275,7 @@ async fn a_live_connection_gives_way_to_nobody() {
 }
 
 #[tokio::test]
-async fn a_place_is_given_back_when_a_connection_is_live_or_over() {
+async fn a_place_is_freed_once_live_or_over() {
     let bench = Bench::new();
     let half_open = Pending::new(8, 8);
     let enter = |flow: &Arc<Flow>| {
@@ -302,7 +302,7 @@ async fn a_place_is_given_back_when_a_connection_is_live_or_over() {
 }
 
 #[tokio::test]
-async fn a_syn_goes_to_no_socket_that_is_gone() {
+async fn no_syn_goes_to_a_closed_socket() {
     let live = async |bench: &Bench| {
         let flow = bench.new_flow(key(1, 2), 7);
         assert!(bench.flows.admit(&flow, stream().await, 0));

@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn users_take_turns_and_each_has_its_own_order() {
+    fn users_take_turns_and_keep_their_order() {
         let mut backlog = Backlog::new();
         for (from, value) in [(1, 10), (1, 11), (1, 12), (2, 20), (3, 30), (2, 21)] {
             assert_eq!(backlog.push(user(from), value, false), Ok(()));
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn one_user_has_so_much_room_and_others_have_theirs() {
+    fn a_full_users_backlog_leaves_others_room() {
         let mut backlog = Backlog::new();
         assert_eq!(fill(&mut backlog, 1), OF_USER);
         assert_eq!(backlog.push(user(2), 8, false), Ok(()));

@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_packet_has_the_length_of_all_of_it() {
+    fn a_truncated_packet_reports_its_full_length() {
         let lengths = |bytes: &[u8]| -> Vec<usize> {
             let queued = messages(bytes).filter_map(|message| queued(&message));
             queued.map(|queued| queued.length).collect()

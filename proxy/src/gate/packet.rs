@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_local_source_is_odd_whatever_it_sends() {
+    fn a_link_local_source_is_always_odd() {
         for payload in [
             (6, tcp(SYN)),
             (6, tcp(ACK)),

@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn one_server_has_half_however_many_sources_come_to_it() {
+    fn one_server_gets_at_most_half() {
         let connections = Connections::new(usize::MAX, 100);
         let held: Vec<_> = (0..200)
             .filter_map(|last| connections.permit(source(last), server(1)).ok())
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn one_namespace_leaves_a_quarter_however_many_pods_it_has() {
+    fn one_namespace_leaves_a_quarter_free() {
         type Ends = fn(u16) -> (Party, Party);
         let others = |n: u16| outside(2, n.to_le_bytes()[0]);
         let ways: [(Ends, &str); 3] = [
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_taken_over_stands_whatever_the_bounds() {
+    fn connections_taken_over_stand_whatever_the_bounds() {
         let connections = Connections::new(1, 2);
         let held: Vec<_> = (0..5)
             .map(|_| connections.take_over(source(1), server(1)))

@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_ends_within_a_line_is_seen() {
+    fn a_file_with_a_torn_line_is_recognized() {
         let file = tempfile::NamedTempFile::new().unwrap();
         for (content, torn) in [("", false), ("{}\n", false), ("{}\n{", true)] {
             std::fs::write(file.path(), content).unwrap();
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn trouble_is_told_while_it_lasts() {
+    fn a_write_error_is_shown_while_it_lasts() {
         let trouble = Trouble::default();
         assert!(!trouble.set(None));
         assert!(trouble.set(Some("no room".to_owned())));

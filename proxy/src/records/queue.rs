@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_the_end_sees_it_and_what_is_put_in_meanwhile_stays() {
+    fn closing_wakes_waiters_and_keeps_later_entries() {
         let queue = Queue::new(10, 10);
         assert!(!queue.closes_within(AT_ONCE));
         std::thread::scope(|scope| {

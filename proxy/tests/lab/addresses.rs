@@ -17,10 +17,10 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     an_unknown_pod_outside_of_cidrs_is_held,
     a_node_without_cidrs_polices_its_pods,
     a_pod_behind_no_link_is_reported,
-    a_new_pod_at_a_link_has_no_rights_of_the_last,
-    a_new_pod_at_a_port_has_no_rights_of_the_last,
-    a_daemon_that_starts_gives_no_rights_of_the_last,
-    a_pod_whose_route_comes_back_keeps_its_rights,
+    new_pods_at_a_link_inherit_no_rights,
+    new_pods_at_a_port_inherit_no_rights,
+    a_starting_daemon_passes_on_no_old_rights,
+    a_pod_whose_route_returns_keeps_its_rights,
     an_address_whose_link_is_gone_is_nobodys,
 ];
 
@@ -228,15 +228,15 @@ fn a_pod_behind_no_link_is_reported() {
     }
 }
 
-fn a_new_pod_at_a_link_has_no_rights_of_the_last() {
+fn new_pods_at_a_link_inherit_no_rights() {
     succession(Gateway::LinkLocal, Last::Running);
 }
 
-fn a_new_pod_at_a_port_has_no_rights_of_the_last() {
+fn new_pods_at_a_port_inherit_no_rights() {
     succession(BRIDGE, Last::Terminating);
 }
 
-fn a_daemon_that_starts_gives_no_rights_of_the_last() {
+fn a_starting_daemon_passes_on_no_old_rights() {
     for gateway in [Gateway::LinkLocal, BRIDGE] {
         succession(gateway, Last::Unseen);
     }
@@ -316,7 +316,7 @@ fn terminating_pod(bed: &Bed, name: &str) -> Value {
     state
 }
 
-fn a_pod_whose_route_comes_back_keeps_its_rights() {
+fn a_pod_whose_route_returns_keeps_its_rights() {
     let bed = Bed::enforced(&[], &[allow_egress("a")]);
     let (a, c, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"), bed.lab.node(0));
     let link = bed.lab.link_of("x/a").unwrap();

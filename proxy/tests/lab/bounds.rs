@@ -23,7 +23,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     unfinished_handshakes_of_two_pods_harm_nobody,
     syns_to_silent_addresses_harm_nobody,
     packets_to_unknown_addresses_harm_nobody,
-    a_flood_beyond_the_gates_pace_delays_itself_only,
+    a_flood_beyond_the_gates_pace_delays_itself,
 ];
 
 /// SYNs that must have met the gate for a flood to be one.
@@ -350,7 +350,7 @@ fn packets_to_unknown_addresses_harm_nobody() {
 
 /// Each SYN from the same port ends the attempt before it and begins a connection to the server: no bound is met,
 /// and it is more than a daemon without optimisation can do.
-fn a_flood_beyond_the_gates_pace_delays_itself_only() {
+fn a_flood_beyond_the_gates_pace_delays_itself() {
     const TOO_MANY: u32 = 9000;
     let bed = attacked();
     let [v, n, o] = ["x/v", "x/n", "x/o"].map(|name| bed.lab.pod(name));

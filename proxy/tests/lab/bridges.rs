@@ -21,8 +21,8 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_bridge_that_looks_into_packets_again_is_reported_and_opens_nothing,
     nothing_of_an_isolated_pod_passes_its_bridge,
     a_pod_takes_no_other_pods_address_on_its_bridge,
-    a_header_before_ip_carries_no_other_pods_address,
-    a_frame_to_a_kept_group_reaches_no_node_socket,
+    a_tagged_frame_carries_no_other_pods_address,
+    a_reserved_group_frame_reaches_no_node_socket,
     a_pods_new_address_is_its_own_at_once,
 ];
 
@@ -347,7 +347,7 @@ fn a_pod_takes_no_other_pods_address_on_its_bridge() {
 }
 
 /// VLAN tags and the like: the kernel takes some of them away between the bridge and IP.
-fn a_header_before_ip_carries_no_other_pods_address() {
+fn a_tagged_frame_carries_no_other_pods_address() {
     let mut bed = Bed::bare(small().gateway(BRIDGE).rp_filter(RpFilter::Off));
     bed.enforce(&[]);
     let [liar, hearer, victim] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
@@ -407,7 +407,7 @@ fn a_header_before_ip_carries_no_other_pods_address() {
 }
 
 /// Frames to the groups that a bridge keeps go to IP as if its port had received them.
-fn a_frame_to_a_kept_group_reaches_no_node_socket() {
+fn a_reserved_group_frame_reaches_no_node_socket() {
     let mut bed = Bed::bare(small().gateway(BRIDGE).rp_filter(RpFilter::Off));
     bed.enforce(&[]);
     let [liar, victim] = ["x/a", "x/d"].map(|name| bed.lab.pod(name));

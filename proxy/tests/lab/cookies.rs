@@ -7,12 +7,12 @@ use lab::{Dial, wait_until};
 use crate::support::{Bed, DEADLINE, allow_all, echoes, greeted, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    connections_begin_with_syn_cookies_as_without,
-    a_flood_that_fills_the_backlog_leaves_others_their_connections,
+    connections_work_with_syn_cookies,
+    a_full_backlog_leaves_others_their_connections,
 ];
 
 /// `net.ipv4.tcp_syncookies` is of both families (ip-sysctl); 2 sends nothing but cookies.
-fn connections_begin_with_syn_cookies_as_without() {
+fn connections_work_with_syn_cookies() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     for node in bed.lab.nodes() {
         let sysctls = [("ipv4/tcp_syncookies", "2")];
@@ -36,7 +36,7 @@ fn connections_begin_with_syn_cookies_as_without() {
 }
 
 /// Of SYNs that nobody follows up, towards a pod that policy opens.
-fn a_flood_that_fills_the_backlog_leaves_others_their_connections() {
+fn a_full_backlog_leaves_others_their_connections() {
     let mut bed = Bed::bare(small());
     bed.write_policies(&[allow_all()]);
     for node in bed.lab.nodes() {

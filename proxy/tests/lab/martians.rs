@@ -12,9 +12,9 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_link_local_source_asks_for_nothing_beyond_its_link,
-    a_pod_reaches_nothing_of_its_nodes_loopback_network,
-    a_source_route_leads_no_packet_to_a_pod,
+    a_link_local_source_stays_on_its_link,
+    a_pod_cannot_reach_its_nodes_loopback_network,
+    source_routed_packets_reach_no_pod,
 ];
 
 const NEAR: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x98);
@@ -34,7 +34,7 @@ fn settle(from: &Host, to: &Host, capture: &Capture) {
     }
 }
 
-fn a_link_local_source_asks_for_nothing_beyond_its_link() {
+fn a_link_local_source_stays_on_its_link() {
     for gateway in [Gateway::LinkLocal, BRIDGE] {
         let mut bed = Bed::bare(small().rp_filter(RpFilter::Off).gateway(gateway));
         bed.write_policies(&[allow_ingress("b"), deny_egress("a")]);
@@ -77,7 +77,7 @@ fn settle_neighbours(from: &Host, to: &Host) {
     }
 }
 
-fn a_pod_reaches_nothing_of_its_nodes_loopback_network() {
+fn a_pod_cannot_reach_its_nodes_loopback_network() {
     for gateway in [Gateway::LinkLocal, BRIDGE] {
         let mut bed = Bed::bare(small().rp_filter(RpFilter::Off).gateway(gateway));
         bed.write_policies(&[deny_egress("a"), deny_ingress("a")]);
@@ -121,7 +121,7 @@ fn a_pod_reaches_nothing_of_its_nodes_loopback_network() {
 }
 
 /// To a pod without a grant, by a pod without policy and from outside, where the node follows such routes.
-fn a_source_route_leads_no_packet_to_a_pod() {
+fn source_routed_packets_reach_no_pod() {
     let mut bed = Bed::bare(small().rp_filter(RpFilter::Off));
     bed.write_policies(&[deny_ingress("b")]);
     bed.enforce(&[]);

@@ -26,7 +26,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     judged_the_own_node_is_one_more_destination_of_a_pod,
     judged_a_change_stops_what_a_pod_has_with_its_node,
     judged_a_node_that_goes_on_sending_keeps_no_stream_open_that_a_change_denies,
-    judged_a_pods_link_local_address_does_not_reach_its_node,
+    judged_link_local_senders_cannot_reach_the_node,
     a_node_reaches_its_pods_and_no_others_whatever_policy_says,
     pods_on_the_hosts_network_are_the_node_as_target_and_as_peer,
     a_pod_reaches_itself_and_by_its_own_service_whatever_policy_says,
@@ -216,7 +216,7 @@ fn judged_a_node_that_goes_on_sending_keeps_no_stream_open_that_a_change_denies(
 }
 
 /// By TCP and UDP between link-local addresses, and between one of them and a global one; with broadcasts in nobody's name.
-fn judged_a_pods_link_local_address_does_not_reach_its_node() {
+fn judged_link_local_senders_cannot_reach_the_node() {
     for gateway in [BRIDGE, Gateway::NodeAddress, Gateway::LinkLocal] {
         let mut bed = Bed::bare(small().gateway(gateway));
         bed.write_policies(&[deny_egress("a"), deny_ingress("a")]);

@@ -23,7 +23,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_source_port_can_be_used_again_right_after_the_server_closed,
     a_source_port_can_be_used_again_right_after_a_reset,
     a_source_port_can_go_to_a_pod_and_then_to_its_service,
-    a_server_reaches_no_listener_by_a_stale_upstream_entry,
+    a_stale_upstream_entry_exposes_no_listener,
     streams_to_the_proxys_port_outlive_conntracks_memory,
     nobody_answers_for_others_on_the_proxys_port,
 ];
@@ -199,7 +199,7 @@ fn a_source_port_can_go_to_a_pod_and_then_to_its_service() {
 }
 
 /// Our leg is gone, conntrack's entry of it not: a SYN of the server would come to whoever listens on the leg's port.
-fn a_server_reaches_no_listener_by_a_stale_upstream_entry() {
+fn a_stale_upstream_entry_exposes_no_listener() {
     let mut bed = Bed::bare(small());
     bed.write_policies(&[allow_ingress("b"), deny_egress("b")]);
     bed.enforce(&["--own-node", "judge"]);

@@ -15,7 +15,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     damaged_rules_come_back_and_denied_stays_denied,
     flushed_sets_are_filled_again,
     a_deleted_ip_rule_or_route_comes_back,
-    what_cannot_be_put_back_is_not_ready,
+    damage_that_stays_makes_the_node_not_ready,
 ];
 
 /// How soon a change must be noticed.
@@ -198,7 +198,7 @@ fn a_deleted_ip_rule_or_route_comes_back() {
     denied(&bed);
 }
 
-fn what_cannot_be_put_back_is_not_ready() {
+fn damage_that_stays_makes_the_node_not_ready() {
     let bed = bed();
     let node = bed.lab.node(0);
     let (a, d) = (bed.lab.pod("x/a"), bed.lab.pod("x/d"));

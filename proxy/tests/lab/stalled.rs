@@ -16,8 +16,8 @@ use crate::support::{Bed, DEADLINE, allow_all, greeted, metric};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     a_handover_with_stalled_streams_keeps_the_neighbours,
-    unread_bytes_of_a_pod_keep_to_their_bound,
-    over_the_bound_the_pods_own_streams_are_reset,
+    unread_bytes_of_a_pod_are_bounded,
+    only_the_pods_own_streams_are_reset,
 ];
 
 /// Both ends of a stream, of which neither reads, and what each has sent.
@@ -231,7 +231,7 @@ fn transfer(from: &Host, to: &Host, at: SocketAddr) -> Duration {
     began.elapsed()
 }
 
-fn unread_bytes_of_a_pod_keep_to_their_bound() {
+fn unread_bytes_of_a_pod_are_bounded() {
     const STREAMS: u16 = 100;
     const BOUND: usize = 128 << 20;
     let bed = Bed::enforced(&[], &[allow_all()]);
@@ -268,7 +268,7 @@ fn unread_bytes_of_a_pod_keep_to_their_bound() {
     assert_eq!(whole, usize::from(STREAMS));
 }
 
-fn over_the_bound_the_pods_own_streams_are_reset() {
+fn only_the_pods_own_streams_are_reset() {
     const STREAMS: u16 = 60;
     const BOUND: usize = 8 << 20;
     let (mut bed, records) = bed_with(&["--max-unread", "16"]);

@@ -20,7 +20,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_daemon_whose_successor_is_gone_has_the_node_again,
     a_new_daemon_that_cannot_start_disturbs_nothing,
     a_handover_that_breaks_off_costs_nothing,
-    a_new_daemon_waits_for_the_end_of_the_old_one,
+    a_new_daemon_waits_for_the_old_one,
     the_old_daemon_goes_on_under_the_rules_of_the_new_version,
     with_other_ports_the_new_daemon_gets_the_node_without_the_streams,
     a_daemon_that_cannot_be_relieved_is_waited_for,
@@ -195,7 +195,7 @@ fn a_handover_that_breaks_off_costs_nothing() {
 }
 
 /// The daemon that runs breaks the handover off, and ends a while later.
-fn a_new_daemon_waits_for_the_end_of_the_old_one() {
+fn a_new_daemon_waits_for_the_old_one() {
     let mut bed = Bed::bare(small());
     bed.write_policies(&policies());
     for node in 0..2 {

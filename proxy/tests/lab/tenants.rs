@@ -13,8 +13,8 @@ use crate::neighbour::StopOnDrop;
 use crate::support::{Bed, DEADLINE, allow_ingress, ask, deny_ingress, metric, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_first_packet_costs_the_same_under_many_rules,
-    a_tenants_large_policy_does_not_delay_anothers_deny,
+    first_packets_cost_the_same_under_many_rules,
+    a_large_policy_delays_no_other_tenants_deny,
 ];
 
 /// SYNs of the pod under many rules that are denied.
@@ -26,7 +26,7 @@ fn one_node() -> lab::Builder {
     Cluster::builder().nodes(1).pods(["a", "b", "d"].map(pod))
 }
 
-fn a_first_packet_costs_the_same_under_many_rules() {
+fn first_packets_cost_the_same_under_many_rules() {
     let many = (0..20).map(|number| {
         let rule = |n: usize| {
             json!({ "to": [{ "ipBlock": { "cidr": format!("172.{number}.{}.{}/32", n / 256, n % 256) } }],
@@ -77,7 +77,7 @@ fn user_time(process: u32) -> Duration {
     Duration::from_millis(ticks * 10)
 }
 
-fn a_tenants_large_policy_does_not_delay_anothers_deny() {
+fn a_large_policy_delays_no_other_tenants_deny() {
     let mut bed = Bed::bare(one_node());
     bed.enforce(&[]);
     let pods = (0..3_000).map(|number| {

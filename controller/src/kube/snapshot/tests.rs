@@ -133,7 +133,7 @@ fn a_cluster_is_known_by_an_authority_that_it_kept() {
 }
 
 #[test]
-fn a_whole_file_of_anything_else_is_no_list() {
+fn other_json_in_the_file_is_damaged() {
     let folder = TempDir::new().expect("a folder");
     let snapshot = snapshot(&folder);
     let now = SystemTime::now();

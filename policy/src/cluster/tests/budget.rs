@@ -22,7 +22,7 @@ fn refused(cluster: &Cluster) -> Vec<(String, u64, u64)> {
 }
 
 #[test]
-fn a_policy_beyond_the_budget_isolates_and_allows_nothing() {
+fn a_policy_over_budget_isolates_and_allows_nothing() {
     let mut cluster = tight();
     let _ = cluster.upsert_policy(policy("x/1", A_FROM_C));
     assert!(tcp80(&cluster, C, A) && tcp80(&cluster, C, B));
@@ -51,7 +51,7 @@ fn a_policy_beyond_the_budget_isolates_and_allows_nothing() {
 }
 
 #[test]
-fn one_namespace_beyond_its_budget_is_no_others_business() {
+fn a_namespace_over_budget_affects_no_other() {
     let mut cluster = tight();
     let _ = cluster.upsert_policy(policy("y/deny", "{}"));
     let large = "{ingress: [{}, {}, {}, {}]}";
@@ -64,7 +64,7 @@ fn one_namespace_beyond_its_budget_is_no_others_business() {
 }
 
 #[test]
-fn too_many_policies_close_their_namespace_by_one() {
+fn the_first_surplus_policy_isolates_the_namespace() {
     let mut cluster = Cluster::with_budget(Budget::default().with(Resource::Policies, 2));
     for (key, ip) in [("x/a", A), ("x/b", B), ("y/c", C)] {
         let _ = cluster.upsert_pod(pod(key, ip));
@@ -104,7 +104,7 @@ fn too_many_policies_close_their_namespace_by_one() {
 }
 
 #[test]
-fn the_order_of_policies_does_not_decide_which_is_refused() {
+fn arrival_order_does_not_decide_which_are_refused() {
     let names = ["x/1", "x/2", "x/3", "x/4"];
     let specs = [A_FROM_C, TWO_RULES, TWO_RULES, A_FROM_C];
     for first in 0..4 {

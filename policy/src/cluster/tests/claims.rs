@@ -25,7 +25,7 @@ fn haunted(a: Pod, ghost: Pod, nodes: &[Node]) -> Cluster {
 }
 
 #[test]
-fn whoever_claims_an_isolated_pods_address_opens_nothing() {
+fn claiming_an_isolated_pods_address_opens_nothing() {
     let a = || pod("x/a", A);
     let ghost = |started: &str| Pod {
         node: "n2".into(),
@@ -99,7 +99,7 @@ fn whoever_claims_an_isolated_pods_address_opens_nothing() {
 }
 
 #[test]
-fn a_claim_from_another_node_takes_no_exemption_along() {
+fn a_foreign_claim_gains_no_node_exemption() {
     let ghost = Pod {
         node: "n2".into(),
         started: "2027-01-01T00:00:00Z".into(),
@@ -111,7 +111,7 @@ fn a_claim_from_another_node_takes_no_exemption_along() {
 }
 
 #[test]
-fn a_pod_with_a_nodes_address_keeps_policies_only() {
+fn pods_with_a_nodes_address_keep_only_policies() {
     let mut cluster = three_pods();
     let _ = cluster.upsert_policy(policy(
         "y/from-b",

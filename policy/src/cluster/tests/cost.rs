@@ -28,7 +28,7 @@ fn with_peers(key: &str, peers: impl Iterator<Item = serde_json::Value>) -> Netw
 }
 
 #[test]
-fn new_selectors_ask_only_pods_that_share_labels() {
+fn new_selectors_check_only_pods_sharing_labels() {
     let mut cluster = many_pods(400);
     let peers = |unique: &'static str| {
         (0..500).map(move |number| {
@@ -48,7 +48,7 @@ fn new_selectors_ask_only_pods_that_share_labels() {
 }
 
 #[test]
-fn a_new_pod_asks_only_selectors_that_need_its_labels() {
+fn new_pods_check_only_selectors_of_their_labels() {
     let mut cluster = many_pods(100);
     let of_pods = (0..1000).map(|n| json!({"namespaceSelector": {}, "podSelector": {"matchLabels": {"a": format!("u{n}"), "tier": "b"}}}));
     let of_namespaces = (0..1000).map(|n| json!({"namespaceSelector": {"matchLabels": {"team": format!("t{n}")}}, "podSelector": {"matchLabels": {"tier": "b"}}}));
@@ -66,7 +66,7 @@ fn a_new_pod_asks_only_selectors_that_need_its_labels() {
 }
 
 #[test]
-fn selectors_that_every_pod_matches_are_worked_out_together() {
+fn selectors_matching_every_pod_are_evaluated_together() {
     let mut cluster = many_pods(1000);
     let everybody = (0..300).map(|n| {
         json!({"namespaceSelector": {}, "podSelector": {"matchLabels": {"tier": "b"},

@@ -180,7 +180,7 @@ fn what_is_given_is_what_is_taken() {
 }
 
 #[test]
-fn connections_that_are_late_are_reset_alone() {
+fn late_connections_are_reset_alone() {
     let (mut giving, mut taking) = lines(WITHIN);
     let (mut estate, mut outside) = (Estate::default(), Vec::new());
     for port in 1..=3 {
@@ -205,7 +205,7 @@ fn connections_that_are_late_are_reset_alone() {
 }
 
 #[test]
-fn only_one_of_both_goes_on_after_a_break() {
+fn one_daemon_goes_on_after_a_broken_handover() {
     for dies in [false, true] {
         let (mut giving, mut taking) = lines(WITHIN);
         let (mut estate, mut taken) = (Estate::default(), Estate::default());
@@ -323,7 +323,7 @@ fn who_says_nothing_is_not_waited_for() {
 }
 
 #[test]
-fn what_cannot_be_handed_over_is_reset_or_kept() {
+fn connections_not_handed_over_are_reset_or_kept() {
     for suited in [true, false] {
         let (line, other) = lines(WITHIN);
         drop(other);

@@ -37,7 +37,7 @@ fn enter<T>(
 }
 
 #[test]
-fn of_many_forged_sources_the_attacked_server_gives_way() {
+fn forged_sources_count_against_the_attacked_server() {
     let pending = Pending::new(100 / 2, 100);
     let honest = enter(&pending, local("honest"), pod("other"), 1_000_000)
         .unwrap()
@@ -58,7 +58,7 @@ fn of_many_forged_sources_the_attacked_server_gives_way() {
 }
 
 #[test]
-fn a_newcomer_gets_a_place_of_the_biggest() {
+fn a_newcomer_displaces_the_biggest_user() {
     let pending = Pending::new(10 / 2, 10);
     let _flood: Vec<_> = (0..10)
         .map(|n| enter(&pending, anybody(outside(7)), outside(100 + n), n).unwrap())
@@ -73,7 +73,7 @@ fn a_newcomer_gets_a_place_of_the_biggest() {
 }
 
 #[test]
-fn a_pod_of_the_node_gets_half_and_is_refused_beyond() {
+fn a_local_pod_is_refused_beyond_its_share() {
     let pending = Pending::new(10 / 2, 10);
     let flood = |name: &str| -> Vec<_> {
         let enter = || enter(&pending, local(name), pod(&format!("{name}s server")), 0).ok();
@@ -93,7 +93,7 @@ fn a_pod_of_the_node_gets_half_and_is_refused_beyond() {
 }
 
 #[test]
-fn who_can_be_impersonated_is_never_refused() {
+fn spoofable_sources_are_never_refused() {
     let pending = Pending::new(10 / 2, 10);
     let mut places = Vec::new();
     for n in 0..100 {
@@ -107,7 +107,7 @@ fn who_can_be_impersonated_is_never_refused() {
 }
 
 #[test]
-fn a_place_that_gave_way_is_given_back_once() {
+fn a_displaced_place_is_freed_only_once() {
     let pending = Pending::new(1 / 2, 1);
     let (first, _) = enter(&pending, anybody(outside(1)), pod("s"), 1).unwrap();
     let (second, gave_way) = enter(&pending, anybody(outside(2)), pod("s"), 2).unwrap();
@@ -119,7 +119,7 @@ fn a_place_that_gave_way_is_given_back_once() {
 }
 
 #[test]
-fn a_flood_renews_its_own_entries_so_often_and_hinders_nobody_else() {
+fn a_flood_renews_entries_at_a_limited_rate() {
     let (pending, now) = (Pending::new(50, 100), Instant::now());
     let flood = |n: u32, now| pending.enter(anybody(outside(n)), pod("attacked"), n, now);
     let mut places: Vec<_> = (0..100 + RENEWED).map(|n| flood(n, now).unwrap()).collect();
@@ -131,7 +131,7 @@ fn a_flood_renews_its_own_entries_so_often_and_hinders_nobody_else() {
 
 /// Against a list that is searched from end to end each time.
 #[test]
-fn it_agrees_with_the_plain_way_to_do_it() {
+fn it_agrees_with_a_linear_search() {
     const ROOM: usize = 12;
     let pending = Pending::new(ROOM / 2, ROOM);
     let mut places: BTreeMap<u64, Place<u64>> = BTreeMap::new();

@@ -111,7 +111,7 @@ fn refusals(cluster: &Cluster) -> Vec<Problem> {
             problems.push(
                 Problem::error(
                     format!("{more} more policies of the namespace are refused"),
-                    "see to the first ones; `portreeve_policies_refused` counts all",
+                    "correct the policies that are named; `portreeve_policies_refused` counts all",
                 )
                 .of(format_args!("Namespace {}", key.namespace)),
             );
@@ -131,20 +131,20 @@ fn refused(policy: &PolicyKey, excess: &Excess) -> Problem {
     let (problem, remedy) = if resource == Resource::Policies {
         (
             format!(
-                "it is number {count} of the namespace's policies by name, and {bound} {what} are \
-                 the most that a namespace may have: all its pods are isolated, both ways"
+                "it is number {count} of the namespace's policies in the order of their names, and a \
+                 namespace may have {bound}: all pods of the namespace are isolated in both directions"
             ),
-            "delete policies, or put their rules together",
+            "delete policies, or merge their rules",
         )
     } else {
         let with_others = if own == count {
             String::new()
         } else {
-            format!(", {count} with the policies of the namespace before it by name")
+            format!(", {count} with the namespace's policies whose names come before")
         };
         (
             format!(
-                "it has {own} {what}{with_others}, and {bound} are the most that a namespace may have: \
+                "it has {own} {what}{with_others}, and a namespace may have {bound}: \
                  it isolates the pods that it selects and allows nothing"
             ),
             "make it smaller, or delete another policy of the namespace; it comes into force as soon \
@@ -167,14 +167,14 @@ fn claimed(claim: &Claim) -> Problem {
         names += &format!(" and {} more", all.len() - NAMED);
     }
     let taken = match &claim.holder {
-        Some(holder) => format!("{holder} is taken for its holder"),
+        Some(holder) => format!("{holder} is treated as its holder"),
         None => {
-            "it cannot be told which of them holds it, so no rule for one of them counts".into()
+            "it is not known which of them has it, so a rule that allows only one of them does not count".into()
         }
     };
     Problem::warning(
-        format!("{address} is claimed by {names}: {taken}; what isolates any of them denies"),
-        "find out which pod holds it (`kubectl get pods -A -o wide`), delete the other or correct its status.podIPs, \
+        format!("{address} is claimed by {names}: {taken}; the policies that isolate any of them deny"),
+        "find out which pod has it (`kubectl get pods -A -o wide`), delete the other or correct its status.podIPs, \
          and find out who writes pods/status",
     )
     .of(format_args!(

@@ -272,7 +272,7 @@ impl Keeper {
             }
             Err(Unusable::Missing) => {
                 info!(
-                    "no state is kept in {}: until the API server answers, pods within --pod-cidr are closed unless an earlier daemon released them; all others stay as it left them, and are open on a new node",
+                    "there is no kept state in {}: until the API server answers, pods within --pod-cidr are closed unless an earlier daemon released them; other pods stay as that daemon left them, and on a new node they are open",
                     path.display()
                 );
                 None

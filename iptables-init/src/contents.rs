@@ -85,7 +85,7 @@ impl Contents {
         }
         Err(io::Error::new(
             io::ErrorKind::ResourceBusy,
-            "nft tables changed during every look at them",
+            "nft tables changed during every attempt to read them",
         ))
     }
 

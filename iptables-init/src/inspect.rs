@@ -228,7 +228,7 @@ impl Findings {
             (None, Err(error)) => return self.error(RedirectError::Contents(error)),
         };
         self.fatal(
-            format!("{what} was changed since"),
+            format!("{what} was changed after the installation"),
             format!("find out who changes foreign tables, and {INSTALL}"),
         );
     }

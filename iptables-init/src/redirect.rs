@@ -51,7 +51,7 @@ pub enum RedirectError {
     Command(#[from] CommandError),
     /// The kernel does not tell what it holds.
     #[error(
-        "the kernel does not say what is in nft tables {TABLE} ({0}); run as root or with CAP_NET_ADMIN, or again if others change nft tables now"
+        "cannot read nft tables {TABLE} from the kernel ({0}); run as root or with CAP_NET_ADMIN, or try again if other software is changing nft tables"
     )]
     Contents(#[source] io::Error),
     /// The kernel refused the rule that queues.

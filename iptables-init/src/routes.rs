@@ -135,7 +135,7 @@ pub(crate) fn shadowed(family: Family) -> (String, String) {
             family.name()
         ),
         format!(
-            "see `ip {0} rule show` and `ip {0} route show table {ROUTE_TABLE}`, and give others a preference above {PREFERENCE}",
+            "see `ip {0} rule show` and `ip {0} route show table {ROUTE_TABLE}`, and give other rules a preference above {PREFERENCE}",
             family.flag()
         ),
     )

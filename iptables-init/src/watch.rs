@@ -95,7 +95,7 @@ pub struct Found {
 #[derive(Debug, thiserror::Error)]
 pub enum WatchError {
     /// The kernel does not tell what it holds.
-    #[error("the kernel does not tell whether the redirect is there: {0}")]
+    #[error("cannot ask the kernel whether the redirect is there: {0}")]
     Kernel(#[from] io::Error),
     /// `nft` or `ip` failed.
     #[error(transparent)]
@@ -258,7 +258,7 @@ impl Watch {
         if !stamp.is_some_and(|it| it.has_settings_of(&self.stamp)) {
             found.damages.push(Damage {
                 part: Part::Table,
-                what: "the redirect was installed with other flags under this daemon; run `iptables-init install` with the daemon's own, or start the daemon with those".to_owned(),
+                what: "the redirect was installed again, with other flags than this daemon's; run `iptables-init install` with the daemon's flags, or start the daemon with the other ones".to_owned(),
                 ours: false,
             });
             return Ok(());

@@ -219,7 +219,7 @@ impl PodLinks {
             .is_some_and(|it| it.links.own.contains(address));
         Some(if own {
             format!(
-                "policies select pod {pod}, but its address {address} is this node's own address, so its packets cannot be told from the node's; give the pod an address of its own, or set spec.hostNetwork and do not count on policies for it"
+                "policies select pod {pod}, but its address {address} is this node's own address, so its packets cannot be distinguished from the node's; give the pod an address of its own, or set spec.hostNetwork and do not count on policies for it"
             )
         } else {
             format!(

@@ -170,19 +170,19 @@ impl Metrics {
         let redirect = Family::<CauseLabel, Counter>::default();
         registry.register(
             "redirect_faults",
-            "How often a part of the redirect was found gone or changed",
+            "Faults of the redirect: a part was missing or changed",
             redirect.clone(),
         );
         let (unread, gave_way) = (Gauge::default(), Counter::default());
         registry.register_with_unit(
             "unread",
-            "Memory of streams whose receivers do not keep up",
+            "Memory of streams whose senders send much or whose receivers do not keep up",
             Unit::Bytes,
             unread.clone(),
         );
         registry.register(
             "unread_resets",
-            "Streams reset because their source had more bytes unread than it may have",
+            "Streams reset because their source had more unread bytes than its share",
             gave_way.clone(),
         );
         Self {

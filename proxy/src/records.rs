@@ -98,7 +98,7 @@ impl Record {
             Outcome::Closed | Outcome::Carried => reason,
             Outcome::Broken(kind) => format!("{reason} Broken off: {kind}."),
             Outcome::Unread => {
-                format!("{reason} Reset: its source has more bytes unread than it may have.")
+                format!("{reason} Reset: its source has more unread bytes than its share.")
             }
             Outcome::Stopped => format!("{reason} Ended by the daemon."),
             Outcome::Unanswered(why) => format!("{reason} Not connected: {why}."),

@@ -87,7 +87,7 @@ impl Redirect {
             installed_again,
         } = found;
         if installed_again {
-            warn!("the redirect was installed again under this daemon, which fills its sets again");
+            warn!("the redirect was installed again; this daemon fills its sets");
             self.renewed.send_replace(());
         }
         let before = std::mem::replace(&mut self.damages, damages);
@@ -116,7 +116,10 @@ impl Redirect {
     fn put_back(&mut self, readiness: &Readiness) -> Duration {
         let damages: Vec<_> = self.damages.extract_if(.., |it| it.ours).collect();
         if let Err(error) = self.watch.put_back(&damages) {
-            let reason = format!("{}, and it cannot be put back: {error}", said(&damages));
+            let reason = format!(
+                "{}, and the daemon cannot repair it: {error}",
+                said(&damages)
+            );
             readiness.found(Some(reason));
             self.damages.extend(damages);
             return RETRY;
@@ -129,7 +132,7 @@ impl Redirect {
         if self.said.is_none_or(|said| said.elapsed() > SAY_EVERY) {
             self.said = Some(Instant::now());
             warn!(
-                "{}; this daemon has put it back: find out who removes or changes it",
+                "{}; this daemon has repaired it: find out which software removes or changes it",
                 said(&damages)
             );
         }
@@ -154,12 +157,12 @@ fn said(damages: &[Damage]) -> String {
         let remedy = match parts.iter().all(|it| it.ours) {
             true => "",
             false => {
-                "; run `iptables-init install` (in a cluster: delete this pod, the next one does), and find out who removes or changes it"
+                "; run `iptables-init install` (in a cluster: delete this pod, and the next one does it), and find out which software removes or changes it"
             }
         };
         said.insert(
             0,
-            format!("the redirect was taken out of the kernel or changed under this daemon, so policy may not hold on this node: {list}{remedy}"),
+            format!("the redirect was removed from the kernel or changed, so policies may not hold on this node: {list}{remedy}"),
         );
     }
     said.join(". ")

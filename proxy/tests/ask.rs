@@ -260,7 +260,7 @@ fn claiming_an_isolated_pods_address_opens_nothing() {
         let said = text(&output.stderr);
         for part in [
             "10.1.1.5 is claimed by pod bank/db, pod evil/ghost",
-            "bank/db is taken for its holder",
+            "bank/db is treated as its holder",
             "status.podIPs",
         ] {
             assert!(said.contains(part), "{part:?}: {said}");

@@ -251,7 +251,7 @@ fn an_address_that_two_pods_claim_is_said_until_it_is_resolved() {
     assert!(
         problem
             .problem
-            .starts_with("10.0.0.2 is claimed by pod x/a, pod x/b: it cannot be told"),
+            .starts_with("10.0.0.2 is claimed by pod x/a, pod x/b: it is not known"),
         "{problem}"
     );
     assert!(table.endpoint(ip("10.0.0.2")).unwrap().contested());
@@ -309,8 +309,8 @@ fn a_refused_policy_names_field_count_and_remedy() {
     };
     assert_eq!(
         problem.to_string(),
-        "NetworkPolicy x/large, spec: it has 50001 rules, and 50000 are the most that a namespace \
-         may have: it isolates the pods that it selects and allows nothing; make it smaller, or \
+        "NetworkPolicy x/large, spec: it has 50001 rules, and a namespace may have 50000: \
+         it isolates the pods that it selects and allows nothing; make it smaller, or \
          delete another policy of the namespace; it comes into force as soon as there is room"
     );
     assert_eq!(problem.severity, crate::Severity::Error);

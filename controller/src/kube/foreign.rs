@@ -38,7 +38,7 @@ pub(super) async fn watch(connector: Connector) {
                 EVERY
             }
             Err(error) => {
-                debug!("which policies of other systems there are is not known: {error}");
+                debug!("cannot find out which policies of other systems there are: {error}");
                 RETRY
             }
         };
@@ -73,7 +73,7 @@ pub(super) async fn look(client: &Client) -> Result<BTreeSet<String>, ApiError> 
                 Some(true) => drop(found.insert(kind)),
                 Some(false) => {}
                 None => drop(found.insert(format!(
-                    "{kind}, if there are any objects of it (list them: kubectl get {}.{} -A),",
+                    "{kind}, if there are objects of it (list them: kubectl get {}.{} -A),",
                     resource.name, group.name
                 ))),
             }

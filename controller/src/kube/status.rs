@@ -124,12 +124,12 @@ impl WatchStatus {
         if *errors == 1 && refused {
             info!(
                 resource = kind.resource(),
-                "the list comes in pages, since it could not be streamed: {error}"
+                "the list could not be streamed, and is read in pages: {error}"
             );
         } else {
             debug!(
                 resource = kind.resource(),
-                "the list comes in pages: {error}"
+                "the list is read in pages: {error}"
             );
         }
     }

@@ -101,7 +101,7 @@ fn pod_addresses(status: &PodStatus, faults: &mut Vec<Fault>) -> Vec<IpAddr> {
             continue;
         };
         let fault = if is_nobodys(new) {
-            format!("{new} is no address that a pod can have")
+            format!("a pod cannot have the address {new}")
         } else if addresses[..known]
             .iter()
             .any(|it| it.is_ipv4() == new.is_ipv4())

@@ -89,7 +89,7 @@ pub(super) async fn work_off(enforcer: Arc<Enforcer>) {
             };
             match tokio::task::spawn_blocking(judge).await {
                 Ok(Err(error)) => {
-                    warn!(%error, "flows beyond the list could not be judged again; it is tried again");
+                    warn!(%error, "carried flows that are not listed could not be judged again; the daemon tries once more");
                     tokio::time::sleep(RETRY).await;
                 }
                 _ => break,

@@ -181,7 +181,7 @@ impl Line {
                     if lost > 0 {
                         warn!(
                             lost,
-                            "no descriptors for all connections of the daemon before: they are reset; raise the limit (RLIMIT_NOFILE)"
+                            "not enough descriptors for all connections of the old daemon: those without are reset; raise the limit (RLIMIT_NOFILE)"
                         );
                     }
                     return Ok(());

@@ -257,7 +257,7 @@ pub(crate) fn take_over(path: &Path, terms: &Terms) -> Result<Option<Estate>, Ha
     let error = match line.receive() {
         Err(HandoverError::Gone) => return Ok(Some(estate)),
         Err(error) => error,
-        Ok(_) => HandoverError::Malformed("it goes on to speak".to_owned()),
+        Ok(_) => HandoverError::Malformed("an unexpected message".to_owned()),
     };
     Err(HandoverError::BrokenOff(error.into()))
 }

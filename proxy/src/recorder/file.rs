@@ -143,11 +143,11 @@ impl Lines {
     fn in_trouble(&self, error: &io::Error) {
         let path = self.path.display();
         let remedy = match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "make room there",
-            _ => "see that it can be written to",
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "free space there",
+            _ => "make the file writable",
         };
         let what = format!(
-            "records cannot be written to {path}: {error}; {remedy}, it is tried again every second, and what does not find room meanwhile is lost"
+            "records cannot be written to {path}: {error}; {remedy}; the daemon tries again every second, and loses records once {WAITING} wait"
         );
         if self.trouble.set(Some(what.clone())) {
             tracing::error!("{what}");

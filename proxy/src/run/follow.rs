@@ -73,7 +73,7 @@ pub(super) async fn first_state(
             return Ok(touched);
         }
         let reason = format!(
-            "which addresses are pods of node {} is not known: there is no Node object of that name; name the node by --node, or give --pod-cidr",
+            "the pod addresses of node {} are not known: there is no Node object of that name; name the node by --node, or give --pod-cidr",
             enforcer.node
         );
         if matches!(source, Source::Manifests { .. }) {

@@ -131,7 +131,7 @@ impl Log {
                 streams,
                 client = %flow.key.client,
                 server = %flow.key.server,
-                "streams were reset, this one among them: their source has more bytes unread than it may have (--max-unread)"
+                "streams were reset, this one among them: their source has more unread bytes than its share (--max-unread)"
             );
             (self.last, self.since) = (Some(now), 0);
         }

@@ -248,7 +248,7 @@ pub(super) async fn hand_over(
             connections,
             in_flight,
             reset,
-            "relieved: what could not be handed over in time was reset, this daemon rests"
+            "relieved: connections that could not be handed over in time were reset, this daemon rests"
         );
     } else {
         info!(

@@ -132,7 +132,7 @@ pub(crate) struct RunArgs {
         env = "PORTREEVE_MAX_CONNECTIONS_PER_SOURCE"
     )]
     pub(crate) max_connections_per_source: Option<usize>,
-    /// MiB of memory that streams may take whose receivers do not read, half of it those of one source.
+    /// MiB of memory for streams whose receivers do not keep up; one source may have half of it.
     #[arg(
         long,
         value_name = "MIB",

@@ -67,7 +67,10 @@ pub(super) fn start_workers(
                 milliseconds, "took over from the daemon before"
             );
         }
-        None => info!(connections, "goes on with what no other daemon took over"),
+        None => info!(
+            connections,
+            "goes on with the connections that no other daemon took over"
+        ),
         Some(_) => {}
     }
     let given = listeners.into_iter().zip(shares);

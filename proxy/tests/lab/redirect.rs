@@ -110,7 +110,7 @@ fn damaged_rules_come_back_and_denied_stays_denied() {
         greeted(&a, d.addr_v4(80));
     }
     bed.daemon(0)
-        .says("chain inet portreeve intercept; this daemon has put it back");
+        .says("chain inet portreeve intercept; this daemon has repaired it");
 }
 
 fn sets(node: &Host) -> String {

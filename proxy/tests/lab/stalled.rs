@@ -281,7 +281,7 @@ fn only_the_pods_own_streams_are_reset() {
     let within =
         || (metric(&node, "portreeve_unread_resets_total") > 0) && socket_memory(&node) < BOUND;
     wait_until(DEADLINE, "the bound to hold", within).unwrap();
-    bed.daemon(0).says("more bytes unread than it may have");
+    bed.daemon(0).says("more unread bytes than its share");
     (&neighbour.0).write_all(b"word").unwrap();
     (&neighbour.1).read_exact(&mut [0; 4]).unwrap();
     greeted(&a, b.addr_v4(80));
@@ -290,7 +290,7 @@ fn only_the_pods_own_streams_are_reset() {
     let record = record_of(&records, &ends[at]);
     let reason = record["reason"].as_str().unwrap();
     assert!(
-        reason.contains("more bytes unread than it may have"),
+        reason.contains("more unread bytes than its share"),
         "{record}"
     );
     assert_eq!(record["verdict"], "allow", "{record}");

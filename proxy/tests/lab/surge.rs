@@ -184,7 +184,7 @@ fn a_handover_that_breaks_off_costs_nothing() {
         assert!(log.contains("this one goes on"), "{log}");
         // It waits for the next one again.
         bed.daemon(0)
-            .says("goes on with what no other daemon took over");
+            .says("goes on with the connections that no other daemon took over");
         let offered = || bed.file("handover.sock").exists();
         wait_until(DEADLINE, "the next offer", offered).unwrap();
     }

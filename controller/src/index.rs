@@ -66,7 +66,7 @@ impl Index {
     }
 }
 
-/// Refused policies of one namespace that are named one by one.
+/// How many refused policies of one namespace are named one by one.
 const REFUSALS: usize = 20;
 
 /// Makes one change to a cluster.
@@ -95,7 +95,7 @@ pub(crate) fn findings(cluster: &Cluster) -> Vec<Problem> {
         .collect()
 }
 
-/// The policies of each namespace that asks for too much; of many the first, and how many more.
+/// The refused policies of each namespace: the first [`REFUSALS`], then how many more there are.
 fn refusals(cluster: &Cluster) -> Vec<Problem> {
     let mut problems = Vec::new();
     let (mut namespace, mut said) = (None, 0);

@@ -200,7 +200,7 @@ struct Keeper {
     /// The disk is behind the state.
     changed: bool,
     not_before: Instant,
-    /// When it was written the last time, and what that took; 0 once it was taken into account.
+    /// When the last write began, and how many bytes it wrote; 0 once the pause was set by them.
     began: Instant,
     bytes: Arc<AtomicU32>,
     writing: Option<JoinHandle<()>>,
@@ -229,7 +229,7 @@ impl Keeper {
         }
         self.not_before = now + WRITE_EVERY;
         let idle = self.writing.as_ref().is_none_or(JoinHandle::is_finished);
-        // The more was written, the longer until the next time.
+        // The more was written, the longer the pause.
         let bytes = self.bytes.swap(0, Ordering::Relaxed);
         let pause = Duration::from_secs(1) * bytes / WRITE_BYTES_A_SECOND;
         if !idle || bytes > 0 && self.began + pause > now {

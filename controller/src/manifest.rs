@@ -6,8 +6,8 @@
 //! ConfigMap is a valid source. A file may hold several documents, `kind: List` and typed lists
 //! (`PodList`), and up to 64 MiB.
 //!
-//! Kinds other than Namespace, Pod, Node and NetworkPolicy are passed over, policies of other systems
-//! with a warning. An object without a namespace is in `default`.
+//! Other kinds than Namespace, Pod, Node and NetworkPolicy are ignored, policies of other systems with a warning. An
+//! object without a namespace is in `default`.
 mod contents;
 mod document;
 mod files;

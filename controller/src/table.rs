@@ -42,7 +42,7 @@ pub struct TableSettings {
 pub enum Judgement {
     /// Decided, with both ends as they were when it was.
     Settled {
-        /// May they; the reason can be worked out of both ends.
+        /// The verdict; its reason can be derived from both ends later.
         verdict: Decided,
         /// The pod behind the source address, if it is one.
         from: Option<Arc<Endpoint>>,
@@ -180,7 +180,7 @@ impl Table {
         (self.map.len(), self.cluster().policies().len())
     }
 
-    /// How many policies are not in force as they are written, since their namespaces ask for too much.
+    /// How many policies are refused because they exceed the budgets of their namespaces.
     #[must_use]
     pub fn refused(&self) -> usize {
         self.cluster().refused().len()
@@ -242,7 +242,7 @@ impl Table {
         self.cluster().node(node).is_some()
     }
 
-    /// The addresses whose holder is not known for certain.
+    /// The addresses whose holder is uncertain.
     #[must_use]
     pub fn unsettled(&self) -> Arc<Unsettled> {
         Arc::clone(&read_lock(&self.unsettled))
@@ -302,8 +302,7 @@ impl Table {
         *write_lock(&self.problems) = Arc::new(problems);
     }
 
-    /// Says of which addresses the holder is not known for certain, as one generation, and returns those of which
-    /// it was said otherwise before.
+    /// Sets the addresses whose holder is uncertain, as one generation, and returns those that this changes.
     pub fn set_unsettled(&self, unsettled: Unsettled) -> BTreeSet<IpAddr> {
         let cluster = self.cluster();
         let touched = self.unsettled().difference(&unsettled);

@@ -13,13 +13,14 @@ pub(crate) const SYSCTL: &str = "netfilter/nf_conntrack_acct";
 const SWITCHED_ON: &str = "switched_on";
 const NOTED: &str = "acct";
 
-/// Whether conntrack counts. To load or try a rule with `ct packets` makes it (linux net/netfilter/nft_ct.c), so it is
-/// asked before.
+/// Whether conntrack counts. Loading or checking a rule with `ct packets` switches it on (linux
+/// net/netfilter/nft_ct.c), so this is read before.
 pub(crate) fn is_on() -> bool {
     sysctl::is_on(SYSCTL)
 }
 
-/// Has conntrack count, if it may be written, and notes in the table that it did not before; whether anything changed.
+/// Switches conntrack's counting on, if the sysctl can be written, and notes in the table that it was off. Returns
+/// whether anything changed.
 ///
 /// # Errors
 /// If it could not be noted; nothing is switched on then.
@@ -42,7 +43,7 @@ pub(crate) fn switch_on_script() -> String {
     )
 }
 
-/// After a trial of rules: as it was.
+/// Restores the setting after a check of rules.
 pub(crate) fn leave_as(was_on: bool) {
     if !was_on && is_on() {
         let _ = sysctl::write(SYSCTL, "0");

@@ -74,7 +74,7 @@ pub struct Bridge {
 pub struct Port {
     /// Its name.
     pub name: String,
-    /// Its number, which is never given to another link.
+    /// Its interface index, which is never reused.
     pub index: u32,
     /// Where its other end is, if that is in another network namespace.
     pub peer: Option<Peer>,

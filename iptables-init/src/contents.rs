@@ -1,8 +1,8 @@
-//! What the kernel holds of our nft tables apart from the elements of their sets, as digests: whether a rule, a
-//! chain, a hook or a set is another than the one that was installed.
+//! Digests of our nft tables in the kernel, without the elements of their sets. They show whether a rule, a chain, a
+//! hook or a set differs from what was installed.
 //!
-//! Asks the kernel directly (linux/netfilter/nf_tables.h), in some twenty requests. What changes by itself (handles,
-//! counters) does not count, and neither does how the kernel names sets without a name. Changes nothing.
+//! Asks the kernel directly (linux/netfilter/nf_tables.h), in some twenty requests. Values that change by themselves
+//! (handles, counters) are left out, and so are the kernel's names of anonymous sets. Changes nothing.
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
@@ -40,16 +40,16 @@ const NFTA_SET_FLAGS: u16 = 3;
 const NFTA_SET_DECLARED: [u16; 7] = [3, 4, 5, 6, 7, 9, 11];
 const NFT_SET_ANONYMOUS: u32 = 1;
 
-/// Reads that a change may spoil before we give up.
+/// How often a read is repeated because the tables changed meanwhile.
 const READS: u32 = 5;
 
-/// A part of a table by the name that nft gives it, like `chain inet portreeve intercept`.
+/// A part of a table as nft writes its name, like `chain inet portreeve intercept`.
 pub type Part = String;
 
 /// Digests of our tables' parts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Contents {
-    /// The kernel's numbers of the tables, sorted; a table that is made again has another.
+    /// The kernel's handles of the tables, sorted; a table that is created again has another one.
     pub handles: Vec<u64>,
     /// Tables, chains without their rules, sets without their elements.
     declared: BTreeMap<Part, u64>,
@@ -57,18 +57,17 @@ pub struct Contents {
     rules: BTreeMap<Part, u64>,
 }
 
-/// Digests of all that is declared, and of all rules.
+/// Digests of all declarations, and of all rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Digest {
-    /// Of what cannot be changed in place.
+    /// Of everything that cannot be changed in place.
     pub declared: u64,
     /// Of the rules.
     pub rules: u64,
 }
 
 impl Contents {
-    /// Reads them, with the generation of the kernel's tables that they are of; blocks for some hundred
-    /// microseconds.
+    /// Reads them and the generation of the kernel's tables. Blocks for some hundred microseconds.
     ///
     /// # Errors
     /// What the kernel answers, such as `EPERM` without `CAP_NET_ADMIN`;
@@ -78,7 +77,7 @@ impl Contents {
             let before = generation()?;
             match Self::read_once() {
                 Ok(contents) if generation()? == before => return Ok((before, contents)),
-                // What is asked for may go away between two requests.
+                // It may have been deleted between two requests.
                 Err(error) if error.raw_os_error() != Some(nix::libc::ENOENT) => return Err(error),
                 _ => {}
             }
@@ -131,7 +130,7 @@ impl Contents {
         Ok(())
     }
 
-    /// Returns a digest of each set that has no name of its own, elements included.
+    /// Returns a digest of each anonymous set, with its elements.
     fn add_sets(&mut self, family: u8, word: &str) -> io::Result<BTreeMap<String, u64>> {
         let mut unnamed = BTreeMap::new();
         let sets = dump(NFT_MSG_GETSET, family, |m| m.string(NFTA_SET_TABLE, TABLE))?;
@@ -199,7 +198,7 @@ impl Contents {
         }
     }
 
-    /// The parts that `self` has otherwise than `wanted`, or that only one of them has.
+    /// The parts that differ between `self` and `wanted`, or that only one of them has.
     #[must_use]
     pub fn differing(&self, wanted: &Self) -> Vec<Part> {
         let pairs = [
@@ -256,7 +255,7 @@ impl Fnv {
         Self(0xcbf2_9ce4_8422_2325)
     }
 
-    /// With their length, so that what follows cannot be taken for a part of it.
+    /// With its length, so that the next value cannot be mistaken for a part of it.
     fn bytes(&mut self, bytes: &[u8]) {
         let length = (bytes.len() as u64).to_be_bytes();
         for byte in length.iter().chain(bytes) {
@@ -264,7 +263,7 @@ impl Fnv {
         }
     }
 
-    /// Of the attributes of these kinds that there are.
+    /// Adds the attributes of these kinds that are present.
     fn attributes(&mut self, object: &[u8], kinds: &[u16]) {
         for kind in kinds {
             if let Some(attribute) = find(object, *kind) {

@@ -1,8 +1,8 @@
 //! The elements of our sets: what the kernel has, and what this process has loaded.
 //!
-//! [`sets::load`](crate::sets::load) notes here what every script does to the sets; so whoever flushes one, or takes
-//! an element out, is found out without a list of all there is to fill. Sets count from when they were first
-//! flushed by a script, for only then is it known what they hold.
+//! [`sets::load`](crate::sets::load) notes here what every script does to the sets. So a set that other software
+//! flushes or changes is found without a list of all elements that it should have. A set is tracked from the first
+//! script that flushes it, since its contents are known only then.
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
@@ -28,7 +28,7 @@ const NFT_SET_ELEM_INTERVAL_END: u32 = 1;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Element {
     pub(crate) key: Vec<u8>,
-    /// What a map has for the key; empty in a set.
+    /// The value of the key in a map; empty in a set.
     pub(crate) value: Vec<u8>,
     /// `NFT_SET_ELEM_*`.
     pub(crate) flags: u32,
@@ -77,7 +77,7 @@ fn parse(element: &[u8]) -> Option<Element> {
 #[derive(Debug, Default)]
 struct Noted {
     sets: BTreeMap<String, BTreeSet<String>>,
-    /// Scripts that are being loaded now, and how many were.
+    /// How many scripts are being loaded now, and how many have been loaded.
     loading: usize,
     loaded: u64,
 }
@@ -97,7 +97,7 @@ pub(crate) fn forget() {
     noted().sets.clear();
 }
 
-/// Has `load` load a script, and notes what it did if it succeeds.
+/// Calls `load` to load a script, and notes the changes if it succeeds.
 pub(crate) fn noting<E>(script: &str, load: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
     noted().loading += 1;
     let result = load();
@@ -110,8 +110,8 @@ pub(crate) fn noting<E>(script: &str, load: impl FnOnce() -> Result<(), E>) -> R
     result
 }
 
-/// The sets whose elements are not those that this process has loaded, like `inet portreeve pods4`; `None` if one
-/// is being changed just now. Blocks for some ten microseconds a set.
+/// The sets (such as `inet portreeve pods4`) whose elements differ from those that this process has loaded; `None` if
+/// this process is changing sets now. Blocks for some ten microseconds a set.
 ///
 /// # Errors
 /// What the kernel answers.
@@ -176,7 +176,7 @@ impl Noted {
     }
 }
 
-/// Whether `there` is what `wanted` says. What cannot be read as an element is not held against the kernel.
+/// Whether `there` equals `wanted`. An element that we cannot parse does not count as a difference.
 fn holds(there: &[Element], wanted: &BTreeSet<String>) -> bool {
     let is_end = |it: &Element| it.flags & NFT_SET_ELEM_INTERVAL_END != 0;
     if there.iter().any(is_end) || wanted.iter().any(|it| it.contains('/')) {
@@ -194,19 +194,19 @@ fn network(text: &str) -> Option<IpNet> {
     text.parse().ok().or_else(address)
 }
 
-/// First address of a range, and the first behind it, if there is one.
+/// The first address of a range, and the first one after it, if there is one.
 type Range = (Vec<u8>, Option<Vec<u8>>);
 
-/// The ranges of a set that the kernel keeps as their beginnings and ends, those that touch each other merged.
+/// The ranges of a set, which the kernel stores as start and end elements; adjacent ranges are merged.
 fn ranges(there: &[Element]) -> Vec<Range> {
     let mut ranges = Vec::<Range>::new();
-    // By key; an end stands before a beginning at the same place.
+    // By key; an end sorts before a start at the same address.
     let mut all: Vec<_> = there.iter().collect();
     all.sort_unstable_by_key(|it| (&it.key, it.flags & NFT_SET_ELEM_INTERVAL_END == 0));
     for element in all {
         let begins = element.flags & NFT_SET_ELEM_INTERVAL_END == 0;
         match ranges.last_mut() {
-            // It goes on: nft may leave out an end where the next one begins.
+            // The range continues: nft can leave out an end where the next range starts.
             Some((_, end)) if begins && end.as_ref().is_none_or(|it| *it == element.key) => {
                 *end = None;
             }
@@ -218,7 +218,7 @@ fn ranges(there: &[Element]) -> Vec<Range> {
     ranges
 }
 
-/// The same of networks, those that touch each other merged.
+/// The ranges of networks; adjacent ones are merged.
 fn merged(networks: &[IpNet]) -> Vec<Range> {
     let mut ranges = Vec::<Range>::new();
     for network in IpNet::aggregate(&networks.to_vec()) {
@@ -239,7 +239,7 @@ fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// One more; `None` behind the last.
+/// The next address; `None` after the last.
 fn successor(mut number: Vec<u8>) -> Option<Vec<u8>> {
     for byte in number.iter_mut().rev() {
         *byte = byte.wrapping_add(1);
@@ -250,8 +250,8 @@ fn successor(mut number: Vec<u8>) -> Option<Vec<u8>> {
     None
 }
 
-/// Key and value of an element as our scripts write it, as the kernel has them: each field of a key of several
-/// fills whole registers of 4 bytes.
+/// Key and value of an element of our scripts in the kernel's form: in a concatenated key each field fills whole
+/// registers of 4 bytes.
 fn encoded(element: &str) -> Option<(Vec<u8>, Vec<u8>)> {
     let (key, value) = match element.split_once(" : ") {
         Some((key, value)) => (key, field(value)?),

@@ -198,8 +198,8 @@ impl Findings {
         }
     }
 
-    /// Whether nft and the kernel would take all of the rules. Only where none of them is loaded: a trial of hooked
-    /// chains drops what waits in a queue.
+    /// Whether nft and the kernel accept all rules. Only if none of them is loaded: checking hooked chains drops the
+    /// packets that wait in a queue.
     fn dry_run(&mut self, ruleset: &Ruleset) {
         let Err(error) = redirect::dry_run(ruleset) else {
             return;
@@ -219,7 +219,7 @@ impl Findings {
         }
     }
 
-    /// Whether the tables hold what was installed.
+    /// Whether the tables are as they were installed.
     fn contents(&mut self, loaded: &Loaded, ruleset: &Ruleset) {
         let what = match (loaded.tampered_chain(ruleset), Contents::read()) {
             (Some((family, chain)), _) => format!("chain {chain} of nft table {family} {TABLE}"),
@@ -302,7 +302,7 @@ impl Findings {
                         );
                     }
                     let whole = state.route && state.has_rule(settings.mark_mask);
-                    // If it cannot be asked, that is no fault of the redirect.
+                    // If the kernel cannot be asked, the redirect may still be fine.
                     if whole && !lookup::diverts(family, settings.mark_mask).unwrap_or(true) {
                         let (problem, remedy) = routes::shadowed(family);
                         self.fatal(problem, remedy);

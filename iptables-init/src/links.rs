@@ -22,12 +22,12 @@ pub struct Links {
     /// Pods' addresses that the main table routes to one of these links, on their own and nowhere else,
     /// after the link's index: that is never given to another link, as its name may be.
     pub pinned: BTreeSet<(u32, IpAddr)>,
-    /// Addresses of this host, whatever they are for.
+    /// All addresses of this host.
     pub own: BTreeSet<IpAddr>,
-    /// Those of single pods' addresses that the routes lead to a pod's link.
+    /// The single pod addresses that have a route to a pod's link.
     pub reached: BTreeSet<IpAddr>,
-    /// Addresses besides the pods' that are routed, on their own, to a veth that is not the node's: as pods' are
-    /// where they lie in no pod CIDR.
+    /// Other addresses with a host route to a veth that is not the node's: so are pods' addresses that lie in no pod
+    /// CIDR.
     pub others: BTreeSet<IpAddr>,
 }
 
@@ -56,14 +56,13 @@ pub fn of_pods(pods: &[IpNet], node: &[IpAddr]) -> Result<Links, CommandError> {
     Ok(found)
 }
 
-/// The link's index that each pinned address has in the kernel: as the daemon before left it. The link need not be
-/// there any more.
+/// The link's index of each pinned address in the kernel's set, as the previous daemon left it. The link may be gone.
 ///
 /// # Errors
 /// [`CommandError`] if `nft` is missing, or the table is.
 pub fn pinned_before() -> Result<BTreeMap<IpAddr, u32>, CommandError> {
     let pairs = sets::pairs("inet", sets::PINNED)?.into_iter();
-    // nft writes the name for an index, if there is one.
+    // nft writes an index as the link's name, if the link exists.
     let index = |link: &str| if_nametoindex(link).ok().or_else(|| link.parse().ok());
     let known = pairs.filter_map(|[link, address]| Some((address.parse().ok()?, index(&link)?)));
     Ok(known.collect())
@@ -139,7 +138,7 @@ fn choose(
     }
 }
 
-/// The way to each single address among `pods`: the most specific route that there is for it.
+/// The most specific route to each single address among `pods`.
 fn nearest<'a>(routes: &'a [Value], pods: &[IpNet]) -> BTreeMap<IpAddr, &'a Value> {
     let single = pods
         .iter()

@@ -1,7 +1,7 @@
-//! Whether the kernel routes packets with the divert mark to this host: asked by a route lookup (rtnetlink(7),
-//! `RTM_GETROUTE`), so that it does not matter why it might not.
+//! Asks the kernel by a route lookup (rtnetlink(7), `RTM_GETROUTE`) whether packets with the divert mark come to this
+//! host. So every cause for which they do not is found.
 //!
-//! One question and its answer, so that it may be asked often. Changes nothing.
+//! One request and its answer, so that it can be repeated often. Changes nothing.
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
@@ -19,21 +19,21 @@ const RTN_LOCAL: u8 = 2;
 const RTA_DST: u16 = 1;
 const RTA_TABLE: u16 = 15;
 const RTA_MARK: u16 = 16;
-/// Of `rtmsg` behind its first 4 bytes: type, and where attributes begin.
+/// Offsets in `rtmsg`: of the type, and of the attributes.
 const TYPE: usize = 3;
 const ATTRIBUTES: usize = 8;
 
-/// Addresses that no host has: dummy addresses of RFC 7600 and RFC 6666.
+/// Addresses that no host has, from RFC 7600 and RFC 6666.
 const ANYWHERE: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(192, 0, 0, 8)),
     IpAddr::V6(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 8)),
 ];
 
-/// Whether a packet with the divert mark, to an address that is not this host's, comes to this host by our route.
-/// Blocks for some microseconds.
+/// Whether our route delivers a packet with the divert mark and a foreign destination to this host. Blocks for some
+/// microseconds.
 ///
 /// # Errors
-/// What `socket`, `sendto` and `recv` answer; that there is no route is none.
+/// What `socket`, `sendto` and `recv` answer; a missing route is no error.
 pub(crate) fn diverts(family: Family, marks: Marks) -> io::Result<bool> {
     let (number, address) = match family {
         Family::V4 => (nix::libc::AF_INET, ANYWHERE[0]),
@@ -64,7 +64,7 @@ pub(crate) fn diverts(family: Family, marks: Marks) -> io::Result<bool> {
         let length = recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
         for message in messages(answer.get(..length).unwrap_or_default()) {
             match message.is_last() {
-                // The kernel says by an error that there is no way.
+                // The kernel reports a missing route as an error.
                 Err(_) => return Ok(false),
                 Ok(true) => return Ok(ours),
                 Ok(false) => ours = is_ours(message.attributes()),

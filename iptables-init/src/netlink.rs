@@ -153,7 +153,7 @@ impl<'a> Message<'a> {
         chunk(self.body, 0).map(i32::from_ne_bytes)
     }
 
-    /// The errno of that number: 0 if all went well. Whatever stands there, it can be read.
+    /// The errno of that number; 0 means success. Accepts any number.
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         self.code().map(i32::wrapping_neg)

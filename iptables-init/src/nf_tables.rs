@@ -46,7 +46,7 @@ pub(crate) fn dump(
     }
 }
 
-/// The generation of this network namespace's tables: another after every change that anybody made.
+/// The generation of this network namespace's tables, which every change increments.
 ///
 /// # Errors
 /// What the kernel answered, such as `EPERM` without `CAP_NET_ADMIN`.

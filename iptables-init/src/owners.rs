@@ -93,8 +93,8 @@ impl Owners {
     }
 }
 
-/// The index of the port that each address is behind in the kernel's table: as the daemon before left it. 0 where
-/// there is no such port any more, which is no link's index.
+/// The index of each address's port in the kernel's table, as the previous daemon left it; 0, which is no link's index,
+/// if the port is gone.
 ///
 /// # Errors
 /// [`CommandError`] if `nft` is missing, or the table is.

@@ -49,7 +49,7 @@ pub enum RedirectError {
     /// `nft` or `ip` refused.
     #[error(transparent)]
     Command(#[from] CommandError),
-    /// The kernel does not tell what it holds.
+    /// The tables cannot be read from the kernel.
     #[error(
         "cannot read nft tables {TABLE} from the kernel ({0}); run as root or with CAP_NET_ADMIN, or try again if other software is changing nft tables"
     )]
@@ -106,13 +106,13 @@ pub fn uninstall() -> Result<Outcome, RedirectError> {
     let mut changed = false;
     let loaded = Loaded::read()?;
     if loaded.is_some() {
-        // A daemon that watches is not to put back what goes. Without the chain there is nothing to be marked.
+        // A running daemon must not repair what is uninstalled now. Without the chain there is no place for the mark.
         let _ = command::run(Program::Nft, &["-f", "-"], &table::leaving_script());
     }
     for family in Family::ALL {
         changed |= routes::uninstall(family)?;
     }
-    // What the tables tell of a sysctl is brought about before it is forgotten.
+    // Sysctls are restored while the tables still have the notes about them.
     if let Some(loaded) = loaded {
         bridges::switch_on_again(&loaded)?;
         accounting::switch_off_again(&loaded);
@@ -202,7 +202,7 @@ pub(crate) fn validate(settings: &Settings) -> Result<(), RedirectError> {
     Ok(())
 }
 
-/// Puts the rules and routes in; whether anything was to be done.
+/// Installs the rules and routes. Returns whether anything changed.
 pub(crate) fn install_routes(settings: &Settings) -> Result<bool, RedirectError> {
     let mut changed = false;
     for family in routes::enabled_families() {
@@ -221,8 +221,8 @@ fn of_routes(error: CommandError) -> RedirectError {
     }
 }
 
-/// Lets nft and the kernel check all that [`install`] loads, and load none of it. Drops what waits in any queue of
-/// the network namespace.
+/// Lets nft and the kernel check everything that [`install`] loads, without loading it. Drops the packets that wait in
+/// any queue of the network namespace.
 ///
 /// # Errors
 /// [`CommandError::Refused`] with what nft said.
@@ -234,7 +234,7 @@ pub(crate) fn dry_run(ruleset: &Ruleset) -> Result<(), CommandError> {
     tried
 }
 
-/// Loads the tables where they are not as `ruleset` has them, and notes then what the kernel holds.
+/// Loads the tables if they differ from `ruleset`, and then stores the digest of what the kernel has.
 fn load_table(ruleset: &Ruleset) -> Result<bool, RedirectError> {
     let script = match Loaded::read()? {
         None => table::create_script(ruleset),

@@ -127,7 +127,7 @@ impl State {
     }
 }
 
-/// What it means that rule and route are there and packets do not come to this host by them, and the remedy.
+/// The problem and the remedy if rule and route exist but do not bring packets to this host.
 pub(crate) fn shadowed(family: Family) -> (String, String) {
     (
         format!(

@@ -78,7 +78,7 @@ impl Ruleset {
         self.kernel.queue_rule
     }
 
-    /// The settings that it was made for, as text.
+    /// The settings that it was rendered from, as text.
     pub(crate) fn settings(&self) -> String {
         let Self {
             proxy_port,

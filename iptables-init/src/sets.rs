@@ -115,9 +115,9 @@ impl Sets {
         (!script.is_empty()).then_some(script)
     }
 
-    /// The pods' networks without those that lie within another: the kernel holds each as it is, so that a change
-    /// touches none but its own. What is replaced under traffic is missed by a look at the wrong moment before Linux
-    /// 6.17 (nft_set_rbtree), and the packet passes.
+    /// The pods' networks without those that lie within another. The kernel stores each network by itself, so that a
+    /// change touches only its own element: before Linux 6.17 (nft_set_rbtree) a lookup can miss an element that is
+    /// being replaced, and the packet passes.
     fn outermost(&self) -> BTreeSet<IpNet> {
         let all: BTreeSet<IpNet> = self.pods.iter().map(IpNet::trunc).collect();
         let within = |net: &IpNet| all.iter().any(|other| other != net && other.contains(net));
@@ -190,7 +190,7 @@ fn run(script: &str) -> Result<(), SetsError> {
     }
 }
 
-/// The elements of a set of pairs, of both families, as nft lists them. `name` is without the family's number.
+/// The elements of a set with concatenated keys, for both families, as nft lists them. `name` has no family number.
 ///
 /// # Errors
 /// If there is no such set, or nft says something else.

@@ -8,14 +8,13 @@ use crate::contents::Digest;
 use crate::ruleset::{FAMILIES, QUEUE_CHAIN, QueueRule, Ruleset, TABLE};
 use crate::sets::{PINNED, elements};
 
-/// The chain whose rules never run: one carries the [`Stamp`] as its comment, another what the kernel made of the
-/// tables.
+/// The chain whose rules never run: one has the [`Stamp`] as its comment, another the digest of the kernel's tables.
 pub(crate) const STAMP_CHAIN: &str = "installed_by";
 
-/// What the comment begins with that says what the kernel held after the installation.
+/// The prefix of the comment with the digest of the kernel's tables after the installation.
 const NOTED: &str = "portreeve holds ";
 
-/// The comment of tables that are about to be taken out.
+/// The comment of tables that are about to be removed.
 const LEAVING: &str = "portreeve is being uninstalled";
 
 /// What a loaded table was made from.
@@ -25,7 +24,7 @@ pub(crate) struct Stamp {
     layout: String,
     /// Hash of everything.
     content: String,
-    /// Hash of the settings; empty in tables of versions that did not note it.
+    /// Hash of the settings; empty in tables of versions without it.
     settings: String,
 }
 
@@ -79,9 +78,9 @@ impl std::fmt::Display for Stamp {
 pub(crate) struct Loaded {
     /// `None`: made by something else, or tampered with.
     pub(crate) stamp: Option<Stamp>,
-    /// What the kernel held when they were installed; `None`: that was not finished.
+    /// The digest of the kernel's tables after the installation; `None` if that was not finished.
     pub(crate) noted: Option<Digest>,
-    /// They are about to be taken out, by [`leaving_script`].
+    /// They are about to be removed, by [`leaving_script`].
     pub(crate) leaving: bool,
     /// The families that there is a table of.
     families: Vec<&'static str>,
@@ -183,7 +182,7 @@ pub(crate) fn create_script(ruleset: &Ruleset) -> String {
     )
 }
 
-/// The nft script that notes what the kernel holds now that `ruleset` is loaded.
+/// The nft script that stores the digest of the kernel's tables after `ruleset` was loaded.
 pub(crate) fn note_script(ruleset: &Ruleset, digest: Digest) -> String {
     let chain = format!("inet {TABLE} {STAMP_CHAIN}");
     let stamp = Stamp::of(ruleset);
@@ -192,15 +191,15 @@ pub(crate) fn note_script(ruleset: &Ruleset, digest: Digest) -> String {
     )
 }
 
-/// The nft script that says of the tables that they are about to be taken out.
+/// The nft script that marks the tables as about to be removed.
 pub(crate) fn leaving_script() -> String {
     let chain = format!("inet {TABLE} {STAMP_CHAIN}");
     format!("flush chain {chain}\nadd rule {chain} return comment \"{LEAVING}\"\n")
 }
 
-/// The nft script that puts `ruleset` in the place of `loaded`, in one transaction. The sets keep
-/// their elements, but for those that time out: a count of the last seconds begins anew. `now` is what the kernel
-/// holds: while chains and sets are what they were, no chain is made again.
+/// The nft script that puts `ruleset` in the place of `loaded`, in one transaction. The sets keep their elements, but
+/// for those that time out: counts of the last seconds start at zero. `now` is the kernel's present state: if chains
+/// and sets are unchanged, no chain is created again.
 ///
 /// # Errors
 /// [`UnknownElement`] rather than to leave one out: a pod's address could be among them.

@@ -1,9 +1,7 @@
-//! Watches what `install` put in, under a daemon that depends on it: finds what was taken away or changed, and puts
-//! it back.
+//! Watches the installed redirect for a daemon that depends on it: finds missing or changed parts, and repairs them.
 //!
-//! A look asks the kernel by netlink and reads sysctls: some ten microseconds while nothing has changed. `nft` and
-//! `ip` run only where something is wrong. Knows neither pods nor policies; what sets are to hold it knows from
-//! [`elements`].
+//! A look asks the kernel by netlink and reads sysctls: some ten microseconds while nothing has changed. `nft` and `ip`
+//! run only if something is wrong. Knows neither pods nor policies; [`elements`] knows the contents of the sets.
 use std::io;
 use std::path::Path;
 
@@ -22,7 +20,7 @@ use crate::table::{Loaded, Stamp};
 const NET: &str = "/proc/sys/net";
 /// Links whose sysctls are read at one look.
 const LINKS: usize = 64;
-/// What stands for many links is read at every look.
+/// Settings that apply to all links; read at every look.
 const ALWAYS: [&str; 2] = ["all", "default"];
 
 /// A part of the redirect.
@@ -38,7 +36,7 @@ pub enum Part {
     IpRule,
     /// The route for diverted packets.
     Route,
-    /// Rule and route are there, and another takes the packets.
+    /// Rule and route are there, but another one takes precedence.
     Shadowed,
     /// A sysctl with which the redirect does not work.
     Sysctl,
@@ -56,7 +54,7 @@ impl Part {
         Self::Sysctl,
     ];
 
-    /// In one word, for a metric.
+    /// Its name as a metric's label.
     #[must_use]
     pub fn label(self) -> &'static str {
         match self {
@@ -71,12 +69,12 @@ impl Part {
     }
 }
 
-/// Something that was taken away or changed.
+/// A part that is missing or changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Damage {
     /// Which part of the redirect.
     pub part: Part,
-    /// What of it, as a noun or as a sentence that names the remedy.
+    /// The part by name, or a problem and its remedy.
     pub what: String,
     /// Whether [`Watch::put_back`], or filling the sets again, can undo it.
     pub ours: bool,
@@ -87,14 +85,14 @@ pub struct Damage {
 pub struct Found {
     /// Empty: all is as it was installed.
     pub damages: Vec<Damage>,
-    /// Somebody has installed the tables again: their sets are to be filled.
+    /// The tables were installed again: their sets have to be filled.
     pub installed_again: bool,
 }
 
 /// Why a look or a repair failed.
 #[derive(Debug, thiserror::Error)]
 pub enum WatchError {
-    /// The kernel does not tell what it holds.
+    /// The kernel cannot be asked.
     #[error("cannot ask the kernel whether the redirect is there: {0}")]
     Kernel(#[from] io::Error),
     /// `nft` or `ip` failed.
@@ -105,24 +103,24 @@ pub enum WatchError {
     Redirect(#[from] RedirectError),
 }
 
-/// The redirect as it was when it was last whole.
+/// The redirect as it was when it was last complete.
 #[derive(Debug)]
 pub struct Watch {
     settings: Settings,
     stamp: Stamp,
     wanted: Contents,
-    /// Of the tables when they were last found whole; `None`: to be read.
+    /// Of the tables when they were last found complete; `None` if they have to be read.
     generation: Option<u32>,
-    /// The last look found tables that somebody was installing.
+    /// The last look found an installation in progress.
     unfinished: bool,
-    /// The links whose sysctls were not looked at yet in this turn.
+    /// The links whose sysctls are still to be read in this round.
     links: Vec<String>,
     /// Those whose sysctls break the redirect.
     broken: Vec<String>,
 }
 
 impl Watch {
-    /// Takes what is there for whole, and forgets what an earlier daemon of this process has loaded into the sets.
+    /// Takes the present state as complete, and forgets which elements this process loaded while it enforced before.
     ///
     /// # Errors
     /// What the kernel answers.
@@ -140,8 +138,7 @@ impl Watch {
         })
     }
 
-    /// Looks at everything, but only at some links' sysctls: at all links in so many looks as they are times
-    /// [`LINKS`]. Blocks: see above.
+    /// Looks at everything, but at each look only at the sysctls of [`LINKS`] links. Blocks: see above.
     ///
     /// # Errors
     /// If the kernel, `nft` or `ip` cannot be asked.
@@ -158,7 +155,8 @@ impl Watch {
         Ok(found)
     }
 
-    /// Puts back what of `damages` is ours, but for the elements of sets. Blocks for as long as `nft` and `ip` take.
+    /// Repairs those of `damages` that are ours, except for elements of sets. Blocks for as long as `nft` and `ip`
+    /// take.
     ///
     /// # Errors
     /// What [`redirect::install`] says.
@@ -179,7 +177,7 @@ impl Watch {
         }
         self.generation = None;
         let (generation, now) = match Contents::read() {
-            // Others change their tables all the time: the next look will tell.
+            // Other software keeps changing its tables: the next look will succeed.
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return Ok(()),
             read => read?,
         };
@@ -214,7 +212,7 @@ impl Watch {
         let rest = self.links.len().saturating_sub(LINKS);
         let mut links = self.links.split_off(rest);
         links.extend(ALWAYS.map(str::to_owned));
-        // What was wrong once is looked at until it is right.
+        // A link that was wrong is read at every look until it is right.
         links.append(&mut self.broken);
         links.sort_unstable();
         links.dedup();
@@ -224,7 +222,7 @@ impl Watch {
         found.damages.extend(sysctls.into_iter().map(of_sysctl));
     }
 
-    /// What it means that the kernel holds other tables than before.
+    /// Finds out why the kernel's tables differ from before.
     fn compare(&mut self, now: Contents, found: &mut Found) -> Result<(), WatchError> {
         if now.handles.len() < self.wanted.handles.len() {
             found.damages.push(Damage {
@@ -238,14 +236,14 @@ impl Watch {
         let loaded = loaded.as_ref();
         let stamp = loaded.and_then(|it| it.stamp.as_ref());
         let noted = loaded.and_then(|it| it.noted);
-        // `install` notes what the kernel holds right after it has loaded the tables.
+        // `install` stores the digest right after it has loaded the tables.
         let installing = stamp.is_some() && noted.is_none();
         if installing && !std::mem::replace(&mut self.unfinished, installing) {
             return Ok(());
         }
         self.unfinished = installing;
         if noted != Some(now.digest()) {
-            // What another version has installed, that version has to put back.
+            // Only the version that installed the tables can repair them.
             let ours = stamp.is_none_or(|it| *it == self.stamp);
             let parts = now.differing(&self.wanted);
             found.damages.extend(parts.into_iter().map(|part| Damage {
@@ -310,8 +308,8 @@ fn of_sysctl(finding: Finding) -> Damage {
     }
 }
 
-/// Whether what is gone was taken out by `iptables-init uninstall`, which is not to be undone: that marks the tables
-/// first, and takes them out last.
+/// Whether `iptables-init uninstall` removed the missing parts, which must not be undone: it marks the tables first and
+/// deletes them last.
 fn is_uninstalled(damages: &[Damage]) -> Result<bool, WatchError> {
     let gone = |part| damages.iter().filter(|it| it.part == part).count();
     let families = routes::enabled_families().count();

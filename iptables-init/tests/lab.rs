@@ -128,7 +128,7 @@ fn what_install_switched_on_uninstall_switches_off_and_nothing_else() {
             &netns,
             &format!("sysctl -qw net.netfilter.nf_conntrack_acct={before}"),
         );
-        // Without an installed table it makes a trial of all rules.
+        // Without an installed table it checks all rules.
         assert!(!init(&netns, "check").success);
         assert_eq!(counts(), format!("{before}\n"), "check");
         init(&netns, "install").ok();
@@ -163,7 +163,7 @@ fn every_partial_state_is_mended_and_can_be_taken_out() {
         "nft delete table bridge portreeve",
         "nft flush table bridge portreeve",
         "nft delete table inet portreeve; nft flush chain bridge portreeve up",
-        // As many rules as before, with other elements in a set without a name.
+        // The same number of rules, with other elements in an anonymous set.
         "nft -a list chain inet portreeve wrapped | sed -n 's/.*udp dport.* # handle \\(.*\\)/replace rule inet portreeve wrapped handle \\1 udp dport { 1, 2, 3 } goto lie/p' | nft -f -",
         "nft add chain inet portreeve foreign '{ type filter hook prerouting priority -300; policy drop; }'",
         "nft 'flush chain inet portreeve hold_input; delete chain inet portreeve hold_input; add chain inet portreeve hold_input { type filter hook input priority 7; policy accept; }'",
@@ -253,7 +253,7 @@ fn another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements(
 
 fn nft_understands_its_own_queue_for_any_number_of_queues() {
     let folders = nft_of_each_release();
-    // The machine's own, too.
+    // The machine's own nft, too.
     for folder in folders.iter().map(String::as_str).chain(["/usr/sbin"]) {
         understands_its_own_queue(folder);
     }
@@ -283,7 +283,7 @@ fn understands_its_own_queue(folder: &str) {
     }
 }
 
-/// The folders of nft as Debian's releases have it, each with its own libraries.
+/// The folders with nft of each Debian release, each with its own libraries.
 fn nft_of_each_release() -> Vec<String> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lab/tools/nft");
     let ask = |arguments: &[&str]| {
@@ -314,7 +314,7 @@ fn each_debians_nft_loads_and_removes_the_rules() {
     }
 }
 
-/// What the daemon writes into the sets, and how another layout takes it over.
+/// Elements as the daemon writes them, and how a table with another layout takes them over.
 fn each_debians_nft_keeps_the_sets_elements() {
     for folder in nft_of_each_release() {
         let netns = namespace();
@@ -336,7 +336,7 @@ fn each_debians_nft_keeps_the_sets_elements() {
     }
 }
 
-/// As nft 1.1.2 began to refuse a rule of an earlier version.
+/// nft 1.1.2 refused a rule of an earlier version like this.
 fn check_names_an_nft_that_refuses_the_rules() {
     let netns = namespace();
     let mut command = netns.command("sh");
@@ -944,7 +944,7 @@ fn fill_sets(netns: &Netns) {
     }
 }
 
-/// The script that fills every set that outlives another layout.
+/// The script that fills every set that is kept when the layout changes.
 fn all_sets() -> String {
     let bridge = Bridge {
         name: "cni0".into(),

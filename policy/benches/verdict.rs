@@ -59,8 +59,8 @@ fn verdict(c: &mut Criterion) {
     }
 }
 
-/// Verdicts on a pod that its tenant has put under as many rules as the API server stores. None
-/// allows; each verdict asks for another address and port.
+/// Verdicts on a pod under as many rules as the API server can store. No rule allows the
+/// connection; each verdict asks for another address and port.
 fn hostile(c: &mut Criterion) {
     let mut group = c.benchmark_group("verdict/hostile");
     type RuleOf = fn(u32) -> String;
@@ -123,7 +123,8 @@ fn hostile(c: &mut Criterion) {
     group.finish();
 }
 
-/// The two ends, the client with a thousand labels, under so many policies of so many rules.
+/// The two ends: a client with a thousand labels, and a server under this many policies with this
+/// many rules each.
 fn under(policies: u32, rules: u32, rule: impl Fn(u32) -> String) -> Cluster {
     let mut cluster = cluster(2, 0);
     let mut client = client();
@@ -133,7 +134,7 @@ fn under(policies: u32, rules: u32, rule: impl Fn(u32) -> String) -> Cluster {
             .insert(format!("k{}", 1_000_000 + label).into(), "".into());
     }
     let _ = cluster.upsert_pod(client);
-    // What the client matches, and the server's rules do not have.
+    // Selectors that the client matches and the server's rules do not use.
     let others: Vec<String> = (0..1_000).map(|n| rule(1_000_000 + n)).collect();
     let others = format!(
         r#"{{"podSelector": {{"matchLabels": {{"no": "pod"}}}}, "ingress": [{}]}}"#,
@@ -151,7 +152,7 @@ fn under(policies: u32, rules: u32, rule: impl Fn(u32) -> String) -> Cluster {
     cluster
 }
 
-/// What a tenant's large policy costs in a cluster of other people's pods.
+/// The cost of one tenant's large policy in a cluster with the pods of others.
 fn hostile_events(c: &mut Criterion) {
     let mut cluster = cluster(4_000, 0);
     let mut group = c.benchmark_group("event/hostile");

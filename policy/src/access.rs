@@ -1,10 +1,11 @@
-//! Which peers may use which ports: the rules of one policy, or of all that isolate a pod, as one
-//! structure that is asked in the time of a few binary searches, however many rules went in.
+//! Which peers may use which ports: the rules of one policy, or of all policies that isolate a pod,
+//! merged into one structure. A lookup takes a few binary searches, however many rules there are.
 //!
-//! A port is asked as a prefix of its 16 bits, as an address is of a network: a range of ports is at
-//! most 30 prefixes. At each prefix stand the addresses that its rules allow, as sorted ranges with
-//! exceptions cut out, so that one search asks all rules of a port. Peers by selector stand by id,
-//! with the prefixes at which they are allowed. Knows nothing of policies: of why, that is.
+//! Ports are stored as prefixes of their 16 bits, like addresses in a routing table: a range of
+//! ports is at most 30 prefixes. Each prefix has the addresses that its rules allow, as sorted
+//! ranges with the exceptions cut out, so that one search covers all rules of a port. Peers by
+//! selector are stored by id, with the prefixes at which they are allowed. Does not know which
+//! policy allows something.
 mod known;
 
 use std::net::IpAddr;
@@ -15,11 +16,11 @@ use crate::compile::{CompiledRule, Question, SelectorId};
 use crate::matches::MatchSet;
 use crate::model::Protocol;
 
-/// Where in [`Access`] something stands: a prefix of the ports of a protocol, a name of a port, or
-/// [`ANY`]; protocol in the upper bits.
+/// A key in [`Access`]: a prefix of a protocol's ports, a port's name, or [`ANY`]; the protocol is
+/// in the upper bits.
 pub(crate) type Key = u32;
 
-/// What rules without ports allow: every port of every protocol, and protocols without ports.
+/// The key of rules without ports: every port of every protocol, and protocols without ports.
 const ANY: Key = 0;
 /// Keys from here on are names, in the order of [`Access::names`].
 const NAMES: Key = 4 << PROTOCOL_SHIFT;
@@ -29,11 +30,11 @@ const PROTOCOL_SHIFT: u32 = 17;
 const PREFIXES: usize = 17;
 /// Names of a pod's port that count; see [`crate::endpoint::Endpoint::port_names`].
 pub(crate) const NAMES_OF_A_PORT: usize = 16;
-/// If a pod matches more selectors than this, and rules have more, what they have in common is
-/// remembered.
+/// If a pod matches more selectors than this, and the rules have more too, their intersection is
+/// cached.
 const FEW: usize = 16;
 
-/// What one or several lists of rules allow.
+/// Everything that one or several lists of rules allow.
 #[derive(Debug, Default)]
 pub(crate) struct Access {
     /// Whether there is anything at [`ANY`].
@@ -42,11 +43,11 @@ pub(crate) struct Access {
     lengths: [u32; 3],
     /// Sorted.
     names: Box<[(Protocol, Arc<str>)]>,
-    /// Where every peer is allowed; sorted.
+    /// The keys at which every peer is allowed; sorted.
     everyone: Box<[Key]>,
     v4: Blocks<u32>,
     v6: Blocks<u128>,
-    /// Sorted, each with where its keys begin in `keys`.
+    /// Sorted, each with the index of its first key in `keys`.
     selectors: Box<[(SelectorId, u32)]>,
     keys: Box<[Key]>,
     known: Known,
@@ -55,7 +56,7 @@ pub(crate) struct Access {
 /// Addresses of one family.
 #[derive(Debug, Default)]
 struct Blocks<A> {
-    /// Sorted, each with where its ranges begin.
+    /// Sorted, each with the index of its first range.
     keys: Box<[(Key, u32)]>,
     /// First and last addresses; sorted and disjoint at each key.
     ranges: Box<[(A, A)]>,
@@ -71,14 +72,14 @@ struct Parts {
     peers: Vec<(SelectorId, Key)>,
 }
 
-/// The keys that a connection's port falls under.
+/// The keys that apply to a connection's port.
 struct Asked {
     keys: [Key; 1 + PREFIXES + NAMES_OF_A_PORT],
     count: usize,
 }
 
 impl Access {
-    /// What `rules` allow.
+    /// The merged form of `rules`.
     pub(crate) fn new(rules: &[CompiledRule]) -> Self {
         let mut parts = Parts::default();
         let named = rules.iter().filter_map(|rule| rule.ports.as_ref());
@@ -107,7 +108,7 @@ impl Access {
         parts.whole()
     }
 
-    /// What any of `all` allows.
+    /// The merged form of `all`: it allows what any of them allows.
     pub(crate) fn merged(all: &[&Self]) -> Self {
         let mut parts = Parts::of(all.iter().flat_map(|it| &it.names));
         for one in all {
@@ -129,13 +130,13 @@ impl Access {
         parts.whole()
     }
 
-    /// How many entries there are: what a copy costs, and 8 to 16 bytes each, 32 more for IPv6.
+    /// The number of entries, which is the cost of a copy: 8 to 16 bytes each, up to 40 for IPv6.
     pub(crate) fn entries(&self) -> usize {
         let blocks = self.v4.ranges.len() + self.v6.ranges.len();
         self.everyone.len() + blocks + self.selectors.len() + self.keys.len()
     }
 
-    /// Whether any rule allows it.
+    /// Whether any rule allows the connection.
     pub(crate) fn allows(&self, question: Question<'_>) -> bool {
         let asked = self.asked(question);
         let asked = &asked.keys[..asked.count];
@@ -259,7 +260,7 @@ impl Parts {
     }
 
     fn whole(mut self) -> Access {
-        // Parts that are in order already are put together, not sorted anew.
+        // The stable sort is fast here: its input is a few sorted runs.
         self.everyone.sort();
         self.everyone.dedup();
         let v4 = Blocks::joined(self.v4, |last| last.checked_add(1));
@@ -299,7 +300,7 @@ impl Parts {
 }
 
 impl<A: Ord + Copy> Blocks<A> {
-    /// Of ranges in any order; those that touch or overlap at the same key are one.
+    /// Takes ranges in any order, and merges those that touch or overlap at the same key.
     fn joined(mut all: Vec<(Key, A, A)>, after: impl Fn(A) -> Option<A>) -> Self {
         all.sort();
         let mut keys: Vec<(Key, u32)> = Vec::new();
@@ -344,7 +345,7 @@ impl<A: Ord + Copy> Blocks<A> {
     }
 }
 
-/// Whether two sets have a key in common; `keys` are sorted, `asked` are few.
+/// Whether the two have a key in common; `keys` are sorted, `asked` are few.
 fn meet(keys: &[Key], asked: &[Key]) -> bool {
     asked.iter().any(|key| keys.binary_search(key).is_ok())
 }
@@ -386,7 +387,7 @@ fn name_key(at: usize) -> Key {
     NAMES.saturating_add(self::at(at))
 }
 
-/// A place in lists whose lengths are bounded far below four billion.
+/// An index into lists that are bounded far below four billion entries.
 fn at(place: usize) -> u32 {
     u32::try_from(place).unwrap_or(u32::MAX)
 }

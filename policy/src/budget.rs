@@ -1,14 +1,14 @@
-//! How much the policies of one namespace may ask for, so that no tenant's policies take the memory
-//! and the time of all others.
+//! How much of each resource the policies of one namespace may use, so that no tenant's policies
+//! use up the memory and time of others.
 //!
-//! Counted object by object; knows neither pods nor what becomes of a policy that is refused.
+//! Counts object by object; knows neither pods nor what happens to a refused policy.
 use std::collections::HashSet;
 
 use crate::access::prefixes;
 use crate::network_policy::{NetworkPolicy, Peer, PortNumbers, Rule};
 use crate::selector::{LabelSelector, NamespaceScope, PeerSelector, Test};
 
-/// Something of which a namespace's policies may have so many, together.
+/// A resource of which all policies of a namespace together may use a bounded number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Resource {
     /// NetworkPolicy objects.
@@ -17,17 +17,16 @@ pub enum Resource {
     Rules,
     /// Entries of `from` and `to`; each `except` of an `ipBlock` counts as one too.
     Peers,
-    /// Distinct peers by selector, counted policy by policy.
+    /// Peers by selector; equal ones in one policy count once.
     Selectors,
-    /// Those of [`Self::Selectors`] that have more than labels with one value each:
-    /// `matchExpressions`, that is, unless they are `In` with a single value.
+    /// Those of [`Self::Selectors`] with `matchExpressions` other than `In` with a single value.
     Expressions,
     /// Label requirements, and their values, of all selectors, `spec.podSelector` included.
     Labels,
     /// Entries of `ports`.
     Ports,
-    /// Ports of a rule times its peers; a range of ports counts as the prefixes of its 16 bits that
-    /// it takes, 30 at most, and a rule without peers or ports as if it had one.
+    /// Ports of a rule times its peers. A range of ports counts as the prefixes of 16 bits that
+    /// cover it, 30 at most; a rule without peers or ports counts as if it had one.
     Pairs,
 }
 
@@ -41,15 +40,14 @@ pub(crate) struct Usage([u64; RESOURCES]);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget([u64; RESOURCES]);
 
-/// Why a policy is refused that is valid by itself.
+/// Why a valid policy is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Excess {
-    /// Of what there is too much.
+    /// The resource whose bound is exceeded.
     pub resource: Resource,
-    /// How much of it the policy has.
+    /// How much of it the policy uses.
     pub own: u64,
-    /// How much that makes with the policies of its namespace that are in force and before it by
-    /// name.
+    /// The sum with the namespace's policies in force whose names come before.
     pub count: u64,
     /// How much a namespace may have.
     pub bound: u64,
@@ -68,7 +66,7 @@ impl Resource {
         Self::Pairs,
     ];
 
-    /// What it is called, in the plural.
+    /// Its name, in the plural.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -96,8 +94,8 @@ impl Resource {
     }
 }
 
-/// Bounds that no hand-written set of policies comes near, and at which one namespace takes some tens
-/// of MiB at most; see docs/operations.md, "How much one namespace may ask for".
+/// Bounds far above any hand-written set of policies, with which one namespace takes some tens of
+/// MiB at most; see docs/operations.md, "How much one namespace may ask for".
 impl Default for Budget {
     fn default() -> Self {
         Self([
@@ -107,13 +105,13 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// One that refuses nothing.
+    /// A budget that refuses nothing.
     #[must_use]
     pub fn unbounded() -> Self {
         Self([u64::MAX; RESOURCES])
     }
 
-    /// This one, but with another bound for `resource`.
+    /// This budget with another bound for `resource`.
     #[must_use]
     pub fn with(mut self, resource: Resource, bound: u64) -> Self {
         self.0[resource as usize] = bound;
@@ -135,7 +133,7 @@ impl Budget {
             .all(|(used, bound)| used <= bound)
     }
 
-    /// The first resource of which `own` on top of `used` is too much.
+    /// The first resource of which `used` and `own` together exceed the bound.
     pub(crate) fn excess(&self, used: &Usage, own: &Usage) -> Option<Excess> {
         let mut counts = Resource::ALL.into_iter().map(|resource| Excess {
             resource,
@@ -148,7 +146,7 @@ impl Budget {
 }
 
 impl Usage {
-    /// What one policy asks for.
+    /// The usage of one policy.
     pub(crate) fn of(policy: &NetworkPolicy) -> Self {
         let mut usage = Self::default();
         usage.add(Resource::Policies, 1);
@@ -205,7 +203,7 @@ impl Usage {
         *used = used.saturating_add(u64::try_from(count).unwrap_or(u64::MAX));
     }
 
-    /// Both together.
+    /// The sum of both.
     pub(crate) fn plus(mut self, other: &Self) -> Self {
         for (used, more) in self.0.iter_mut().zip(other.0) {
             *used = used.saturating_add(more);
@@ -213,7 +211,7 @@ impl Usage {
         self
     }
 
-    /// What is left without `other`, which is part of it.
+    /// The difference to `other`, which is part of it.
     pub(crate) fn minus(mut self, other: &Self) -> Self {
         for (used, less) in self.0.iter_mut().zip(other.0) {
             *used = used.saturating_sub(less);

@@ -83,9 +83,9 @@ struct PolicyState {
     /// As it was given.
     policy: Arc<NetworkPolicy>,
     usage: Usage,
-    /// `None`: to be settled.
+    /// `None` if it has to be rebuilt.
     standing: Option<Standing>,
-    /// Of what is in force.
+    /// Of the policy in force.
     pods: Option<LabelSelector>,
     compiled: Option<Arc<CompiledPolicy>>,
     /// Each held once in [`Selectors`].
@@ -104,7 +104,7 @@ impl PolicyState {
         }
     }
 
-    /// What is in force of it, if it selects pods with these labels.
+    /// The policy in force, if it selects pods with these labels.
     fn selecting(&self, labels: &Labels) -> Option<&Arc<CompiledPolicy>> {
         let selects = self.pods.as_ref().is_some_and(|pods| pods.matches(labels));
         self.compiled.as_ref().filter(|_| selects)
@@ -124,7 +124,8 @@ impl Touched {
 }
 
 impl Cluster {
-    /// An empty cluster whose namespaces may have so much each; [`Self::default`] has the default.
+    /// An empty cluster with this budget for each namespace; [`Self::default`] has the default
+    /// budget.
     pub fn with_budget(budget: Budget) -> Self {
         Self {
             ledger: Ledger::new(budget),
@@ -350,9 +351,9 @@ impl Cluster {
         self.doubts.out_of_reach()
     }
 
-    /// The policies that are not in force as written, since their namespace asks for too much;
-    /// sorted. Each isolates the pods that it selects and allows nothing; of those beyond the number
-    /// of policies the first isolates every pod of the namespace, for all of them.
+    /// The policies that are refused because they exceed their namespace's budget; sorted. Each
+    /// isolates the pods that it selects and allows nothing. If there are too many policies, the
+    /// first one too many isolates every pod of the namespace, for all that follow.
     pub fn refused(&self) -> impl ExactSizeIterator<Item = (&PolicyKey, &Excess)> {
         self.ledger.refused()
     }
@@ -362,8 +363,8 @@ impl Cluster {
         self.ledger.refused_in(namespace).count()
     }
 
-    /// A number that changes whenever [`Self::claims`], [`Self::out_of_reach`] or
-    /// [`Self::refused`] would answer something else.
+    /// A number that changes whenever the result of [`Self::claims`], [`Self::out_of_reach`] or
+    /// [`Self::refused`] changes.
     pub fn doubts(&self) -> u64 {
         self.ownership.disputes + self.doubts.changes + self.ledger.changes
     }

@@ -20,7 +20,7 @@ pub(crate) type SelectorId = u32;
 pub(crate) struct Rules {
     /// At the place that the rule has in `spec.ingress` or `spec.egress`.
     pub(crate) list: Box<[CompiledRule]>,
-    /// What they allow together.
+    /// Their merged form.
     pub(crate) access: Access,
 }
 

@@ -1,35 +1,35 @@
-//! A verdict without its reason, which is all that a packet waits for; the reason can be worked out
-//! later, of the same endpoints.
+//! A verdict without its reason: a packet waits for no more. The reason can be derived later from
+//! the same endpoints.
 use std::net::IpAddr;
 
 use crate::endpoint::Endpoint;
 use crate::model::{Direction, Protocol};
 use crate::verdict::{Ends, Exempt, OwnNode, Party, Side, Verdict};
 
-/// What [`decide`] says: [`Verdict`] without its reason, of a few bytes.
+/// The result of [`decide`]: a [`Verdict`] without its reason, of a few bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Decided {
-    /// What the source's egress policies say.
+    /// The result of the source's egress policies.
     pub egress: DecidedSide,
-    /// What the destination's ingress policies say.
+    /// The result of the destination's ingress policies.
     pub ingress: DecidedSide,
-    /// Allowed whatever the two sides say.
+    /// Allowed regardless of both sides.
     pub exempt: Option<Exempt>,
     asked: Option<Asked>,
 }
 
-/// What one end says, without its reason.
+/// The result of one end, without its reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DecidedSide {
     /// Whether any policy isolates this end in this direction.
     pub isolated: bool,
-    /// Whether this end lets the connection be; always so if it is not isolated.
+    /// Whether this end allows the connection; always true if it is not isolated.
     pub allowed: bool,
     /// Whether more than one running pod claims the end's address, so that no rule may open it.
     pub contested: bool,
 }
 
-/// The connection that was asked about, but for its endpoints.
+/// The connection in question, without its endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Asked {
     from: IpAddr,
@@ -67,7 +67,7 @@ pub fn decide(
 }
 
 impl Decided {
-    /// One that no rule was asked about: there is nothing to explain.
+    /// A decision without a lookup of rules: it has no reason to explain.
     pub fn of(egress: DecidedSide, ingress: DecidedSide) -> Self {
         Self {
             egress,
@@ -77,15 +77,15 @@ impl Decided {
         }
     }
 
-    /// Whether the connection may be.
+    /// Whether the connection is allowed.
     pub fn allowed(&self) -> bool {
         self.exempt.is_some() || (self.egress.allowed && self.ingress.allowed)
     }
 
-    /// The reason, as [`judge`](crate::judge) gives it. `from` and `to` are the endpoints that were
-    /// asked, so that it is the reason of this decision and of no later one.
+    /// The reason, as [`judge`](crate::judge) gives it. `from` and `to` must be the endpoints that
+    /// this decision was made for.
     ///
-    /// Its work is bounded: all policies that allow are named, but of their rules only those among
+    /// The work is bounded: all policies that allow are named, but rules are searched only among
     /// the first thousands of each end.
     pub fn explain(&self, from: Option<&Endpoint>, to: Option<&Endpoint>) -> Verdict {
         let (egress, ingress) = match self.asked {

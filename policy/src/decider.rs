@@ -1,22 +1,22 @@
-//! Whether any rule of the policies that isolate a pod allows a connection: asked of all in one, as
-//! long as their namespace has not merged too much.
+//! Decides whether any rule of the policies that isolate a pod allows a connection: by one merged
+//! structure, while the namespace's merged entries are within their bound.
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::access::Access;
 use crate::compile::{Question, Rules};
 
-/// Entries that all pods of one namespace may have merged at one time (16 bytes each at most,
-/// those of IPv6 40). Pods under many different sets of large policies beyond that are judged policy by policy.
+/// Merged entries that a namespace may have at one time (16 bytes each at most, 40 for IPv6).
+/// Beyond it, further sets of policies are evaluated policy by policy.
 const MERGED: usize = 1_200_000;
 
-/// Asks distinct lists of rules.
+/// Evaluates distinct lists of rules.
 #[derive(Debug, Default)]
 pub(crate) struct Decider {
     distinct: Box<[Arc<Rules>]>,
-    /// How many entries the namespace has merged.
+    /// The number of merged entries of the namespace.
     taken: Arc<AtomicUsize>,
-    /// `None`: too much for another copy.
+    /// `None` if the bound leaves no room for another copy.
     merged: OnceLock<Option<Merged>>,
 }
 
@@ -26,7 +26,7 @@ struct Merged {
     _lease: Lease,
 }
 
-/// A share of what a namespace may have merged, given back when it is dropped.
+/// A part of the namespace's merged entries; released when dropped.
 #[derive(Debug)]
 struct Lease {
     taken: Arc<AtomicUsize>,
@@ -34,9 +34,9 @@ struct Lease {
 }
 
 impl Decider {
-    /// One that asks `rules`, of a namespace that has `taken` entries by now.
+    /// A decider for `rules`, of a namespace that has `taken` merged entries now.
     pub(crate) fn new(mut rules: Vec<Arc<Rules>>, taken: Arc<AtomicUsize>) -> Self {
-        // Equal rules are one allocation, so that their address tells them apart.
+        // Equal rules share an allocation, so that addresses identify them.
         rules.sort_by_key(Arc::as_ptr);
         rules.dedup_by_key(|rules| Arc::as_ptr(rules));
         rules.retain(|rules| !rules.list.is_empty());
@@ -47,13 +47,13 @@ impl Decider {
         }
     }
 
-    /// How many lists it asks.
+    /// How many lists it evaluates.
     #[cfg(test)]
     pub(crate) fn lists(&self) -> usize {
         self.distinct.len()
     }
 
-    /// Whether any rule allows it.
+    /// Whether any rule allows the connection.
     pub(crate) fn allows(&self, question: Question<'_>) -> bool {
         if let [rules] = &*self.distinct {
             return rules.access.allows(question);
@@ -64,7 +64,7 @@ impl Decider {
         }
     }
 
-    /// Does what the first question would have to wait for.
+    /// Builds the merged structure, so that the first lookup does not wait for it.
     pub(crate) fn prepare(&self) {
         self.merged();
     }
@@ -85,7 +85,7 @@ impl Decider {
 }
 
 impl Lease {
-    /// `entries` of `taken`, if that leaves it within `bound`.
+    /// Adds `entries` to `taken`, if the sum is within `bound`.
     fn take(taken: &Arc<AtomicUsize>, entries: usize, bound: usize) -> Option<Self> {
         let fits = |now: usize| now.checked_add(entries).filter(|next| *next <= bound);
         taken

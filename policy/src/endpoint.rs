@@ -58,7 +58,7 @@ pub(crate) struct Isolation {
 }
 
 impl PartialEq for Isolation {
-    /// Equal rules of a cluster are one allocation: their contents need not be compared.
+    /// Equal rules of a cluster share an allocation, so their contents need no comparison.
     fn eq(&self, other: &Self) -> bool {
         let same = |(one, other)| Arc::ptr_eq(one, other);
         self.rules.len() == other.rules.len()
@@ -90,8 +90,8 @@ impl Endpoint {
         }
     }
 
-    /// The same pod with the names of the policies that isolate it and without their rules: enough to
-    /// explain a denial, and small, however long it is kept.
+    /// The same pod with the names of the policies that isolate it, but without their rules: enough
+    /// to explain a denial, and small enough to keep.
     #[must_use]
     pub fn without_rules(&self) -> Self {
         let named = |isolation: &Option<Arc<Isolation>>| {
@@ -113,7 +113,7 @@ impl Endpoint {
         }
     }
 
-    /// Puts together what its policies say, so that no verdict has to.
+    /// Merges its policies, so that no verdict has to.
     pub(crate) fn prepare(&self) {
         let isolations = [&self.egress, &self.ingress].into_iter().flatten();
         isolations.for_each(|isolation| isolation.decider.prepare());

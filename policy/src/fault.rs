@@ -15,7 +15,7 @@ pub struct InvalidPolicy {
     pub remedy: String,
 }
 
-/// Faults of one object that are named; what more there are is only counted.
+/// Faults of one object that are named; further ones are only counted.
 const NAMED: usize = 100;
 
 /// The faults found so far in one object.

@@ -3,7 +3,7 @@ use std::ops::Deref;
 
 use crate::compile::SelectorId;
 
-/// Ids, sorted, and a number by which the set is known.
+/// Sorted ids, and a number that identifies the set.
 #[derive(Debug, Default)]
 pub(crate) struct MatchSet {
     number: u64,
@@ -11,12 +11,12 @@ pub(crate) struct MatchSet {
 }
 
 impl MatchSet {
-    /// `number` is no other set's; 0 is no number, and any set may have it.
+    /// `number` must be unique; 0 means none, and any set may have it.
     pub(crate) fn new(number: u64, ids: Box<[SelectorId]>) -> Self {
         Self { number, ids }
     }
 
-    /// A number that no set with other members has; 0 if there is none.
+    /// A number that no set with other members has; 0 if it has none.
     pub(crate) fn number(&self) -> u64 {
         self.number
     }

@@ -64,7 +64,7 @@ fn within<A: Ord + Copy>(ranges: &[(A, A)], address: A) -> bool {
     after > 0 && address <= ranges[after - 1].1
 }
 
-/// The bits of an IPv4 address, of those in which both families fit.
+/// The bits of an IPv4 address, from the type that holds both families.
 fn narrow(bits: u128) -> u32 {
     u32::try_from(bits).unwrap_or(u32::MAX)
 }

@@ -137,12 +137,12 @@ impl Requirement {
         })
     }
 
-    /// Whether `labels` meet it.
+    /// Whether `labels` meet this requirement.
     pub(crate) fn holds(&self, labels: &Labels) -> bool {
         self.test.holds(labels.get(&self.key))
     }
 
-    /// Whether only what has a label of the key meets it.
+    /// Whether it needs a label with the key.
     pub(crate) fn is_positive(&self) -> bool {
         matches!(self.test, Test::In(_) | Test::Exists)
     }
@@ -162,7 +162,7 @@ impl Test {
     }
 }
 
-/// Counts how often a label is compared, so that tests can say what an event costs.
+/// Counts comparisons of labels, so that tests can check the cost of an event.
 #[cfg(test)]
 pub(crate) mod asked {
     use std::cell::Cell;
@@ -171,7 +171,7 @@ pub(crate) mod asked {
         pub(crate) static ONE: Cell<u64> = const { Cell::new(0) };
     }
 
-    /// How many comparisons `event` takes.
+    /// The number of comparisons in `event`.
     pub(crate) fn by<T>(event: impl FnOnce() -> T) -> u64 {
         let before = ONE.get();
         let _ = event();

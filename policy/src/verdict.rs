@@ -223,9 +223,9 @@ pub(crate) struct Ends<'a> {
     pub(crate) protocol: Protocol,
 }
 
-/// Policies or rules that a sentence names.
+/// Policies or rules that a sentence names at most.
 const SHOWN: usize = 32;
-/// Rules of one end that are asked one by one when a decision is explained.
+/// Rules of one end that are evaluated one by one, at most, to explain a decision.
 const EXPLAINED: usize = 4096;
 
 impl<'a> Ends<'a> {
@@ -251,7 +251,7 @@ impl<'a> Ends<'a> {
             .is_none_or(|isolation| isolation.decider.allows(question))
     }
 
-    /// What one end says, without its reason.
+    /// The result of one end, without its reason.
     pub(crate) fn decided(&self, direction: Direction) -> DecidedSide {
         let (own, question) = self.question(direction);
         let isolation = own.and_then(|own| own.isolation(direction));
@@ -262,7 +262,7 @@ impl<'a> Ends<'a> {
         }
     }
 
-    /// Asks every rule by itself: a second opinion on what they make together.
+    /// Evaluates every rule alone, to check the merged structure.
     fn side(&self, direction: Direction) -> Side {
         let (own, question) = self.question(direction);
         let contested = own.is_some_and(Endpoint::contested);
@@ -300,7 +300,7 @@ impl<'a> Ends<'a> {
         side
     }
 
-    /// What one end said, with a reason that takes bounded work.
+    /// The result of one end with its reason, found with bounded work.
     pub(crate) fn explained(&self, direction: Direction, said: DecidedSide) -> Side {
         let (own, question) = self.question(direction);
         let mut side = Side::from(said);

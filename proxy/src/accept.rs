@@ -1,8 +1,8 @@
 //! Takes connections whose handshake the kernel has completed, pairs each with the upstream that
 //! waits for it, and relays until both sides have ended.
 //!
-//! Both sockets are reset when they are closed, whoever closes them, until both sides have ended: the kernel closes
-//! those of a daemon that is killed, and a FIN then would make a cut stream look complete.
+//! Until both sides have ended, closing a socket resets the connection: the kernel closes the sockets of a killed
+//! daemon, and a FIN would make a cut stream look complete.
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -103,7 +103,7 @@ fn accepted(client: TcpStream, peer: SocketAddr, enforcer: &Arc<Enforcer>, worke
             );
             tokio::task::spawn_local(task);
         }
-        // Someone who dialled our port itself, or whose upstream has been cut meanwhile: it is reset.
+        // The client dialled our port itself, or its upstream was cut meanwhile: it is reset.
         None => drop(client),
     }
 }
@@ -155,7 +155,7 @@ async fn live(
                     close_in_order(&legs.client);
                     close_in_order(&legs.server);
                 }
-                // Else they are reset as they are dropped.
+                // Otherwise dropping them resets them.
                 Outcome::Stopped if succession::leave(&enforcer, &flow, legs, in_flight) => return,
                 _ => {}
             }
@@ -197,7 +197,7 @@ async fn relayed(
     }
 }
 
-/// A stream whose receivers may not keep up.
+/// A stream whose unread bytes are counted.
 struct Pressed<'a> {
     legs: &'a Legs,
     flow: &'a Flow,
@@ -245,9 +245,9 @@ fn at_home(upstream: Upstream, worker: usize) -> io::Result<TcpStream> {
     TcpStream::from_std(upstream.stream.into_std()?)
 }
 
-/// Has the kernel send what waits and FIN once the socket is dropped, in place of a reset.
+/// Makes the kernel send the waiting bytes and a FIN when the socket is dropped, instead of a reset.
 fn close_in_order(stream: &TcpStream) {
-    // It fails only on what is no socket; then there is nothing to close.
+    // It fails only if this is no socket; then there is nothing to close.
     let _ = SockRef::from(stream).set_linger(None);
 }
 

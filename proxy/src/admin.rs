@@ -223,7 +223,7 @@ impl Admin {
     }
 }
 
-/// By which name the client asks. That of an absolute URI counts before Host (RFC 9112, section 3.2.2).
+/// The host that the client names. An absolute URI takes precedence over Host (RFC 9112, section 3.2.2).
 fn asked_as<T>(request: &Request<T>) -> Option<&[u8]> {
     let authority = request.uri().authority();
     let host = || Some(request.headers().get(HOST)?.as_bytes());

@@ -52,9 +52,9 @@ struct Seen {
     cidrs: Vec<IpNet>,
     /// `None`: to be looked for again.
     bridges: Option<Vec<Bridge>>,
-    /// Whether what is known of the cluster is of now.
+    /// Whether the cluster's state is up to date.
     heard: bool,
-    /// When it could be confirmed that a pod has another port.
+    /// When a pod's new port can be confirmed.
     again: Option<Instant>,
     asked: Asked,
     owners: Owners,
@@ -244,7 +244,7 @@ impl Bridges {
 }
 
 impl Bridges {
-    /// Finds which pods have left their ports.
+    /// Finds the pods that have left their ports.
     fn compare(&mut self, found: &[Bridge], pods: &[LocalPod], now: Instant) {
         let ports = found.iter().flat_map(|bridge| &bridge.ports);
         let ports: BTreeMap<&str, u32> = ports.map(|port| (&*port.name, port.index)).collect();

@@ -26,7 +26,7 @@ use backlog::Backlog;
 
 /// Flows that are listed; a flow beyond is carried all the same, and found in conntrack itself.
 const MOST: usize = 65_536;
-/// Those of one source, which is a pod, or a host outside (of IPv6 a network of /64).
+/// Flows of one source in the list.
 const SHARE: usize = 4096;
 
 /// All listed flows.
@@ -44,7 +44,7 @@ pub(crate) struct Carried {
     unlisted: AtomicU64,
     /// TCP connections that were cut and that conntrack still has, and since when.
     parting: Mutex<Vec<(Instant, Entry)>>,
-    /// Addresses whose flows that are not listed are to be judged again.
+    /// Addresses whose unlisted flows have to be judged again.
     backlog: Backlog,
 }
 
@@ -52,7 +52,7 @@ pub(crate) struct Carried {
 pub(crate) struct CarriedFlow {
     number: u64,
     pub(crate) id: FlowId,
-    /// Whose share it counts in, though its pod's entry in the table may be another by now.
+    /// The source whose share it counts against, even if the table has another pod at the address by now.
     source: Source,
     /// When its first packet came.
     opened: SystemTime,
@@ -158,7 +158,7 @@ impl Carried {
         }
     }
 
-    /// Whether one more flow of a source would be listed. Those that are entered at once may be some more.
+    /// Whether one more flow of a source would be listed. Concurrent entries can exceed the bound a little.
     fn has_room(&self, source: &Source) -> bool {
         let has = self.by_source.get(source).map_or(0, |count| *count);
         has < self.share && self.by_id.len() < self.most
@@ -180,7 +180,7 @@ impl Carried {
         Some(flow)
     }
 
-    /// Gives back memory that a flood needed once.
+    /// Frees memory that a flood has needed.
     fn shrink(&self) {
         if self.by_id.capacity() > 4 * self.by_id.len().max(1024) {
             self.by_id.shrink_to_fit();
@@ -256,7 +256,7 @@ impl Ends for CarriedFlow {
     }
 }
 
-/// A flow that was not listed, as a record shows it.
+/// An unlisted flow, for a record.
 fn unlisted(entry: &Entry) -> Subject {
     Subject {
         client: entry.flow.client,
@@ -287,13 +287,13 @@ impl CarriedFlow {
         }
     }
 
-    /// What it rests on.
+    /// The decision that allows it.
     pub(crate) fn decision(&self) -> Arc<Decision> {
         let decision = self.decision.lock();
         Arc::clone(&decision.unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// From now on it rests on `decision`.
+    /// Replaces the decision that allows it.
     fn decide(&self, decision: Decision) {
         *self.decision.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(decision);
     }

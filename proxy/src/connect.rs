@@ -139,12 +139,12 @@ pub(crate) fn keepalive() -> TcpKeepalive {
         .with_retries(4)
 }
 
-/// Bytes that may wait in a socket without being on their way. What a path has in flight comes on top, so that a long one is
-/// as fast as without; but for a receiver that takes nothing no more than this waits.
+/// Unsent bytes that may wait in a socket. Bytes in flight are not included, so a long path is as fast as without this
+/// bound; but no more than this waits for a receiver that reads nothing.
 const UNSENT: u32 = 128 << 10;
 
-/// Has the kernel take no more for sending than can be sent soon (`TCP_NOTSENT_LOWAT`, tcp(7)). What a listener accepts
-/// inherits it.
+/// Bounds the unsent bytes in the socket (`TCP_NOTSENT_LOWAT`, tcp(7)). Accepted sockets inherit it from their
+/// listener.
 ///
 /// # Errors
 /// `ENOPROTOOPT` if it is no TCP socket.
@@ -152,8 +152,8 @@ pub(crate) fn send_soon(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_notsent_lowat(UNSENT)
 }
 
-/// Has the kernel reset the connection when the last copy of the socket is closed, at the end of a killed process too
-/// (socket(7), `SO_LINGER` with a time of zero). What a listener accepts inherits it.
+/// Makes the kernel reset the connection when the last copy of the socket is closed, also when the process is killed
+/// (socket(7), `SO_LINGER` with a time of zero). Accepted sockets inherit it from their listener.
 ///
 /// # Errors
 /// `ENOTSOCK` if it is no socket.

@@ -63,8 +63,8 @@ pub(crate) fn marked(mark: u32, mask: u32) -> io::Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// Hands out what [`marked`] lists as it comes, so that no more than a datagram of it is in memory. If the table
-/// changes under a dump, all are handed out once more.
+/// Calls `each` with every entry that [`marked`] lists, as they arrive, so that only one datagram of them is in memory.
+/// If the table changes during a dump, all entries come once more.
 ///
 /// # Errors
 /// As [`marked`], and what `each` returns.
@@ -181,7 +181,7 @@ impl Conntrack {
         ))
     }
 
-    /// Whether the table changed meanwhile.
+    /// Whether the table changed during the dump.
     fn dump(
         &mut self,
         filter: Filter,

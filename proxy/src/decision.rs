@@ -44,7 +44,7 @@ impl Word {
     }
 }
 
-/// A verdict with the pods that it is about, of which its reason is worked out when it is asked for.
+/// A verdict with the pods that it is about. The reason is derived from them only when it is needed.
 #[derive(Debug)]
 pub(crate) struct Decision {
     pub(crate) verdict: Decided,
@@ -257,7 +257,7 @@ impl Decision {
         }
     }
 
-    /// The verdict with its reason. Not for the packets' threads.
+    /// The verdict with its reason. Too slow for the workers.
     pub(crate) fn explained(&self) -> Verdict {
         self.verdict
             .explain(self.from.as_deref(), self.to.as_deref())
@@ -282,7 +282,7 @@ impl Decision {
         keys
     }
 
-    /// The same of a denied connection, to be kept: what its pods' policies say is not kept with it.
+    /// The decision on a denied connection without the contents of its pods' policies, to be kept in memory.
     pub(crate) fn to_keep(&self) -> Self {
         let named = |end: &Option<Arc<Endpoint>>| {
             let end = end.as_ref()?;

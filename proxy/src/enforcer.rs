@@ -37,7 +37,7 @@ pub(crate) struct Waiting {
 }
 
 impl Waiting {
-    /// Waits until it has to make room for another.
+    /// Waits until the packet has to make room for another one.
     pub(crate) async fn gives_way(&self) {
         self.gave_way.notified().await;
     }
@@ -54,7 +54,7 @@ pub(crate) struct Enforcer {
     pub(crate) limits: Arc<Connections>,
     /// Allowed connections whose client has not completed its handshake.
     pub(crate) half_open: Arc<Pending<Weak<Flow>>>,
-    /// Packets that wait until an address is known; who has to give way is notified.
+    /// Packets that wait until an address is known; one that has to make room is notified.
     pub(crate) waiting: Arc<Pending<Arc<Notify>>>,
     pub(crate) unread: Unread,
     pub(crate) marks: Marks,
@@ -79,17 +79,18 @@ impl Enforcer {
             .is_some_and(|node| node.name == self.node)
     }
 
-    /// Whose share what comes from `address`, or goes there, counts against.
+    /// The source whose share packets from or to `address` count against.
     pub(crate) fn source_of(&self, address: IpAddr) -> Source {
         Source::new(address, &self.table.holder(address))
     }
 
-    /// The same with the namespace.
+    /// The same, with the namespace.
     pub(crate) fn party(&self, address: IpAddr) -> Party {
         Party::new(address, &self.table.holder(address))
     }
 
-    /// The same for who asks for something: a pod of this node has its addresses for itself.
+    /// The same for a client. It is bound by its share if it is a pod of this node: nobody else can send from its
+    /// address.
     pub(crate) fn asking(&self, address: IpAddr) -> Asking {
         let holder = self.table.holder(address);
         Asking {
@@ -98,8 +99,8 @@ impl Enforcer {
         }
     }
 
-    /// Counts an allowed connection among the half-open ones until it is live or over. The one that has to make
-    /// room for it ends.
+    /// Counts an allowed connection as half-open until it is live or over, and ends the one that has to make room for
+    /// it.
     ///
     /// # Errors
     /// If its source has its share.
@@ -122,7 +123,7 @@ impl Enforcer {
         Ok(())
     }
 
-    /// Counts a packet that waits until it is known who has `client` or `server`.
+    /// Counts a packet that waits until the pod at `client` or `server` is known.
     ///
     /// # Errors
     /// If its source has its share.
@@ -157,7 +158,7 @@ impl Enforcer {
                 self.metrics.severed(&severance.decision, Way::Spliced);
                 self.flows.sever(&flow, severance);
             } else if let Some(now) = Decision::of(now) {
-                // From now on it rests on this: the policies of before are not kept for its sake.
+                // From now on this decision allows it, and the old policies are not kept in memory.
                 flow.decide(Arc::new(now));
             }
         }

@@ -80,7 +80,7 @@ pub(crate) struct Flow {
 pub(crate) enum Arrival {
     /// A new attempt, now in the table as held.
     New(Arc<Flow>),
-    /// The same SYN again while its first copy is held, or after its socket has gone: nobody is to see it.
+    /// A copy of a SYN while the first one is held, or after its socket was closed: it is dropped.
     Repeated,
     /// The connection is past its SYN: the socket is to see it.
     PastSyn,
@@ -101,7 +101,7 @@ pub(crate) struct Flows {
 }
 
 impl Flows {
-    /// No connections yet; `marks` are those of packets that the daemon sends to this host.
+    /// An empty table; `marks` are for packets that the daemon sends to this host.
     pub(crate) fn new(marks: Marks) -> Self {
         Self {
             handshakes: Handshakes::of(marks),
@@ -281,7 +281,7 @@ impl Flow {
             .clone()
     }
 
-    /// Takes its place among the half-open connections, until it is live or over.
+    /// Keeps its place among the half-open connections until it is live or over.
     pub(crate) fn takes(&self, place: HalfOpen) {
         match &mut *self.stage() {
             Stage::Held(none) | Stage::Admitted { place: none, .. } => *none = Some(place),

@@ -34,8 +34,8 @@ pub(crate) use nfqueue::Queue;
 use nfqueue::{PacketId, Queued, Ruling};
 use packet::{Packet, Syn};
 
-/// Packets decided before their rulings are sent and others of this thread go on: enough to share a call, few enough
-/// to be prompt.
+/// Packets that are decided before their rulings are sent and other tasks of the thread run: enough to share a system
+/// call, few enough to be prompt.
 const TURN: usize = 16;
 /// How long a connection may take to end whose client has taken its port again already.
 const SUCCESSION: Duration = Duration::from_millis(250);
@@ -50,7 +50,7 @@ pub(crate) struct Gate {
     worker: usize,
 }
 
-/// A packet that has come and is to be decided.
+/// A packet that waits for its decision.
 struct Came {
     id: PacketId,
     mark: u32,
@@ -124,7 +124,7 @@ impl Gate {
             Packet::Syn(syn) if came.mark & self.enforcer.marks.divert() == 0 => {
                 self.flow(id, length, syn.into());
             }
-            // The kernel keeps all of what waits here, for the server too.
+            // The kernel keeps whole packets while they wait, also for the server.
             Packet::Syn(_) if length > LONGEST_WAITING => self.refuse(id, Cause::TooLong),
             Packet::Syn(syn) => self.syn(id, syn),
             Packet::Flow(packet) if came.mark & self.enforcer.marks.answering() != 0 => {
@@ -185,7 +185,7 @@ impl Gate {
         } else if last.takes_syn() {
             self.answer(id, Answer::Accept);
         } else {
-            // Its task is late. The client repeats its SYN, which is judged then.
+            // The connection's task is late. The client repeats its SYN, which is judged then.
             self.queue.rule(id, Ruling::Drop);
         }
         self.flush();
@@ -199,14 +199,14 @@ impl Gate {
             let generation = table.generation();
             let judged = table.judge(client.ip(), server.ip(), port, Protocol::Tcp);
             let judged = self.note(flow, judged);
-            // A change that came between may have looked before there was anything to judge again.
+            // A change in between may have judged flows again before this one had a decision.
             if table.generation() == generation {
                 return judged;
             }
         }
     }
 
-    /// Notes on a connection what its judgement is.
+    /// Notes a judgement on its connection.
     fn note(&self, flow: &Flow, judged: Judgement) -> Judged {
         match judged {
             Judgement::Unknown(_) => Judged::Unknown,
@@ -227,8 +227,8 @@ impl Gate {
         }
     }
 
-    /// Counts an allowed connection as half-open, before it costs a descriptor. False: its source has its share,
-    /// and its SYN has been dropped.
+    /// Counts an allowed connection as half-open, before it takes a descriptor. Returns false if its source has used up
+    /// its share; then its SYN was dropped.
     fn opens(&self, id: PacketId, flow: &Arc<Flow>) -> bool {
         let opens = self.enforcer.opens(flow);
         if opens.is_err() {
@@ -238,7 +238,7 @@ impl Gate {
         opens.is_ok()
     }
 
-    /// Holds a SYN an end of which is unknown, unless its source holds many.
+    /// Holds a SYN with an unknown end, unless its source has used up its share.
     fn wait(self: &Rc<Self>, id: PacketId, flow: Arc<Flow>) {
         let FlowKey { client, server } = flow.key;
         match self.enforcer.waits(client.ip(), server.ip()) {
@@ -336,7 +336,7 @@ impl Gate {
         self.flush();
     }
 
-    /// Drops the SYN of an allowed connection that comes to nothing.
+    /// Drops the SYN of an allowed connection that gets no answer.
     fn not_answered(&self, id: PacketId, flow: &Arc<Flow>) {
         self.queue.rule(id, Ruling::Drop);
         self.enforcer.ended(flow, flow.why_unanswered());

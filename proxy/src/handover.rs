@@ -1,10 +1,10 @@
 //! What a daemon hands to the one that takes its place, so that no stream ends with it: queues,
 //! listeners and every relayed connection, from process to process over a Unix socket.
 //!
-//! Knows neither flows nor policy: what is handed over is values and descriptors. Whoever takes over
-//! judges anew. Until the new daemon says that it begins, the old one can go on with all that it has left: its copies
-//! of the sockets are as good. A path of the file system and not an abstract name: that could be had by whoever runs in
-//! the node's network namespace, and with it every stream of the node.
+//! Knows neither flows nor policy: what is handed over is values and descriptors. Whoever takes over judges anew. Until
+//! the new daemon says that it begins, the old one can go on with everything, since it keeps copies of the sockets. The
+//! socket is at a path of the file system and not at an abstract name: any process in the node's network namespace
+//! could take an abstract name, and with it every stream of the node.
 mod line;
 mod message;
 mod offer;
@@ -34,11 +34,11 @@ pub(crate) use offer::{Given, Kept, Offer, Successor, come, is_offered, take_ove
 const FORMAT: u32 = 3;
 /// How long either side waits for the other's next message.
 pub(crate) const WITHIN: Duration = Duration::from_secs(2);
-/// What the running daemon may take to stop its work before it hands it over, and the new one to begin it.
+/// How long the running daemon may take to stop its work, and the new one to begin it.
 const READY_WITHIN: Duration = Duration::from_secs(5);
-/// What handing connections over may take; those that are left by then are reset.
+/// How long handing connections over may take; the rest is reset.
 const CONNECTIONS_WITHIN: Duration = Duration::from_secs(3);
-/// What all of it may take.
+/// How long the whole handover may take.
 const IN_ALL: Duration = Duration::from_secs(12);
 
 /// Why nothing was handed over.
@@ -71,7 +71,7 @@ pub(crate) enum HandoverError {
     Malformed(String),
     #[error("the socket between the daemons failed: {0}")]
     Io(#[from] io::Error),
-    /// The other daemon had stopped its work already; it goes on with it, or has ended.
+    /// The other daemon had already stopped its work; it resumes it, or has ended.
     #[error("the handover broke off: {0}")]
     BrokenOff(#[source] Box<Self>),
 }
@@ -131,7 +131,7 @@ pub(crate) struct Estate {
     /// By number of the NFQUEUE.
     pub(crate) seats: BTreeMap<u16, Seat>,
     pub(crate) connections: Vec<Connection>,
-    /// From the daemon that has left it, which goes on with it unless it hears that this one does.
+    /// The line to the daemon that left this, which goes on with it unless this one says that it begins.
     from: Option<Line>,
 }
 
@@ -184,11 +184,11 @@ impl Estate {
         left.map(Left::len).sum()
     }
 
-    /// Tells the daemon that has left this, if another did, that this one goes on with so many of its connections: at
-    /// the very last, since from then on nobody else does.
+    /// Tells the daemon that left this, if it was another one, that this daemon goes on with so many of its
+    /// connections. This must be the last step, since from then on the other one does not go on.
     ///
     /// # Errors
-    /// [`HandoverError::BrokenOff`] if that one does not wait for it any more. It goes on itself, or has ended.
+    /// [`HandoverError::BrokenOff`] if the other daemon no longer waits: it goes on itself, or has ended.
     pub(crate) fn begin(&mut self, connections: usize) -> Result<(), HandoverError> {
         let Some(line) = self.from.take() else {
             return Ok(());

@@ -1,17 +1,17 @@
-//! Who may have how much of what all share, and what happens beyond.
+//! The share that each source may have of common resources, and what happens beyond it.
 //!
-//! A user is a [`Source`]: a pod, whatever its addresses, or a prefix outside. One user never takes all of
-//! anything, and who has nothing yet gets something:
+//! A user is a [`Source`]: a pod, whatever its addresses, or an address or prefix outside. No user can take all of a
+//! resource, and a user that has none of it yet gets some:
 //!
 //! | resource | one source | in all | beyond |
 //! |---|---|---|---|
-//! | connections | as many as are still free: one alone half of all, two a third each; the same for one server, and three times that for one namespace | what descriptors allow | a new one is refused; a live one never ends for it |
-//! | half-open ones among them | a pod of this node two thirds | [`Bounds::half_open`] | the oldest of the biggest user, by source or by server, ends; over its share a pod is refused |
+//! | connections | as many as are still free: half of all if alone, a third each if two; the same for one server, and three times that for one namespace | as descriptors allow | a new one is refused; no live one is ended for it |
+//! | half-open ones among them | a pod of this node two thirds | [`Bounds::half_open`] | the oldest of the biggest user, by source or by server, is ended; a pod over its share is refused |
 //! | packets that wait for an unknown address | a pod of this node [`WAITING_OF_SOURCE`] | [`WAITING`] | the same |
 //! | length of a packet that waits | [`LONGEST_WAITING`] | | it is dropped |
 //! | pipes of bulk streams | | [`Bounds::pipes`] | the stream is copied, not spliced |
 //!
-//! The kernel's queue (`gate/nfqueue.rs`) has room for all that may wait at once.
+//! The kernel's queue (`gate/nfqueue.rs`) has room for all packets that may wait at once.
 mod connections;
 mod pending;
 mod source;
@@ -20,23 +20,24 @@ pub(crate) use connections::{Connections, Permit};
 pub(crate) use pending::{Asking, Pending, Place, ShareUsedUp};
 pub(crate) use source::{Party, Source};
 
-/// Packets that may wait for an address of which nobody has said yet whose it is.
+/// Packets that may wait for an unknown address.
 pub(crate) const WAITING: usize = 4096;
-/// Of these, those of one pod of this node.
+/// Packets of one pod of this node among these.
 pub(crate) const WAITING_OF_SOURCE: usize = 256;
-/// Bytes of a packet that may wait, headers included: an Ethernet frame's, with room. The kernel keeps all of it.
+/// Bytes of a packet that may wait, headers included: more than an Ethernet frame has. The kernel keeps the whole
+/// packet.
 pub(crate) const LONGEST_WAITING: usize = 2048;
-/// Connections that may be half-open, whatever descriptors allow: with what waits for unknown addresses they fit
-/// into one core's queue, and into the backlog of one listener (`net.core.somaxconn`, 4096), whose overflow all
-/// would notice.
+/// Connections that may be half-open, however many descriptors there are. With the packets that wait for unknown
+/// addresses they fit into one core's queue, and into the backlog of one listener (`net.core.somaxconn`, 4096), whose
+/// overflow would affect all connections.
 const HALF_OPEN: usize = 3072;
 /// Descriptors for everything but connections: queues, listeners, admin, files.
 const DESCRIPTORS_KEPT: usize = 1024;
 
-/// How many there may be.
+/// The bounds of the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Bounds {
-    /// Connections of one source, however many are free.
+    /// Connections of one source, even if more are free.
     pub(crate) per_source: usize,
     /// Connections in all, half-open ones included.
     pub(crate) total: usize,
@@ -56,8 +57,9 @@ pub(crate) enum Full {
 }
 
 impl Bounds {
-    /// What `descriptors` allow: two for a connection, and an eighth of all for pipes, two each. Half-open may be
-    /// half of all connections, with one descriptor each, and three quarters of the `backlog` of a listener.
+    /// The bounds for so many `descriptors`: two for a connection, and an eighth of all for pipes, two each. At most
+    /// half of all connections may be half-open, with one descriptor each, and at most three quarters of a listener's
+    /// `backlog`.
     pub(crate) fn of(
         descriptors: usize,
         backlog: usize,

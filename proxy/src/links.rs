@@ -38,8 +38,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How soon what was refused is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// For how long a policed pod may be behind no link before it is reported: routes and the API need not change
-/// together.
+/// How long a policed pod may have no link before it is reported: routes and the API do not change at the same time.
 const SETTLED: Duration = Duration::from_secs(2);
 
 /// The sets of pods' links as the kernel has them.
@@ -49,9 +48,9 @@ pub(crate) struct PodLinks {
     changes: Changes,
     loaded: Option<Loaded>,
     occupancy: Occupancy,
-    /// When to look again though nothing changes.
+    /// When to look again even if nothing changes.
     again: Option<Instant>,
-    /// Since when each of these is behind no link.
+    /// Since when each of these addresses has had no link.
     unreached: BTreeMap<IpAddr, Instant>,
 }
 
@@ -70,8 +69,8 @@ pub(crate) struct Changes {
 }
 
 impl PodLinks {
-    /// Fills the set for the first time, and hears of changes from then on. The API is `heard` if what it says
-    /// is of now.
+    /// Fills the set for the first time, and receives changes from then on. `heard` says whether the API's state is up
+    /// to date.
     ///
     /// # Errors
     /// What `ip` or `nft` say.
@@ -129,7 +128,7 @@ impl PodLinks {
         }
     }
 
-    /// Looks at the routes if they have changed, or if other pods count now.
+    /// Reads the routes if they have changed, or if the pods have.
     fn sync(&mut self, routes_changed: bool, heard: bool) -> anyhow::Result<()> {
         let local = self.pods.pods();
         let pods = self.pods.networks(&local);
@@ -159,7 +158,7 @@ impl PodLinks {
         Ok(())
     }
 
-    /// Finds who has left, and who has come to addresses that are known to be nobody's.
+    /// Finds the pods that have left their addresses, and addresses that have a link but no known pod.
     fn compare(&mut self, local: &[LocalPod], links: &Links, heard: bool, now: Instant) {
         let at = links
             .pinned
@@ -182,7 +181,7 @@ impl PodLinks {
         });
     }
 
-    /// Policed pods outside of the CIDRs whose packets no rule sees as theirs.
+    /// Notes the policed pods outside of the CIDRs whose packets do not pass the rules.
     fn note_unreached(&mut self, local: &[LocalPod], links: &Links, now: Instant) {
         let outside = outside(&self.pods.cidrs(), local.iter().map(|pod| pod.address));
         let unseen = local.iter().filter(|pod| {

@@ -39,21 +39,23 @@ pub(crate) enum Cause {
     NamespaceLimit,
     /// The node has as many connections as it can hold.
     NodeLimit,
-    /// Its source, a pod of this node, has its share of half-open connections.
+    /// Its source, a pod of this node, has its share of half-open connections, or the biggest user replaces its own too
+    /// often.
     HalfOpenLimit,
-    /// An allowed connection was half-open and ended so that another could begin.
+    /// An allowed half-open connection was ended to make room for another.
     HalfOpenGaveWay,
-    /// One end is unknown, and its source has its share of what waits, or it made room for another.
+    /// One end is unknown, and its source has used up its share of waiting packets, or it made room for another packet.
     WaitingLimit,
-    /// It would have to wait and is longer than what may.
+    /// It would have to wait and is too long for that.
     TooLong,
-    /// Many of the same user wait to be judged.
+    /// Too many first packets of the same user wait.
     Crowded,
     /// One end is in the cluster and did not become known within `--hold`.
     UnknownPod,
     /// No source port was left towards that server.
     NoPort,
-    /// TCP that begins nothing and belongs to nothing, a packet cut too short, or a link-local source.
+    /// A TCP segment that is neither a SYN nor part of a connection, a packet too short to judge, or a link-local
+    /// source.
     Odd,
     /// No IP packet that we can read.
     Unreadable,
@@ -229,7 +231,7 @@ impl Metrics {
         }
     }
 
-    /// Counts a part of the redirect that was found gone or changed.
+    /// Counts a part of the redirect that was missing or changed.
     pub(crate) fn redirect_fault(&self, part: Part) {
         if let Some(counter) = self.redirect.get(part as usize) {
             counter.inc();
@@ -241,7 +243,7 @@ impl Metrics {
         self.taken_over.inc();
     }
 
-    /// Notes what streams take whose receivers do not keep up, and counts those that gave way for it.
+    /// Sets the memory of busy streams, and counts those that were reset for it.
     pub(crate) fn unread(&self, bytes: usize, gave_way: usize) {
         self.unread.set(whole(bytes as u64));
         self.gave_way.inc_by(gave_way as u64);

@@ -1,15 +1,15 @@
-//! Log lines that packets can cause: so many in a while, and then how many more there were.
+//! Limits log lines that packets can cause, and counts those that are left out.
 //!
-//! Who sends packets must not be able to fill the disk, nor to hide the lines of others: each place in the code has
-//! a bound of its own. Knows no clock and no line.
+//! A sender of packets must not fill the disk, nor hide other lines: each call site has its own bound. Knows no clock
+//! and no text.
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Lines of one place in one [`WINDOW`].
+/// Lines of one call site in one [`WINDOW`].
 const LINES: u64 = 5;
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// The bound of one place in the code.
+/// The bound of one call site.
 pub(crate) struct Occasional {
     state: Mutex<State>,
 }
@@ -20,7 +20,7 @@ struct State {
     count: u64,
 }
 
-/// A line may be written, and so many have been left out before it.
+/// A line may be written; this many were left out before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Line {
     pub(crate) left_out: u64,
@@ -53,7 +53,7 @@ impl Occasional {
     }
 }
 
-/// Writes a warning, unless this place has had its lines: `warn_occasionally!(field = value, "message")`.
+/// Logs a warning, unless this call site has used up its lines: `warn_occasionally!(field = value, "message")`.
 macro_rules! warn_occasionally {
     ($($told:tt)+) => {{
         static PLACE: crate::occasional::Occasional = crate::occasional::Occasional::new();

@@ -1,10 +1,10 @@
-//! Which link each pod's address is at, and whose pod has left it before the API says so.
+//! Tracks the link of each pod's address, and finds pods that have left before the API says so.
 //!
-//! An address is given to another pod as soon as its holder's link is gone, and the API tells of either some
-//! time later. Until then neither pod has rights there: the address is vacant. It is so until the API names
-//! another pod. A route that goes while its link stays says nothing: network plugins make routes again.
+//! An address can be given to another pod as soon as its holder's link is gone; the API reports both changes some time
+//! later. Until the API names another pod, the address is vacant, and neither pod has rights there. A route that
+//! disappears while its link stays means nothing, since network plugins replace routes.
 //!
-//! Pure but for [`Vacancies`], which hands the result to the table.
+//! Pure, except for [`Vacancies`], which hands the result to the table.
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,53 +14,53 @@ use controller::{LocalPod, Table, Unsettled};
 use policy::Identity;
 use tokio::sync::Notify;
 
-/// How long the API has to name another pod for an address that is at another link. If it goes on to name the
-/// same one, that pod has got another link (kubelet reports within 10 seconds).
+/// How long the API has to name another pod for an address at another link. If it still names the same pod then, that
+/// pod has a new link (kubelet reports within 10 seconds).
 const CONFIRMED: Duration = Duration::from_secs(15);
 
 /// The index of no link.
 const NO_LINK: u32 = 0;
 
-/// The link of each address that pods of this node have, by the API.
+/// The link of each address of this node's pods in the API.
 #[derive(Debug, Default)]
 pub(crate) struct Occupancy {
     seats: BTreeMap<IpAddr, Seat>,
-    /// What a daemon before knew, until the first look.
+    /// The links that the previous daemon knew, until the first look.
     before: BTreeMap<IpAddr, u32>,
 }
 
 #[derive(Debug)]
 struct Seat {
     pod: Arc<Identity>,
-    /// The link's index, once there was one.
+    /// The link's index, if there has been one.
     link: Option<u32>,
-    /// Since when the address is at another link.
+    /// Since when the address has been at another link.
     moved: Option<Instant>,
 }
 
-/// What is seen at a look.
+/// The state of links and API at a look.
 pub(crate) struct Seen<'a> {
     /// The index of the link that leads to each address.
     pub(crate) at: BTreeMap<IpAddr, u32>,
-    /// Whether there is a link with this index, which is never given to another.
+    /// Whether there is a link with this index; indices are never reused.
     pub(crate) exists: &'a dyn Fn(u32) -> bool,
-    /// Whether what the API says is of now.
+    /// Whether the API's state is up to date.
     pub(crate) heard: bool,
-    /// Whether the API has said that a pod is to end.
+    /// Whether a pod is terminating or gone by the API.
     pub(crate) ending: &'a dyn Fn(&LocalPod) -> bool,
 }
 
-/// What a look at links says.
+/// The result of a look.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Look {
     /// The pods that have left their addresses.
     pub(crate) vacant: BTreeMap<IpAddr, Arc<Identity>>,
-    /// When to look again though nothing changes.
+    /// When to look again even if nothing changes.
     pub(crate) again: Option<Instant>,
 }
 
 impl Occupancy {
-    /// Goes on from the links that a daemon before knew.
+    /// Starts with the links that the previous daemon knew.
     pub(crate) fn resumed(before: BTreeMap<IpAddr, u32>) -> Self {
         Self {
             before,
@@ -68,7 +68,7 @@ impl Occupancy {
         }
     }
 
-    /// Whether these are other pods than at the last look, so that links must be read after this.
+    /// Whether the pods differ from those of the last look, so that links must be read again.
     pub(crate) fn are_other(&self, pods: &[LocalPod]) -> bool {
         let same = |pod: &LocalPod| {
             let seat = self.seats.get(&pod.address);
@@ -77,13 +77,12 @@ impl Occupancy {
         pods.len() != self.seats.len() || !pods.iter().all(same)
     }
 
-    /// Compares the pods that the API names with the links that lead to their addresses, read after it named
-    /// them.
+    /// Compares the pods that the API names with the links of their addresses, which must be read after the pods.
     pub(crate) fn look(&mut self, pods: &[LocalPod], links: &Seen<'_>, now: Instant) -> Look {
         let mut look = Look::default();
         let mut seats = std::mem::take(&mut self.seats);
         let before = std::mem::take(&mut self.before);
-        // What is not of now may name a pod whose end the daemon before has seen.
+        // An old state may name a pod whose end the previous daemon has seen.
         let unknown = (!before.is_empty() && !links.heard).then_some(NO_LINK);
         for pod in pods {
             let seat = seats.remove(&pod.address);
@@ -121,18 +120,18 @@ impl Occupancy {
 /// Whether this network namespace has a link with this index.
 pub(crate) fn exists(index: u32) -> bool {
     let name = nix::net::if_::if_indextoname(index);
-    // nix 0.31 takes the null that says "none" for a success.
+    // nix 0.31 returns success for a null pointer, which means that there is none.
     name.is_ok_and(|name| !name.is_empty())
 }
 
-/// Who looks at links.
+/// A part of the daemon that looks at links.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Looker {
     Routes,
     Bridges,
 }
 
-/// What all who look at links have found; hands it to the table, and tells which addresses it concerns.
+/// Collects the results of all lookers, hands them to the table, and says which addresses change.
 #[derive(Clone)]
 pub(crate) struct Vacancies {
     table: Arc<Table>,
@@ -156,14 +155,14 @@ impl Vacancies {
         }
     }
 
-    /// These pods have left their addresses, by what one finds.
+    /// Sets the pods that have left their addresses, as one looker found.
     pub(crate) fn left(&self, looker: Looker, vacant: BTreeMap<IpAddr, Arc<Identity>>) {
         let mut found = self.found();
         found.vacant.insert(looker, vacant);
         self.publish(found);
     }
 
-    /// Somebody is at these addresses, and the API names nobody.
+    /// Sets the addresses that have a link while the API names no pod for them.
     pub(crate) fn awaited(&self, addresses: BTreeSet<IpAddr>) {
         let mut found = self.found();
         found.awaited = addresses;
@@ -180,7 +179,7 @@ impl Vacancies {
         std::mem::take(&mut self.found().touched)
     }
 
-    /// Under the lock, so that of two the table has the later one.
+    /// Under the lock, so that the table gets concurrent results in order.
     fn publish(&self, mut found: MutexGuard<'_, Found>) {
         let all = found.vacant.values().flatten();
         let vacant = all.map(|(address, pod)| (*address, Arc::clone(pod)));
@@ -227,7 +226,7 @@ mod tests {
         }
     }
 
-    /// One look after the other, `(second, uid, link, heard, ending)`, and whether the address is vacant then.
+    /// Takes looks as `(second, uid, link, heard, ending)`, and returns for each whether the address is vacant.
     fn vacant(looks: &[(u64, &str, Option<u32>, bool, bool)]) -> Vec<bool> {
         let start = Instant::now();
         let mut occupancy = Occupancy::default();

@@ -23,9 +23,9 @@ const CLUSTER: usize = 0;
 const BRIDGES: usize = 1;
 /// Watching what others do on the node.
 const NODE: usize = 2;
-/// Watching the redirect.
+/// The watch of the redirect.
 const REDIRECT: usize = 3;
-/// Watching the links that pods hang on.
+/// The watch of pods' links.
 const LINKS: usize = 4;
 const PARTS: usize = 5;
 
@@ -48,7 +48,7 @@ impl Readiness {
             state("the node's bridges have not been looked at yet"),
             state("the node has not been looked at yet"),
             state("the redirect has not been looked at yet"),
-            // They are looked at before all else; what is wrong with them takes a while to show.
+            // Links are read before everything else; their faults are reported only after a while.
             State {
                 reason: None,
                 since: SystemTime::now(),
@@ -77,7 +77,7 @@ impl Readiness {
         }
     }
 
-    /// The same, to speak for the redirect.
+    /// The same, for the redirect.
     pub(crate) fn of_redirect(&self) -> Self {
         Self {
             part: REDIRECT,
@@ -85,7 +85,7 @@ impl Readiness {
         }
     }
 
-    /// The same, to speak for the links that pods hang on.
+    /// The same, for pods' links.
     pub(crate) fn of_links(&self) -> Self {
         Self {
             part: LINKS,
@@ -93,7 +93,7 @@ impl Readiness {
         }
     }
 
-    /// Whether what is known of the cluster is of now: the API server is heard in full.
+    /// Whether the cluster's state is up to date: all watches of the API server are connected.
     pub(crate) fn is_heard(&self) -> bool {
         let behind =
             |watches: &WatchStatus| watches.away().is_some() || watches.restored().is_some();

@@ -65,7 +65,7 @@ impl Recorder {
         Ok(self)
     }
 
-    /// What keeps records from the trace file now.
+    /// Why records cannot be written to the trace file now.
     pub(crate) fn note(&self) -> Option<String> {
         self.file_trouble.note()
     }
@@ -92,7 +92,7 @@ impl Recorder {
         self.sinks().for_each(|sink| sink.finish(deadline));
     }
 
-    /// Records that the trace file lost because the disk did not keep up or was full.
+    /// Records of the trace file that were lost because the disk was slow or full.
     pub(crate) fn lost(&self) -> u64 {
         self.file.as_ref().map_or(0, Sink::lost)
     }

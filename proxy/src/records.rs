@@ -51,7 +51,7 @@ pub(crate) enum Outcome {
     Broken(io::ErrorKind),
     /// The daemon ended it.
     Stopped,
-    /// The daemon ended it, for the bytes that its receivers left unread.
+    /// The daemon reset it because of its unread bytes.
     Unread,
     /// It goes on in the kernel; this is its first packet.
     Carried,

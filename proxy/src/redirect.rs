@@ -1,7 +1,7 @@
-//! Keeps the redirect in the kernel while this daemon depends on it: what others take away or change is put back and
-//! counted; what cannot be is why this node is not ready.
+//! Keeps the redirect in the kernel while this daemon depends on it: missing or changed parts are counted and repaired;
+//! if one cannot be repaired, the node is not ready.
 //!
-//! Knows not what the sets hold; who fills them is told when they are to be filled again.
+//! Does not know the contents of the sets; notifies the tasks that fill them when they have to do it again.
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,15 +16,15 @@ use crate::enforcer::Enforcer;
 use crate::readiness::Readiness;
 
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// A table, rule or route that is gone is looked for once more before it is put back: `iptables-init uninstall`
-/// takes some steps, between which a part is missing.
+/// The pause before a second look for a missing table, rule or route: between the steps of `iptables-init uninstall` a
+/// part is missing, and must not be repaired.
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
-/// How soon what could not be put back is tried again.
+/// The pause after a failed repair.
 const RETRY: Duration = Duration::from_secs(1);
-/// Who takes the same away again and again gets one line in the log in this time; all are counted.
+/// At most one repair is logged in this time; all faults are counted.
 const SAY_EVERY: Duration = Duration::from_secs(10);
 
-/// The redirect, as it was when this daemon began to depend on it.
+/// The redirect as it was when this daemon began to depend on it.
 pub(crate) struct Redirect {
     watch: Watch,
     renewed: watch::Sender<()>,
@@ -34,7 +34,7 @@ pub(crate) struct Redirect {
 }
 
 impl Redirect {
-    /// As it is now.
+    /// Takes the redirect as it is now.
     ///
     /// # Errors
     /// What the kernel answers.
@@ -48,7 +48,7 @@ impl Redirect {
         })
     }
 
-    /// Tells when the sets of the tables are to be filled again.
+    /// Notifies the receiver when the sets have to be filled again.
     pub(crate) fn renewed(&self) -> watch::Receiver<()> {
         self.renewed.subscribe()
     }
@@ -63,7 +63,7 @@ impl Redirect {
                     (self, pause)
                 })
             };
-            // If it panicked it took everything with it; the runtime has said where.
+            // If it panicked, its state is lost; the runtime has logged where.
             let Ok((next, pause)) = step.await else {
                 return readiness
                     .not_ready("this daemon no longer watches the redirect; restart it");
@@ -73,7 +73,8 @@ impl Redirect {
         }
     }
 
-    /// Looks, and puts back what was damaged at the last look too. Returns when to look next.
+    /// Looks, and repairs the damage; a missing table, rule or route only at the second look. Returns the pause before
+    /// the next look.
     fn step(&mut self, readiness: &Readiness, enforcer: &Enforcer) -> Duration {
         let found = match self.watch.look() {
             Ok(found) => found,
@@ -126,7 +127,7 @@ impl Redirect {
         }
         let in_tables = [Part::Table, Part::Rules, Part::Elements];
         if damages.iter().any(|it| in_tables.contains(&it.part)) {
-            // What began without the rules is judged when the sets are filled again.
+            // Flows that began without the rules are judged when the sets are filled again.
             self.renewed.send_replace(());
         }
         if self.said.is_none_or(|said| said.elapsed() > SAY_EVERY) {
@@ -136,12 +137,12 @@ impl Redirect {
                 said(&damages)
             );
         }
-        // The next look says whether all is well.
+        // The next look checks the repair.
         LOOK_AGAIN
     }
 }
 
-/// All of it in one line.
+/// All damages in one line.
 fn said(damages: &[Damage]) -> String {
     let (sentences, parts): (Vec<_>, Vec<_>) = damages.iter().partition(|it| is_sentence(it));
     let mut said: Vec<_> = sentences.iter().map(|it| it.what.clone()).collect();
@@ -171,7 +172,7 @@ fn said(damages: &[Damage]) -> String {
 /// Parts that are named before the rest is counted.
 const MOST_NAMED: usize = 6;
 
-/// Whether it says problem and remedy itself.
+/// Whether the text already has a problem and a remedy.
 fn is_sentence(damage: &Damage) -> bool {
     damage.what.contains("; ")
 }

@@ -29,13 +29,13 @@ pub(crate) use pipe::{Unread, allow_pipes};
 
 /// Bytes that one read through the shared buffer can take.
 const BUFFER: usize = 64 << 10;
-/// A read of so many bytes makes a direction press until its source has no more ready.
+/// A read of this many bytes makes a direction busy until its source has no more bytes ready.
 const PRESSING_READ: usize = BUFFER / 2;
 /// So many reads in a row that fill the buffer make a direction bulk.
 const FULL_READS_OF_BULK: u32 = 2;
 
-/// Bytes that a direction moves before others of its thread have their turn, first packets among them: the thread
-/// takes up to 61 tasks before it looks at its queue again.
+/// Bytes that a direction moves before the other tasks of its thread run, among them first packets: the thread runs up
+/// to 61 tasks before it reads its queue again.
 const TURN: usize = 256 << 10;
 
 thread_local! {
@@ -73,17 +73,18 @@ impl Moved {
     }
 }
 
-/// Hears how the directions of a stream get on: 0 is that to the server, 1 that to the client.
+/// Is notified when a direction of a stream becomes busy or idle: 0 is the direction to the server, 1 that to the
+/// client.
 pub(crate) trait Pressure {
-    /// Its source sends much, or its receiver takes nothing now; so many bytes are here.
+    /// Its source sends much, or its receiver reads nothing now; the relay has this many of its bytes.
     fn presses(&self, direction: usize, bytes: usize);
-    /// It is neither any more, or the relay has ended.
+    /// Neither holds any more, or the relay has ended.
     fn eases(&self, direction: usize);
     /// Bytes that a direction may take from its source before it gives them to the receiver.
     fn most(&self) -> usize;
 }
 
-/// A direction whose source sends much, or whose receiver takes nothing.
+/// A busy direction: its source sends much, or its receiver reads nothing.
 struct Pressed<'a>(Side<'a>);
 
 impl Drop for Pressed<'_> {
@@ -168,7 +169,7 @@ struct Side<'a> {
 }
 
 impl<'a> Side<'a> {
-    /// To be kept for as long as that is so, with so many bytes at first.
+    /// Marks the direction as busy until it is dropped, with this many bytes at first.
     fn presses(self, bytes: usize) -> Pressed<'a> {
         self.pressure.presses(self.direction, bytes);
         Pressed(self)
@@ -187,12 +188,12 @@ impl<'a> Side<'a> {
     }
 }
 
-/// What a direction has moved in its turn.
+/// The bytes that a direction has moved in its turn.
 #[derive(Default)]
 struct Turn(usize);
 
 impl Turn {
-    /// Counts bytes; lets others go on if they were many.
+    /// Counts bytes, and lets other tasks run if there were many.
     async fn took(&mut self, bytes: usize) {
         self.0 += bytes;
         if self.0 >= TURN {
@@ -308,7 +309,7 @@ fn copy(
     })
 }
 
-/// Writes all of the rest; what is there when this is dropped has not been written.
+/// Writes all of the rest; if this is dropped, the unwritten bytes stay there.
 async fn pass_on<'a>(
     to: &TcpStream,
     side: Side<'a>,
@@ -318,7 +319,7 @@ async fn pass_on<'a>(
     if rest.borrow().is_empty() {
         return Ok(());
     }
-    // The receiver has just taken less than there was.
+    // The receiver has just accepted less than there was.
     let bytes = rest.borrow().len();
     match pressed {
         Some(_) => side.pressure.presses(side.direction, bytes),
@@ -364,7 +365,7 @@ async fn splice_while_bulk(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> 
     }
 }
 
-/// Moves all that is in the pipe to `to`; what is there when this is dropped has not been moved.
+/// Moves all bytes in the pipe to `to`; if this is dropped, the rest stays in the pipe.
 async fn empty(pipe: &Pipe, to: &TcpStream, side: Side<'_>) -> io::Result<()> {
     while !pipe.is_empty() {
         match to.try_io(Interest::WRITABLE, || pipe.drain_to(to)) {

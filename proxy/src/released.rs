@@ -14,7 +14,7 @@ use iptables_init::sets::{self, Groups, Sets, SetsError};
 use policy::Direction;
 use tokio::sync::watch;
 
-/// Which addresses are pods of this node: all of its pod CIDRs, and besides each address that a pod of it has.
+/// The addresses of this node's pods: its pod CIDRs, and each other address that one of its pods has.
 #[derive(Clone)]
 pub(crate) struct LocalPods {
     table: Arc<Table>,
@@ -42,7 +42,7 @@ impl LocalPods {
         self.table.local(&self.node)
     }
 
-    /// Whether the pod is said to end, or to be no more.
+    /// Whether the pod is terminating or gone.
     pub(crate) fn is_ending(&self, pod: &LocalPod) -> bool {
         let pod = self.table.pod(&pod.identity.key);
         pod.is_none_or(|pod| pod.terminating)
@@ -53,12 +53,12 @@ impl LocalPods {
         self.table.node_addresses(&self.node)
     }
 
-    /// Whether it is known where pods of this node are: by CIDRs, or by the Node that they run on.
+    /// Whether this node's pod addresses are known: there are CIDRs, or its Node object.
     pub(crate) fn are_known(&self) -> bool {
         !self.cidrs().is_empty() || self.table.has_node(&self.node)
     }
 
-    /// As given, or as the Node object has them by now.
+    /// The CIDRs of the flag, or those that the Node object has now.
     pub(crate) fn cidrs(&self) -> Vec<IpNet> {
         if self.given.is_empty() {
             self.table.node_pod_cidrs(&self.node)
@@ -132,10 +132,10 @@ impl Released {
         })
     }
 
-    /// Brings the kernel's sets in step, in one transaction; blocks for as long as `nft` takes, and
-    /// costs next to nothing if none of `touched`, the addresses whose endpoint has changed since the
-    /// last call that succeeded, is in another state than the kernel has it. Returns the addresses that were released in a direction and are no longer; if what the kernel
-    /// had is not known, all pods' that are not released in both.
+    /// Brings the kernel's sets in step, in one transaction; blocks for as long as `nft` takes, and costs next to
+    /// nothing if none of `touched`, the addresses whose endpoint has changed since the last call that succeeded, is in
+    /// another state than the kernel has it. Returns the addresses that were released in a direction and are no longer;
+    /// if what the kernel had is not known, the addresses of all pods that are not released in both directions.
     ///
     /// # Errors
     /// If `nft` refuses; the kernel's sets are then as they were, and the next call replaces all.
@@ -222,8 +222,8 @@ impl Released {
         }
     }
 
-    /// What the rules take for pods. An address of this host's own is none, whoever claims it: its packets are
-    /// those of the node.
+    /// The networks that the rules treat as pods. This host's own addresses are left out even if a pod claims them:
+    /// their packets are the node's.
     fn networks(&self, local: &[LocalPod]) -> BTreeSet<IpNet> {
         let awaited = self.pods.table.unsettled().awaited.clone();
         let known: Vec<IpNet> = self.known.iter().copied().collect();
@@ -251,8 +251,8 @@ fn own_addresses() -> impl Iterator<Item = IpAddr> {
     })
 }
 
-/// Whose flows from before are to be judged: what was released and is no longer, and what the rules took for no
-/// pod's until now, whether it is known whose it is or not.
+/// Addresses whose existing flows have to be judged: those that are no longer released, and those that the rules did
+/// not treat as pods until now, whether their pods are known or not.
 fn newly_judged(before: &Sets, now: &Sets) -> BTreeSet<IpAddr> {
     let mut judged = no_longer_released(before, now);
     if before.pods != now.pods {

@@ -75,7 +75,8 @@ pub(crate) fn run(args: &RunArgs) -> ExitCode {
 #[error("{0}")]
 struct Unusable(anyhow::Error);
 
-/// Enforces; rests while another daemon does, and then enforces again; goes on at once with what no other took over.
+/// Enforces; rests while another daemon enforces, and then enforces again; goes on at once with connections that no
+/// other daemon took over.
 fn work_and_rest(args: &RunArgs) -> anyhow::Result<()> {
     let mut resting: Option<(Relief, StopSignals)> = None;
     let mut kept = None;
@@ -211,7 +212,7 @@ fn begin(
     Ok((workers, tasks))
 }
 
-/// Opens the admin port; with patience it waits for a daemon that did not take over to give it back.
+/// Opens the admin port. With `patience` it waits for a daemon that did not take over to close it.
 async fn open_admin(
     args: &RunArgs,
     patience: Option<Duration>,

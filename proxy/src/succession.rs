@@ -39,7 +39,7 @@ pub(crate) fn leave(
     if !enforcer.leaving.has_begun() || flow.severance().is_some() {
         return false;
     }
-    // Else somebody is about to cut it.
+    // Otherwise another task is about to cut it.
     let Some(Legs { server, client }) = Arc::into_inner(legs) else {
         return false;
     };
@@ -66,8 +66,8 @@ pub(crate) fn leave_admitted(enforcer: &Enforcer) {
     }
 }
 
-/// Records the end of all others, whose sockets were reset with their worker; no worker may run any more. Returns how
-/// many were live.
+/// Records the end of all other connections, whose sockets were reset with their worker; no worker may run any more.
+/// Returns how many were live.
 pub(crate) fn end_others(enforcer: &Enforcer) -> usize {
     let live = |flow: &Arc<Flow>| flow.stage_name() == StageName::Live;
     let others = enforcer.flows.all().into_iter().filter(live);
@@ -122,7 +122,7 @@ fn named(pod: &Endpoint) -> Pod {
 pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<Connection>) -> Vec<Relayed> {
     let adopted = left.into_iter().filter_map(|connection| {
         let ends = [connection.told.client, connection.told.server];
-        // A stream that stands is not reset because the shares are others now.
+        // A live stream is not reset because shares have changed.
         let [client, server] = ends.map(|end| enforcer.party(end.ip()));
         let permit = enforcer.limits.take_over(client, server);
         let Connection {
@@ -153,7 +153,7 @@ pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<Connection>) -> Vec<Relayed> 
     adopted.collect()
 }
 
-/// Waits on for the client of a connection to complete its handshake.
+/// Goes on waiting for the client of a connection to complete its handshake.
 fn wait_for_client(enforcer: &Enforcer, flow: &Arc<Flow>, server: TcpStream) {
     let admitted = tokio::net::TcpStream::from_std(server)
         .is_ok_and(|server| enforcer.flows.admit(flow, server, CONTROL));

@@ -78,7 +78,7 @@ pub(crate) struct Memory {
     pub(crate) send_buffer: usize,
 }
 
-/// What `socket` takes, with the kernel's overhead (`SO_MEMINFO`, linux/sock_diag.h; since Linux 4.12).
+/// The memory of `socket`, with the kernel's overhead (`SO_MEMINFO`, linux/sock_diag.h; since Linux 4.12).
 ///
 /// # Errors
 /// `ENOPROTOOPT` if the kernel is older.
@@ -120,7 +120,7 @@ pub(crate) fn socket_memory(socket: impl AsFd) -> io::Result<Memory> {
     }
 }
 
-/// Has the kernel choose the sizes of a socket's buffers again (`SO_BUF_LOCK`, since Linux 5.14).
+/// Makes the kernel size a socket's buffers again (`SO_BUF_LOCK`, since Linux 5.14).
 ///
 /// # Errors
 /// `ENOPROTOOPT` if the kernel is older.
@@ -129,7 +129,7 @@ pub(crate) fn unlock_buffers(socket: impl AsFd) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, SO_BUF_LOCK, 0)
 }
 
-/// The time that a segment of a TCP socket takes to be acknowledged (`TCP_INFO`, `tcpi_rtt`), smoothed.
+/// The smoothed round-trip time of a TCP socket (`TCP_INFO`, `tcpi_rtt`).
 ///
 /// # Errors
 /// `ENOPROTOOPT` if it is no TCP socket.
@@ -202,7 +202,7 @@ fn set(
 
 /// Descriptors that the kernel lets one message have (`SCM_MAX_FD`, net/scm.h).
 const MOST_DESCRIPTORS: u32 = 253;
-/// Room for them, of four bytes each: no message has more than fits.
+/// Room for them, of four bytes each: no message has more.
 // SAFETY: it calculates.
 const CONTROL: usize = unsafe { libc::CMSG_SPACE(MOST_DESCRIPTORS * 4) } as usize;
 
@@ -216,8 +216,8 @@ pub(crate) struct Received {
     pub(crate) whole: bool,
 }
 
-/// Receives a message with the descriptors that come with it (unix(7), `SCM_RIGHTS`), from a socket that keeps
-/// messages apart. All that the kernel opens here is closed with what this returns.
+/// Receives a message with the descriptors that come with it (unix(7), `SCM_RIGHTS`), from a socket that keeps messages
+/// apart. Dropping the result closes the descriptors that the kernel opened here.
 ///
 /// # Errors
 /// `WouldBlock` if there is none yet, `InvalidData` if it has more bytes than fit, else what `recvmsg` answers.
@@ -289,7 +289,7 @@ mod tests {
 
     use super::*;
 
-    /// Descriptors of this process that are the same open file as `pipe`.
+    /// How many descriptors of this process refer to the same open file as `pipe`.
     fn copies_of(pipe: &OwnedFd) -> usize {
         let target = |fd: &str| fs::read_link(format!("/proc/self/fd/{fd}")).ok();
         let own = target(&pipe.as_raw_fd().to_string());

@@ -1,9 +1,9 @@
-//! Bytes that receivers leave unread: how much memory the streams of one source may take with it, and all streams.
+//! Bounds the memory of unread bytes: of the streams of one source, and of all streams.
 //!
-//! A direction whose source sends much, or whose receiver takes nothing, presses. Its bytes are in the buffers of two sockets and
-//! with the relay, and the kernel lets such buffers grow to tens of megabytes. So the more directions of one source press,
-//! the smaller is the share of each, and over the bounds streams give way. Knows neither flows nor policy: who measures and resets is the
-//! caller.
+//! A direction is busy (it "presses") if its source sends much or its receiver reads nothing. Its bytes are in the
+//! buffers of two sockets and in the relay, and the kernel lets such buffers grow to tens of megabytes. So the more
+//! directions of one source are busy, the smaller is the share of each, and beyond the bounds streams are reset (they
+//! "give way"). Knows neither flows nor policy: the caller measures and resets.
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -16,24 +16,25 @@ use nix::sys::socket::{setsockopt, sockopt};
 use crate::limits::Source;
 use crate::sys;
 
-/// Directions of one source that may press with buffers as large as the kernel makes them.
+/// Busy directions of one source up to which the kernel sizes the buffers.
 const FREE: usize = 4;
-/// Streams of one source of which each begins with buffers that the kernel sizes.
+/// Streams of one source that begin with buffers that the kernel sizes.
 const CROWD: usize = 8;
 /// Bytes of a new receive buffer (`tcp_rmem`, its default).
 const SMALL: usize = 128 << 10;
 /// Bytes that are left to each of a direction's buffers.
 const LEAST: usize = 64 << 10;
-/// Bytes up to which a receive buffer that is larger than its share stays.
+/// Bytes up to which a receive buffer keeps its size even if its share is smaller.
 const KEPT: usize = 2 << 20;
-/// A peer is near if it acknowledges within this.
+/// A peer is near if the round-trip time is below this.
 const NEAR: Duration = Duration::from_millis(5);
-/// Bytes of a receive buffer that are enough for one: 50 MB/s at the farthest, 500 at the usual half millisecond.
+/// Bytes of a receive buffer that are enough for a near peer: 50 MB/s at the longest round trip, 500 at the usual half
+/// millisecond.
 const ENOUGH_NEAR: usize = 256 << 10;
-/// Bytes that the relay takes from a side at a time: a full pipe.
+/// Bytes that the relay reads from a side at a time: a full pipe.
 const MOST_RELAYED: usize = 1 << 20;
 
-/// The bounds, and the sources of whose streams some press.
+/// The bounds, and the accounts of sources with relayed streams.
 pub(crate) struct Unread {
     /// Bytes of one source.
     per_source: usize,
@@ -44,32 +45,32 @@ pub(crate) struct Unread {
     pressing: AtomicUsize,
 }
 
-/// What is counted of one source.
+/// The counter of one source.
 #[derive(Debug, Default)]
 pub(crate) struct Account {
     /// Directions that press.
     pressing: AtomicUsize,
 }
 
-/// What is known of one stream.
+/// The state of one stream.
 #[derive(Debug, Default)]
 pub(crate) struct Holding {
     account: OnceLock<Arc<Account>>,
-    /// By direction: bytes with the relay while it presses, at least 1; 0 while it does not.
+    /// Bytes in the relay by direction: at least 1 while the direction is busy, 0 while it is not.
     held: [AtomicUsize; 2],
-    /// Whether the buffers are smaller than the kernel would make them.
+    /// Whether the buffers are reduced to a share.
     reduced: AtomicBool,
-    /// Whether the receive buffers stay as small as new ones are.
+    /// Whether the receive buffers are fixed at their initial size.
     small: AtomicBool,
-    /// Something that changes when bytes move, and since when it has been the same.
+    /// A number that changes when bytes move, and since when it has been the same.
     still: Mutex<Option<(u64, Instant)>>,
     gave_way: AtomicBool,
 }
 
-/// What a stream takes.
+/// The memory of a stream.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Use {
-    /// Of the same source as others with this number.
+    /// The number of its source.
     pub(crate) source: usize,
     pub(crate) bytes: usize,
     /// For how long nothing has moved.
@@ -77,7 +78,7 @@ pub(crate) struct Use {
 }
 
 impl Unread {
-    /// So many bytes in all; one source may have half of them.
+    /// Bounds of this many bytes in all, and half of them for one source.
     pub(crate) fn new(total: usize) -> Self {
         Self {
             per_source: total / 2,
@@ -87,15 +88,15 @@ impl Unread {
         }
     }
 
-    /// Notes whose a stream is that begins. Returns whether that source has so many that none gets a large window before it
-    /// is known what it does with it.
+    /// Notes the source of a new stream. Returns whether that source has so many streams that this one has to begin
+    /// with small receive buffers.
     pub(crate) fn opens(&self, stream: &Holding, source: impl FnOnce() -> Source) -> bool {
         let account = stream.account.get_or_init(|| self.account(source()));
         Arc::strong_count(account) > CROWD
     }
 
-    /// Counts a direction of a stream that presses, with so many bytes in the relay. Returns the bytes that it may take, if
-    /// its source has many and its buffers are not reduced yet.
+    /// Counts a direction as busy, with this many bytes in the relay. Returns its share in bytes, if its source has
+    /// many busy directions and its buffers are not reduced yet.
     pub(crate) fn presses(
         &self,
         stream: &Holding,
@@ -113,7 +114,7 @@ impl Unread {
         self.share_of(account).filter(|_| !reduced)
     }
 
-    /// Counts the direction no more.
+    /// Counts the direction as no longer busy.
     pub(crate) fn eases(&self, stream: &Holding, direction: usize) {
         if stream.held[direction].swap(0, Ordering::Relaxed) == 0 {
             return;
@@ -124,12 +125,12 @@ impl Unread {
         }
     }
 
-    /// Bytes that each direction of a stream's source may take; `None` while it has few that press.
+    /// The share of each direction of a stream's source, in bytes; `None` while few of them are busy.
     pub(crate) fn share(&self, stream: &Holding) -> Option<usize> {
         self.share_of(stream.account.get()?)
     }
 
-    /// Bytes that the relay may take from a side of the stream before it gives them to the other.
+    /// Bytes that the relay may read from one side of the stream before it writes them to the other.
     pub(crate) fn most_relayed(&self, stream: &Holding) -> usize {
         let share = self.share(stream);
         share.map_or(MOST_RELAYED, |share| (share / 8).clamp(LEAST, MOST_RELAYED))
@@ -140,20 +141,20 @@ impl Unread {
         (pressing > FREE).then(|| self.per_source / pressing)
     }
 
-    /// Whether no direction presses.
+    /// Whether no direction is busy.
     pub(crate) fn is_idle(&self) -> bool {
         self.pressing.load(Ordering::Relaxed) == 0
     }
 
-    /// Which of these streams give way, so that each source and all together keep to their bounds: of the source that
-    /// takes most those on which nothing has moved for longest, and the largest of these first.
+    /// Selects the streams to reset so that each source and all together keep to their bounds: those of the source that
+    /// uses most, first the ones that have stalled for longest, and among these the largest.
     pub(crate) fn give_way(&self, uses: &[Use]) -> Vec<usize> {
         let mut taken = HashMap::<usize, usize>::new();
         for it in uses {
             *taken.entry(it.source).or_default() += it.bytes;
         }
         let mut order: Vec<_> = (0..uses.len()).collect();
-        // From the end.
+        // Streams are taken from the end.
         order.sort_by_key(|at| (uses[*at].stalled, uses[*at].bytes));
         let mut all: usize = taken.values().sum();
         let mut gone = Vec::new();
@@ -190,19 +191,19 @@ impl Unread {
 }
 
 impl Holding {
-    /// Whether there is something to look after: a direction that presses, or buffers that are reduced.
+    /// Whether the stream has a busy direction or reduced buffers.
     pub(crate) fn is_pressed(&self) -> bool {
         self.pressing() != [false; 2] || self.reduced.load(Ordering::Relaxed)
     }
 
-    /// Which directions press.
+    /// Which directions are busy.
     pub(crate) fn pressing(&self) -> [bool; 2] {
         self.held
             .each_ref()
             .map(|held| held.load(Ordering::Relaxed) > 0)
     }
 
-    /// A number for its source, and the bytes that the relay has.
+    /// The number of its source, and its bytes in the relay.
     pub(crate) fn source_and_bytes(&self) -> Option<(usize, usize)> {
         let account = Arc::as_ptr(self.account.get()?).addr();
         let held = self.held.iter().map(|held| held.load(Ordering::Relaxed));
@@ -221,18 +222,19 @@ impl Holding {
         }
     }
 
-    /// Keeps the receive buffers as small as new ones are: the first large read alone would make them ten times as large.
+    /// Fixes the receive buffers at their initial size: the first large read would make them ten times as large.
     pub(crate) fn keep_small(&self, legs: [impl AsFd; 2]) {
         self.small.store(true, Ordering::Relaxed);
         legs.iter().for_each(|leg| set_receive_buffer(leg, SMALL));
     }
 
-    /// Takes the buffers of a stream for small that another daemon may have kept so.
+    /// Assumes small buffers for a stream of another daemon, which may have fixed them.
     pub(crate) fn is_taken_over(&self) {
         self.small.store(true, Ordering::Relaxed);
     }
 
-    /// Reduces what a direction has to its share: a quarter of it is what is received, and a quarter what is to be sent.
+    /// Reduces the buffers of a direction to its share: a quarter for the receive buffer, and a quarter for the send
+    /// buffer.
     pub(crate) fn reduce(&self, from: impl AsFd, to: impl AsFd, share: usize) {
         let (Ok(now), Ok(later)) = (sys::socket_memory(&from), sys::socket_memory(&to)) else {
             return;
@@ -245,7 +247,7 @@ impl Holding {
         } else {
             quarter
         };
-        // A window is not taken back: what comes in it and is dropped comes again seconds later.
+        // An advertised window cannot be taken back: segments in it that are dropped are retransmitted seconds later.
         let buffer = now.receive_buffer.min(KEPT).max(received);
         set_receive_buffer(&from, buffer);
         if later.send_buffer > quarter
@@ -255,20 +257,20 @@ impl Holding {
         }
     }
 
-    /// Whether a direction with so large a receive buffer is to be reduced again, since more of its source press by now.
+    /// Whether a direction with this receive buffer has to be reduced again, because more directions of its source are
+    /// busy now.
     pub(crate) fn is_outgrown(receive_buffer: usize, share: usize) -> bool {
         receive_buffer > (share / 4).max(KEPT)
     }
 
-    /// Ends the reduction; the buffers become others when the stream presses again.
+    /// Ends the reduction. The buffers change only when the stream is busy again.
     pub(crate) fn restore(&self) {
         if self.reduced.swap(false, Ordering::Relaxed) {
             self.small.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Has the kernel size the buffers of a stream that presses among few, however many there are. One before 5.14 cannot, and
-    /// leaves them.
+    /// Lets the kernel size the buffers again while few directions are busy. Before Linux 5.14 they keep their size.
     pub(crate) fn free(&self, legs: [impl AsFd; 2]) {
         if self.small.swap(false, Ordering::Relaxed) {
             for leg in legs {
@@ -277,7 +279,7 @@ impl Holding {
         }
     }
 
-    /// Notes that the stream ends because of what is unread on it.
+    /// Notes that the stream ends because of its unread bytes.
     pub(crate) fn gives_way(&self) {
         self.gave_way.store(true, Ordering::Relaxed);
     }
@@ -288,9 +290,9 @@ impl Holding {
     }
 }
 
-/// Sets a receive buffer to so many bytes.
+/// Sets the size of a receive buffer in bytes.
 fn set_receive_buffer(socket: impl AsFd, bytes: usize) {
-    // The kernel takes twice what it is given (socket(7)); without the right to force it, the system's limit is the most.
+    // The kernel doubles the value (socket(7)); without the right to force it, the system's limit applies.
     if setsockopt(&socket, sockopt::RcvBufForce, &(bytes / 2)).is_err() {
         let _ = setsockopt(&socket, sockopt::RcvBuf, &(bytes / 2));
     }

@@ -237,7 +237,7 @@ fn warnings() -> String {
         .concat()
 }
 
-/// A pod of another node says that it has the address of an isolated pod.
+/// A pod of another node claims the address of an isolated pod.
 const HAUNTED: &str = r#"
 apiVersion: v1
 kind: List

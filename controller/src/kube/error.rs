@@ -115,9 +115,9 @@ impl ApiError {
         "malformed",
     ];
 
-    /// Whether a list that could not be streamed for this reason is worth another request, as client-go has it: an
-    /// API server may refuse to stream for many reasons, such as an etcd before 3.4.31 or 3.5.13 (500). What is wrong
-    /// with us, or with the way there, concerns pages too.
+    /// Whether a list that failed to stream with this error is worth a request for pages, as in client-go: an API
+    /// server can fail to stream for many reasons, such as an etcd before 3.4.31 or 3.5.13 (500). Our configuration,
+    /// credentials and rights, and TLS, matter for pages too.
     pub(super) fn may_not_concern_pages(&self) -> bool {
         !matches!(
             self,
@@ -125,8 +125,8 @@ impl ApiError {
         )
     }
 
-    /// Whether a list is never to be streamed again: servers without the feature refuse the parameter; older ones
-    /// ignore it and never say that the list is complete.
+    /// Whether the server cannot stream lists at all: servers without the feature refuse the parameter; older ones
+    /// ignore it and never report that the list is complete.
     pub(super) fn refuses_to_stream(&self) -> bool {
         matches!(
             self,

@@ -1,7 +1,7 @@
-//! Finds out which policies of other systems the cluster has, and says once for each kind that it is not enforced.
+//! Finds the kinds of policies of other systems that the cluster has, and logs once for each that it is not enforced.
 //!
-//! Which kinds there are is said by discovery, for which every client has the permission (`system:discovery`).
-//! Whether there are objects of one is asked too; where that is not permitted, there may be.
+//! Discovery names the kinds, and every client may read it (`system:discovery`). Then one object of each kind is
+//! listed; where listing is forbidden, there may be objects.
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -16,12 +16,12 @@ use super::connect::Connector;
 use super::error::{ApiError, Asked};
 use crate::objects::{FOREIGN, FOREIGN_REMEDY, is_foreign};
 
-/// How often. Kinds come with other software.
+/// How often to look: other software can be installed at any time.
 const EVERY: Duration = Duration::from_secs(600);
-/// How soon again when the API server did not answer.
+/// When to look again if the API server did not answer.
 const RETRY: Duration = Duration::from_secs(60);
 
-/// Looks without end.
+/// Looks again and again, without end.
 pub(super) async fn watch(connector: Connector) {
     let mut said = BTreeSet::new();
     loop {
@@ -46,7 +46,7 @@ pub(super) async fn watch(connector: Connector) {
     }
 }
 
-/// Each kind that there are objects of, or may be.
+/// Each kind of which there are objects, or may be.
 pub(super) async fn look(client: &Client) -> Result<BTreeSet<String>, ApiError> {
     let asked = Asked {
         verb: "get",
@@ -82,7 +82,7 @@ pub(super) async fn look(client: &Client) -> Result<BTreeSet<String>, ApiError> 
     Ok(found)
 }
 
-/// Whether there are objects; `None`: it is not known.
+/// Whether there are objects; `None` if that is not known.
 async fn are_there(client: &Client, version: &str, resource: &str) -> Option<bool> {
     #[derive(Deserialize)]
     struct Page {

@@ -30,7 +30,7 @@ pub(super) struct State {
     waiting: BTreeMap<ObjectKey, Option<Object>>,
     policies: BTreeMap<PolicyKey, Written>,
     faults: BTreeMap<ObjectKey, Vec<Problem>>,
-    /// The problems have to be put together again.
+    /// The list of problems has to be rebuilt.
     restate: bool,
     problems: Arc<Vec<Problem>>,
     /// Until when what is back waits for what is not.
@@ -75,10 +75,10 @@ pub(super) struct Kept {
 }
 
 impl Kept {
-    /// As JSON in the API's form, reduced to what is read.
+    /// As JSON in the API's form, with only the fields that are read.
     pub(super) fn json(&self) -> String {
         let mut json = objects::write(&self.object).to_string();
-        // The rules of a policy stand there as they were written; they are not read for it.
+        // It has a policy's rules as they were written, without parsing them.
         if let Some(spec) = self.spec.as_deref().filter(|spec| !spec.is_empty())
             && json.pop() == Some('}')
         {
@@ -181,7 +181,7 @@ impl State {
         self.policies.get(key)
     }
 
-    /// Every object in force, shared; cheap to take, to be written elsewhere.
+    /// Every object in force, shared: cheap to take, and written to disk elsewhere.
     pub(super) fn objects(&self) -> Vec<Kept> {
         let kept = self.sent.values().map(|object| Kept {
             object: object.clone(),
@@ -220,7 +220,7 @@ impl State {
         })
     }
 
-    /// Whether other problems stand than before.
+    /// Whether the problems have changed.
     fn restate_problems(&mut self) -> bool {
         if !mem::take(&mut self.restate) {
             return false;

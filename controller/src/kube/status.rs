@@ -115,7 +115,7 @@ impl WatchStatus {
         *inner.of(kind).errors.entry(error.cause()).or_default() += 1;
     }
 
-    /// Notes that a list could not be streamed, and is asked for in pages. Said once.
+    /// Notes that a list could not be streamed and is read in pages. Logs it once.
     pub(super) fn fell_back(&self, kind: Kind, error: &ApiError) {
         let mut inner = self.lock();
         let errors = inner.of(kind).errors.entry(error.cause()).or_default();

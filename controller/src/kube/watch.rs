@@ -1,9 +1,9 @@
 //! Follows the objects of one kind: a full list, then its changes, again and again.
 //!
-//! The list is a streamed one where the server has that (`sendInitialEvents`, KEP-3157); where that fails,
-//! whatever the reason, it comes in pages. Both are reads of the newest state, so that a relist never goes back in time. A watch that
-//! ends or breaks is resumed where it was, unless the server was away for longer: what a resumed watch
-//! brings has no end mark, a list has one. Knows nothing of what the objects mean.
+//! The list is streamed where the server can (`sendInitialEvents`, KEP-3157); where that fails, it is read in pages.
+//! Both are reads of the newest state, so that a relist never goes back in time. A watch that ends or breaks is resumed
+//! where it was, unless the server was away for longer: what a resumed watch brings has no end mark, a list has one.
+//! Knows nothing of what the objects mean.
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ use crate::objects::{Kind, Trimmed};
 
 /// Objects of a page.
 const PAGE: u32 = 500;
-/// Policies of a page: one may have the 1.5 MiB that the API server takes, and a page is read whole.
+/// Policies in a page: each can have the 1.5 MiB that the API server accepts, and a page is read whole.
 const PAGE_OF_POLICIES: u32 = 20;
 /// A watch that ends sooner without a word counts as a failure, so that it is not asked for at once.
 const TOO_SHORT: Duration = Duration::from_secs(1);
@@ -114,7 +114,7 @@ struct Position {
     streams: bool,
     /// A streamed list is being read.
     streaming: bool,
-    /// A streamed list has failed: the next one comes in pages.
+    /// A streamed list has failed: the next one is read in pages.
     fall_back: bool,
     /// Since when nothing was heard.
     lost: Option<Instant>,

@@ -78,7 +78,7 @@ impl Contents {
             return;
         };
         self.problems.sort_by_key(|problem| problem.severity);
-        // Errors come first: as grave as the gravest that is not shown.
+        // Errors come first, so this one has the highest severity of those that are not shown.
         let severity = self.problems.get(SHOWN).map(|problem| problem.severity);
         self.problems.truncate(SHOWN);
         let mut problem = Problem::error(

@@ -1,6 +1,6 @@
-//! Policies of other systems: kinds that restrict traffic, and that nobody enforces here.
+//! Policies of other systems: kinds that restrict traffic, and that Portreeve does not enforce.
 //!
-//! Their absence could surprise, so they are named where they are found; what they say is not read.
+//! Users may expect them to be enforced, so they are reported where they are found; their contents are not read.
 
 /// A kind of policy that is not enforced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,7 +15,7 @@ const fn of(group: &'static str, kind: &'static str) -> Foreign {
     Foreign { group, kind }
 }
 
-/// All that are known by name.
+/// All kinds that are known by name.
 pub(crate) const FOREIGN: [Foreign; 26] = [
     of("policy.networking.k8s.io", "AdminNetworkPolicy"),
     of("policy.networking.k8s.io", "BaselineAdminNetworkPolicy"),
@@ -45,8 +45,8 @@ pub(crate) const FOREIGN: [Foreign; 26] = [
     of("crd.nsx.vmware.com", "SecurityPolicy"),
 ];
 
-/// Whether an object of this group and kind is a policy that is not enforced: by name, or as what calls itself a
-/// network policy and is not Kubernetes' own.
+/// Whether this group and kind is a policy that is not enforced: one of [`FOREIGN`], or any kind named
+/// `...NetworkPolicy` outside of Kubernetes' own groups.
 pub(crate) fn is_foreign(group: &str, kind: &str) -> bool {
     let known = FOREIGN
         .iter()

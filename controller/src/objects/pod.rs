@@ -84,8 +84,8 @@ pub(super) fn read(key: &PodKey, value: Value) -> Result<Object, Vec<Fault>> {
     }))
 }
 
-/// `status.podIPs` and `status.podIP`; both are empty until the pod has an address. A pod has one address of each
-/// family (Kubernetes API reference, PodStatus `podIPs`), or it could claim a whole network.
+/// `status.podIPs` and `status.podIP`; both are empty until the pod has an address. A pod has at most one address of
+/// each family (Kubernetes API reference, PodStatus `podIPs`); otherwise it could claim a whole network.
 fn pod_addresses(status: &PodStatus, faults: &mut Vec<Fault>) -> Vec<IpAddr> {
     let mut addresses = Vec::new();
     let listed = status.pod_ips.iter().flatten().enumerate();

@@ -1,4 +1,4 @@
-//! What stands behind an address, without judging anything.
+//! Who has an address, without judging anything.
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -13,15 +13,14 @@ pub enum Holder {
     Pod(Arc<Endpoint>),
     /// A node, or this host itself.
     Node,
-    /// No pod and no node is known to have the address, and it lies in the cluster's CIDRs, or its holder is not
-    /// known for certain.
+    /// No pod and no node is known to have the address, and it lies in the cluster's CIDRs, or its holder is uncertain.
     Unknown,
     /// Nobody in the cluster.
     Outside,
 }
 
 impl Table {
-    /// What stands behind `address` now; one generation is read.
+    /// Who has `address` now, by one generation of the table.
     #[must_use]
     pub fn holder(&self, address: IpAddr) -> Holder {
         self.consistent(|| {

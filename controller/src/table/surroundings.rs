@@ -1,4 +1,4 @@
-//! What is known of addresses that are no pod's.
+//! The addresses that are known not to be a pod's, and the networks of pods.
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use super::TableSettings;
 /// The networks of pods, and the addresses of nodes.
 #[derive(Debug, Default)]
 pub(super) struct Surroundings {
-    /// The cluster's CIDRs, as few as say the same.
+    /// The cluster's CIDRs, aggregated.
     cidrs: Arc<[IpNet]>,
     cluster: Ranges,
     nodes: HashSet<IpAddr, ahash::RandomState>,
@@ -44,7 +44,7 @@ impl Surroundings {
             [] => of_nodes.as_slice().into(),
             given => IpNet::aggregate(&given.to_vec()).into(),
         };
-        // A node that says that an address out of another node's pod CIDRs is its own does not make it so.
+        // A Node object cannot claim an address from another node's pod CIDRs.
         let pods = Ranges::new(&of_nodes);
         let pods = &pods;
         let nodes = cluster.nodes().flat_map(|node| {
@@ -68,7 +68,7 @@ impl Surroundings {
         self.nodes.contains(&address)
     }
 
-    /// Whether it is a pod's though no pod is known that has it.
+    /// Whether it must be a pod's, although no known pod has it.
     pub(super) fn is_unexplained(&self, address: IpAddr) -> bool {
         self.cluster.contain(address) && !self.nodes.contains(&address)
     }

@@ -125,7 +125,7 @@ fn a_reader_waits_while_a_generation_is_swapped_in() {
     });
 }
 
-/// Two pods without policy in a node's pod CIDR, and what a judgement of the first to the second says.
+/// Two pods without policy in a node's pod CIDR, and the judgement of the first to the second.
 fn two_pods() -> (Arc<Table>, Index) {
     let table = Table::new(TableSettings::default());
     let mut index = Index::new(Arc::clone(&table));

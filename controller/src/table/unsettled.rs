@@ -1,6 +1,6 @@
-//! Addresses of pods whose holder is not known for certain, though the API may name one.
+//! Addresses whose holder is uncertain, although the API may name one.
 //!
-//! Knows no links: who looks at them says which addresses these are.
+//! Knows no links: the callers find these addresses.
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -10,15 +10,15 @@ use policy::{Endpoint, Identity};
 /// Addresses that are unknown until the API names another pod for them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Unsettled {
-    /// The pod that the API names here is no longer at its link: it has no rights at this address, and
-    /// neither has who comes there next, until the API names another pod.
+    /// The pod that the API names here has left its link. Neither it nor the next pod at this address has rights there
+    /// until the API names another pod.
     pub vacant: BTreeMap<IpAddr, Arc<Identity>>,
-    /// Somebody is at this address, which lies in no pod CIDR, and the API names nobody.
+    /// A link leads to this address, which lies in no pod CIDR, and the API names no pod for it.
     pub awaited: BTreeSet<IpAddr>,
 }
 
 impl Unsettled {
-    /// What stands at an address of which the API says `endpoint`.
+    /// The endpoint at an address for which the API says `endpoint`.
     pub(super) fn shown(
         &self,
         address: IpAddr,
@@ -33,12 +33,12 @@ impl Unsettled {
         left.is_some_and(|left| left.is_same_pod(&endpoint.identity))
     }
 
-    /// Whether a packet of this address has to wait if nobody stands there.
+    /// Whether a packet of this address has to wait if no pod is known there.
     pub(super) fn holds(&self, address: IpAddr) -> bool {
         self.vacant.contains_key(&address) || self.awaited.contains(&address)
     }
 
-    /// The addresses of which the two say something else.
+    /// The addresses at which the two differ.
     pub(super) fn difference(&self, other: &Self) -> BTreeSet<IpAddr> {
         let addresses = self.vacant.keys().chain(other.vacant.keys());
         let vacant = addresses.filter(|it| self.vacant.get(it) != other.vacant.get(it));

@@ -1,12 +1,12 @@
-//! Sysctls with which the redirect does not work, or works less well. Only reads.
+//! Values of sysctls with which the redirect does not work, or works less well. Only reads.
 use std::path::Path;
 
 use super::{Finding, Findings};
 use crate::ruleset::UPSTREAM_PORTS;
 
-/// The sysctls, of those under `net`, with which the redirect does not work; those of links only for `links`.
+/// The sysctls under `net` whose values break the redirect; per-link ones only for `links`.
 ///
-/// Found out in network namespaces: which values break what. `rp_filter`, strict or loose, is none of them.
+/// Determined by tests in network namespaces. `rp_filter`, strict or loose, does not break it.
 pub(crate) fn breaking_sysctls(net: &Path, links: &[String]) -> Vec<Finding> {
     let mut findings = Findings::default();
     for link in links.iter().filter(|link| validates_by_mark(net, link)) {
@@ -24,20 +24,20 @@ pub(crate) fn breaking_sysctls(net: &Path, links: &[String]) -> Vec<Finding> {
     findings.0
 }
 
-/// Whether the kernel looks up the sources of what comes in on a link by the packets' marks; diverted packets come in
-/// on every link but `lo`.
+/// Whether the kernel validates the sources of packets on this link by a route lookup with their marks; diverted
+/// packets arrive on every link but `lo`.
 pub(crate) fn validates_by_mark(net: &Path, link: &str) -> bool {
     link != "lo" && is_on(net, &format!("ipv4/conf/{link}/src_valid_mark"))
 }
 
-/// Whether a sysctl of those under `net` is there and not 0.
+/// Whether a sysctl under `net` exists and is not 0.
 pub(super) fn is_on(net: &Path, name: &str) -> bool {
     std::fs::read_to_string(net.join(name)).is_ok_and(|value| value.trim() != "0")
 }
 
-/// Whether TCP of this network namespace goes without timestamps (RFC 7323). The kernel gives a port that is in
-/// TIME-WAIT to a new connection only with them (linux net/ipv4/tcp_ipv4.c, `tcp_twsk_unique`), so the ports of the
-/// proxy's own legs can run out. Looks at one file.
+/// Whether TCP timestamps (RFC 7323) are off in this network namespace. Only with them the kernel reuses a port in
+/// TIME-WAIT for a new connection (linux net/ipv4/tcp_ipv4.c, `tcp_twsk_unique`), so the ports of the upstream legs can
+/// run out. Reads one file.
 #[must_use]
 pub fn without_timestamps() -> Option<Finding> {
     timestamps_off(Path::new("/proc/sys/net"))

@@ -1,15 +1,15 @@
-//! What sets of selectors have in common with an [`Access`](super::Access), once it was worked out.
+//! A cache of the keys that sets of selectors have in common with an [`Access`](super::Access).
 //!
-//! Only where both sides are large: a set is known by its number, which no other set ever has, so
-//! that nothing is kept alive by being known.
+//! Used only if both sides are large. A set is identified by its number, which no other set ever
+//! has, so the cache keeps no set alive.
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock};
 
 use super::{Key, meet};
 
-/// Sets that are known at most.
+/// Sets in the cache, at most.
 const SETS: usize = 4096;
-/// Keys that are kept for all of them together (256 KiB).
+/// Keys of all sets in the cache together, at most (256 KiB).
 const KEYS: usize = 65_536;
 
 #[derive(Debug, Default)]
@@ -22,8 +22,8 @@ struct Sets {
 }
 
 impl Known {
-    /// Whether a set has any of the keys that are `asked` for; `keys` works out which it has,
-    /// sorted. 0 is no number: such a set is worked out each time.
+    /// Whether a set has any of the `asked` keys; `keys` computes all that it has, sorted. A set
+    /// with number 0 is computed each time.
     pub(super) fn meet(
         &self,
         number: u64,

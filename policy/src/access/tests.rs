@@ -1,4 +1,4 @@
-//! The merged structure against every rule asked by itself.
+//! Compares the merged structure with every rule evaluated alone.
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
@@ -10,7 +10,7 @@ use crate::ranges::IpBlock;
 use crate::selector::{LabelSelector, NamespaceScope, PeerSelector};
 use crate::{Identity, compile::Rules};
 
-/// The selector that stands for an id.
+/// The selector of an id.
 fn selector(id: SelectorId) -> PeerSelector {
     PeerSelector {
         namespaces: NamespaceScope::Named(id.to_string().into()),
@@ -136,7 +136,7 @@ fn config(cases: u32) -> ProptestConfig {
     }
 }
 
-/// Whether any rule allows it, each asked by itself.
+/// Whether any rule allows it, each evaluated alone.
 fn one_by_one(all: &[Rules], question: Question<'_>) -> bool {
     let mut rules = all.iter().flat_map(|rules| &rules.list);
     rules.any(|rule| rule.allows(question))

@@ -1,8 +1,8 @@
-//! What has labels, found by them: which pods a selector matches costs what it matches, not a look
-//! at every pod.
+//! An index of pods and namespaces by their labels: finding the pods of a selector costs as much as
+//! there are matches, not a look at every pod.
 //!
-//! A thing has a slot, a small number that is given again after it is gone, so that large sets are
-//! bits. Knows neither selectors' ids nor what follows from a match.
+//! Each thing has a slot, a small number that is reused after the thing is gone, so that large sets
+//! can be bitmaps. Knows neither selectors' ids nor the effects of a match.
 use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,13 +16,13 @@ pub(super) type Slot = u32;
 /// The key under which a pod is listed by its namespace's name; no label has an empty key.
 pub(super) const NAMESPACE: &str = "";
 
-/// Up to this many candidates are asked one by one; more are worked out as bits.
+/// Up to this many candidates are checked one by one; more are handled as bitmaps.
 const FEW: usize = 64;
 
-/// What is listed by its labels.
+/// A thing that is listed by its labels.
 pub(super) trait Labelled {
     fn labels(&self) -> &Labels;
-    /// The name of the namespace that it lives in, if it lives in one.
+    /// The name of its namespace, if it has one.
     fn namespace(&self) -> Option<&Arc<str>>;
 }
 
@@ -59,7 +59,7 @@ pub(super) struct ByLabel<T> {
 struct Values {
     /// Sorted; never empty.
     slots: HashMap<Arc<str>, Vec<Slot>>,
-    /// Of all values together.
+    /// The slots of all values together.
     count: usize,
 }
 
@@ -123,7 +123,7 @@ impl<T: Labelled> ByLabel<T> {
         self.free.push(slot);
     }
 
-    /// Puts `thing` in the place of one with the same labels in the same namespace.
+    /// Replaces a thing that has the same labels and namespace.
     pub(super) fn replace(&mut self, slot: Slot, thing: T) {
         self.things[slot as usize] = Some(thing);
     }
@@ -137,7 +137,8 @@ impl<T: Labelled> ByLabel<T> {
         self.things.len()
     }
 
-    /// How many things meet a requirement, or do not if it is a negative one.
+    /// How many things have the label that a requirement names; for a negative one, these are the
+    /// ones that do not meet it.
     pub(super) fn count(&self, requirement: &Requirement) -> usize {
         let Some(values) = self.keys.get(&requirement.key) else {
             return 0;
@@ -182,21 +183,21 @@ impl<T: Labelled> ByLabel<T> {
     }
 }
 
-/// A requirement that many selectors share, with what it stands for.
+/// A requirement that many selectors share, with the slots that meet it.
 pub(super) struct Shared {
     requirement: Requirement,
     count: usize,
     bits: OnceCell<Bits>,
 }
 
-/// Looks for what many selectors match; what a requirement stands for is worked out once.
+/// Finds the matches of many selectors, and evaluates each requirement only once.
 pub(super) struct Search<'a, T> {
     index: &'a ByLabel<T>,
     bits: HashMap<&'a Requirement, Bits>,
 }
 
 impl Shared {
-    /// A positive requirement on what `index` has.
+    /// A positive requirement on the things of `index`.
     pub(super) fn new<T: Labelled>(requirement: Requirement, index: &ByLabel<T>) -> Self {
         Self {
             count: index.count(&requirement),
@@ -214,7 +215,7 @@ impl<'a, T: Labelled> Search<'a, T> {
         }
     }
 
-    /// The slots of the things that meet all `requirements` and `shared`, if it is given; sorted.
+    /// The slots of the things that meet all `requirements`, and `shared` if it is given; sorted.
     pub(super) fn find(
         &mut self,
         requirements: &'a [Requirement],
@@ -294,7 +295,7 @@ fn met(requirement: &Requirement, thing: &impl Labelled) -> bool {
     }
 }
 
-/// A slot is as many things as fit into memory: far below four billion.
+/// The things fit into memory, so there are far fewer than four billion slots.
 fn slot_of(at: usize) -> Slot {
     Slot::try_from(at).unwrap_or(Slot::MAX)
 }
@@ -326,7 +327,7 @@ mod tests {
         for things in [0, 1, 10, 63, 64, 65, 300] {
             let mut index = ByLabel::default();
             let mut slots: Vec<Slot> = (0..things).map(|n| index.insert(namespace(n))).collect();
-            // Slots are given again, to others than had them.
+            // Other things reuse the slots.
             for slot in slots.iter().step_by(5) {
                 index.remove(*slot);
             }

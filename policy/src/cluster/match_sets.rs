@@ -15,7 +15,7 @@ pub(super) struct MatchSets {
     last: u64,
 }
 
-/// A set that is found by its members.
+/// A set that is hashed by its members.
 #[derive(Debug, PartialEq, Eq)]
 struct ByIds(Arc<MatchSet>);
 
@@ -31,11 +31,11 @@ impl Borrow<[SelectorId]> for ByIds {
     }
 }
 
-/// Below this many sets nothing is collected.
+/// Below this many sets, unused ones are not freed.
 const FEW: usize = 64;
 
 impl MatchSets {
-    /// The set of these ids, which are sorted.
+    /// The shared set of these sorted ids.
     pub(super) fn intern(&mut self, ids: Vec<SelectorId>) -> Arc<MatchSet> {
         if let Some(ByIds(known)) = self.known.get(ids.as_slice()) {
             return known.clone();

@@ -1,16 +1,19 @@
 //! Who owns which address, and what stands for an address that several pods claim.
 //!
-//! Who claims an address need not have it: whoever may write pods/status can say so. So a claim may take
-//! rights from another pod, but never policies:
+//! A pod that claims an address may not have it: every user who can write pods/status can make a
+//! pod claim it. So a claim can take rights from another pod, but never policies:
 //!
-//! - If pods of several nodes claim it, and the pod CIDRs of some of these nodes hold it, the others' claims count
-//!   for nothing, unless the pods of the former all terminate.
-//! - Of those that are left a terminating pod yields to one that is not, and an older one to the one that started
-//!   after it: an address is given to another pod only after its holder's sandbox is gone. So one is the holder,
-//!   whose grants count. In a direction in which it is not isolated but another is, nothing is open.
-//! - Where that does not decide, the address is contested: it gets only what all who may hold it have in common,
-//!   and is closed in every direction in which any claimant is isolated.
-//! - An address that is a Node's too, of which the pod CIDRs of no claimant's node hold it, has no grants either.
+//! - If pods of several nodes claim an address, and it lies in the pod CIDRs of some of these
+//!   nodes, claims of pods on the other nodes are ignored, unless all pods on the former nodes are
+//!   terminating.
+//! - Among the rest, a terminating pod loses against one that is not, and an older pod against the
+//!   one that started last: an address is given to another pod only after its holder's sandbox is
+//!   gone. The winner is the holder, and rules for it count. In a direction in which it is not
+//!   isolated but another claimant is, nothing is allowed.
+//! - If that does not decide, the address is contested: it gets only the rights that all possible
+//!   holders have, and nothing is allowed in a direction in which any claimant is isolated.
+//! - If the address is also a Node's, and lies in the pod CIDRs of no claimant's node, no rule
+//!   allows anything for it either.
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -29,7 +32,7 @@ pub(super) struct Ownership {
     claimed: BTreeSet<IpAddr>,
     /// The Nodes that have each address.
     nodes: BTreeMap<IpAddr, BTreeSet<Arc<str>>>,
-    /// Changes whenever what [`Self::claims`] says may.
+    /// Changes whenever the result of [`Self::claims`] can have changed.
     pub(super) disputes: u64,
 }
 
@@ -37,7 +40,7 @@ pub(super) struct Ownership {
 struct Slot {
     /// Sorted; never empty.
     claimants: Vec<PodKey>,
-    /// The one whose grants count.
+    /// The pod whose rules count.
     holder: Option<PodKey>,
     endpoint: Arc<Endpoint>,
 }
@@ -51,7 +54,7 @@ pub struct Claim {
     pub pods: Vec<PodKey>,
     /// The Nodes that have it too; sorted.
     pub nodes: Vec<Arc<str>>,
-    /// The pod whose grants count, if that can be told.
+    /// The pod whose rules count, if that is known.
     pub holder: Option<PodKey>,
 }
 
@@ -105,7 +108,7 @@ impl Ownership {
         }
     }
 
-    /// Notes that a Node has these addresses, and no longer those of `before`.
+    /// Notes that a Node has the addresses `now`, and no longer those of `before`.
     pub(super) fn settle_node(
         &mut self,
         name: &Arc<str>,
@@ -176,7 +179,7 @@ fn is_home(state: &PodState, address: IpAddr) -> bool {
     node.is_some_and(|node| node.pod_cidrs.iter().any(|cidr| cidr.contains(&address)))
 }
 
-/// Those of `claimants` whose claims count.
+/// The `claimants` whose claims count.
 fn rivals(address: IpAddr, mut claimants: Vec<&PodState>) -> Vec<&PodState> {
     let stays = |state: &&PodState| is_home(state, address) && !state.pod.terminating;
     if claimants.iter().any(stays) {
@@ -185,7 +188,7 @@ fn rivals(address: IpAddr, mut claimants: Vec<&PodState>) -> Vec<&PodState> {
     claimants
 }
 
-/// Those of `rivals` that may hold the address now: one, unless it cannot be told who.
+/// The `rivals` that may have the address now: one, unless that cannot be decided.
 fn holders(mut rivals: Vec<&PodState>) -> Vec<&PodState> {
     if rivals.iter().any(|state| !state.pod.terminating) {
         rivals.retain(|state| !state.pod.terminating);
@@ -200,7 +203,7 @@ fn holders(mut rivals: Vec<&PodState>) -> Vec<&PodState> {
     rivals
 }
 
-/// What stands for an address of which one of the `rivals` is the holder.
+/// The endpoint for an address of which one of the `rivals` is the holder.
 fn held(holder: &PodState, rivals: &[&PodState]) -> Arc<Endpoint> {
     let own = &holder.endpoint;
     let shut = |isolation: &Option<Arc<Isolation>>, direction| match isolation {
@@ -222,7 +225,8 @@ fn held(holder: &PodState, rivals: &[&PodState]) -> Arc<Endpoint> {
     })
 }
 
-/// What stands for an address that may be no pod's: it has their isolation, and no grants.
+/// The endpoint for an address that may belong to no pod: isolated by all policies of the rivals,
+/// and no rule allows anything.
 fn nobody(first: &PodState, rivals: &[&PodState]) -> Endpoint {
     Endpoint {
         egress: closed(endpoints(rivals), Direction::Egress),
@@ -244,7 +248,7 @@ fn node_of_all(states: &[&PodState]) -> Option<Arc<Node>> {
     all.then_some(node)
 }
 
-/// What stands for an address that each of these may hold, and that the `rivals` claim.
+/// The endpoint for an address that any of these may have, and that the `rivals` claim.
 fn common(first: &PodState, others: &[&PodState], rivals: &[&PodState]) -> Endpoint {
     let claimants = || std::iter::once(first).chain(others.iter().copied());
     let endpoints = || claimants().map(|state| &*state.endpoint);

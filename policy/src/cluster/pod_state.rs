@@ -10,7 +10,7 @@ use crate::model::{Node, Pod};
 #[derive(Debug)]
 pub(super) struct PodState {
     pub(super) pod: Arc<Pod>,
-    /// Where it is listed by its labels.
+    /// Its slot in the index by labels.
     pub(super) slot: Slot,
     identity: Arc<Identity>,
     named_ports: Arc<[NamedPort]>,

@@ -35,7 +35,7 @@ pub(super) struct Selections {
     known: HashMap<Box<[PolicyId]>, Arc<Selection>>,
     collect_at: usize,
     next: PolicyId,
-    /// How many entries each namespace's selections have merged.
+    /// The number of merged entries of each namespace.
     merged: HashMap<Arc<str>, Arc<AtomicUsize>>,
 }
 
@@ -108,7 +108,7 @@ impl Selections {
         selection
     }
 
-    /// Lets go of what no pod has any more.
+    /// Frees the selections that no pod has any more.
     pub(super) fn collect(&mut self) {
         self.known
             .retain(|_, selection| Arc::strong_count(selection) > 1);

@@ -1,8 +1,8 @@
 //! Every distinct peer selector of the policies, each with its id.
 //!
 //! An id is never given twice: a pod's set or a rule that still has an old one can never mean
-//! another selector by it. Selectors are listed under a label that a pod must have to match, so that
-//! a new pod asks those only that its own labels, or its namespace's, lead to.
+//! another selector by it. Selectors are listed under a label that a pod must have to match, so
+//! that for a new pod only the selectors under its own and its namespace's labels are checked.
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -56,7 +56,7 @@ impl Selectors {
     }
 
     /// The id of `selector`, new if it is. It has to be held before the next [`Self::sweep`].
-    /// `pods` and `namespaces` tell which of the labels that it needs is the rarest now.
+    /// `pods` and `namespaces` show which of the labels that it needs is the rarest now.
     ///
     /// # Panics
     /// After four billion distinct selectors; to stop is better than to mistake one for another.
@@ -160,7 +160,8 @@ impl Selectors {
         }
     }
 
-    /// Forgets the unheld selectors if they are many, and returns them; they have to leave the pods.
+    /// Removes the unheld selectors if they are many, and returns them; the caller has to remove
+    /// them from the pods.
     pub(super) fn sweep(&mut self) -> Vec<Named> {
         let held = self.entries.len() - self.unheld;
         if self.unheld <= UNHELD.max(held) {
@@ -193,7 +194,7 @@ impl Listed {
         }
     }
 
-    /// Those that one of `labels` leads to; each once.
+    /// The selectors that are listed under one of `labels`; each once.
     fn under<'a>(&'a self, labels: &'a Labels) -> impl Iterator<Item = &'a Named> {
         labels.iter().flat_map(|(key, value)| {
             let of_key = self.0.get(key).into_iter();
@@ -216,7 +217,7 @@ impl Listed {
     }
 }
 
-/// What the pods of these namespaces meet; `names` are sorted.
+/// The requirement that exactly the pods of these namespaces meet; `names` are sorted.
 pub(super) fn in_namespaces(names: Box<[Arc<str>]>) -> Requirement {
     Requirement {
         key: NAMESPACE.into(),

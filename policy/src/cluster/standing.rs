@@ -1,10 +1,10 @@
-//! Which of a namespace's policies are in force as they are written, and what stands for the others.
+//! Which of a namespace's policies are in force as written, and which are refused.
 //!
-//! A namespace's policies are taken in the order of their names for as long as they are within its
-//! budget. One that goes beyond it is refused, and later ones that still fit are not. Refused, a
-//! policy isolates the pods that it selects and allows nothing; where there are too many policies,
-//! one for all that are too many isolates every pod of the namespace. So nothing is open that would
-//! not be if all were in force, and it does not matter in which order they came.
+//! A namespace's policies are counted in the order of their names. A policy that exceeds the budget
+//! is refused; later ones that still fit are in force. A refused policy isolates the pods that it
+//! selects and allows nothing. If there are too many policies, the first one too many isolates
+//! every pod of the namespace, for all that follow. So nothing is allowed that would not be allowed
+//! if all were in force, and the order of their arrival does not matter.
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -20,13 +20,13 @@ pub(super) enum Standing {
     Whole,
     /// It isolates the pods that it selects, and allows nothing.
     Closed,
-    /// The first that is one too many: it stands for all of them, and isolates every pod.
+    /// The first policy beyond the number of policies: it isolates every pod, for all that follow.
     ClosedToAll,
-    /// Another one stands for it.
+    /// The first one too many stands for it.
     Nothing,
 }
 
-/// What the namespaces' policies ask for together.
+/// The sum of what the policies of each namespace use.
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
     budget: Budget,
@@ -63,7 +63,7 @@ impl Ledger {
         }
     }
 
-    /// Whether all of a namespace's policies are in force, before the last change and after it.
+    /// Whether all policies of a namespace are in force, both before and after the change.
     fn all_stand(&self, namespace: &Arc<str>) -> bool {
         let asked = self.asked.get(namespace);
         asked.is_none_or(|asked| self.budget.holds(asked))
@@ -90,8 +90,7 @@ impl Ledger {
 }
 
 impl Cluster {
-    /// Takes a policy in, or out, and brings every policy of its namespace into the force that it is
-    /// to have now.
+    /// Adds or removes a policy, and updates how each policy of its namespace is in force.
     pub(super) fn change_policy(
         &mut self,
         key: &PolicyKey,
@@ -99,7 +98,7 @@ impl Cluster {
     ) -> Touched {
         let mut touched = Touched::default();
         self.settle_policy(key, policy, &mut touched);
-        // What they have merged is for others to have.
+        // Frees their merged entries for other policies.
         self.selections.collect();
         touched
     }
@@ -137,7 +136,7 @@ impl Cluster {
         }
     }
 
-    /// What is to become of each policy of a namespace.
+    /// How each policy of a namespace has to be in force.
     fn standings(&mut self, namespace: &Arc<str>) -> Vec<(PolicyKey, Standing)> {
         let mut used = Usage::default();
         let (mut taken, mut standings) = (0, Vec::new());
@@ -145,7 +144,7 @@ impl Cluster {
             let key = state.policy.key().clone();
             taken += 1;
             let excess = self.ledger.budget.excess(&used, &state.usage);
-            // Of refused policies too there are no more in force than this.
+            // The number of policies bounds the refused ones too.
             let bound = self.ledger.budget.bound(Resource::Policies);
             let standing = match excess {
                 _ if taken > bound.saturating_add(1) => Standing::Nothing,
@@ -169,7 +168,7 @@ impl Cluster {
         standings
     }
 
-    /// Brings one policy into force as it is to stand.
+    /// Updates how one policy is in force.
     fn stand(&mut self, key: &PolicyKey, standing: Standing, touched: &mut Touched) {
         let Some(state) = self.policies.get_mut(key) else {
             return;

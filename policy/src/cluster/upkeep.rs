@@ -47,7 +47,7 @@ impl Cluster {
         }
     }
 
-    /// Takes a namespace in; whether its labels are others now.
+    /// Stores a namespace. Returns whether its labels have changed.
     pub(super) fn set_namespace(&mut self, namespace: Namespace, declared: bool) -> bool {
         let name = namespace.name().clone();
         if let Some(known) = self.namespaces.get_mut(&name) {
@@ -78,7 +78,7 @@ impl Cluster {
         }
     }
 
-    /// Finds which selectors the pods of a relabelled namespace match now.
+    /// Finds the selectors that the pods of a relabelled namespace match now.
     pub(super) fn rescope(&mut self, name: &Arc<str>) -> Touched {
         let mut touched = Touched::default();
         let changes: Vec<_> = pods_of(&self.pods, name)
@@ -98,14 +98,15 @@ impl Cluster {
         }
     }
 
-    /// Makes another set of each pod's, of what it was and the ids that come with the pod.
+    /// Replaces each pod's set of ids by the result of `with` on that set and the ids given with
+    /// the pod.
     fn rematch_with(
         &mut self,
         changes: Vec<(PodKey, Vec<SelectorId>)>,
         with: impl Fn(&[SelectorId], &[SelectorId]) -> Vec<SelectorId>,
         touched: &mut Touched,
     ) {
-        // Pods often have the same set, and the same is done to it.
+        // Pods often share a set, and the change is the same.
         let mut last: Option<(Arc<MatchSet>, Vec<SelectorId>, Arc<MatchSet>)> = None;
         for (key, ids) in changes {
             let Some(had) = self.pods.get(&key).map(|state| state.matches.clone()) else {
@@ -123,8 +124,8 @@ impl Cluster {
         }
     }
 
-    /// The pods that match any of these selectors, each with the ids of those, in the order in which
-    /// they are given. Costs what they match, not all pods for each.
+    /// The pods that match any of these selectors, each with the ids of those selectors, in the
+    /// given order. The cost is the number of matches, not of all pods for each selector.
     fn matched_by(&self, selectors: &[Named]) -> Vec<(PodKey, Vec<SelectorId>)> {
         let mut scopes = HashMap::new();
         let mut namespaces = Search::new(&self.namespaces_by_label);
@@ -134,7 +135,7 @@ impl Cluster {
         }
         let mut pods = Search::new(&self.pods_by_label);
         let mut matched = vec![Vec::new(); self.pods_by_label.slots_end()];
-        // Selectors often match the same pods as the one before.
+        // A selector often matches the same pods as the one before.
         let (mut alike, mut slots) = (Vec::new(), Vec::new());
         let mut enter = |slots: &[Slot], ids: &mut Vec<SelectorId>| {
             for slot in slots {
@@ -157,7 +158,7 @@ impl Cluster {
         matched.filter_map(keyed).collect()
     }
 
-    /// What the pods of a scope have in common; none if it is every namespace.
+    /// The requirement that the pods of a scope meet; none if the scope is every namespace.
     fn scope<'a>(
         &self,
         scope: &'a NamespaceScope,

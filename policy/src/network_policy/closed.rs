@@ -1,10 +1,10 @@
-//! What stands for policies that ask for more than their namespace may have.
+//! Replacements for policies that exceed the budget of their namespace.
 use super::{NetworkPolicy, Rule};
 use crate::selector::LabelSelector;
 
 impl NetworkPolicy {
-    /// What stands for the policy where it asks for too much: it isolates the pods that it selects in
-    /// the same directions, and allows nothing.
+    /// The replacement for the policy if it is refused: it isolates the same pods in the same
+    /// directions, and allows nothing.
     pub(crate) fn closed(&self) -> Self {
         let closed = |rules: &Option<Vec<Rule>>| rules.as_ref().map(|_| Vec::new());
         Self {
@@ -15,8 +15,8 @@ impl NetworkPolicy {
         }
     }
 
-    /// What stands for this policy and any others: it isolates every pod of the namespace both ways,
-    /// and allows nothing.
+    /// The replacement for this policy and all further ones: it isolates every pod of the namespace
+    /// in both directions, and allows nothing.
     pub(crate) fn closed_to_all(&self) -> Self {
         Self {
             key: self.key.clone(),

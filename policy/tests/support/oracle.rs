@@ -57,8 +57,8 @@ pub(crate) fn answer(world: &World, question: &Question<'_>) -> Answer {
     }
 }
 
-/// The running pods whose claim to an address counts: those on nodes whose pod CIDRs hold it, if there are any that
-/// do not end, else all.
+/// The running pods whose claims to an address count: those on nodes whose pod CIDRs contain it, if
+/// one of them is not terminating, else all.
 fn claimants(world: &World, address: IpAddr) -> Vec<&Pod> {
     let claims = |pod: &&Pod| pod.owns_addresses() && pod.addresses.contains(&address);
     let mut claimants: Vec<&Pod> = world.pods.values().filter(claims).collect();
@@ -91,7 +91,7 @@ fn owners(world: &World, address: IpAddr) -> Vec<&Pod> {
     claimants.iter().copied().filter(stays).collect()
 }
 
-/// Whether an address is a Node's that some pod claims, and nothing says that it is the pod's.
+/// Whether some pod claims a Node's address that is not in the pod CIDRs of the pod's node.
 fn is_nobodys(world: &World, address: IpAddr) -> bool {
     let mut nodes = world.nodes.values();
     nodes.any(|node| node.addresses.contains(&address))
@@ -130,8 +130,8 @@ fn side(
     peer: IpAddr,
 ) -> Side {
     let owners = owners(world, own);
-    // One holder has its own policies. Where it has none, or it cannot be told who holds, every claimant's count,
-    // and no rule of theirs.
+    // A single holder has its own policies. If it has none, or the holder is not known, the
+    // policies of every claimant isolate, and none of their rules allows anything.
     let chosen = |pods: &[&Pod]| {
         world.policies.iter().any(|((namespace, _), policy)| {
             let spec = &policy["spec"];

@@ -1,5 +1,5 @@
-//! Addresses whose flows are still to be judged again, where they are many or not listed: in the background, so that one source's many
-//! flows delay no change that concerns others.
+//! Judges flows again in the background if they are many or not listed, so that one source's many flows do not delay
+//! changes that concern others.
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,10 +11,10 @@ use tracing::warn;
 use super::upkeep;
 use crate::enforcer::Enforcer;
 
-/// How soon what conntrack refused is tried again.
+/// The pause after an error of conntrack.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What is still to be done. Who adds to it may wait a while for its end.
+/// The addresses whose flows wait to be judged again. Adding waits for the result, but only for a limited time.
 #[derive(Default)]
 pub(super) struct Backlog {
     waiting: Mutex<Waiting>,
@@ -25,7 +25,7 @@ pub(super) struct Backlog {
 #[derive(Default)]
 struct Waiting {
     addresses: BTreeSet<IpAddr>,
-    /// How often addresses were added, and how many of these turns are done.
+    /// The number of additions, and how many of them are done.
     turn: u64,
     done: u64,
 }
@@ -48,7 +48,7 @@ impl Backlog {
         self.added.notified().await;
     }
 
-    /// Does `todo` for all that waits; what fails waits again.
+    /// Calls `todo` with all waiting addresses; if it fails, they wait again.
     ///
     /// # Errors
     /// Those of `todo`.
@@ -77,7 +77,7 @@ impl Backlog {
     }
 }
 
-/// Judges flows that are not listed again, after changes. One pod can have so many of them that it takes seconds.
+/// After changes, judges again the flows that are not listed. One pod can have so many of them that it takes seconds.
 pub(super) async fn work_off(enforcer: Arc<Enforcer>) {
     loop {
         enforcer.carried.backlog.added().await;

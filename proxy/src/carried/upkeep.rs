@@ -27,7 +27,7 @@ use crate::records::Outcome;
 
 /// How often the list is compared with conntrack.
 const COMPARE_EVERY: Duration = Duration::from_secs(15);
-/// How soon it is compared again when endings were lost, as they are all the time while somebody begins many flows.
+/// The pause before the next comparison if endings were lost, as happens all the time while a source begins many flows.
 const COMPARE_AGAIN: Duration = Duration::from_secs(5);
 /// How long a flow may take from its verdict to conntrack's table.
 const ON_ITS_WAY: Duration = Duration::from_millis(100);
@@ -35,9 +35,9 @@ const ON_ITS_WAY: Duration = Duration::from_millis(100);
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How soon it is looked for again.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
-/// How long a change waits until flows beyond the list are judged again. Longer takes only who has many.
+/// How long a change waits until unlisted flows are judged again. It takes longer only for a source with many flows.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// Listed flows that a change denies, beyond which they are ended in the background.
+/// If a change denies more listed flows than this, they are ended in the background.
 const MANY: usize = 256;
 /// Flows that are ended together.
 const AT_ONCE: usize = 1024;
@@ -45,7 +45,7 @@ const AT_ONCE: usize = 1024;
 /// Flows that must go, and why; those that were never judged have nothing to be recorded.
 type Doomed = Vec<(Entry, Option<Severance>)>;
 
-/// Begins all that goes on beside changes, as tasks without end.
+/// Starts the tasks that run beside changes, without end.
 pub(crate) fn spawn(tasks: &mut JoinSet<()>, enforcer: &Arc<Enforcer>, endings: Endings) {
     tasks.spawn(follow(Arc::clone(enforcer), endings));
     tasks.spawn(forget_cut(Arc::clone(enforcer)));
@@ -71,7 +71,7 @@ pub(crate) fn judge_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io
     Ok(())
 }
 
-/// The same for all flows of these addresses, listed or not, however long it takes.
+/// Does the same for all flows of these addresses, listed or not, however long it takes.
 pub(super) fn judge_all_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Result<()> {
     cut_listed(enforcer, touched, denied_of(enforcer, touched))?;
     let carried = enforcer.marks.carried();
@@ -88,7 +88,7 @@ fn denied_of(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> HashMap<FlowId,
         if let Some(severance) = flow.decision().overturned(client, server, now.clone()) {
             denied.insert(flow.id, severance);
         } else if let Some(now) = Decision::of(now) {
-            // The policies of before are not kept for its sake.
+            // So the flow does not keep the old policies in memory.
             flow.decide(now);
         }
     }
@@ -217,7 +217,7 @@ pub(crate) fn compare(enforcer: &Enforcer) -> io::Result<()> {
         let client = entry.flow.client.ip();
         let source = Source::behind(enforcer.table.endpoint(client).as_deref(), client);
         if !enforcer.carried.has_room(&source) {
-            // Changes find it without the list.
+            // Changes search conntrack for it.
             enforcer.carried.pass_over();
             return Ok(());
         }
@@ -299,7 +299,7 @@ fn judge_unlisted(
     cut(enforcer, &doomed)
 }
 
-/// Ends what is [`AT_ONCE`] or more, so that no more than that waits in memory.
+/// Ends the flows if there are [`AT_ONCE`] or more, so that no more than that wait in memory.
 fn cut_if_many(enforcer: &Enforcer, doomed: &mut Doomed) -> io::Result<()> {
     if doomed.len() >= AT_ONCE {
         cut(enforcer, doomed)?;

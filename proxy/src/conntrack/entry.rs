@@ -113,7 +113,7 @@ impl Entry {
     }
 }
 
-/// Writes what a tuple says of the address that it begins at.
+/// Writes the source address of a tuple.
 pub(super) fn write_source(tuple: &mut Attributes<'_>, address: IpAddr) {
     tuple.nested(CTA_TUPLE_IP, |ip| match address {
         IpAddr::V4(v4) => ip.bytes(CTA_IP_V4_SRC, &v4.octets()),

@@ -1,4 +1,4 @@
-//! Which entries of conntrack's table a dump is to have: by mark, and by an address at one end.
+//! Filters a dump of conntrack's table: by mark, and by an address at one end.
 use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
@@ -17,16 +17,16 @@ const CTA_FILTER_REPLY_FLAGS: u16 = 2;
 /// `CTA_FILTER_FLAG(CTA_IP_SRC)`.
 const BY_SOURCE: u32 = 1;
 
-/// Entries of the table for which the kernel is asked by one more address: that costs it two walks through all of
-/// them, of some nanoseconds each, where one that is handed to us takes a microsecond and more.
+/// Entries of the table for each address that is worth a filtered dump: a filter takes the kernel two walks through the
+/// table, with some nanoseconds an entry, while an entry that we receive takes a microsecond or more.
 const WORTH_A_QUESTION: usize = 4096;
-/// How many entries there are.
+/// The number of entries in the table.
 const COUNT: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
-/// Whether the kernel looks at `CTA_FILTER` (Linux 5.8); an older one passes it over.
+/// Whether the kernel supports `CTA_FILTER` (Linux 5.8); older ones ignore it.
 static FILTERS: AtomicBool = AtomicBool::new(true);
 
-/// The same of those that have an end among `addresses`: their client, or their server behind DNAT. The kernel picks
-/// them out if it can and they are few.
+/// Like [`each_marked`], for the entries whose client, or server behind DNAT, is among `addresses`. The kernel filters
+/// them if it can and the addresses are few.
 ///
 /// # Errors
 /// As [`each_marked`].
@@ -58,7 +58,7 @@ pub(crate) fn each_with_end(
                     FILTERS.store(false, Ordering::Relaxed);
                     return Ok(());
                 }
-                // It comes, or came, for its client.
+                // It is, or was, handed out for its client.
                 if by_client { Ok(()) } else { each(entry) }
             })?;
         }
@@ -72,16 +72,16 @@ pub(crate) fn each_with_end(
     })
 }
 
-/// Which entries a dump is to have.
+/// The filter of a dump.
 #[derive(Clone, Copy)]
 pub(super) struct Filter {
     pub(super) mark: u32,
     pub(super) mask: u32,
-    /// An address, and at which end it is to be.
+    /// An address, and the end of the flow that has it.
     pub(super) end: Option<(IpAddr, Side)>,
 }
 
-/// Which end of a flow.
+/// An end of a flow.
 #[derive(Clone, Copy)]
 pub(super) enum Side {
     Client,

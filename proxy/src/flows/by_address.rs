@@ -48,7 +48,7 @@ impl<T: Ends> ByAddress<T> {
         }
     }
 
-    /// Gives back memory that more flows needed once.
+    /// Frees memory that more flows have needed.
     pub(crate) fn shrink(&self) {
         self.flows.shrink_to_fit();
     }

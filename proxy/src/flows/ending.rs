@@ -1,4 +1,4 @@
-//! How connections leave the table, and who makes room for whom.
+//! How connections leave the table, and how half-open ones make room for new ones.
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::Instant;
@@ -63,7 +63,7 @@ impl Flows {
         abandoned.map(|flow| self.end(&flow)).count()
     }
 
-    /// Ends a connection that a change no longer lets be.
+    /// Ends a connection that a change denies.
     pub(crate) fn sever(&self, flow: &Arc<Flow>, severance: Severance) {
         *flow
             .severance
@@ -79,7 +79,7 @@ impl Flows {
         }
     }
 
-    /// Tells the task that has the connection to end it; an admitted one waits here without a task.
+    /// Notifies the connection's task to end it; an admitted one has no task and is removed here.
     fn end(&self, flow: &Arc<Flow>) {
         flow.cut();
         if flow.stage_name() == StageName::Admitted {
@@ -92,7 +92,7 @@ impl Flow {
     /// Ends the connection wherever it is: the held SYN is dropped, live legs are reset at once, however
     /// much else their worker has to do.
     pub(crate) fn cut(&self) {
-        // First, so that the relay knows why its sockets break.
+        // This comes first, so that the relay knows why its sockets break.
         self.cut.notify_one();
         let stage = self.stage();
         self.is_cut.store(true, Ordering::Relaxed);
@@ -112,14 +112,14 @@ impl Flow {
         }))
     }
 
-    /// Whether it was to end, whatever its task has made of that.
+    /// Whether it was cut, even if its task has not noticed yet.
     pub(super) fn is_cut(&self) -> bool {
         self.is_cut.load(Ordering::Relaxed)
     }
 
-    /// Whether a SYN between its ends comes to its socket, or to the listener that has answered its first one.
-    /// Of a connection that was cut, or that the client itself has reset, the socket is gone before its task knows:
-    /// the listener would answer, whatever policy says by now.
+    /// Whether a SYN between its ends reaches its socket, or the listener that has answered its first SYN. If the
+    /// connection was cut, or the client has reset it, the socket is closed before its task knows, and the listener
+    /// would answer without regard to policies.
     pub(crate) fn takes_syn(&self) -> bool {
         let stage = self.stage();
         !self.is_cut()

@@ -1,8 +1,8 @@
-//! Has the kernel forget a client's handshake that is not complete, when its connection has ended.
+//! Removes a client's incomplete handshake from the kernel when its connection has ended.
 //!
-//! The listener has answered the SYN, and would repeat that answer for a minute, to a client that may be denied by
-//! now. A flood of such would fill its backlog, which all connections of the node share. No call takes one out of
-//! it; a reset of the client does, so one is sent to this host in the client's name.
+//! The listener has answered the SYN, and would repeat the SYN-ACK for a minute, to a client that may be denied by now.
+//! A flood of these would fill its backlog, which all connections of the node share. No system call removes an entry; a
+//! reset from the client does, so this sends one to this host with the client's address.
 use std::net::{IpAddr, SocketAddr};
 
 use iptables_init::marks::Marks;
@@ -14,7 +14,7 @@ use super::Flow;
 const TCP: u8 = 6;
 const RST: u8 = 0b100;
 
-/// Raw sockets for these resets; none without `CAP_NET_RAW`, and then the kernel forgets by itself, later.
+/// Raw sockets for these resets; none without `CAP_NET_RAW`: then the handshake times out.
 #[derive(Default)]
 pub(super) struct Handshakes {
     v4: Option<Socket>,
@@ -36,8 +36,8 @@ impl Handshakes {
         }
     }
 
-    /// Takes the handshake of this connection's client out of the backlog. What the client has completed meanwhile
-    /// is reset.
+    /// Removes the handshake of this connection's client from the backlog. If the client has completed it meanwhile,
+    /// the connection is reset.
     pub(super) fn forget(&self, flow: &Flow) {
         let (client, server) = (flow.key.client, flow.key.server);
         let socket = match client {
@@ -47,14 +47,14 @@ impl Handshakes {
         if let Some(socket) = socket
             && let Some(packet) = reset(client, server, flow.sequence.wrapping_add(1))
         {
-            // A raw socket takes no port. If it is not sent, the kernel forgets by itself, later.
+            // A raw socket has no port. If sending fails, the handshake times out.
             let to = SocketAddr::new(server.ip(), 0);
             let _ = socket.send_to(&packet, &to.into());
         }
     }
 }
 
-/// A reset from `client` (RFC 9293, 3.1) within its IP header; none between two families.
+/// A reset from `client` (RFC 9293, 3.1) with its IP header; none if the families differ.
 fn reset(client: SocketAddr, server: SocketAddr, sequence: u32) -> Option<Vec<u8>> {
     let mut segment = [0; 20];
     segment[..2].copy_from_slice(&client.port().to_be_bytes());
@@ -81,7 +81,7 @@ fn reset(client: SocketAddr, server: SocketAddr, sequence: u32) -> Option<Vec<u8
     Some(packet)
 }
 
-/// Of a segment of 20 bytes with its pseudo header (RFC 1071).
+/// The checksum of a segment of 20 bytes with its pseudo header (RFC 1071).
 fn checksum(ends: &[u8], segment: &[u8; 20]) -> [u8; 2] {
     let pseudo = [0, TCP, 0, 20];
     let words = ends

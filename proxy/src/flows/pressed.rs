@@ -1,10 +1,10 @@
-//! Streams whose receivers do not keep up: found, measured and ended from outside of their relay.
+//! Finds and ends streams with unread bytes from outside of their relay.
 use std::sync::Arc;
 
 use super::{Flow, Flows, Legs};
 
 impl Flows {
-    /// Every stream of which a direction presses, or whose buffers are reduced, in no order.
+    /// Every stream with a busy direction or with reduced buffers, in no order.
     pub(crate) fn pressed(&self) -> Vec<Arc<Flow>> {
         let pressed = self.by_key.iter().filter(|flow| flow.holding.is_pressed());
         pressed.map(|flow| Arc::clone(&flow)).collect()
@@ -17,7 +17,7 @@ impl Flow {
         self.stage().legs()
     }
 
-    /// Ends it for what its receivers leave unread.
+    /// Ends it because of its unread bytes.
     pub(crate) fn give_way(&self) {
         self.holding.gives_way();
         self.cut();

@@ -9,7 +9,7 @@ use crate::limits::Place;
 
 use crate::sys;
 
-/// The place of a connection among the half-open ones; whoever needs it finds the connection by its value.
+/// The place of a connection among the half-open ones; its value leads to the connection.
 pub(crate) type HalfOpen = Place<Weak<Flow>>;
 
 /// How far a connection has come.
@@ -57,8 +57,8 @@ impl Stage {
     }
 }
 
-/// A connection to the server, and the worker whose reactor watches it. Dropped, it is reset: the server must not take
-/// its end for that of a complete stream.
+/// A connection to the server, and the worker whose reactor watches it. Dropping it resets the connection, since a FIN
+/// would make the stream look complete to the server.
 #[derive(Debug)]
 pub(crate) struct Upstream {
     pub(crate) stream: TcpStream,
@@ -72,7 +72,7 @@ pub(crate) struct Legs {
 }
 
 impl Legs {
-    /// Where a direction comes from, and where it goes: 0 is that to the server, 1 that to the client.
+    /// The sockets that a direction reads from and writes to: 0 is the direction to the server, 1 that to the client.
     pub(crate) fn of(&self, direction: usize) -> [&TcpStream; 2] {
         match direction {
             0 => [&self.client, &self.server],
@@ -88,7 +88,7 @@ impl Legs {
         }
     }
 
-    /// Whether the kernel still has the client's connection: a SYN between its ends comes to this very socket.
+    /// Whether the kernel still has the client's connection, so that a SYN between its ends reaches this socket.
     pub(super) fn has_client(&self) -> bool {
         // ENOTCONN after a reset, from either side.
         self.client.peer_addr().is_ok()

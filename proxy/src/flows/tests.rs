@@ -49,7 +49,7 @@ async fn stream_and_peer() -> (TcpStream, TcpStream) {
     let stream = TcpStream::connect(listener.local_addr().unwrap());
     let (stream, peer) = tokio::join!(stream, listener.accept());
     let stream = stream.unwrap();
-    // As each leg is made.
+    // Legs are created like this.
     reset_when_closed(&stream).unwrap();
     (stream, peer.unwrap().0)
 }

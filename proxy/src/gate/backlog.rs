@@ -1,32 +1,32 @@
-//! Packets that have come to the gate and wait for their turn: one of each user in turn, so that one user's flood
-//! delays its own packets and not those of others.
+//! First packets that wait for their turn. The gate decides one packet of each user in turn, so that a flood delays the
+//! packets of its own user only.
 //!
-//! The kernel's queue is first come, first served. So it is emptied into this one, which costs little for each packet
-//! beside what deciding it can cost: a connection to its server.
+//! The kernel's queue is first come, first served, so it is emptied into this one. That costs little compared with a
+//! decision, which can start a connection to the server.
 use std::collections::{HashMap, VecDeque};
 
 use crate::limits::Source;
 
-/// Packets of one user that may wait here, and no more than there is room for in all: the kernel has a place in its
-/// queue for each until it is decided. A client that sends thousands of first packets at once loses none.
+/// Packets of one user that may wait here, and never more than are still free: each keeps its place in the kernel's
+/// queue until it is decided. A client that sends thousands of first packets at once loses none.
 const OF_USER: usize = 4096;
-/// Of these, long ones, of which the kernel keeps all.
+/// Long packets among these; the kernel keeps whole packets.
 const LONG_OF_USER: usize = 64;
 /// Packets that may wait here in all.
 const ROOM: usize = 8192;
 
-/// Who waits: a pod of this node by what it sends; else the one who is asked, since whoever sends to it may do so
-/// in any number of names.
+/// The user that a packet counts against: its source if that is a pod of this node, else its destination, since a
+/// sender outside can use any number of source addresses.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum User {
     Asks(Source),
     Asked(Source),
 }
 
-/// What waits, by user.
+/// The waiting packets, by user.
 pub(super) struct Backlog<T> {
     waiting: HashMap<User, VecDeque<T>, ahash::RandomState>,
-    /// Users of whom something waits, in the order of their turns.
+    /// Users with waiting packets, in the order of their turns.
     turns: VecDeque<User>,
     len: usize,
 }
@@ -47,7 +47,7 @@ impl<T> Backlog<T> {
     /// Adds a packet behind all of the same user.
     ///
     /// # Errors
-    /// The same packet, if as many of the user as may wait already, or as there is still room for.
+    /// The same packet, if the user already has as many waiting packets as it may have, or as are still free.
     pub(super) fn push(&mut self, user: User, value: T, is_long: bool) -> Result<(), T> {
         let free = ROOM - self.len;
         let most = if is_long { LONG_OF_USER } else { OF_USER }.min(free);
@@ -63,7 +63,7 @@ impl<T> Backlog<T> {
         Ok(())
     }
 
-    /// Takes out what is next, of the user whose turn it is.
+    /// Takes out the next packet of the user whose turn it is.
     pub(super) fn pop(&mut self) -> Option<T> {
         let user = self.turns.pop_front()?;
         let waiting = self.waiting.get_mut(&user)?;
@@ -86,7 +86,7 @@ mod tests {
         User::Asks(Source::Outside([10, 0, 0, last].into()))
     }
 
-    /// Adds short packets of a user until one is refused; how many were taken.
+    /// Adds short packets of a user until one is refused. Returns how many were accepted.
     fn fill(backlog: &mut Backlog<usize>, last: u8) -> usize {
         let pushed = (0..).map(|value| backlog.push(user(last), value, false));
         pushed.take_while(Result::is_ok).count()

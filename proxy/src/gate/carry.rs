@@ -18,8 +18,8 @@ use crate::metrics::Cause;
 use crate::records::Subject;
 
 impl Gate {
-    /// Decides a packet at once, or holds it until both its ends are known, unless it is long or its source holds
-    /// many.
+    /// Decides a packet at once, or holds it until both its ends are known, unless it is long or its source has used up
+    /// its share.
     pub(super) fn flow(self: &Rc<Self>, id: PacketId, length: usize, packet: FlowId) {
         let arrived = Instant::now();
         if self.settle(id, &packet, arrived) {

@@ -57,7 +57,7 @@ pub(crate) struct Queued<'a> {
     pub(crate) mark: u32,
     /// The packet from its IP header on, cut to what was copied.
     pub(crate) payload: &'a [u8],
-    /// Bytes of all of it.
+    /// Length of the whole packet in bytes.
     pub(crate) length: usize,
 }
 
@@ -129,7 +129,8 @@ impl Queue {
         Ok((self.number, self.socket.get_ref().try_clone()?))
     }
 
-    /// Waits until there may be a packet, then hands out up to `most` of them. Returns how many calls brought some.
+    /// Waits until there may be a packet, then calls `each` for the packets of up to `most` messages. Returns how many
+    /// messages there were.
     ///
     /// # Errors
     /// What `recv` answers; the queue is of no use then.
@@ -147,8 +148,8 @@ impl Queue {
         Ok(came)
     }
 
-    /// Hands out up to `most` packets that are there. Returns how many calls brought some: fewer than `most` if
-    /// there are no more.
+    /// Calls `each` for the packets of up to `most` messages that are there. Returns how many messages there were:
+    /// fewer than `most` if there are no more.
     ///
     /// # Errors
     /// What `recv` answers; the queue is of no use then.
@@ -280,7 +281,7 @@ fn queued<'a>(message: &Message<'a>) -> Option<Queued<'a>> {
                 mark = netlink::chunk(attribute.value, 0).map_or(0, u32::from_be_bytes);
             }
             NFQA_PAYLOAD => payload = attribute.value,
-            // Only if the payload is cut.
+            // Present only if the payload is truncated.
             NFQA_CAP_LEN => whole = netlink::chunk(attribute.value, 0).map(u32::from_be_bytes),
             _ => {}
         }

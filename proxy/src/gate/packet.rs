@@ -23,8 +23,8 @@ pub(crate) enum Packet {
     /// In the original direction of a flow that the kernel carries once it is allowed: UDP, SCTP,
     /// ICMP, another protocol, or TCP that ran before.
     Flow(FlowId),
-    /// TCP that begins nothing and belongs to nothing, too little of a packet to judge it, or a source that is
-    /// nobody's beyond its link.
+    /// A TCP segment that is neither a SYN nor part of a connection, a packet too short to judge, or a link-local
+    /// source.
     Odd,
     /// Not an IP packet that we can read.
     Unreadable,
@@ -67,7 +67,7 @@ impl Packet {
         else {
             return Self::Unreadable;
         };
-        // It says nothing of who sent it beyond its link, where it cannot be answered either.
+        // Beyond its link it identifies no sender, and cannot be answered.
         if is_link_local(from) {
             return Self::Odd;
         }
@@ -117,8 +117,8 @@ impl Packet {
     }
 }
 
-/// Whether it is an IPv6 address of one link (RFC 4291, section 2.5.6). Those of IPv4 do go beyond theirs: some
-/// networks give them to pods.
+/// Whether it is a link-local IPv6 address (RFC 4291, section 2.5.6). Link-local IPv4 addresses are not meant: some
+/// networks give them to pods and route them.
 fn is_link_local(address: IpAddr) -> bool {
     matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }

@@ -1,4 +1,4 @@
-//! Decides packets of which many wait: users take turns, and so do the gate and all else that its thread does.
+//! Decides packets while many wait: users take turns, and the gate takes turns with the other tasks of its thread.
 use std::io;
 use std::rc::Rc;
 
@@ -9,16 +9,15 @@ use super::{Came, Gate};
 use crate::limits::LONGEST_WAITING;
 use crate::metrics::Cause;
 
-/// Packets taken from the kernel's queue at once if many wait there.
+/// Messages that are read from the kernel's queue at once.
 const BATCH: usize = 128;
 
-/// Packets decided before the kernel's queue is looked at again: each may begin a connection, and who has come
-/// meanwhile waits for as many.
+/// Packets that are decided before the kernel's queue is read again: each can start a connection, and new packets wait
+/// for as many decisions.
 const AT_ONCE: usize = 4;
 
 impl Gate {
-    /// Decides packets of which many wait, one of each user in turn, until few do. Listener and relays have their
-    /// turn meanwhile.
+    /// Decides one packet of each user in turn until none waits. Listener and relays get their turns meanwhile.
     pub(super) async fn serve_in_turns(self: &Rc<Self>, buffer: &mut [u8]) -> io::Result<()> {
         let mut backlog = Backlog::new();
         loop {

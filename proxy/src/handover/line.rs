@@ -20,9 +20,9 @@ pub(super) const LONGEST: usize = 64 << 10;
 #[derive(Debug)]
 pub(super) struct Line {
     socket: OwnedFd,
-    /// For each message.
+    /// The time limit for each message.
     within: Duration,
-    /// For all of them.
+    /// The deadline for all messages.
     until: Instant,
     buffer: Vec<u8>,
 }
@@ -36,7 +36,7 @@ pub(super) struct Heard<'a> {
 }
 
 impl Line {
-    /// Takes a socket whose other end belongs to `user`; each message is due `within` so long.
+    /// Takes a socket whose other end belongs to `user`; each message is due `within` this time.
     ///
     /// # Errors
     /// [`HandoverError::Stranger`] if it belongs to somebody else.
@@ -53,14 +53,14 @@ impl Line {
         })
     }
 
-    /// Waits so long for each message from now on.
+    /// Sets the time limit for each further message.
     pub(super) fn wait(&mut self, within: Duration) {
         self.within = within;
     }
 
-    /// Has nothing arrive any more; what has arrived can still be received.
+    /// Lets no further message arrive; those that have arrived can still be received.
     pub(super) fn break_off(&self) {
-        // It fails only if the other end is gone, from which nothing comes either.
+        // It fails only if the other end is gone, and then nothing arrives either.
         let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
     }
 

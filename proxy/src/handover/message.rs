@@ -1,5 +1,5 @@
-//! What two daemons say to each other, and in which order. JSON, a message each; the bytes that were in
-//! flight follow their connection as they are, but for those in pipes, which come with it.
+//! What two daemons say to each other, and in which order. JSON, a message each; the bytes that were in flight follow
+//! their connection as they are; pipes come with the connection as descriptors.
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,8 @@ use super::line::{Heard, LONGEST, Line};
 use super::{Connection, Estate, HandoverError, Seat, Told};
 use crate::relay::{Left, Unread};
 
-/// Bytes that a direction can have in flight outside of a pipe: a full buffer, and room for larger ones.
+/// Bytes that a direction can have in flight outside of a pipe, at most: more than a full buffer, so that buffers can
+/// grow later.
 const MOST_IN_FLIGHT: usize = 4 << 20;
 
 /// The running daemon's answer to [`super::Terms`]. Whatever the format, this much is understood.
@@ -34,7 +35,7 @@ pub(super) struct Reply {
 enum Part {
     /// With a queue of this number, and a listener.
     Seat { queue: u16 },
-    /// With the socket towards the server, that towards the client if it has one, and the pipes. Bytes follow, a
+    /// With the socket to the server, the one to the client if there is one, and the pipes. The bytes follow, one
     /// direction after the other.
     Connection {
         told: Box<Told>,
@@ -45,16 +46,16 @@ enum Part {
     End { connections: usize },
 }
 
-/// What is in flight in one direction.
+/// The bytes in flight in one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Load {
-    /// In messages that follow.
+    /// Bytes in the messages that follow.
     bytes: usize,
-    /// In a pipe, none if it is 0.
+    /// Bytes in a pipe; 0 if there is none.
     piped: usize,
 }
 
-/// The new daemon has everything, and goes on with it from now on.
+/// The new daemon has received everything, and begins.
 #[derive(Debug, Serialize, Deserialize)]
 struct Begun {
     connections: usize,
@@ -76,11 +77,11 @@ impl Line {
         self.say(&Begun { connections })
     }
 
-    /// Hands all over, as many `connections` as can be within that time, the first ones first, and waits so long until
-    /// the other end says that it has `begun`. Returns how many they were.
+    /// Hands over the queues, and connections in their order until the time for `connections` is over. Then waits until
+    /// the other end says that it has `begun`. Returns how many connections were handed over.
     ///
     /// # Errors
-    /// Why the other end does not: it will not either.
+    /// Why the other end does not begin; it will not begin later either.
     pub(super) fn give(
         &mut self,
         estate: &Estate,
@@ -89,7 +90,7 @@ impl Line {
         let given = self.give_all(estate, connections)?;
         self.wait(begun);
         let begun = self.hear::<Begun>().or_else(|error| {
-            // In the very last moment it may have said so. After this it cannot any more.
+            // The message may have arrived at the last moment. After this none can arrive.
             self.break_off();
             self.hear().map_err(|_| error)
         });
@@ -141,8 +142,8 @@ impl Line {
         chunks.try_for_each(|chunk| self.send(chunk, &[]))
     }
 
-    /// Takes all over, and puts it into `estate` piece by piece. A connection whose descriptors this process has no room for is
-    /// left out.
+    /// Receives everything into `estate`, piece by piece. Leaves out a connection if this process has no room for its
+    /// descriptors.
     pub(super) fn take(&mut self, estate: &mut Estate) -> Result<(), HandoverError> {
         let mut told_of = 0;
         loop {
@@ -207,7 +208,7 @@ impl Line {
     }
 }
 
-/// Puts a connection together again.
+/// Rebuilds a connection from its parts.
 fn connection(
     told: Told,
     client: bool,

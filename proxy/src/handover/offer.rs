@@ -33,7 +33,7 @@ pub(crate) struct Successor {
     suited: bool,
 }
 
-/// What came of a handover.
+/// The result of a handover.
 #[derive(Debug)]
 pub(crate) struct Given {
     /// Whether the other end could use it.
@@ -42,11 +42,11 @@ pub(crate) struct Given {
     pub(crate) connections: usize,
     /// Bytes in flight on these.
     pub(crate) in_flight: usize,
-    /// Connections that were not, and were reset.
+    /// Connections that were not handed over, and were reset.
     pub(crate) reset: usize,
 }
 
-/// All that was to be handed over, still whole, and why it was not.
+/// Everything that was not handed over, still complete, and the reason.
 #[derive(Debug)]
 pub(crate) struct Kept {
     pub(crate) estate: Estate,
@@ -134,11 +134,11 @@ impl Successor {
         }
     }
 
-    /// Hands over as many connections as can be in time, and resets the others; all of them if the other end cannot
-    /// use what it would get. What costs least goes first. Blocks.
+    /// Hands over as many connections as the time allows, the least expensive first, and resets the rest; resets all if
+    /// the other end cannot use them. Blocks.
     ///
     /// # Errors
-    /// If the other end does not go on with it: then this daemon has to, and can.
+    /// If the other end does not go on with it: then this daemon can, and must.
     pub(crate) fn give(mut self, mut estate: Estate) -> Result<Given, Box<Kept>> {
         let all = estate.connections.len();
         if !self.suited {
@@ -158,7 +158,7 @@ impl Successor {
             Ok(connections) => {
                 let reset = estate.connections.split_off(connections);
                 let in_flight = estate.in_flight();
-                // They live on as copies.
+                // The other daemon has copies of them.
                 drop(estate.take_connections());
                 estate.connections = reset;
                 Ok(Given {
@@ -214,12 +214,12 @@ pub(crate) fn is_offered(path: &Path) -> bool {
     connected(path).is_ok_and(|socket| socket.is_some())
 }
 
-/// Takes over from the daemon that waits at `path`, if there is one. Blocks, for seconds at most. Of another
-/// format, or with other settings, all it can give is its place. It goes on itself until [`Estate::begin`] says that this
-/// daemon does.
+/// Takes over from the daemon that waits at `path`, if there is one. Blocks, for seconds at most. A daemon with another
+/// format or other settings hands over no connection. The other daemon goes on itself until [`Estate::begin`] says that
+/// this daemon begins.
 ///
 /// # Errors
-/// Why it did not hand over; [`HandoverError::BrokenOff`] if it had stopped its work by then.
+/// Why it did not hand over; [`HandoverError::BrokenOff`] if it had already stopped its work.
 pub(crate) fn take_over(path: &Path, terms: &Terms) -> Result<Option<Estate>, HandoverError> {
     let Some(socket) = connected(path)? else {
         return Ok(None);

@@ -21,7 +21,7 @@ pub(crate) struct Connections {
 
 type Counts<K> = DashMap<K, usize, ahash::RandomState>;
 
-/// What a namespace may have for each one that is still free: three quarters of all, if it is alone on the node.
+/// Connections of a namespace for each one that is still free: three quarters of all if it is alone on the node.
 const OF_NAMESPACE: usize = 3;
 
 /// The right to one connection; dropped, it is given back.
@@ -29,7 +29,7 @@ pub(crate) struct Permit {
     connections: Arc<Connections>,
     source: Source,
     server: Source,
-    /// Of both ends, each once.
+    /// The namespaces of both ends, each once.
     namespaces: [Option<Arc<str>>; 2],
 }
 
@@ -46,19 +46,19 @@ impl Connections {
         })
     }
 
-    /// Counts one more connection. A source may have no more than are still free: one alone half of all, two a third
-    /// each; so there is always some left for those who have none yet. So may a server, since who attacks one may
-    /// have any number of sources, and a namespace, which may have any number of pods, three times as many.
+    /// Counts one more connection. A source may have as many as are still free: half of all if alone, a third each if
+    /// two; so some are always left for sources that have none yet. The same holds for a server, since an attacker can
+    /// have any number of sources. A namespace, which can have any number of pods, may have three times as many.
     ///
     /// # Errors
-    /// Which bound stands against it.
+    /// The bound that is met.
     pub(crate) fn permit(self: &Arc<Self>, client: Party, server: Party) -> Result<Permit, Full> {
         let used = self.used.load(Ordering::Relaxed);
         let free = self.total.saturating_sub(used);
         if free == 0 {
             return Err(Full::Node);
         }
-        // Counted first, so that what is refused is given back as any other.
+        // It is counted first, so that dropping a refused permit gives it back like any other.
         let permit = self.take_over(client, server);
         if count(&self.sources, &permit.source) > self.per_source.min(free) {
             return Err(Full::Source);
@@ -73,7 +73,7 @@ impl Connections {
         Ok(permit)
     }
 
-    /// Counts a connection that stands, whatever the bounds.
+    /// Counts a connection that is live already, regardless of the bounds.
     pub(crate) fn take_over(self: &Arc<Self>, client: Party, server: Party) -> Permit {
         self.used.fetch_add(1, Ordering::Relaxed);
         let other = server
@@ -155,7 +155,7 @@ mod tests {
         }
     }
 
-    /// Permits for as many connections of a source as it gets.
+    /// As many permits as a source gets.
     fn all_of(connections: &Arc<Connections>, last: u8) -> Vec<Permit> {
         std::iter::from_fn(|| connections.permit(source(last), server(last)).ok()).collect()
     }
@@ -175,7 +175,7 @@ mod tests {
     fn greedy_sources_leave_as_much_as_each_has() {
         for greedy in 1..10 {
             let connections = Connections::new(usize::MAX, 1000);
-            // In turns, as they would come: the first would have half otherwise.
+            // In turns, as connections arrive; otherwise the first source would get half.
             let mut held = Vec::new();
             while (1..=greedy)
                 .map(|last| {

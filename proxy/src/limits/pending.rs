@@ -1,9 +1,9 @@
-//! What is pending: entered by one source towards another, in the order in which it came, and bounded in all.
-//! At the bound the oldest entry of the biggest user gives way.
+//! A bounded list of pending entries, each from one source to another, in the order of their arrival. At the bound the
+//! oldest entry of the biggest user makes room.
 //!
-//! A user is a source in one of two roles, since each can be the one that an attack has in common: one pod that
-//! asks many, or many forged sources that ask one pod. Every operation takes a constant time: users of the same
-//! number of entries are on one list, entries of a user on another. Knows no connection.
+//! A user is a source in one of two roles, asking or asked, since an attack can be one pod that asks many, or many
+//! forged sources that ask one pod. Every operation takes constant time: users with the same number of entries are on
+//! one list, the entries of a user on another. Knows no connection.
 mod slab;
 
 use std::collections::HashMap;
@@ -13,55 +13,56 @@ use std::time::{Duration, Instant};
 use super::Source;
 use slab::Slab;
 
-/// In place of an index.
+/// Stands for no index.
 const NONE: u32 = u32::MAX;
 
-/// Entries of the biggest user that may give way to other entries of its own within [`WINDOW`]. Each costs a
-/// connection: without a bound, a flood would take the time of the core that all share.
+/// Entries of the biggest user that may be replaced by its own newer ones within [`WINDOW`]. Each replacement costs a
+/// connection: without this bound, a flood would use up the time of the core that all share.
 const RENEWED: u32 = 200;
 const WINDOW: Duration = Duration::from_millis(100);
 
 /// Entries, each with a value by which it can be ended.
 pub(crate) struct Pending<T> {
-    /// Of one source that is refused beyond it.
+    /// Entries of one bound source.
     per_source: usize,
     /// In all.
     room: usize,
     state: Mutex<State<T>>,
 }
 
-/// A place among what is pending; dropped, it is given back.
+/// A place in the list; given back when dropped.
 pub(crate) struct Place<T> {
     pending: Arc<Pending<T>>,
     entry: u32,
     number: u64,
 }
 
-/// The share of who asks is used up, or that of who is asked is renewed too often.
+/// The share of the asking source is used up, or the biggest user replaces its own entries too often.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ShareUsedUp;
 
-/// Who asks.
+/// The source of an entry.
 #[derive(Clone, Debug)]
 pub(crate) struct Asking {
     pub(crate) source: Source,
-    /// Whether it is refused beyond its share: a pod of this node, in whose name nobody else sends. In the name of
-    /// others anybody may, who would shut them out: of theirs the oldest give way.
+    /// Whether it is refused beyond its share. It is if it is a pod of this node, since nobody else can send from its
+    /// address. Other addresses can be forged, and refusing them would shut out their owners: their oldest entries make
+    /// room instead.
     pub(crate) is_bound: bool,
 }
 
 struct State<T> {
-    /// How many came so far.
+    /// The number of entries so far.
     number: u64,
     len: usize,
     by_name: HashMap<(Role, Source), u32, ahash::RandomState>,
     users: Slab<User>,
     entries: Slab<Entry<T>>,
-    /// Users with so many entries; the index is the number.
+    /// Lists of users by their number of entries, which is the index.
     by_count: Vec<List>,
     /// The highest number of entries of a user.
     biggest: usize,
-    /// How many of the biggest user gave way to its own, and since when.
+    /// How many entries of the biggest user were replaced by its own, and since when that is counted.
     renewed: (Instant, u32),
 }
 
@@ -108,7 +109,7 @@ const UNLINKED: Link = Link {
 };
 
 impl<T> Pending<T> {
-    /// Nothing yet, with room for so many of one source and in all.
+    /// An empty list with room for this many entries of one bound source, and in all.
     pub(crate) fn new(per_source: usize, room: usize) -> Arc<Self> {
         Arc::new(Self {
             per_source,
@@ -117,11 +118,11 @@ impl<T> Pending<T> {
         })
     }
 
-    /// Enters `value`. Returns its place, and the value that had to give way for it: it has no place any more.
+    /// Enters `value`. Returns its place, and the value that had to make room for it and has lost its place.
     ///
     /// # Errors
-    /// If `asking` has as many as it may have, or if all is in use and the newcomer belongs to the biggest user, of
-    /// which 2,000 a second have given way already.
+    /// If `asking` has used up its share, or if the list is full and the new entry belongs to the biggest user, which
+    /// has already replaced 2,000 entries a second.
     pub(crate) fn enter(
         self: &Arc<Self>,
         asking: Asking,
@@ -148,7 +149,7 @@ impl<T> Pending<T> {
         Ok((place, gave_way))
     }
 
-    /// How many there are.
+    /// The number of entries.
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.state().len
@@ -163,7 +164,7 @@ impl<T> Drop for Place<T> {
     fn drop(&mut self) {
         let mut state = self.pending.state();
         let mine = state.entries.get(self.entry);
-        // It may have given way, and the index may be another's by now.
+        // It may have made room, and another entry may have its index by now.
         if mine.is_some_and(|entry| entry.number == self.number) {
             let value = state.remove(self.entry);
             drop(state);
@@ -186,8 +187,8 @@ impl<T> State<T> {
         }
     }
 
-    /// If all is in use, who has half of what the biggest has gets no more: it is cheaper to refuse than to have
-    /// the big ones push each other out.
+    /// If the list is full, a source that has half as many entries as the biggest user gets no more: refusing is
+    /// cheaper than letting big users displace each other.
     fn share_is_used_up(&self, source: &Source, most: usize, full: bool) -> bool {
         let user = self.by_name.get(&(Role::Asks, source.clone()));
         let count = user
@@ -256,7 +257,7 @@ impl<T> State<T> {
         self.entries.remove(at).value
     }
 
-    /// The index of a user, which is made if it has no entry yet.
+    /// The index of a user, which is created if it has no entry yet.
     fn user(&mut self, name: (Role, Source)) -> u32 {
         let users = &mut self.users;
         *self.by_name.entry(name).or_insert_with_key(|name| {
@@ -269,7 +270,7 @@ impl<T> State<T> {
         })
     }
 
-    /// Moves a user to the list of those with `count` entries; without any it is on none.
+    /// Moves a user to the list of users with `count` entries; with 0 it is on none.
     fn recount(&mut self, user: u32, count: usize) {
         let before = std::mem::replace(&mut self.users[user].count, count);
         if before > 0 {
@@ -282,14 +283,14 @@ impl<T> State<T> {
             self.by_count[count].append(user, &mut self.users);
         }
         self.biggest = self.biggest.max(count);
-        // A number changes by one: who was the only biggest one has one less now.
+        // Counts change by one: if the only biggest user has left its list, it now has one entry less.
         if self.biggest == before && self.by_count[before].first == NONE {
             self.biggest = count;
         }
     }
 }
 
-/// Where the values of a list have their links.
+/// Gives access to the links of a list's values.
 trait Linked {
     fn link(&mut self, at: u32) -> &mut Link;
 }

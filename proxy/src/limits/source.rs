@@ -1,19 +1,19 @@
-//! Whose share a packet counts against.
+//! The source whose share a packet counts against.
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
 use controller::Holder;
 use policy::Endpoint;
 
-/// One user of what all share. A pod is one source, however many addresses it has.
+/// A user of common resources. A pod is one source, however many addresses it has.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Source {
-    /// A pod of any node, by uid; by namespace and name where manifests have no uid.
+    /// A pod of any node, by uid, or by namespace and name where manifests have no uid.
     Pod(Arc<str>),
-    /// A node's address, or one in the cluster's CIDRs of which nobody has said yet whose it is.
+    /// A node's address, or an unknown one in the cluster's CIDRs.
     Address(IpAddr),
-    /// Outside of the cluster: an IPv4 address, or the first address of a /64. Whoever has one address of a
-    /// /64 commonly has all (RFC 6177).
+    /// Outside of the cluster: an IPv4 address, or the first address of an IPv6 /64, since one host commonly has a
+    /// whole /64 (RFC 6177).
     Outside(IpAddr),
 }
 
@@ -47,7 +47,7 @@ impl Source {
         }
     }
 
-    /// The user behind `address` by a decision, which knows the pod there or nobody.
+    /// The user behind `address` by a decision, which names the pod there, if any.
     pub(crate) fn behind(pod: Option<&Endpoint>, address: IpAddr) -> Self {
         match (pod, address) {
             (Some(pod), _) => Self::of(pod),
@@ -56,7 +56,7 @@ impl Source {
         }
     }
 
-    /// The user that this pod is.
+    /// The source of this pod.
     pub(crate) fn of(pod: &Endpoint) -> Self {
         let identity = &pod.identity;
         Self::Pod(match &*identity.uid {

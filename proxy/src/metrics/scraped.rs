@@ -105,7 +105,7 @@ impl Scraped {
         all
     }
 
-    /// What is known of the cluster's state.
+    /// The gauges of the cluster's state.
     fn register_state(&self, registry: &mut Registry) {
         registry.register(
             "table_generation",

@@ -1,7 +1,7 @@
 //! Records as JSON lines, for use without a collector (`--trace-file`).
 //!
-//! A slow or full disk costs records, which are counted, and never delays a packet. What cannot be written waits and
-//! is tried again; whatever happens, the file ends at a whole line.
+//! A slow or full disk costs records, which are counted, and never delays a packet. Records that cannot be written wait
+//! for the next attempt. An incomplete last line is removed, or ended before the next record.
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -16,15 +16,15 @@ const WAITING: usize = 16_384;
 const BATCH: usize = 512;
 /// How long a record waits for others to be written with it.
 const LINGER: Duration = Duration::from_millis(5);
-/// How soon what could not be written is tried again.
+/// The pause after a failed write.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Where lines go.
 trait Target: Write + Send {
-    /// Takes back the last `bytes` that were written.
+    /// Removes the last `bytes` that were written.
     ///
     /// # Errors
-    /// If there is more behind them, or it cannot be done.
+    /// If other data follow them, or the target does not support it.
     fn take_back(&mut self, bytes: u64) -> io::Result<()>;
 }
 
@@ -50,14 +50,14 @@ impl Target for io::Stdout {
 pub(super) struct Trouble(Arc<Mutex<Option<(SystemTime, String)>>>);
 
 impl Trouble {
-    /// One line for people.
+    /// A line for `/readyz`.
     pub(super) fn note(&self) -> Option<String> {
         let trouble = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (since, what) = trouble.as_ref()?;
         Some(format!("{what} (since {})", timestamp(*since)))
     }
 
-    /// Whether that is another state than before: well, or not.
+    /// Sets the trouble. Returns whether it has begun or ended with this.
     fn set(&self, what: Option<String>) -> bool {
         let mut trouble = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if trouble.is_some() == what.is_some() {
@@ -93,7 +93,7 @@ pub(super) fn open(path: &Path, node: Arc<str>) -> io::Result<(Sink, Trouble)> {
     Ok((sink, trouble))
 }
 
-/// Whether the last line of a file has no end, as one that was written when the power went.
+/// Whether the last line of a file has no end, for example after a power failure.
 fn is_torn(path: &Path) -> io::Result<bool> {
     let mut file = File::open(path)?;
     if !file.metadata()?.is_file() || file.seek(SeekFrom::End(0))? == 0 {
@@ -108,14 +108,14 @@ fn is_torn(path: &Path) -> io::Result<bool> {
 /// Writes whole lines.
 struct Lines {
     target: Box<dyn Target>,
-    /// The last line has no end and could not be taken back: the next begins with one.
+    /// The last line has no end and could not be removed: a line end has to come before the next record.
     torn: bool,
     path: PathBuf,
     trouble: Trouble,
 }
 
 impl Lines {
-    /// Writes until there is nothing more to come.
+    /// Writes until the queue is closed and empty.
     fn write_all(&mut self, queue: &Queue<Arc<Record>>, node: &str) {
         let mut records = Vec::new();
         while queue.take(&mut records, LINGER, None) {
@@ -154,7 +154,7 @@ impl Lines {
         }
     }
 
-    /// Appends lines, and takes from `rest` those that are whole in the file.
+    /// Appends lines, and removes from `rest` those that are complete in the file.
     fn append(&mut self, rest: &mut &[u8]) -> io::Result<()> {
         if self.torn {
             self.target.write_all(b"\n")?;
@@ -169,7 +169,7 @@ impl Lines {
         result
     }
 
-    /// How many bytes were written, and what kept the others back.
+    /// Returns how many bytes were written, and the error that stopped the rest.
     fn write(&mut self, bytes: &[u8]) -> (usize, io::Result<()>) {
         let mut written = 0;
         while written < bytes.len() {

@@ -54,12 +54,12 @@ impl<T> Queue<T> {
         }
     }
 
-    /// Counts entries as lost that were taken and are of no use.
+    /// Counts entries that were taken and could not be used as lost.
     pub(crate) fn lose(&self, entries: u64) {
         self.lost.fetch_add(entries, Ordering::Relaxed);
     }
 
-    /// Whether it is closed, or will be before `time` is over.
+    /// Waits for `time` at most, and returns whether the queue is closed.
     pub(crate) fn closes_within(&self, time: Duration) -> bool {
         let deadline = Instant::now() + time;
         let mut waiting = self.waiting();

@@ -28,7 +28,7 @@ pub(super) struct Lent<'a> {
     passing: &'a Passing,
 }
 
-/// What a direction that was stopped has taken and not given: the bytes first, then what is in the pipe.
+/// The bytes that a stopped direction has read and not written: first these, then those in the pipe.
 #[derive(Debug, Default)]
 pub(crate) struct Left {
     pub(crate) bytes: Vec<u8>,
@@ -36,7 +36,7 @@ pub(crate) struct Left {
 }
 
 impl Left {
-    /// How many bytes it is in all.
+    /// The number of bytes in all.
     pub(crate) fn len(&self) -> usize {
         self.bytes.len() + self.pipe.as_ref().map_or(0, |pipe| pipe.bytes)
     }
@@ -69,7 +69,7 @@ impl Passing {
         }
     }
 
-    /// The pipe that another relay has filled, if one has.
+    /// The pipe that another relay has filled, if any.
     pub(super) fn kept(&self) -> Option<Lent<'_>> {
         let pipe = self.pipe.borrow().clone()?;
         Some(Lent {

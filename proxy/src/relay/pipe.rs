@@ -19,10 +19,10 @@ thread_local! {
     static POOL: RefCell<Vec<Rc<Ends>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// How many more there may be: their descriptors must not be those that connections count on.
+/// How many more pipes there may be: they must not use up the descriptors of connections.
 static LEFT: AtomicUsize = AtomicUsize::new(usize::MAX);
 
-/// Says how many pipes there may be in all; to be called before the first is made.
+/// Sets how many pipes there may be in all; to be called before the first is created.
 pub(crate) fn allow_pipes(most: usize) {
     LEFT.store(most, Ordering::Relaxed);
 }
@@ -42,7 +42,7 @@ struct Ends {
     _room: Option<Room>,
 }
 
-/// One of the pipes that there may be; dropped, it is given back.
+/// The right to one pipe; released when dropped.
 struct Room;
 
 impl Room {
@@ -70,7 +70,7 @@ impl Pipe {
     /// Takes a pipe from the pool or makes one.
     ///
     /// # Errors
-    /// `EMFILE` or `ENFILE` if there are no descriptors left, or as many pipes as there may be.
+    /// `EMFILE` or `ENFILE` if there are no descriptors left, or as many pipes as allowed.
     pub(super) fn take() -> io::Result<Self> {
         let ends = match POOL.with_borrow_mut(Vec::pop) {
             Some(ends) => ends,
@@ -82,7 +82,7 @@ impl Pipe {
         })
     }
 
-    /// Moves what `source` has ready into the pipe, so much at most; 0 means that it has ended.
+    /// Moves the bytes that `source` has ready into the pipe, up to a limit; 0 means that it has ended.
     ///
     /// # Errors
     /// `WouldBlock` if it has nothing ready, else the socket's error.
@@ -93,10 +93,11 @@ impl Pipe {
         Ok(moved)
     }
 
-    /// Moves what is in the pipe to `sink`, or as much as it takes.
+    /// Moves the bytes in the pipe to `sink`, as far as it accepts them.
     ///
     /// # Errors
-    /// `WouldBlock` if it has no room, `UnexpectedEof` if there is less in the pipe, else the socket's error.
+    /// `WouldBlock` if the sink has no room, `UnexpectedEof` if the pipe has fewer bytes than counted, else the
+    /// socket's error.
     pub(super) fn drain_to(&self, sink: impl AsFd) -> io::Result<usize> {
         let moved = splice(&self.ends.read, None, sink, None, self.held(), flags())?;
         if moved == 0 {
@@ -111,7 +112,7 @@ impl Pipe {
         self.held.get() == 0
     }
 
-    /// Goes on with the read end of a pipe that another process has filled with so many bytes.
+    /// Takes the read end of a pipe that another process has filled with this many bytes.
     pub(super) fn left(Unread { read, bytes }: Unread) -> Self {
         Self {
             ends: Rc::new(Ends {
@@ -128,12 +129,12 @@ impl Pipe {
         self.held.get()
     }
 
-    /// The read end with what is in the pipe, for another process; none if it is empty.
+    /// The read end of the pipe with its bytes, for another process; none if it is empty.
     pub(super) fn leave(self) -> Option<Unread> {
         let bytes = self.held.get();
         let ends = Rc::clone(&self.ends);
         drop(self);
-        // Else it is in the pool.
+        // Otherwise it is in the pool.
         let Ends { read, .. } = Rc::into_inner(ends)?;
         Some(Unread { read, bytes })
     }

@@ -63,7 +63,7 @@ pub(super) enum Ended {
     Stopped,
     /// Nothing: another has its place.
     Relieved,
-    /// To go on with all that another was to take over.
+    /// To go on with everything that another daemon did not take over.
     Kept(Estate),
 }
 

@@ -32,7 +32,7 @@ pub(super) struct Follower {
     pub(super) touched: BTreeSet<IpAddr>,
     /// Addresses whose flows from before they came under policy are still to be judged.
     pub(super) isolated: BTreeSet<IpAddr>,
-    /// Pods that have left their links before the API says so.
+    /// Pods that left their links before the API says so.
     pub(super) vacancies: Vacancies,
     /// When the kernel's tables are to be filled again.
     pub(super) renewed: watch::Receiver<()>,
@@ -48,11 +48,11 @@ pub(super) fn announce(before: &[Problem], now: &[Problem]) {
     }
 }
 
-/// Waits until there is a full state that has this node, or flags say which addresses are its pods; until
-/// then nothing is judged and nothing released. Returns the addresses whose verdicts have changed.
+/// Waits for a full state with this node's object, or for any full state if `--pod-cidr` is given; until then nothing
+/// is judged and nothing released. Returns the addresses whose verdicts have changed.
 ///
 /// # Errors
-/// If manifests do not have the node. The API server may yet.
+/// If the manifests do not have the node. With the API server this waits for it.
 pub(super) async fn first_state(
     source: &mut Source,
     index: &mut Index,
@@ -159,7 +159,7 @@ impl Follower {
         self.touched.extend(touched);
     }
 
-    /// Cuts what pods had that have left their links.
+    /// Cuts the flows of pods that have left their links.
     fn vacate(&mut self) {
         let touched = self.vacancies.take();
         self.enforcer.judge_again(&touched);

@@ -16,8 +16,8 @@ use crate::redirect::Redirect;
 /// How often. Nobody tells of it, and it costs two calls.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-/// Watches links, bridges, the redirect and others, each as a task without end. Returns what tells when
-/// the kernel's sets are to be filled again.
+/// Watches links, bridges, the redirect and others, each as a task without end. Returns a receiver that is notified
+/// when the kernel's sets have to be filled again.
 pub(super) fn watch(
     tasks: &mut JoinSet<()>,
     readiness: &Readiness,

@@ -1,5 +1,5 @@
-//! Keeps what receivers leave unread within its bounds, in a thread of its own: a change of policy that takes long must
-//! not let memory grow meanwhile.
+//! Keeps unread bytes within their bounds, in a thread of its own, so that memory does not grow during a long change of
+//! policy.
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -14,10 +14,10 @@ use crate::flows::Flow;
 use crate::sys::{self, Memory};
 use crate::unread::{Holding, Use};
 
-/// How often streams whose receivers do not keep up are measured: between the two, a look takes a twentieth of the time
-/// at most.
+/// The shortest and the longest pause between two measurements of busy streams. In between, measuring takes a twentieth
+/// of the time at most.
 const LOOK_EVERY: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(100)];
-/// So many at least are measured as often as can be.
+/// From this many busy streams on, the pause can be shorter than the longest.
 const MANY: usize = 16;
 /// How often resets are logged at most.
 const LOG_EVERY: Duration = Duration::from_secs(10);
@@ -25,13 +25,13 @@ const LOG_EVERY: Duration = Duration::from_secs(10);
 /// Keeps the bounds until told to stop.
 ///
 /// # Errors
-/// If there can be no thread.
+/// If the thread cannot be started.
 pub(super) fn start(enforcer: Arc<Enforcer>, stopped: watch::Receiver<bool>) -> anyhow::Result<()> {
     let keep = move || {
         let mut log = Log::default();
         let [soon, late] = LOOK_EVERY;
         let (mut pressed, mut pause) = (0, late);
-        // Nobody is there to tell if the daemon has ended otherwise.
+        // If the sender is gone, the daemon has ended.
         while !*stopped.borrow() && stopped.has_changed().is_ok() {
             thread::sleep(pause);
             let began = Instant::now();
@@ -51,7 +51,7 @@ pub(super) fn start(enforcer: Arc<Enforcer>, stopped: watch::Receiver<bool>) -> 
     Ok(())
 }
 
-/// Measures every stream that presses, and has those give way that are too much. Returns how many there were.
+/// Measures every busy stream, and resets those beyond the bounds. Returns how many streams were busy.
 fn look(enforcer: &Enforcer, log: &mut Log) -> usize {
     let now = Instant::now();
     let pressed = enforcer.flows.pressed();
@@ -72,7 +72,7 @@ fn look(enforcer: &Enforcer, log: &mut Log) -> usize {
     pressed.len()
 }
 
-/// What a stream takes; adapts its buffers to its share.
+/// Measures a stream, and adapts its buffers to its share.
 fn measure(enforcer: &Enforcer, flow: &Flow, now: Instant) -> Option<Use> {
     let legs = flow.legs()?;
     let stream = &flow.holding;
@@ -110,7 +110,7 @@ fn measure(enforcer: &Enforcer, flow: &Flow, now: Instant) -> Option<Use> {
     })
 }
 
-/// Says now and then whose streams gave way.
+/// Logs resets from time to time.
 #[derive(Default)]
 struct Log {
     last: Option<Instant>,

@@ -25,11 +25,11 @@ use super::settings::RunArgs;
 
 /// How often a daemon that rests looks for others.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// How often, while another daemon ends or gives up.
+/// How often a daemon looks while another one ends or gives up.
 const LOOK_SOON: Duration = Duration::from_millis(50);
-/// What that may take.
+/// How long that may take.
 pub(super) const FREE_WITHIN: Duration = Duration::from_secs(5);
-/// How often a daemon that breaks the handover off is asked.
+/// How often a daemon that breaks off the handover is asked.
 const ATTEMPTS: usize = 3;
 /// How long a node must seem to be without a daemon: longer than two take for a handover.
 const GRACE: Duration = Duration::from_secs(2);
@@ -38,7 +38,7 @@ const GRACE: Duration = Duration::from_secs(2);
 pub(super) struct Relief {
     place: Option<(PathBuf, Terms)>,
     admin: SocketAddr,
-    /// The first one's number.
+    /// The number of the first queue.
     queue: u16,
 }
 
@@ -85,8 +85,8 @@ impl Relief {
         place.is_some_and(|(path, _)| handover::is_offered(path))
     }
 
-    /// Takes over from the daemon that runs, if there is one that can be relieved, unless this one goes on with what it has
-    /// `kept`. If it ends meanwhile, or breaks the handover off, waits until it is gone or takes part again.
+    /// Takes over from the running daemon, if one can be relieved, unless this daemon goes on with what it has `kept`.
+    /// If the other daemon ends meanwhile or breaks off the handover, waits until it is gone or can be asked again.
     ///
     /// # Errors
     /// If the one that runs is none that this one may relieve. A fault on the way is none: then this daemon starts
@@ -119,7 +119,7 @@ impl Relief {
         }
     }
 
-    /// Waits until the daemon that ran takes part again, or nobody has its queue any more; for a while at most.
+    /// Waits until the other daemon can be asked again, or its queue is free, for [`FREE_WITHIN`] at most.
     async fn settled(&self) {
         let until = Instant::now() + FREE_WITHIN;
         while Instant::now() < until {
@@ -205,7 +205,7 @@ impl Relief {
 }
 
 /// Hands over what the workers have left, once `following` has brought its last change into the kernel. No worker may
-/// run any more. Returns what this daemon has to go on with, if the other one does not.
+/// run any more. If the other daemon does not take over, returns what this one has to go on with.
 ///
 /// # Errors
 /// If the thread that hands over fails.
@@ -259,7 +259,7 @@ pub(super) async fn hand_over(
     Ok(None)
 }
 
-/// Does what wants a port, again and again for so long if another daemon, on its way out, still has it.
+/// Repeats `act` for this long while another daemon that is ending still has the port.
 ///
 /// # Errors
 /// What `act` answers in the end.

@@ -153,7 +153,7 @@ impl RunArgs {
         told.filter(|uid| !uid.is_empty() && !uid.contains(char::is_whitespace))
     }
 
-    /// What the descriptor limit of this process allows, after it was raised as far as can be.
+    /// The bounds by the descriptor limit of this process, after raising it to the maximum.
     pub(crate) fn bounds(&self) -> anyhow::Result<Bounds> {
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
         let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {

@@ -1,4 +1,4 @@
-//! Taking up work: queues, listeners, and what another daemon has left.
+//! Starts the workers: queues, listeners, and connections that another daemon has left.
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,12 +16,12 @@ use crate::worker::Worker;
 use super::ending::Thread;
 use super::settings::RunArgs;
 
-/// Binds every queue before the first listener: a SYN that finds a listener must find its queue. Goes on with what `estate`
-/// has, of which nothing moves before all is in place. It is another daemon's, asked for it `since` then, or this
-/// one's own.
+/// Binds every queue before the first listener: a SYN that finds a listener must find its queue. Goes on with the
+/// connections of `estate`, none of which moves a byte before everything is in place. The estate is another daemon's,
+/// which was asked at `since`, or this daemon's own.
 ///
 /// # Errors
-/// If a queue or the port is in use, or the daemon that left `estate` does not wait for this one any more.
+/// If a queue or the port is in use, or the daemon that left `estate` no longer waits.
 pub(super) fn start_workers(
     args: &RunArgs,
     enforcer: &Arc<Enforcer>,

@@ -1,5 +1,5 @@
-//! Whose an address is: pods outside of their node's pod CIDRs, and addresses that go from one pod to
-//! the next before the API says so.
+//! Holders of addresses: pods outside of their node's pod CIDRs, and addresses that pass to another pod before the API
+//! says so.
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 
@@ -47,7 +47,7 @@ fn allow_egress(pod: &str) -> Value {
     policy("allow-egress", &spec)
 }
 
-/// Gives a pod addresses besides its own, with a route each on its node and from everywhere.
+/// Gives a pod more addresses, with a route to each on its node and from everywhere.
 fn place(bed: &Bed, pod: &str, addresses: [IpAddr; 2]) {
     let (host, node) = (bed.lab.pod(pod), bed.lab.node_of(pod));
     let link = bed.lab.link_of(pod).unwrap();
@@ -62,7 +62,7 @@ fn place(bed: &Bed, pod: &str, addresses: [IpAddr; 2]) {
     }
 }
 
-/// The cluster, in which these pods have these addresses instead of their own.
+/// The cluster's state with these addresses for these pods instead of their own.
 fn moved(bed: &Bed, pods: &[(&str, [IpAddr; 2])]) -> Value {
     let mut state = bed.lab.manifests();
     for object in state["items"].as_array_mut().unwrap() {
@@ -78,7 +78,7 @@ fn moved(bed: &Bed, pods: &[(&str, [IpAddr; 2])]) -> Value {
     state
 }
 
-/// Connections between pods at these of their addresses.
+/// Connections between two pods by these addresses.
 fn dials(bed: &Bed, pairs: &[(&str, [IpAddr; 2], [IpAddr; 2])]) -> Vec<Dial> {
     let dial = |&(from, source, to): &(&str, [IpAddr; 2], [IpAddr; 2])| {
         let host = bed.lab.pod(from);
@@ -134,7 +134,7 @@ fn pods_outside_their_nodes_cidrs_are_policed() {
     all(&of_a, Kind::Connected);
 }
 
-/// Whether nothing comes back on a connection that echoes.
+/// Whether an echo connection returns nothing.
 fn is_silent(mut stream: &TcpStream) -> bool {
     stream.set_read_timeout(Some(SOON)).unwrap();
     stream.write_all(b"still there?").unwrap();
@@ -242,16 +242,16 @@ fn a_starting_daemon_passes_on_no_old_rights() {
     }
 }
 
-/// What is said of a pod whose address another has.
+/// What the API says of the previous pod at an address.
 #[derive(PartialEq)]
 enum Last {
     Running,
     Terminating,
-    /// It runs, and went while there was no daemon.
+    /// It runs by the API, and left while no daemon ran.
     Unseen,
 }
 
-/// The pod at an address is replaced on the node by one that deny-all selects, of which nobody tells.
+/// The pod at an address is replaced on the node by one that deny-all selects, without a change in the API.
 fn succession(gateway: Gateway, last: Last) {
     let pod = |name: &str, node: usize| PodSpec::new("x", name).node(node).label("pod", name);
     let pods = [pod("old", 0), pod("b", 0), pod("c", 1)];

@@ -93,7 +93,7 @@ pub(crate) fn flood(from: &Host, to: &Host, node: &Host, stop: &AtomicBool, sent
         }
         let (from, to) = ((from.ipv4().into(), port(number)), (to.ipv4().into(), 80));
         let segment = syn(from, to, spread(number));
-        // A full queue of the interface is no fault of the flood.
+        // A full interface queue is not an error here.
         if socket.send_to(&segment, &target).is_ok() {
             sent.fetch_add(1, Ordering::Relaxed);
         }
@@ -196,7 +196,7 @@ fn attacked() -> Bed {
     let pod = |name: &str| PodSpec::new("x", name).node(0).label("pod", name);
     let pods = ["v", "n", "o", "p"].map(pod);
     let mut bed = Bed::bare(Cluster::builder().nodes(1).pods(pods));
-    // The flood is as much too large for the listener as a large one is for a real node's.
+    // The flood exceeds this listener's backlog as a large flood exceeds that of a real node.
     let backlog = [("core/somaxconn", "128")];
     bed.lab.node(0).netns().set_sysctls(&backlog).unwrap();
     bed.write_policies(&[allow_all()]);
@@ -299,7 +299,7 @@ fn syns_to_silent_addresses_harm_nobody() {
     assert!(refused > HALF_OPEN, "the bound was not met");
 }
 
-/// What waits for an address of the cluster that nobody has.
+/// Packets that wait for a cluster address that no pod has.
 fn packets_to_unknown_addresses_harm_nobody() {
     const WAITING_OF_SOURCE: u64 = 256;
     let bed = attacked();
@@ -373,7 +373,7 @@ fn a_flood_beyond_the_gates_pace_delays_itself() {
     );
 }
 
-/// Half-open connections that have ended for another.
+/// How many half-open connections were ended for another one.
 fn gave_way(node: &Host) -> u64 {
     metric(
         node,
@@ -385,7 +385,7 @@ fn port(number: u32) -> u16 {
     1024 + u16::try_from(number % 60_000).unwrap()
 }
 
-/// Sends SYNs in anybody's name.
+/// Sends SYNs with any source address.
 struct RawSyns {
     v4: Socket,
     v6: Socket,
@@ -427,7 +427,7 @@ impl RawSyns {
             spread(number),
         ));
         let to = SocketAddr::from((to.0, 0));
-        // A full queue of the interface is no fault of the flood.
+        // A full interface queue is not an error here.
         let sent = self.v4.send_to(&packet, &to.into());
         self.sent.fetch_add(sent.is_ok().into(), Ordering::Relaxed);
     }

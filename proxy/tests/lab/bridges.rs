@@ -346,7 +346,7 @@ fn a_pod_takes_no_other_pods_address_on_its_bridge() {
     }
 }
 
-/// VLAN tags and the like: the kernel takes some of them away between the bridge and IP.
+/// VLAN tags and similar headers: the kernel removes some of them between the bridge and IP.
 fn a_tagged_frame_carries_no_other_pods_address() {
     let mut bed = Bed::bare(small().gateway(BRIDGE).rp_filter(RpFilter::Off));
     bed.enforce(&[]);
@@ -406,7 +406,7 @@ fn a_tagged_frame_carries_no_other_pods_address() {
     );
 }
 
-/// Frames to the groups that a bridge keeps go to IP as if its port had received them.
+/// Frames to the bridge's reserved group addresses reach IP as if its port had received them.
 fn a_reserved_group_frame_reaches_no_node_socket() {
     let mut bed = Bed::bare(small().gateway(BRIDGE).rp_filter(RpFilter::Off));
     bed.enforce(&[]);
@@ -426,13 +426,13 @@ fn a_reserved_group_frame_reaches_no_node_socket() {
             sent += 1;
         }
     }
-    // What comes after them shows that they have been seen.
+    // The packet after them shows that they were processed.
     for to in node.addrs(53) {
         assert!(is_answered(&liar, to), "{to}");
         assert!(is_answered(&victim, to), "{to}");
     }
     assert_eq!(answered(), 2, "of {sent} in the victim's name");
-    // Two groups are no way to IP: a bridge without STP passes its frames on, and ends those that pause a link.
+    // Two of the groups do not reach IP: a bridge without STP forwards STP frames, and drops pause frames.
     assert_eq!(counter(&node, "frame"), sent - 4);
 }
 
@@ -441,8 +441,8 @@ fn is_answered(from: &Host, to: SocketAddr) -> bool {
     matches!(outcome, UdpOutcome::Answered { .. })
 }
 
-/// What can stand between a frame's addresses and a payload of `kind`: the frame's type, and what follows it. Linux takes
-/// tags of VLAN 0 away (IEEE 802.1Q), however many.
+/// Headers between a frame's addresses and a payload of `kind`: the frame's type, and the bytes after it. Linux removes
+/// tags of VLAN 0 (IEEE 802.1Q), however many.
 fn before_ip(kind: u16) -> Vec<(u16, Vec<u8>)> {
     let tag = |vlan: u16, next: u16| [vlan.to_be_bytes(), next.to_be_bytes()].concat();
     let snap = [&[0xaa, 0xaa, 3, 0, 0, 0][..], &kind.to_be_bytes()].concat();

@@ -1,4 +1,4 @@
-//! SYN cookies (RFC 4987, 3.6): the last packet of such a handshake finds no socket, only our listener.
+//! SYN cookies (RFC 4987, 3.6): for the last packet of such a handshake there is no socket yet, only our listener.
 use lab::runner::Test;
 use lab::traffic::craft::{self, SYN};
 use lab::traffic::greeting;
@@ -35,7 +35,7 @@ fn connections_work_with_syn_cookies() {
     }
 }
 
-/// Of SYNs that nobody follows up, towards a pod that policy opens.
+/// A flood of SYNs without a third packet, to a pod that policy allows.
 fn a_full_backlog_leaves_others_their_connections() {
     let mut bed = Bed::bare(small());
     bed.write_policies(&[allow_all()]);
@@ -80,7 +80,7 @@ fn a_full_backlog_leaves_others_their_connections() {
     }
 }
 
-/// Cookies that came back right to a node.
+/// The number of valid cookies that a node received.
 fn cookies(node: &lab::Host) -> u64 {
     tcp_ext(node, "SyncookiesRecv")
 }

@@ -1,4 +1,4 @@
-//! One pod's many flows of datagrams, and what its neighbours and the daemon's memory notice of them.
+//! One pod's many UDP flows, and their effect on its neighbours and on the daemon's memory.
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
@@ -18,18 +18,18 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     memory_comes_back_after_a_flood_of_datagrams,
 ];
 
-/// Flows of the pod that floods.
+/// Flows of the flooding pod.
 const FLOOD: u32 = 190_000;
 /// Fewer, that a debug build can cut within seconds.
 const LARGE: u32 = 50_000;
-/// What a pod may have of the list.
+/// A pod's share of the list.
 const SHARE: u64 = 4096;
 /// A change is in force long before, also in a debug build on a busy machine.
 const IN_FORCE_WITHIN: Duration = Duration::from_secs(1);
 /// The mark of flows that the kernel carries, with the default mask.
 const CARRIED: u32 = 0x800;
 
-/// One node: x/a has the flood, x/d asks x/b.
+/// One node: x/a floods, x/d sends to x/b.
 fn bed() -> Bed {
     let pod = |name: &str| PodSpec::new("x", name).label("pod", name);
     let pods = ["a", "b", "d"].map(pod);
@@ -48,7 +48,7 @@ fn egress(pod: &str, except: Option<&str>) -> Value {
     policy(&format!("egress-{pod}"), &spec)
 }
 
-/// Has conntrack on the node carry `count` flows from an address to addresses outside, as if they had begun.
+/// Adds `count` carried flows from an address to addresses outside to conntrack on the node.
 fn flood(node: &Host, from: Ipv4Addr, count: u32) {
     let send_all = || {
         let socket = netlink::asking(SockProtocol::NetlinkNetFilter).unwrap();

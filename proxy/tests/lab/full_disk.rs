@@ -1,4 +1,4 @@
-//! The file of records on a disk that gets full, and has room again.
+//! The file of records on a disk that gets full and has free space again.
 use std::fs;
 use std::io::Write;
 use std::path::Path;

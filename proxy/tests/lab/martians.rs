@@ -1,5 +1,5 @@
-//! Packets whose addresses or routes cannot be: link-local ones that ask for something beyond their link, the loopback
-//! network from outside, source routes. The rules drop them before anybody judges them.
+//! Packets with invalid addresses or routes: link-local sources beyond their link, the loopback network from outside,
+//! source routes. The rules drop them before the gate sees them.
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use lab::runner::Test;
@@ -18,7 +18,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
 ];
 
 const NEAR: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x98);
-/// Tells that all before it has been through.
+/// The arrival of this packet shows that all earlier ones were processed.
 const SENTINEL: u16 = 9999;
 
 /// Sends an honest datagram in each family, and waits until it has come.
@@ -69,7 +69,7 @@ fn a_link_local_source_stays_on_its_link() {
     }
 }
 
-/// Who sends packets made by hand must know its neighbour.
+/// A sender of hand-made packets needs its neighbour's link address.
 fn settle_neighbours(from: &Host, to: &Host) {
     for to in to.addrs(9) {
         let wait = std::time::Duration::from_millis(200);
@@ -92,7 +92,7 @@ fn a_pod_cannot_reach_its_nodes_loopback_network() {
         }
         for (at, pod) in [&policed, &free].into_iter().enumerate() {
             let capture = pod.capture().unwrap();
-            // The node knows its neighbour: a pod answers no question of 127.0.0.1.
+            // The node needs the neighbour's link address: a pod answers no ARP request from 127.0.0.1.
             settle(&node, pod, &capture);
             let way = pod.injector().unwrap();
             for port in 0..3 {

@@ -1,4 +1,4 @@
-//! What the neighbour of an attack notices of it: its connects before, and while the attack goes on.
+//! Measures the connects of an attack's neighbour, before the attack and during it.
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +14,7 @@ const FAILED_AFTER: Duration = Duration::from_secs(2);
 /// What p99 may be during an attack however short it was before: a machine of two cores that runs other things
 /// lets a connect wait that long, and one lost SYN costs a whole second.
 const FLOOR: Duration = Duration::from_millis(250);
-/// So many failures are enough to know: the rest is not tried.
+/// After this many failures the rest is not tried.
 const ENOUGH: usize = 3;
 /// Between two connects of a neighbour.
 const EVERY: Duration = Duration::from_millis(5);
@@ -49,7 +49,7 @@ impl Connects {
         }
     }
 
-    /// The time within which so many of a hundred were through.
+    /// The time within which this percentage succeeded.
     fn percentile(&self, percent: usize) -> Duration {
         let last = self.times.len().saturating_sub(1);
         let at = self.times.get((self.times.len() * percent / 100).min(last));
@@ -122,7 +122,7 @@ pub(crate) fn during<T>(
     })
 }
 
-/// Ends what runs beside a test, however the test ends.
+/// Stops the threads beside a test, even if the test fails.
 pub(crate) struct StopOnDrop<'a>(pub(crate) &'a AtomicBool);
 
 impl Drop for StopOnDrop<'_> {

@@ -198,7 +198,8 @@ fn a_source_port_can_go_to_a_pod_and_then_to_its_service() {
     }
 }
 
-/// Our leg is gone, conntrack's entry of it not: a SYN of the server would come to whoever listens on the leg's port.
+/// Our leg is gone, but its conntrack entry is not: a SYN of the server would reach any socket that listens on the
+/// leg's port.
 fn a_stale_upstream_entry_exposes_no_listener() {
     let mut bed = Bed::bare(small());
     bed.write_policies(&[allow_ingress("b"), deny_egress("b")]);
@@ -246,7 +247,7 @@ fn streams_to_the_proxys_port_outlive_conntracks_memory() {
     }
 }
 
-/// Neither of addresses that nobody has, nor of pods; whatever the packet is.
+/// Neither for addresses that no host has, nor for pods; for any kind of packet.
 fn nobody_answers_for_others_on_the_proxys_port() {
     let bed = Bed::enforced(&[], &[deny_ingress("d")]);
     let (a, b, outside) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.outside());
@@ -262,7 +263,7 @@ fn nobody_answers_for_others_on_the_proxys_port() {
             way.send(&craft::tcp(from, to, flags, 1, &[])).unwrap();
         }
     }
-    // What is there answers for itself, and shows that all has been looked at.
+    // An existing host answers for itself, which shows that all packets were processed.
     for (from, to) in a.addrs(4001).into_iter().zip(outside.addrs(15_001)) {
         way.send(&craft::tcp(from, to, ACK, 1, &[])).unwrap();
         capture

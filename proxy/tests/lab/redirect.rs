@@ -1,4 +1,4 @@
-//! The redirect under a running daemon, while others take parts of it away or change them.
+//! The redirect under a running daemon, while other software removes or changes parts of it.
 use std::io::Write;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
@@ -20,12 +20,12 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
 
 /// How soon a change must be noticed.
 const NOTICED_WITHIN: Duration = Duration::from_secs(2);
-/// The sets in which is noted what `uninstall` is to set back.
+/// The sets with notes for `uninstall` about settings to restore.
 const NOTES: [&str; 3] = [" switched_on", " switched_off", " kept_from_learning"];
-/// A SYN that is let through is answered long before.
+/// An allowed SYN is answered much earlier.
 const BRIEFLY: Duration = Duration::from_millis(300);
 
-/// One node with x/a, x/b, which nobody may reach, and x/d, which the proxy serves.
+/// One node with x/a, with x/b, to which all connections are denied, and with x/d, which the proxy serves.
 fn bed() -> Bed {
     enforced(Cluster::builder())
 }
@@ -58,7 +58,7 @@ fn ready(node: &Host) -> bool {
     ask(node, "/readyz").is_some_and(|it| it.status == 200)
 }
 
-/// Does `damage` and waits until it is noticed, then until all is in place again.
+/// Runs `damage`, and waits until it is noticed, and then until everything is repaired.
 fn put_back(bed: &Bed, damage: &str, cause: &str, meanwhile: impl FnOnce()) {
     let node = bed.lab.node(0);
     let before = faults(&node, cause);
@@ -176,7 +176,7 @@ fn a_deleted_ip_rule_or_route_comes_back() {
         ("ip link set lo down; ip link set lo up", "route"),
     ] {
         let [v4, v6] = d.addrs(80);
-        // Who dials meanwhile is connected when it repeats its SYN, and not past the proxy.
+        // A client that connects meanwhile succeeds when it repeats its SYN, through the proxy.
         let dialled = std::thread::scope(|scope| {
             let mut dials = Vec::new();
             put_back(&bed, damage, cause, || {
@@ -235,12 +235,12 @@ fn damage_that_stays_makes_the_node_not_ready() {
         wait_until(DEADLINE, &undo, || ready(&node)).unwrap();
         greeted(&a, d.addr_v4(80));
     }
-    // What costs little is noted, and no more.
+    // A setting that only costs performance is noted, and the node stays ready.
     sh(&node, "sysctl -qw net.ipv4.tcp_timestamps=0");
     let answer = ask(&node, "/readyz").unwrap();
     assert_eq!(answer.status, 200);
     assert!(answer.body.contains("tcp_timestamps is 0"), "{answer:?}");
-    // Who uninstalls wants it gone.
+    // An uninstallation is not repaired.
     assert!(init(&node, "uninstall", &[]).status.success());
     let reported = || {
         let answer = ask(&node, "/readyz").unwrap();

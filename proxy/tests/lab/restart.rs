@@ -219,7 +219,7 @@ fn an_orderly_close_delivers_what_still_waits() {
         drop(server);
         streams.push(client);
     }
-    // The daemon has closed both sides of each; what waits is the kernel's, with it and without it.
+    // The daemon has closed both sides of each; the waiting bytes are in the kernel and do not need it.
     bed.wait_for_no_connection();
     assert!(waiting_to_be_sent(bed.lab.node(0).netns()) > 0);
     let first = bulk::receive(&streams[0]).unwrap();

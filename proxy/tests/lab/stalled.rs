@@ -1,4 +1,4 @@
-//! Streams whose receivers do not read: they end no other stream, and take what they may and no more.
+//! Streams whose receivers do not read: they end no other stream, and stay within their share of memory.
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -28,7 +28,7 @@ struct Stalled {
     reset: bool,
 }
 
-/// Opens so many streams, to a port of `to` at which nobody listens.
+/// Opens this many streams to a free port of `to`.
 fn open(from: &Host, to: &Host, at: SocketAddr, count: u16) -> Vec<Stalled> {
     let listener = to.listen(at).unwrap();
     let mut servers: Vec<Option<TcpStream>> = (0..count).map(|_| None).collect();
@@ -61,7 +61,7 @@ fn open(from: &Host, to: &Host, at: SocketAddr, count: u16) -> Vec<Stalled> {
         .collect()
 }
 
-/// Has sockets of a namespace take in little from now on.
+/// Makes new sockets of a namespace have small receive buffers.
 fn small_buffers(host: &Host, received: usize) {
     let set = |name: &str, most: usize| {
         let path = format!("/proc/sys/net/ipv4/{name}");
@@ -74,7 +74,7 @@ fn small_buffers(host: &Host, received: usize) {
     .unwrap();
 }
 
-/// Has the first bytes of a stream from its client read, so many that the relay takes it for bulk.
+/// Sends and reads the first bytes of a stream from its client, enough for the relay to treat it as bulk.
 fn flow(Stalled { ends, .. }: &Stalled) {
     const BULK: usize = 512 << 10;
     let [client, server] = ends;
@@ -85,7 +85,7 @@ fn flow(Stalled { ends, .. }: &Stalled) {
     });
 }
 
-/// Has all send until the network takes no more for a while, each end at most so much.
+/// Sends on all streams until the network accepts no more for a while, at most this much from each end.
 fn fill(streams: &mut [Stalled], most: u64) {
     const SETTLED: Duration = Duration::from_millis(100);
     let mut chunk = vec![0; 64 << 10];
@@ -146,7 +146,7 @@ fn a_handover_with_stalled_streams_keeps_the_neighbours() {
     let neighbours: Vec<_> = (0..20)
         .map(|turn| ends(&a, &b, b.addrs(82)[turn % 2]))
         .collect();
-    // What is on its way is with the daemon, in pipes, and not in sockets.
+    // The bytes in flight are in the daemon's pipes, not in sockets.
     small_buffers(&bed.lab.node(0), 256 << 10);
     let [v4, v6] = b.addrs(83);
     let mut stalled = open(&d, &b, v4, STALLED - PIPED);
@@ -174,7 +174,7 @@ fn a_handover_with_stalled_streams_keeps_the_neighbours() {
     println!("relieved within {:?}", began.elapsed());
     talk(b"after   ");
     greeted(&a, b.addr_v4(80));
-    // What is in pipes stays there.
+    // The bytes in pipes stay there.
     let grown = old.peak_memory() - peak;
     assert!(grown < 16 << 20, "{grown} bytes more");
     let log = old.log();
@@ -191,7 +191,7 @@ fn a_handover_with_stalled_streams_keeps_the_neighbours() {
         "{} live",
         metric(&node, "portreeve_connections{stage=\"live\"}")
     );
-    // What was on its way arrives.
+    // The bytes in flight arrive.
     let whole = stalled
         .iter()
         .chain(&piped)

@@ -193,7 +193,7 @@ impl Bed {
         self.daemons[node].replace(relief).unwrap()
     }
 
-    /// Takes a daemon that was spawned for that of a node.
+    /// Registers a spawned daemon as the one of a node.
     pub(crate) fn adopt(&mut self, node: usize, daemon: Daemon) {
         self.daemons[node] = Some(daemon);
     }

@@ -207,7 +207,7 @@ fn a_new_daemon_waits_for_the_old_one() {
     listener.bind(&SockAddr::unix(&place).unwrap()).unwrap();
     listener.listen(8).unwrap();
     let asked = thread::spawn(move || {
-        // The first only looks whether somebody is there.
+        // The first connection only checks whether a daemon is there.
         let mut lines = std::iter::repeat_with(|| listener.accept().unwrap().0);
         lines.find_map(|line| {
             let asked = heard(&line);

@@ -1,4 +1,4 @@
-//! What one tenant writes into policies is not felt by the others.
+//! One tenant's large policies do not affect other tenants.
 use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::thread;
@@ -64,12 +64,11 @@ fn first_packets_cost_the_same_under_many_rules() {
     });
     let spent = user_time(daemon) - before.1;
     let each = spent / u32::try_from(denied() - before.0).unwrap();
-    // Without optimisation; rule by rule it takes milliseconds. What else runs on the machine is not in it.
+    // In a debug build; rule by rule it takes milliseconds. This is CPU time, so other load does not count.
     assert!(each < Duration::from_millis(1), "{each:?} for each SYN");
 }
 
-/// The processor's time that a process has spent outside of the kernel, of all its threads: the 14th field
-/// (proc_pid_stat(5)), in hundredths of a second.
+/// The user CPU time of all threads of a process: the 14th field (proc_pid_stat(5)), in hundredths of a second.
 fn user_time(process: u32) -> Duration {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
     let (_, fields) = stat.rsplit_once(") ").unwrap();

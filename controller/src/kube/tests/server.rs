@@ -32,10 +32,9 @@ pub(crate) struct World {
     raw: HashMap<&'static str, String>,
     /// Whether lists can be streamed; `None`: the server does not know the parameter.
     pub(crate) streams: Option<bool>,
-    /// With which status streamed lists are refused, if they are.
+    /// The status with which streamed lists are refused, if they are.
     pub(crate) stream_refusal: u16,
-    /// `apiVersion`, kind and resource of objects that are not of ours, and how many there are; `None`: listing them
-    /// is forbidden.
+    /// `apiVersion`, kind and resource of foreign objects, and how many there are; `None`: listing them is forbidden.
     pub(crate) others: Vec<(&'static str, &'static str, &'static str, Option<usize>)>,
     /// Answers every request for a resource with this status.
     pub(crate) refuse: HashMap<&'static str, u16>,
@@ -224,7 +223,7 @@ enum Answer {
 }
 
 impl World {
-    /// What is said of the kinds that are not ours.
+    /// What discovery says of foreign kinds.
     fn discovered(&self, path: &str) -> Option<(u16, Value)> {
         let group = |version: &str| version.split('/').next().unwrap_or("").to_owned();
         if path == "/apis" {

@@ -1,11 +1,11 @@
-//! What becomes of policies that ask for more than their namespace may have.
+//! Policies that exceed the budget of their namespace.
 use super::*;
 use crate::budget::Resource;
 
 const A_FROM_C: &str = "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {}, podSelector: {matchLabels: {pod: c}}}]}]}";
 const TWO_RULES: &str = "{podSelector: {matchLabels: {pod: b}}, ingress: [{from: [{namespaceSelector: {}}]}, {ports: [{port: 80}]}]}";
 
-/// Pods x/a, x/b and y/c, where a namespace may have three rules.
+/// Pods x/a, x/b and y/c, with a budget of three rules for each namespace.
 fn tight() -> Cluster {
     let mut cluster = Cluster::with_budget(Budget::default().with(Resource::Rules, 3));
     for (key, ip) in [("x/a", A), ("x/b", B), ("y/c", C)] {

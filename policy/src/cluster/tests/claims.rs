@@ -1,4 +1,4 @@
-//! What a pod loses, and what it keeps, if another claims its address.
+//! The rights and policies of a pod whose address another pod claims.
 use super::*;
 
 /// A node whose pods have addresses of this CIDR.
@@ -9,7 +9,8 @@ fn home(name: &str, cidr: &str) -> Node {
     }
 }
 
-/// x/a at A on n1 is isolated both ways, c may talk to it; y/ghost on n2, of no policy, says that it has A.
+/// x/a at A on n1 is isolated in both directions, and c may connect to it; y/ghost on n2, without
+/// policy, claims A.
 fn haunted(a: Pod, ghost: Pod, nodes: &[Node]) -> Cluster {
     let mut cluster = three_pods();
     for node in nodes {
@@ -44,7 +45,7 @@ fn claiming_an_isolated_pods_address_opens_nothing() {
     let at_home = [home("n1", "10.0.0.0/24"), home("n2", "10.0.1.0/24")];
     let at_both = [home("n1", "10.0.0.0/24"), home("n2", "10.0.0.0/24")];
     let unknown = [];
-    // The last: whether what policy grants a still holds.
+    // The last column: whether the rules for a still count.
     for (a, ghost, nodes, granted, why) in [
         (
             a(),

@@ -1,10 +1,11 @@
-//! What an event costs, in comparisons of a label: what it concerns, not the size of the cluster.
+//! The cost of an event, in comparisons of labels: it depends on the objects concerned, not on the
+//! size of the cluster.
 use serde_json::json;
 
 use super::*;
 use crate::selector::asked;
 
-/// `pods` pods in as many namespaces as 10 of them share, all with the label `tier: b`.
+/// `pods` pods, ten in each namespace, all with the label `tier: b`.
 fn many_pods(pods: u32) -> Cluster {
     let mut cluster = Cluster::default();
     for number in 0..pods {
@@ -20,7 +21,7 @@ fn one_of_many(number: u32) -> Pod {
     pod
 }
 
-/// A policy that selects nobody, with these peers.
+/// A policy that selects no pod, with these peers.
 fn with_peers(key: &str, peers: impl Iterator<Item = serde_json::Value>) -> NetworkPolicy {
     let spec = json!({"podSelector": {"matchLabels": {"no": "pod"}},
         "ingress": [{"from": peers.collect::<Vec<_>>()}]});

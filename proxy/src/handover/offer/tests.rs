@@ -12,7 +12,7 @@ use super::*;
 use crate::relay::Unread;
 use crate::trail::{Onward, Seen};
 
-/// Both ends of a line that waits so long for each message.
+/// Both ends of a line with this time limit for each message.
 fn lines(within: Duration) -> (Line, Line) {
     let (kind, flags) = (SockType::SeqPacket, SockFlag::empty());
     let (one, other) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
@@ -77,7 +77,7 @@ fn bytes(bytes: Vec<u8>) -> Left {
     Left { bytes, pipe: None }
 }
 
-/// A pipe with these bytes in it, and nobody to write more.
+/// A pipe with these bytes in it, and no writer.
 fn pipe(held: &[u8]) -> Unread {
     let (read, write) = nix::unistd::pipe().unwrap();
     assert_eq!(nix::unistd::write(&write, held).unwrap(), held.len());
@@ -145,7 +145,7 @@ fn what_is_given_is_what_is_taken() {
         (5, 0, all)
     );
     assert_eq!(taken.in_flight(), all);
-    // What costs least comes first: nothing in flight, bytes, pipes.
+    // The least expensive come first: nothing in flight, bytes, pipes.
     let order: Vec<_> = taken
         .connections
         .iter()

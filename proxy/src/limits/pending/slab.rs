@@ -1,7 +1,7 @@
-//! Values at indices that stay; a free index is used again.
+//! Values at stable indices; free indices are reused.
 use std::ops::{Index, IndexMut};
 
-/// Such values.
+/// A list of such values.
 pub(super) struct Slab<V> {
     values: Vec<Option<V>>,
     free: Vec<u32>,
@@ -15,7 +15,7 @@ impl<V> Slab<V> {
         }
     }
 
-    /// Puts a value at a free index, which this returns.
+    /// Stores a value and returns its index.
     ///
     /// # Panics
     /// With more than `u32::MAX` values.
@@ -37,10 +37,10 @@ impl<V> Slab<V> {
         self.values.get(at as usize)?.as_ref()
     }
 
-    /// Takes the value out that is there.
+    /// Takes out the value at an index.
     ///
     /// # Panics
-    /// Without one.
+    /// If there is none.
     pub(super) fn remove(&mut self, at: u32) -> V {
         let value = self.values[at as usize].take();
         self.free.push(at);

@@ -1,4 +1,4 @@
-//! Who gives way, and that no operation loses or keeps anything.
+//! Which entries make room, and that no operation loses or leaks one.
 use std::collections::BTreeMap;
 
 use super::*;
@@ -25,7 +25,7 @@ fn local(name: &str) -> Asking {
     }
 }
 
-/// Enters at a time when nothing has been renewed lately.
+/// Enters at a time with no recent replacement.
 fn enter<T>(
     pending: &Arc<Pending<T>>,
     asking: Asking,
@@ -46,7 +46,7 @@ fn forged_sources_count_against_the_attacked_server() {
     for n in 0..1000 {
         let (place, gave_way) = enter(&pending, anybody(outside(n)), pod("attacked"), n).unwrap();
         places.push(place);
-        // One place is the honest one's; then the oldest of the flood goes.
+        // One place belongs to the honest source; then the oldest entry of the flood goes.
         assert_eq!(gave_way, n.checked_sub(99));
     }
     assert_eq!(pending.len(), 100);
@@ -129,7 +129,7 @@ fn a_flood_renews_entries_at_a_limited_rate() {
     places.push(flood(1001, now + WINDOW).unwrap());
 }
 
-/// Against a list that is searched from end to end each time.
+/// Compares with a list that is searched from end to end each time.
 #[test]
 fn it_agrees_with_a_linear_search() {
     const ROOM: usize = 12;

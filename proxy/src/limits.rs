@@ -5,8 +5,8 @@
 //!
 //! | resource | one source | in all | beyond |
 //! |---|---|---|---|
-//! | connections | as many as are still free: half of all if alone, a third each if two; the same for one server, and three times that for one namespace | as descriptors allow | a new one is refused; no live one is ended for it |
-//! | half-open ones among them | a pod of this node two thirds | [`Bounds::half_open`] | the oldest of the biggest user, by source or by server, is ended; a pod over its share is refused |
+//! | connections | as many as are still free: one alone half of all, two a third each; twice that for one server, of those who are no pods, and three times for one namespace | what descriptors allow | a new one is refused; a live one never ends for it |
+//! | half-open ones among them | a pod of this node two thirds | [`Bounds::half_open`] | the oldest of the biggest user, by source or by server, ends; over its share a pod is refused |
 //! | packets that wait for an unknown address | a pod of this node [`WAITING_OF_SOURCE`] | [`WAITING`] | the same |
 //! | length of a packet that waits | [`LONGEST_WAITING`] | | it is dropped |
 //! | pipes of bulk streams | | [`Bounds::pipes`] | the stream is copied, not spliced |

@@ -23,14 +23,16 @@ type Counts<K> = DashMap<K, usize, ahash::RandomState>;
 
 /// Connections of a namespace for each one that is still free: three quarters of all if it is alone on the node.
 const OF_NAMESPACE: usize = 3;
+/// The same of one server: more than a source, so that no single source takes all of it.
+const OF_SERVER: usize = 2;
 
 /// The right to one connection; dropped, it is given back.
 pub(crate) struct Permit {
     connections: Arc<Connections>,
     source: Source,
-    server: Source,
-    /// The namespaces of both ends, each once.
-    namespaces: [Option<Arc<str>>; 2],
+    /// None for a connection of a pod.
+    server: Option<Source>,
+    namespace: Option<Arc<str>>,
 }
 
 impl Connections {
@@ -46,9 +48,13 @@ impl Connections {
         })
     }
 
-    /// Counts one more connection. A source may have as many as are still free: half of all if alone, a third each if
-    /// two; so some are always left for sources that have none yet. The same holds for a server, since an attacker can
-    /// have any number of sources. A namespace, which can have any number of pods, may have three times as many.
+    /// Counts one more connection. A source may have no more than are still free: one alone half of all, two a third
+    /// each; so there is always some left for those who have none yet. A namespace, which may have any number of pods,
+    /// may have three times as many.
+    ///
+    /// A pod's connection counts in its own namespace only: it must not use up what the server has, or the namespace
+    /// that this is in. Who is no pod may attack a server in any number of names, so a server may have from those
+    /// twice as many as are still free, and they count in its namespace.
     ///
     /// # Errors
     /// The bound that is met.
@@ -63,11 +69,12 @@ impl Connections {
         if count(&self.sources, &permit.source) > self.per_source.min(free) {
             return Err(Full::Source);
         }
-        if count(&self.servers, &permit.server) > free {
+        let has_more = |counts: &Counts<_>, server| count(counts, server) > OF_SERVER * free;
+        if permit.server.iter().any(|it| has_more(&self.servers, it)) {
             return Err(Full::Server);
         }
-        let mut namespaces = permit.namespaces.iter().flatten();
-        if namespaces.any(|namespace| count(&self.namespaces, namespace) > OF_NAMESPACE * free) {
+        let namespace = permit.namespace.as_ref();
+        if namespace.is_some_and(|it| count(&self.namespaces, it) > OF_NAMESPACE * free) {
             return Err(Full::Namespace);
         }
         Ok(permit)
@@ -76,21 +83,18 @@ impl Connections {
     /// Counts a connection that is live already, regardless of the bounds.
     pub(crate) fn take_over(self: &Arc<Self>, client: Party, server: Party) -> Permit {
         self.used.fetch_add(1, Ordering::Relaxed);
-        let other = server
-            .namespace
-            .filter(|it| client.namespace.as_ref() != Some(it));
-        let namespaces = [client.namespace, other];
+        let (server, namespace) = match client.namespace {
+            Some(own) => (None, Some(own)),
+            None => (Some(server.source), server.namespace),
+        };
         add(&self.sources, &client.source);
-        add(&self.servers, &server.source);
-        namespaces
-            .iter()
-            .flatten()
-            .for_each(|it| add(&self.namespaces, it));
+        server.iter().for_each(|it| add(&self.servers, it));
+        namespace.iter().for_each(|it| add(&self.namespaces, it));
         Permit {
             connections: Arc::clone(self),
             source: client.source,
-            server: server.source,
-            namespaces,
+            server,
+            namespace,
         }
     }
 }
@@ -121,11 +125,8 @@ impl Drop for Permit {
         } = &*self.connections;
         used.fetch_sub(1, Ordering::Relaxed);
         take(sources, &self.source);
-        take(servers, &self.server);
-        self.namespaces
-            .iter()
-            .flatten()
-            .for_each(|it| take(namespaces, it));
+        self.server.iter().for_each(|it| take(servers, it));
+        self.namespace.iter().for_each(|it| take(namespaces, it));
     }
 }
 
@@ -198,12 +199,12 @@ mod tests {
     }
 
     #[test]
-    fn one_server_gets_at_most_half() {
+    fn one_server_has_two_thirds_however_many_sources_come_to_it() {
         let connections = Connections::new(usize::MAX, 100);
         let held: Vec<_> = (0..200)
             .filter_map(|last| connections.permit(source(last), server(1)).ok())
             .collect();
-        assert_eq!(held.len(), 50);
+        assert_eq!(held.len(), 67);
         let more = connections.permit(source(201), server(1));
         assert_eq!(more.err(), Some(Full::Server));
         assert!(connections.permit(source(1), server(2)).is_ok());
@@ -212,7 +213,37 @@ mod tests {
     }
 
     #[test]
-    fn one_namespace_leaves_a_quarter_free() {
+    fn one_source_leaves_its_server_to_others() {
+        let bank = || pod("bank", 1);
+        for (greedy, what) in [(pod("evil", 1), "a pod"), (source(1), "one from outside")] {
+            let connections = Connections::new(usize::MAX, 100);
+            let permit = |client: &Party| connections.permit(client.clone(), bank());
+            let held: Vec<_> = (0..200).filter_map(|_| permit(&greedy).ok()).collect();
+            assert_eq!(held.len(), 50, "{what}");
+            assert_eq!(permit(&greedy).err(), Some(Full::Source), "{what}");
+            for other in [source(2), pod("third", 1), pod("bank", 2)] {
+                assert!(permit(&other).is_ok(), "{what}, {other:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn pods_of_one_namespace_use_up_no_share_of_another() {
+        let connections = Connections::new(usize::MAX, 1000);
+        let held: Vec<_> = (0..1000)
+            .filter_map(|n| connections.permit(pod("evil", n), pod("bank", n % 3)).ok())
+            .collect();
+        assert_eq!(held.len(), 750);
+        let more = connections.permit(pod("evil", 9999), pod("bank", 0));
+        assert_eq!(more.err(), Some(Full::Namespace));
+        for client in [pod("bank", 7), pod("third", 1), source(1)] {
+            let theirs = connections.permit(client.clone(), pod("bank", 0));
+            assert!(theirs.is_ok(), "{client:?}");
+        }
+    }
+
+    #[test]
+    fn one_namespace_leaves_a_quarter_however_many_pods_it_has() {
         type Ends = fn(u16) -> (Party, Party);
         let others = |n: u16| outside(2, n.to_le_bytes()[0]);
         let ways: [(Ends, &str); 3] = [

@@ -6,7 +6,8 @@ use std::thread;
 use std::time::Duration;
 
 use lab::runner::Test;
-use lab::{Cluster, Host, Kind, PodSpec, wait_until};
+use lab::traffic::connect_all;
+use lab::{Cluster, Dial, Host, Kind, PodSpec, wait_until};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::neighbour::{StopOnDrop, are_unharmed, at_rate};
@@ -19,6 +20,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_syn_flood_of_a_denied_pod_amid_changes_does_not_stop_its_neighbour,
     a_pod_over_its_bound_is_refused_and_its_neighbour_is_not,
     the_bound_of_the_node_is_told_apart_from_that_of_a_pod,
+    one_pods_connections_leave_their_server_to_others,
     forged_handshakes_to_one_pod_harm_nobody,
     unfinished_handshakes_of_two_pods_harm_nobody,
     syns_to_silent_addresses_harm_nobody,
@@ -208,6 +210,26 @@ fn attacked() -> Bed {
     ];
     bed.enforce(&[&FEW[..], &cluster].concat());
     bed
+}
+
+fn one_pods_connections_leave_their_server_to_others() {
+    let bed = attacked();
+    let [v, n, o, p] = ["x/v", "x/n", "x/o", "x/p"].map(|name| bed.lab.pod(name));
+    let (outside, node) = (bed.lab.outside(), bed.lab.node(0));
+    let mut held = Vec::new();
+    while metric(&node, SOURCE_LIMIT) == 0 {
+        let dials: Vec<_> = (0..10).map(|_| Dial::new(&v, o.addr_v4(80))).collect();
+        let outcomes = connect_all(&dials, SOON).unwrap();
+        held.extend(outcomes.into_iter().filter_map(|it| it.into_stream().ok()));
+    }
+    assert_eq!(held.len(), ALL / 2);
+    for (from, to) in [
+        (&n, o.addr_v4(80)),
+        (&p, o.addr_v6(80)),
+        (&outside, o.addr_v4(80)),
+    ] {
+        drop(connected(from, to));
+    }
 }
 
 fn forged_handshakes_to_one_pod_harm_nobody() {

@@ -7,7 +7,7 @@
 //! |---|---|---|---|
 //! | connections | as many as are still free: one alone half of all, two a third each; twice that for one server, of those who are no pods, and three times for one namespace | what descriptors allow | a new one is refused; a live one never ends for it |
 //! | half-open ones among them | a pod of this node two thirds | [`Bounds::half_open`] | the oldest of the biggest user, by source or by server, ends; over its share a pod is refused |
-//! | packets that wait for an unknown address | a pod of this node [`WAITING_OF_SOURCE`] | [`WAITING`] | the same |
+//! | packets that wait for an unknown address | a pod of this node [`WAITING_OF_SOURCE`] | [`Bounds::waiting`] | the same |
 //! | length of a packet that waits | [`LONGEST_WAITING`] | | it is dropped |
 //! | pipes of bulk streams | | [`Bounds::pipes`] | the stream is copied, not spliced |
 //!
@@ -20,8 +20,8 @@ pub(crate) use connections::{Connections, Permit};
 pub(crate) use pending::{Asking, Pending, Place, ShareUsedUp};
 pub(crate) use source::{Party, Source};
 
-/// Packets that may wait for an unknown address.
-pub(crate) const WAITING: usize = 4096;
+/// Packets that may wait for an unknown address, however many connections there may be.
+const WAITING: usize = 4096;
 /// Packets of one pod of this node among these.
 pub(crate) const WAITING_OF_SOURCE: usize = 256;
 /// Bytes of a packet that may wait, headers included: more than an Ethernet frame has. The kernel keeps the whole
@@ -43,6 +43,8 @@ pub(crate) struct Bounds {
     pub(crate) total: usize,
     /// Connections whose client has not completed its handshake.
     pub(crate) half_open: usize,
+    /// Packets that wait for an address of which nobody has said yet whose it is. A SYN among them is a connection.
+    pub(crate) waiting: usize,
     /// Pipes of bulk streams.
     pub(crate) pipes: usize,
 }
@@ -57,9 +59,10 @@ pub(crate) enum Full {
 }
 
 impl Bounds {
-    /// The bounds for so many `descriptors`: two for a connection, and an eighth of all for pipes, two each. At most
-    /// half of all connections may be half-open, with one descriptor each, and at most three quarters of a listener's
-    /// `backlog`.
+    /// What `descriptors` allow: two for a connection, and an eighth of all for pipes, two each. Half-open may be
+    /// half of all connections, with one descriptor each, and three quarters of the `backlog` of a listener. What waits
+    /// for unknown addresses comes in any number of names: an eighth, so that with half-open ones to the same server it is less
+    /// than that may have.
     pub(crate) fn of(
         descriptors: usize,
         backlog: usize,
@@ -74,6 +77,7 @@ impl Bounds {
             per_source: most_of_source.unwrap_or(total).min(total),
             total,
             half_open: (total / 2).min(backlog / 4 * 3).clamp(16, HALF_OPEN),
+            waiting: (total / 8).clamp(8, WAITING),
             pipes,
         }
     }
@@ -108,8 +112,13 @@ mod tests {
         assert_eq!(of(Some(usize::MAX), Some(usize::MAX)), default);
         let lower = of(Some(100), Some(7));
         assert_eq!(
-            (lower.total, lower.per_source, lower.half_open),
-            (100, 7, 50)
+            (
+                lower.total,
+                lower.per_source,
+                lower.half_open,
+                lower.waiting
+            ),
+            (100, 7, 50, 12)
         );
     }
 }

@@ -27,7 +27,7 @@ use crate::conntrack::Endings;
 use crate::enforcer::Enforcer;
 use crate::flows::Flows;
 use crate::handover::{Estate, Leaving};
-use crate::limits::{Connections, Pending, WAITING, WAITING_OF_SOURCE};
+use crate::limits::{Connections, Pending, WAITING_OF_SOURCE};
 use crate::links::PodLinks;
 use crate::metrics::Metrics;
 use crate::occupancy::Vacancies;
@@ -252,7 +252,7 @@ fn enforcer(
         carried: Carried::default(),
         limits: Connections::new(bounds.per_source, bounds.total),
         half_open: Pending::new(bounds.half_open / 3 * 2, bounds.half_open),
-        waiting: Pending::new(WAITING_OF_SOURCE, WAITING),
+        waiting: Pending::new(WAITING_OF_SOURCE, bounds.waiting),
         unread: Unread::new(args.max_unread.saturating_mul(1 << 20)),
         marks: args.redirect.mark_mask,
         deny: args.deny,

@@ -15,12 +15,13 @@ const LONG_OF_USER: usize = 64;
 /// Packets that may wait here in all.
 const ROOM: usize = 8192;
 
-/// The user that a packet counts against: its source if that is a pod of this node, else its destination, since a
-/// sender outside can use any number of source addresses.
+/// Whose packets wait: those that a pod of this node sends, or those to a pod from elsewhere, which can have any number of
+/// sources. Addresses that no pod has are one user together, since there is any number of them too.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum User {
     Asks(Source),
     Asked(Source),
+    Nobody,
 }
 
 /// The waiting packets, by user.

@@ -1,12 +1,15 @@
 //! Decides packets while many wait: users take turns, and the gate takes turns with the other tasks of its thread.
 use std::io;
+use std::net::IpAddr;
 use std::rc::Rc;
+
+use controller::Holder;
 
 use super::backlog::{Backlog, User};
 use super::nfqueue::Queued;
 use super::packet::Packet;
 use super::{Came, Gate};
-use crate::limits::LONGEST_WAITING;
+use crate::limits::{LONGEST_WAITING, Source};
 use crate::metrics::Cause;
 
 /// Messages that are read from the kernel's queue at once.
@@ -42,14 +45,21 @@ impl Gate {
             Packet::Flow(flow) => (flow.client, flow.server),
             Packet::Odd | Packet::Unreadable => return self.decide(came),
         };
-        let asking = self.enforcer.asking(client.ip());
-        let user = match asking.is_bound {
-            true => User::Asks(asking.source),
-            false => User::Asked(self.enforcer.source_of(server.ip())),
-        };
+        let user = self.user(client.ip(), server.ip());
         let is_long = came.length > LONGEST_WAITING;
         if let Err(came) = backlog.push(user, came, is_long) {
             self.refuse(came.id, Cause::Crowded);
+        }
+    }
+
+    fn user(&self, client: IpAddr, server: IpAddr) -> User {
+        match self.enforcer.table.holder(client) {
+            Holder::Pod(pod) if self.enforcer.is_local(&pod) => User::Asks(Source::of(&pod)),
+            Holder::Unknown => User::Nobody,
+            _ => match self.enforcer.table.holder(server) {
+                Holder::Pod(pod) => User::Asked(Source::of(&pod)),
+                _ => User::Nobody,
+            },
         }
     }
 }

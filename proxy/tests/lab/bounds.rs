@@ -27,6 +27,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     syns_to_silent_addresses_harm_nobody,
     packets_to_unknown_addresses_harm_nobody,
     names_that_nobody_has_harm_nobody_on_a_bridge,
+    a_flood_to_addresses_that_nobody_has_delays_itself,
     a_flood_beyond_the_gates_pace_delays_itself,
 ];
 
@@ -398,6 +399,32 @@ fn names_that_nobody_has_harm_nobody_on_a_bridge() {
     });
     let refused = metric(&node, "portreeve_refusals_total{cause=\"waiting_limit\"}");
     assert!(refused > 0, "the bound was not met");
+}
+
+/// From outside, from and to ever other addresses, those of the node's pods that no pod has.
+fn a_flood_to_addresses_that_nobody_has_delays_itself() {
+    const TOO_MANY: u32 = 15_000;
+    let bed = attacked();
+    let [n, o] = ["x/n", "x/o"].map(|name| bed.lab.pod(name));
+    let (outside, node) = (bed.lab.outside(), bed.lab.node(0));
+    let syns = RawSyns::of(&outside);
+    let attack = |stop: &AtomicBool| {
+        at_rate(TOO_MANY, stop, |number| {
+            // A network each (RFC 3849).
+            let from = Ipv6Addr::from(0x2001_0db8 << 96 | u128::from(number) << 64 | 1);
+            let to = (nobodys(&n, number), 80);
+            syns.send_v6((from, port(number)), to, number);
+        });
+    };
+    let pairs = [(&n, o.addr_v4(80)), (&o, n.addr_v6(80))];
+    let is_felt = || syns.sent() > TOO_MANY as usize;
+    are_unharmed(&pairs, MEASURED, attack, is_felt);
+    let crowded = metric(&node, "portreeve_refusals_total{cause=\"crowded\"}");
+    assert!(
+        crowded > 0,
+        "the gate has kept pace with {} SYNs",
+        syns.sent()
+    );
 }
 
 /// An address of the network of a pod, another for each number, which no pod has.

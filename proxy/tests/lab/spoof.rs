@@ -17,6 +17,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     what_comes_back_another_way_than_it_went_is_no_lie_on_the_nodes_own_link,
     what_a_pod_wraps_for_its_own_node_is_not_unwrapped,
     a_pod_cannot_send_into_a_flow_that_another_has_with_leave,
+    a_stranger_cannot_send_into_a_flow_of_a_pod,
     an_address_that_is_routed_elsewhere_is_a_lie_where_it_was_before,
 ];
 
@@ -218,6 +219,48 @@ fn a_pod_cannot_send_into_a_flow_that_another_has_with_leave() {
             );
             assert!(goes_on(&live), "{to}, {gateway:?}");
         }
+    }
+}
+
+/// From outside, as either end of a flow of datagrams, before and after it was answered.
+fn a_stranger_cannot_send_into_a_flow_of_a_pod() {
+    let mut bed = Bed::bare(small().rp_filter(RpFilter::Loose));
+    let (a, b, outside) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.outside());
+    for to in b.addrs(81) {
+        drop(connected(&outside, to));
+    }
+    b.serve_udp(&[53]).unwrap();
+    bed.write_policies(&[allow_ingress("b")]);
+    bed.enforce(&[]);
+    let node = bed.lab.node(0);
+    let heard = [&a, &b].map(|pod| pod.capture().unwrap());
+    let lies = |source: SocketAddr, to: SocketAddr| {
+        let before = counter(&node, "spoofed");
+        let count = || {
+            let such = |it: &lab::Packet| (it.source, it.destination) == (source, to);
+            let [a, b] = &heard;
+            a.count(such) + b.count(such)
+        };
+        let so_far = count();
+        lie(&outside, source, to);
+        wait_for_count(&node, "spoofed", before + 1);
+        assert_eq!(count(), so_far, "{source} to {to}");
+    };
+    for to in b.addrs(53) {
+        let live = flow(&a, to);
+        assert!(goes_on(&live), "{to}");
+        let own = live.local_addr().unwrap();
+        lies(own, to);
+        lies(to, own);
+        assert!(goes_on(&live), "{to}");
+    }
+    for to in b.addrs(54) {
+        let unanswered = flow(&a, to);
+        let own = unanswered.local_addr().unwrap();
+        b.nft("table inet mute { chain out { type filter hook output priority 0; icmp type destination-unreachable drop; icmpv6 type destination-unreachable drop; }; }")
+            .unwrap();
+        assert!(!goes_on(&unanswered), "{to}");
+        lies(own, to);
     }
 }
 

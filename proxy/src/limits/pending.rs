@@ -136,7 +136,7 @@ impl<T> Pending<T> {
             return Err(ShareUsedUp);
         }
         let gave_way = match full {
-            true => Some(state.make_room(&asking.source, &asked, now)?),
+            true => Some(state.make_room(&asking, &asked, now)?),
             false => None,
         };
         let (entry, number) = state.insert(asking.source, asked, value);
@@ -197,13 +197,14 @@ impl<T> State<T> {
         count > 0 && (count >= most || full && count >= self.biggest / 2)
     }
 
-    /// Takes out the oldest entry of the biggest user.
-    fn make_room(&mut self, asks: &Source, asked: &Source, now: Instant) -> Result<T, ShareUsedUp> {
+    /// Takes out the oldest entry of the biggest user. A pod of this node that asks a server under attack is no part of
+    /// that: it has few entries, or would have been refused.
+    fn make_room(&mut self, asks: &Asking, asked: &Source, now: Instant) -> Result<T, ShareUsedUp> {
         let user = &self.users[self.by_count[self.biggest].first];
         let oldest = user.entries.first;
         let is_own = match &user.name {
-            (Role::Asks, source) => source == asks,
-            (Role::Asked, source) => source == asked,
+            (Role::Asks, source) => *source == asks.source,
+            (Role::Asked, source) => source == asked && !asks.is_bound,
         };
         if is_own {
             let (since, renewed) = &mut self.renewed;

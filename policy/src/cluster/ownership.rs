@@ -9,7 +9,8 @@
 //! - Among the rest, a terminating pod loses against one that is not, and an older pod against the
 //!   one that started last: an address is given to another pod only after its holder's sandbox is
 //!   gone. The winner is the holder, and rules for it count. In a direction in which it is not
-//!   isolated but another claimant is, nothing is allowed.
+//!   isolated but another claimant is, or in which a claimant of another namespace is isolated,
+//!   nothing is allowed: the authors of the other namespace's policies must not open the address.
 //! - If that does not decide, the address is contested: it gets only the rights that all possible
 //!   holders have, and nothing is allowed in a direction in which any claimant is isolated.
 //! - If the address is also a Node's, and lies in the pod CIDRs of no claimant's node, no rule
@@ -206,12 +207,13 @@ fn holders(mut rivals: Vec<&PodState>) -> Vec<&PodState> {
 /// The endpoint for an address of which one of the `rivals` is the holder.
 fn held(holder: &PodState, rivals: &[&PodState]) -> Arc<Endpoint> {
     let own = &holder.endpoint;
-    let shut = |isolation: &Option<Arc<Isolation>>, direction| match isolation {
-        Some(_) => None,
-        None => closed(endpoints(rivals), direction),
+    let elsewhere = |rival: &&&PodState| rival.pod.key.namespace != holder.pod.key.namespace;
+    let shut = |direction| {
+        let mut others = rivals.iter().filter(elsewhere);
+        let shuts = !own.isolated(direction) || others.any(|it| it.endpoint.isolated(direction));
+        shuts.then(|| closed(endpoints(rivals), direction))?
     };
-    let egress = shut(&own.egress, Direction::Egress);
-    let ingress = shut(&own.ingress, Direction::Ingress);
+    let (egress, ingress) = (shut(Direction::Egress), shut(Direction::Ingress));
     let own_node = node_of_all(rivals);
     if egress.is_none() && ingress.is_none() && own_node == own.own_node {
         return own.clone();
@@ -219,8 +221,8 @@ fn held(holder: &PodState, rivals: &[&PodState]) -> Arc<Endpoint> {
     Arc::new(Endpoint {
         own_node,
         contested: egress.is_some() || ingress.is_some(),
-        egress: own.egress.clone().or(egress),
-        ingress: own.ingress.clone().or(ingress),
+        egress: egress.or_else(|| own.egress.clone()),
+        ingress: ingress.or_else(|| own.ingress.clone()),
         ..(**own).clone()
     })
 }

@@ -130,8 +130,9 @@ fn side(
     peer: IpAddr,
 ) -> Side {
     let owners = owners(world, own);
-    // A single holder has its own policies. If it has none, or the holder is not known, the
-    // policies of every claimant isolate, and none of their rules allows anything.
+    // A single holder has its own policies. If it has none, or a claimant of another namespace has
+    // any, or the holder is not known, the policies of every claimant isolate, and none of their
+    // rules allows anything.
     let chosen = |pods: &[&Pod]| {
         world.policies.iter().any(|((namespace, _), policy)| {
             let spec = &policy["spec"];
@@ -141,7 +142,13 @@ fn side(
             applies_to(spec, direction) && pods.iter().any(selects)
         })
     };
-    let decided = owners.len() == 1 && !is_nobodys(world, own) && chosen(&owners);
+    let elsewhere = |pod: &&Pod| owners.iter().all(|owner| owner.namespace != pod.namespace);
+    let others: Vec<&Pod> = claimants(world, own)
+        .into_iter()
+        .filter(elsewhere)
+        .collect();
+    let decided =
+        owners.len() == 1 && !is_nobodys(world, own) && chosen(&owners) && !chosen(&others);
     let owners = if decided {
         owners
     } else {

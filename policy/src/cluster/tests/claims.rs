@@ -100,6 +100,43 @@ fn claiming_an_isolated_pods_address_opens_nothing() {
 }
 
 #[test]
+fn what_the_claimants_own_policy_allows_opens_nothing() {
+    let ghost = Pod {
+        started: "2027-01-01T00:00:00Z".into(),
+        addresses: vec![address("10.0.0.9"), address(A)],
+        ..pod("y/ghost", A)
+    };
+    let open = "{podSelector: {matchLabels: {pod: ghost}}, policyTypes: [Ingress, Egress], ingress: [{}], egress: [{}]}";
+    let terminating = Pod {
+        terminating: true,
+        ..pod("x/a", A)
+    };
+    for (a, node, why) in [
+        (pod("x/a", A), "n1", "on the same node"),
+        (terminating, "n2", "on another, while a terminates"),
+    ] {
+        let ghost = Pod {
+            node: node.into(),
+            ..ghost.clone()
+        };
+        let mut cluster = haunted(a, ghost, &[home("n1", "10.0.0.0/24")]);
+        let _ = cluster.upsert_policy(policy("y/open", open));
+        assert!(!tcp80(&cluster, B, A), "ingress: {why}");
+        assert!(!tcp80(&cluster, A, B), "egress: {why}");
+        assert!(!tcp80(&cluster, "10.0.0.9", A), "to itself: {why}");
+        let _ = cluster.remove_pod(&pod_key("x/a"));
+        assert!(tcp80(&cluster, B, A), "nobody else claims it: {why}");
+    }
+    let own = |name: &str| Pod {
+        started: "2027-01-01T00:00:00Z".into(),
+        ..pod(name, A)
+    };
+    let mut cluster = haunted(pod("x/a", A), own("x/ghost"), &[]);
+    let _ = cluster.upsert_policy(policy("x/open", open));
+    assert!(tcp80(&cluster, B, A), "the next pod of the same namespace");
+}
+
+#[test]
 fn a_foreign_claim_gains_no_node_exemption() {
     let ghost = Pod {
         node: "n2".into(),

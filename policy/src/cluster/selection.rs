@@ -37,6 +37,9 @@ pub(super) struct Selections {
     next: PolicyId,
     /// The number of merged entries of each namespace.
     merged: HashMap<Arc<str>, Arc<AtomicUsize>>,
+    /// How many selections were put together, so that tests can say what an event costs.
+    #[cfg(test)]
+    pub(super) made: usize,
 }
 
 impl CompiledPolicy {
@@ -98,6 +101,10 @@ impl Selections {
         if self.known.len() >= self.collect_at {
             self.collect();
             self.collect_at = 64.max(self.known.len() * 2);
+        }
+        #[cfg(test)]
+        {
+            self.made += 1;
         }
         let selection = Arc::new(Selection {
             egress: self.isolation(&policies, Direction::Egress),

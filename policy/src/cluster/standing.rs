@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::{Cluster, PolicyState, Touched, policies_of};
 use crate::budget::{Budget, Excess, Resource, Usage};
+use crate::compile::SelectorId;
 use crate::model::PolicyKey;
 use crate::network_policy::NetworkPolicy;
 
@@ -131,8 +132,14 @@ impl Cluster {
         if self.ledger.all_stand(&key.namespace) {
             return self.stand(key, Standing::Whole, touched);
         }
-        for (key, standing) in self.standings(&key.namespace) {
-            self.stand(&key, standing, touched);
+        let mut others = self.standings(&key.namespace);
+        others.retain(|(key, standing)| {
+            let known = self.policies.get(key);
+            known.is_some_and(|state| state.standing != Some(*standing))
+        });
+        match &others[..] {
+            [(key, standing)] => self.stand(key, *standing, touched),
+            _ => self.stand_together(&key.namespace, &others, touched),
         }
     }
 
@@ -170,12 +177,44 @@ impl Cluster {
 
     /// Updates how one policy is in force.
     fn stand(&mut self, key: &PolicyKey, standing: Standing, touched: &mut Touched) {
-        let Some(state) = self.policies.get_mut(key) else {
+        let Some(state) = self.policies.get(key) else {
             return;
         };
         if state.standing == Some(standing) {
             return;
         }
+        let was = state.compiled.clone();
+        let held = self.take_in(key, standing, touched);
+        let compiled = self.policies.get(key).and_then(|it| it.compiled.clone());
+        self.reselect(was.as_ref(), compiled.as_ref(), touched);
+        self.release_selectors(&held, touched);
+    }
+
+    /// The same of many policies of one namespace: what selects a pod is worked out once for all of them.
+    fn stand_together(
+        &mut self,
+        namespace: &Arc<str>,
+        standings: &[(PolicyKey, Standing)],
+        touched: &mut Touched,
+    ) {
+        let mut held = Vec::new();
+        for (key, standing) in standings {
+            held.extend(self.take_in(key, *standing, touched));
+        }
+        self.reselect_all(namespace, touched);
+        self.release_selectors(&held, touched);
+    }
+
+    /// Compiles a policy as it is to stand, for [`Self::reselect`]. Returns the selectors that it held before.
+    fn take_in(
+        &mut self,
+        key: &PolicyKey,
+        standing: Standing,
+        touched: &mut Touched,
+    ) -> Vec<SelectorId> {
+        let Some(state) = self.policies.get_mut(key) else {
+            return Vec::new();
+        };
         state.standing = Some(standing);
         let policy = match standing {
             Standing::Whole => Some(state.policy.clone()),
@@ -183,16 +222,15 @@ impl Cluster {
             Standing::ClosedToAll => Some(Arc::new(state.policy.closed_to_all())),
             Standing::Nothing => None,
         };
-        let (was, held) = (state.compiled.take(), std::mem::take(&mut state.selectors));
+        let held = std::mem::take(&mut state.selectors);
         // The pods' new matches come before the rules that use them.
         let selectors = policy.as_deref().map(|it| self.hold_selectors(it, touched));
         let compiled = policy.as_deref().map(|it| Arc::new(self.compile(it)));
         if let Some(state) = self.policies.get_mut(key) {
             state.selectors = selectors.unwrap_or_default();
-            state.compiled = compiled.clone();
+            state.compiled = compiled;
             state.pods = policy.map(|policy| policy.pods.clone());
         }
-        self.reselect(was.as_ref(), compiled.as_ref(), touched);
-        self.release_selectors(&held, touched);
+        held
     }
 }

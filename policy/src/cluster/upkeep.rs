@@ -9,7 +9,7 @@ use super::labels::{Search, Shared, Slot};
 use super::pod_state::{PodState, in_vain};
 use super::selection::{CompiledPolicy, Selection};
 use super::selectors::{Named, in_namespaces};
-use super::{Cluster, NamespaceState, Touched, pods_of};
+use super::{Cluster, NamespaceState, Touched, pods_of, policies_of};
 use crate::compile::{Rules, SelectorId};
 use crate::matches::MatchSet;
 use crate::model::{Direction, Labels, Namespace, Node, Pod, PodKey};
@@ -318,6 +318,24 @@ impl Cluster {
                 });
             changes.push((pod_key.clone(), selection.clone()));
         }
+        self.select(changes, touched);
+    }
+
+    /// Works out again which policies select each pod of a namespace.
+    pub(super) fn reselect_all(&mut self, namespace: &Arc<str>, touched: &mut Touched) {
+        let mut changes = Vec::new();
+        for (key, pod) in pods_of(&self.pods, namespace) {
+            let policies = policies_of(&self.policies, namespace);
+            let selecting = policies.filter_map(|it| it.selecting(&pod.pod.labels).cloned());
+            let selection = self.selections.intern(selecting.collect());
+            if !Arc::ptr_eq(&selection, &pod.selection) {
+                changes.push((key.clone(), selection));
+            }
+        }
+        self.select(changes, touched);
+    }
+
+    fn select(&mut self, changes: Vec<(PodKey, Arc<Selection>)>, touched: &mut Touched) {
         for (key, selection) in changes {
             if let Some(pod) = self.pods.get(&key).map(|state| state.pod.clone()) {
                 self.settle_doubts(&key, Some((&pod, &selection)));

@@ -1,8 +1,9 @@
-//! The cost of an event, in comparisons of labels: it depends on the objects concerned, not on the
+//! What an event costs, in comparisons of labels and in selections: it grows with what the event concerns, not with the
 //! size of the cluster.
 use serde_json::json;
 
 use super::*;
+use crate::budget::Resource;
 use crate::selector::asked;
 
 /// `pods` pods, ten in each namespace, all with the label `tier: b`.
@@ -81,4 +82,27 @@ fn selectors_matching_every_pod_are_evaluated_together() {
     };
     assert_eq!(matches(7).len(), 300);
     assert!(Arc::ptr_eq(&matches(7), &matches(999)), "one set for all");
+}
+
+#[test]
+fn policies_that_change_together_select_each_pod_once() {
+    let mut cluster = Cluster::with_budget(Budget::default().with(Resource::Rules, 200));
+    for number in 0..10 {
+        let _ = cluster.upsert_pod(one_of_many(number));
+    }
+    for number in 0..100 {
+        let _ = cluster.upsert_policy(policy(&format!("n0/p{number}"), "ingress: [{}]"));
+    }
+    let large = policy("n0/a", &format!("ingress: [{}]", ["{}"; 200].join(", ")));
+    for (change, refused) in [(Some(large), 100), (None, 0)] {
+        let before = cluster.selections.made;
+        let touched = match change {
+            Some(policy) => cluster.upsert_policy(policy),
+            None => cluster.remove_policy(&policy_key("n0/a")),
+        };
+        assert_eq!(touched.addresses.len(), 10);
+        assert_eq!(cluster.refused().len(), refused);
+        let made = cluster.selections.made - before;
+        assert!(made <= 2, "{made} for ten pods that are selected alike");
+    }
 }

@@ -78,17 +78,18 @@ impl Ruleset {
         self.kernel.queue_rule
     }
 
-    /// The settings that it was rendered from, as text.
+    /// The settings that a daemon must have in common with its rules, as text. What happens while no daemon runs is
+    /// not among them: an upgrade can change it under the old daemon.
     pub(crate) fn settings(&self) -> String {
         let Self {
             proxy_port,
             first_queue,
             queue_count,
             marks,
-            fail,
+            fail: _,
             kernel: _,
         } = self;
-        format!("{proxy_port} {first_queue} {queue_count} {marks} {fail:?}")
+        format!("{proxy_port} {first_queue} {queue_count} {marks}")
     }
 
     /// First queue, how many, and whether a packet passes when nobody listens.

@@ -5,6 +5,7 @@
 //! directions of one source are busy, the smaller is the share of each, and beyond the bounds streams are reset (they
 //! "give way"). Knows neither flows nor policy: the caller measures and resets.
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
@@ -31,6 +32,8 @@ const NEAR: Duration = Duration::from_millis(5);
 /// Bytes of a receive buffer that are enough for a near peer: 50 MB/s at the longest round trip, 500 at the usual half
 /// millisecond.
 const ENOUGH_NEAR: usize = 256 << 10;
+/// A source is big if it uses more than this part of all: one in so many.
+const BIG: usize = 8;
 /// Bytes that the relay reads from a side at a time: a full pipe.
 const MOST_RELAYED: usize = 1 << 20;
 
@@ -72,6 +75,7 @@ pub(crate) struct Holding {
 pub(crate) struct Use {
     /// The number of its source.
     pub(crate) source: usize,
+    pub(crate) server: IpAddr,
     pub(crate) bytes: usize,
     /// For how long nothing has moved.
     pub(crate) stalled: Duration,
@@ -147,29 +151,36 @@ impl Unread {
     }
 
     /// Selects the streams to reset so that each source and all together keep to their bounds: those of the source that
-    /// uses most, first the ones that have stalled for longest, and among these the largest.
+    /// uses most, first the ones that have stalled for longest, and among these the largest. If all
+    /// together use too much and no source is big, many sources act together: then those of the server that uses most.
     pub(crate) fn give_way(&self, uses: &[Use]) -> Vec<usize> {
-        let mut taken = HashMap::<usize, usize>::new();
+        let (mut sources, mut servers) = (HashMap::new(), HashMap::new());
         for it in uses {
-            *taken.entry(it.source).or_default() += it.bytes;
+            *sources.entry(it.source).or_insert(0) += it.bytes;
+            *servers.entry(it.server).or_insert(0) += it.bytes;
         }
         let mut order: Vec<_> = (0..uses.len()).collect();
         // Streams are taken from the end.
         order.sort_by_key(|at| (uses[*at].stalled, uses[*at].bytes));
-        let mut all: usize = taken.values().sum();
+        let mut all: usize = sources.values().sum();
         let mut gone = Vec::new();
-        while let Some((source, bytes)) = taken.iter().max_by_key(|it| (*it.1, *it.0)) {
-            let (source, bytes) = (*source, *bytes);
+        while let (Some((source, bytes)), Some((server, _))) = (most(&sources), most(&servers)) {
             if bytes <= self.per_source && all <= self.total {
                 break;
             }
-            let Some(place) = order.iter().rposition(|at| uses[*at].source == source) else {
+            let is_big = bytes > self.total / BIG;
+            let is_its = |it: &Use| match is_big {
+                true => it.source == source,
+                false => it.server == server,
+            };
+            let Some(place) = order.iter().rposition(|at| is_its(&uses[*at])) else {
                 break;
             };
-            let at = order.remove(place);
-            all -= uses[at].bytes;
-            taken.insert(source, bytes - uses[at].bytes);
-            gone.push(at);
+            let it = &uses[order[place]];
+            all -= it.bytes;
+            sources.entry(it.source).and_modify(|all| *all -= it.bytes);
+            servers.entry(it.server).and_modify(|all| *all -= it.bytes);
+            gone.push(order.remove(place));
         }
         gone
     }
@@ -290,6 +301,12 @@ impl Holding {
     }
 }
 
+/// The key with the highest number of bytes.
+fn most<K: Copy + Ord>(taken: &HashMap<K, usize>) -> Option<(K, usize)> {
+    let most = taken.iter().max_by_key(|it| (*it.1, *it.0));
+    most.map(|(who, bytes)| (*who, *bytes))
+}
+
 /// Sets the size of a receive buffer in bytes.
 fn set_receive_buffer(socket: impl AsFd, bytes: usize) {
     // The kernel doubles the value (socket(7)); without the right to force it, the system's limit applies.
@@ -350,6 +367,7 @@ mod tests {
     fn the_biggest_sources_longest_stalled_streams_give_way() {
         let of = |source, bytes, stalled| Use {
             source,
+            server: [10, 0, 0, 1].into(),
             bytes,
             stalled: Duration::from_secs(stalled),
         };
@@ -379,6 +397,20 @@ mod tests {
         ] {
             assert_eq!(unread.give_way(&uses), gone, "{why}");
         }
+    }
+
+    #[test]
+    fn many_small_sources_do_not_end_a_larger_one_of_another_server() {
+        let of = |source, last: u8, bytes| Use {
+            source,
+            server: [10, 0, 0, last].into(),
+            bytes,
+            stalled: Duration::from_secs(source as u64),
+        };
+        let mut uses: Vec<_> = (1..=15).map(|source| of(source, 1, 7)).collect();
+        uses.push(of(20, 2, 11));
+        let gone = Unread::new(100).give_way(&uses);
+        assert_eq!(gone, [14, 13, 12], "those of the server that they ask");
     }
 
     #[test]

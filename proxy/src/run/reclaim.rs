@@ -105,6 +105,7 @@ fn measure(enforcer: &Enforcer, flow: &Flow, now: Instant) -> Option<Use> {
         .fold(sent, |sign, moved| sign.wrapping_add(*moved));
     Some(Use {
         source,
+        server: flow.key.server.ip(),
         bytes: bytes + held,
         stalled: stream.stalled(sign, now),
     })

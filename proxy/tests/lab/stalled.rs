@@ -1,14 +1,15 @@
 //! Streams whose receivers do not read: they end no other stream, and stay within their share of memory.
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Ipv6Addr, Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use lab::runner::Test;
 use lab::traffic::bulk::{self, Verifier};
-use lab::{Host, wait_until};
+use lab::traffic::connect_all;
+use lab::{Dial, Host, wait_until};
 
 use crate::handover::{bed_with, ends_of, flags, record_of};
 use crate::streams::ends;
@@ -18,6 +19,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_handover_with_stalled_streams_keeps_the_neighbours,
     unread_bytes_of_a_pod_are_bounded,
     only_the_pods_own_streams_are_reset,
+    strangers_who_do_not_read_end_nobodys_stream,
 ];
 
 /// Both ends of a stream, of which neither reads, and what each has sent.
@@ -30,16 +32,18 @@ struct Stalled {
 
 /// Opens this many streams to a free port of `to`.
 fn open(from: &Host, to: &Host, at: SocketAddr, count: u16) -> Vec<Stalled> {
+    open_by(|_| Dial::new(from, at), to, at, count)
+}
+
+/// The same with what each is dialled by.
+fn open_by(dial: impl Fn(u16) -> Dial, to: &Host, at: SocketAddr, count: u16) -> Vec<Stalled> {
     let listener = to.listen(at).unwrap();
     let mut servers: Vec<Option<TcpStream>> = (0..count).map(|_| None).collect();
     let mut clients = Vec::new();
     let numbers: Vec<_> = (0..count).collect();
     for numbers in numbers.chunks(100) {
-        let targets = vec![at; numbers.len()];
-        for (number, outcome) in numbers
-            .iter()
-            .zip(from.connect_all(&targets, DEADLINE).unwrap())
-        {
+        let dials: Vec<_> = numbers.iter().map(|number| dial(*number)).collect();
+        for (number, outcome) in numbers.iter().zip(connect_all(&dials, DEADLINE).unwrap()) {
             let mut client = outcome.into_stream().unwrap();
             client.write_all(&number.to_be_bytes()).unwrap();
             clients.push(client);
@@ -297,4 +301,31 @@ fn only_the_pods_own_streams_are_reset() {
     let count = reset.iter().filter(|reset| **reset).count();
     println!("{count} of {STREAMS} were reset");
     assert_eq!(metric(&node, "portreeve_unread_resets_total"), count as u64);
+}
+
+/// From a network each (RFC 3849), with less each than the neighbour.
+fn strangers_who_do_not_read_end_nobodys_stream() {
+    const STRANGERS: u16 = 100;
+    let bed = Bed::enforced(&["--max-unread", "16"], &[allow_all()]);
+    let [a, b, d] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
+    let (outside, node) = (bed.lab.outside(), bed.lab.node(0));
+    let stranger = |number: u16| Ipv6Addr::new(0x2001, 0xdb8, 0xbad, number, 0, 0, 0, 1);
+    let own: String = (0..STRANGERS)
+        .map(|number| format!("addr add {}/128 dev lo nodad\n", stranger(number)))
+        .collect();
+    outside.ip(&own).unwrap();
+    let mut route = bed.lab.fabric().command("ip");
+    let via = outside.ipv6().to_string();
+    route.args(["-6", "route", "add", "2001:db8:bad::/48", "via", &via]);
+    assert!(route.output().unwrap().status.success());
+    let mut neighbour = open(&a, &b, b.addr_v4(83), 1);
+    fill(&mut neighbour, 1 << 20);
+    let at = d.addr_v6(83);
+    let dial = |number| Dial::new(&outside, at).source(stranger(number).into());
+    let mut strangers = open_by(dial, &d, at, STRANGERS);
+    fill(&mut strangers, 1 << 20);
+    let resets = || metric(&node, "portreeve_unread_resets_total");
+    wait_until(DEADLINE, "the bound to be met", || resets() > 0).unwrap();
+    fill(&mut neighbour, 1 << 20);
+    assert!(is_whole(&neighbour[0]), "{} were reset", resets());
 }

@@ -127,6 +127,9 @@ impl Cluster {
     /// The pods that match any of these selectors, each with the ids of those selectors, in the
     /// given order. The cost is the number of matches, not of all pods for each selector.
     fn matched_by(&self, selectors: &[Named]) -> Vec<(PodKey, Vec<SelectorId>)> {
+        if selectors.is_empty() {
+            return Vec::new();
+        }
         let mut scopes = HashMap::new();
         let mut namespaces = Search::new(&self.namespaces_by_label);
         for (_, selector) in selectors {

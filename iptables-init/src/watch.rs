@@ -109,6 +109,8 @@ pub struct Watch {
     settings: Settings,
     stamp: Stamp,
     wanted: Contents,
+    /// Whether `wanted` has been compared with what `install` noted.
+    checked: bool,
     /// Of the tables when they were last found complete; `None` if they have to be read.
     generation: Option<u32>,
     /// The last look found an installation in progress.
@@ -120,7 +122,8 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Takes the present state as complete, and forgets which elements this process loaded while it enforced before.
+    /// Takes the present state as complete if the first look confirms it, and forgets which elements this process loaded
+    /// while it enforced before.
     ///
     /// # Errors
     /// What the kernel answers.
@@ -131,6 +134,7 @@ impl Watch {
             settings: settings.clone(),
             stamp: Stamp::of(&Ruleset::new(settings, kernel)),
             wanted,
+            checked: false,
             generation: None,
             unfinished: false,
             links: Vec::new(),
@@ -181,11 +185,13 @@ impl Watch {
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return Ok(()),
             read => read?,
         };
-        if now != self.wanted {
+        // It may have changed since somebody looked whether this daemon can begin.
+        if now != self.wanted || !self.checked {
             self.compare(now, found)?;
             if self.unfinished {
                 return Ok(());
             }
+            self.checked |= found.damages.is_empty();
         }
         if found.damages.is_empty() {
             match elements::differing()? {
@@ -245,7 +251,10 @@ impl Watch {
         if noted != Some(now.digest()) {
             // Only the version that installed the tables can repair them.
             let ours = stamp.is_none_or(|it| *it == self.stamp);
-            let parts = now.differing(&self.wanted);
+            let mut parts = now.differing(&self.wanted);
+            if parts.is_empty() {
+                parts.push(format!("rules of table {TABLE}"));
+            }
             found.damages.extend(parts.into_iter().map(|part| Damage {
                 part: Part::Rules,
                 what: format!("nft {part}"),
@@ -261,7 +270,7 @@ impl Watch {
             });
             return Ok(());
         }
-        found.installed_again = true;
+        found.installed_again = now != self.wanted;
         self.wanted = now;
         Ok(())
     }

@@ -20,6 +20,7 @@ use iptables_init::owners::{End, Owners};
 use iptables_init::ruleset::{Kernel, QueueRule, Ruleset};
 use iptables_init::sets::{Groups, Sets};
 use iptables_init::settings::Settings;
+use iptables_init::watch::{Part, Watch};
 use lab::traffic::UdpOutcome;
 use lab::{Cluster, Host, Netns, Outcome, PodSpec, wait_until};
 use nix::sys::socket::{
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         uninstall_restores_the_namespace_to_the_byte,
         installing_again_changes_nothing,
         every_partial_state_is_mended_and_can_be_taken_out,
+        what_is_damaged_before_the_first_look_is_found,
         what_install_switched_on_uninstall_switches_off_and_nothing_else,
         other_flags_take_the_place_of_the_table_and_the_sets_keep_their_elements,
         bridges_look_into_packets_again_after_uninstall_only_if_they_did_before,
@@ -188,6 +190,41 @@ fn every_partial_state_is_mended_and_can_be_taken_out() {
         sh(&netns, damage);
         init(&netns, "uninstall").ok();
         assert_eq!(dump(&netns), bare, "after `{damage}`");
+    }
+}
+
+fn what_is_damaged_before_the_first_look_is_found() {
+    let settings = Line::parse_from(["x"]).settings;
+    for (damage, whole) in [
+        ("true", true),
+        ("nft flush chain inet portreeve intercept", false),
+        ("nft insert rule inet portreeve intercept accept", false),
+        ("nft flush chain bridge portreeve raise", false),
+    ] {
+        let netns = counting_namespace();
+        init(&netns, "install").ok();
+        sh(&netns, damage);
+        let watched = netns.run(|| {
+            let kernel = iptables_init::probe_kernel().unwrap();
+            let mut watch = Watch::begin(&settings, kernel).unwrap();
+            // Found at each look until it is put back.
+            for _ in 0..2 {
+                let found = watch.look().unwrap();
+                assert!(!found.installed_again, "{damage}");
+                assert_eq!(found.damages.is_empty(), whole, "{damage}");
+                if !whole {
+                    assert_eq!(found.damages[0].part, Part::Rules, "{damage}");
+                    assert!(found.damages[0].ours, "{damage}");
+                }
+            }
+            let found = watch.look().unwrap();
+            watch.put_back(&found.damages).unwrap();
+            let found = watch.look().unwrap();
+            assert!(found.damages.is_empty(), "{damage}: {found:?}");
+            assert_eq!(found.installed_again, !whole, "{damage}");
+        });
+        watched.unwrap();
+        init(&netns, "check").ok();
     }
 }
 

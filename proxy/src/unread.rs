@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn many_small_sources_do_not_end_a_larger_one_of_another_server() {
+    fn small_sources_end_no_stream_of_another_server() {
         let of = |source, last: u8, bytes| Use {
             source,
             server: [10, 0, 0, last].into(),

@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_over_its_bound_is_refused_and_its_neighbour_is_not() {
+    fn only_the_source_over_its_bound_is_refused() {
         let connections = Connections::new(2, 8);
         let _held = all_of(&connections, 1);
         assert_eq!(
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn one_server_has_two_thirds_however_many_sources_come_to_it() {
+    fn one_server_gets_two_thirds_at_most() {
         let connections = Connections::new(usize::MAX, 100);
         let held: Vec<_> = (0..200)
             .filter_map(|last| connections.permit(source(last), server(1)).ok())

@@ -1,7 +1,7 @@
 //! What a daemon hands to the one that takes its place, so that no stream ends with it: queues,
 //! listeners and every relayed connection, from process to process over a Unix socket.
 //!
-//! Knows neither flows nor policy: what is handed over is values and descriptors. Whoever takes over judges anew. Until
+//! Knows neither flows nor policy: what is handed over is values and descriptors. The new daemon judges each connection again. Until
 //! the new daemon says that it begins, the old one can go on with everything, since it keeps copies of the sockets. The
 //! socket is at a path of the file system and not at an abstract name: any process in the node's network namespace
 //! could take an abstract name, and with it every stream of the node.

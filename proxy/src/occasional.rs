@@ -55,12 +55,12 @@ impl Occasional {
 
 /// Logs a warning, unless this call site has used up its lines: `warn_occasionally!(field = value, "message")`.
 macro_rules! warn_occasionally {
-    ($($told:tt)+) => {{
+    ($($message:tt)+) => {{
         static PLACE: crate::occasional::Occasional = crate::occasional::Occasional::new();
         if let Some(line) = PLACE.line(std::time::Instant::now()) {
             match line.left_out {
-                0 => tracing::warn!($($told)+),
-                left_out => tracing::warn!(left_out, $($told)+),
+                0 => tracing::warn!($($message)+),
+                left_out => tracing::warn!(left_out, $($message)+),
             }
         }
     }};

@@ -22,7 +22,7 @@ const MANY: usize = 16;
 /// How often resets are logged at most.
 const LOG_EVERY: Duration = Duration::from_secs(10);
 
-/// Keeps the bounds until told to stop.
+/// Keeps the bounds until it is stopped.
 ///
 /// # Errors
 /// If the thread cannot be started.

@@ -132,10 +132,16 @@ impl Drop for StopOnDrop<'_> {
 }
 
 /// Calls `send` with ever new numbers, so often a second, until `stop`.
-pub(crate) fn at_rate(per_second: u32, stop: &AtomicBool, mut send: impl FnMut(u32)) {
+pub(crate) fn at_rate(per_second: u32, stop: &AtomicBool, send: impl FnMut(u32)) {
+    in_bursts(1, per_second, stop, send);
+}
+
+/// Calls `send` with ever new numbers, `burst` of them without a pause, so often a second on average, until `stop`.
+/// A burst outruns a daemon of any speed that takes longer for a packet than its sender does.
+pub(crate) fn in_bursts(burst: u32, per_second: u32, stop: &AtomicBool, mut send: impl FnMut(u32)) {
     let began = Instant::now();
     for number in 0.. {
-        let due = began + Duration::from_secs(number.into()) / per_second;
+        let due = began + Duration::from_secs((number / burst * burst).into()) / per_second;
         while Instant::now() < due {
             if stop.load(Ordering::Relaxed) {
                 return;

@@ -7,6 +7,8 @@ mod backoff;
 mod connect;
 mod error;
 mod foreign;
+mod list;
+mod load;
 mod snapshot;
 mod state;
 mod status;
@@ -33,6 +35,7 @@ use crate::objects::Kind;
 use crate::{Batch, Problem};
 
 pub use error::ApiError;
+pub use load::load;
 pub use status::{KindStatus, WatchStatus};
 pub use taint::lift_taint;
 

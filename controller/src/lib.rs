@@ -11,6 +11,7 @@
 mod event;
 mod index;
 pub mod kube;
+mod loaded;
 pub mod manifest;
 mod objects;
 mod problem;
@@ -18,5 +19,6 @@ mod table;
 
 pub use event::{Batch, Event, Object, ObjectKey};
 pub use index::Index;
+pub use loaded::Loaded;
 pub use problem::{Problem, Severity};
 pub use table::{Holder, Judgement, LocalPod, PolicyInfo, Table, TableSettings, Unsettled};

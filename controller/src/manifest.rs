@@ -17,23 +17,11 @@ mod watch;
 use std::fmt;
 use std::path::Path;
 
-use policy::Cluster;
-
-use crate::index::{apply_to, findings};
-use crate::{Batch, Problem, Severity};
+use crate::{Loaded, Problem, Severity};
 use contents::Contents;
 use state::State;
 
 pub use watch::ManifestSource;
-
-/// A cluster as its manifests say, with what is questionable about it.
-#[derive(Debug)]
-pub struct Loaded {
-    /// The cluster.
-    pub cluster: Cluster,
-    /// What is in force but probably not meant so: duplicates, contested addresses and the like.
-    pub warnings: Vec<Problem>,
-}
 
 /// The manifests cannot be taken as they are.
 ///
@@ -68,19 +56,13 @@ pub fn load(path: &Path) -> Result<Loaded, LoadError> {
     let empty = listing.files.is_empty();
     state.note(listing.warnings);
     let faulty = state.faulty();
-    let Batch { events, problems } = state.full();
+    let full = state.full();
     if faulty || empty {
         return Err(LoadError {
-            problems: problems.to_vec(),
+            problems: full.problems.to_vec(),
         });
     }
-    let mut cluster = Cluster::default();
-    for event in events {
-        let _nobody_to_tell = apply_to(&mut cluster, event);
-    }
-    let mut warnings = problems.to_vec();
-    warnings.extend(findings(&cluster));
-    Ok(Loaded { cluster, warnings })
+    Ok(Loaded::of(full))
 }
 
 fn read(file: &Path) -> Contents {

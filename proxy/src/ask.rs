@@ -1,7 +1,7 @@
 //! Questions to a cluster's state: `portreeve check`, `portreeve matrix` and the admin port's explain.
 //!
-//! The commands are offline and without privilege: manifests in, answers on standard output, everything else on
-//! standard error. Knows nothing of the daemon, the kernel or a running cluster.
+//! The commands need no privilege: they read manifests, or list the objects of the API server once. Answers go to
+//! standard output, everything else to standard error. Knows nothing of the daemon and the kernel.
 mod check;
 mod matrix;
 mod resolve;
@@ -11,8 +11,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use controller::Severity;
+use controller::kube::{self, ApiError};
 use controller::manifest::{self, LoadError};
 use policy::{Cluster, Protocol};
+use tokio::runtime::{self, Runtime};
 
 pub(crate) use check::{CheckArgs, Question, check, explain, tell};
 pub(crate) use matrix::{MatrixArgs, matrix};
@@ -26,10 +29,12 @@ const WRONG: u8 = 2;
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 enum AskError {
-    #[error(
-        "the source {0:?} cannot be asked offline; give --cluster dir:PATH, a manifest file or a directory of them"
-    )]
-    NotOffline(String),
+    #[error("--cluster {0:?} is neither kube nor dir:PATH; give one of them")]
+    Source(String),
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    #[error("cannot start a runtime for requests to the API server: {0}")]
+    Runtime(io::Error),
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
@@ -40,15 +45,28 @@ enum AskError {
     Output(#[from] io::Error),
 }
 
-/// Loads the manifests of `--cluster`; their warnings go to standard error.
+/// Reads the cluster of `--cluster` once; its problems go to standard error.
 fn load(source: &str) -> Result<Cluster, AskError> {
     let path = source.strip_prefix("dir:").filter(|path| !path.is_empty());
-    let path = path.ok_or_else(|| AskError::NotOffline(source.to_owned()))?;
-    let loaded = manifest::load(Path::new(path))?;
-    for warning in &loaded.warnings {
-        eprintln!("portreeve: warning: {warning}");
+    let loaded = match (source, path) {
+        ("kube", _) => runtime()
+            .map_err(AskError::Runtime)?
+            .block_on(kube::load())?,
+        (_, Some(path)) => manifest::load(Path::new(path))?,
+        (_, None) => return Err(AskError::Source(source.to_owned())),
+    };
+    for problem in &loaded.problems {
+        let severity = match problem.severity {
+            Severity::Error => "error",
+            Severity::Warning => "warning",
+        };
+        eprintln!("portreeve: {severity}: {problem}");
     }
     Ok(loaded.cluster)
+}
+
+fn runtime() -> io::Result<Runtime> {
+    runtime::Builder::new_current_thread().enable_all().build()
 }
 
 /// Turns a failure into exit status 2 and its text on standard error, a line per fault.

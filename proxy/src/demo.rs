@@ -121,7 +121,7 @@ fn read(path: &Path) -> Result<(Plan, Vec<policy::NetworkPolicy>), DemoError> {
     let loaded = manifest::load(path)?;
     let mut plan = Plan::of(&loaded.cluster, raw::policies(path)?)?;
     plan.notes
-        .extend(loaded.warnings.iter().map(ToString::to_string));
+        .extend(loaded.problems.iter().map(ToString::to_string));
     Ok((plan, loaded.cluster.policies().cloned().collect()))
 }
 

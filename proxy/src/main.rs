@@ -52,9 +52,9 @@ struct Cli {
 enum Command {
     /// Enforce on this node until told to stop. Needs `iptables-init install` before it.
     Run(Box<run::RunArgs>),
-    /// Say whether X may talk to Y, and because of which policy. Offline, without privilege.
+    /// Check whether X may connect to Y, and by which policy. Needs no privilege and no daemon.
     Check(ask::CheckArgs),
-    /// Say it for every pod to every pod. Offline, without privilege.
+    /// Print the verdict for every pair of pods. Needs no privilege and no daemon.
     Matrix(ask::MatrixArgs),
     Explain(console::ExplainArgs),
     Connections(console::ConnectionsArgs),

@@ -43,6 +43,7 @@ fn portreeve(args: &[&str]) -> Output {
     command
         .args(args)
         .env_remove("PORTREEVE_CLUSTER")
+        .env("KUBECONFIG", "/nonexistent")
         .stdin(Stdio::null());
     command.output().unwrap()
 }
@@ -324,7 +325,10 @@ fn a_wrong_question_is_status_2_with_a_remedy_and_no_answer() {
             check(&source, "b", "y/six", "80"),
             "neither namespace/pod nor an IP address",
         ),
-        (check("kube", "x/a", "y/b", "80"), "give --cluster dir:PATH"),
+        (
+            check("files", "x/a", "y/b", "80"),
+            "neither kube nor dir:PATH",
+        ),
         (
             check("dir:/nonexistent", "x/a", "y/b", "80"),
             "cannot be listed",
@@ -345,7 +349,7 @@ fn a_wrong_question_is_status_2_with_a_remedy_and_no_answer() {
         ),
         (
             portreeve(&["matrix", "--cluster", "kube"]),
-            "give --cluster dir:PATH",
+            "no usable client configuration",
         ),
         (
             portreeve(&["matrix", "--cluster", &source, "--protocol", "ICMP"]),

@@ -187,6 +187,28 @@ async fn an_outage_is_reported_by_the_paged_list() {
 }
 
 #[tokio::test]
+async fn a_cluster_is_listed_once_without_a_watch() {
+    let bed = Bed::new().await;
+    let unreadable = json!({"podSelector": {}, "policyTypes": ["Sideways"]});
+    bed.api.put("networkpolicies", policy("bad", unreadable));
+    let connector = Connector::Plain(bed.api.address);
+    let loaded = load::load_by(&connector, DEADLINE).await.expect("a list");
+    assert_eq!(loaded.cluster.pods().count(), 3);
+    let [problem] = &loaded.problems[..] else {
+        panic!("{:?}", loaded.problems)
+    };
+    assert_eq!(problem.object.as_deref(), Some("NetworkPolicy x/bad"));
+    assert!(
+        bed.api.asked(&["/pods", "continue="]) > 0,
+        "pods come in two pages"
+    );
+    assert_eq!(bed.api.asked(&["watch="]), 0);
+    bed.api.world().refuse.insert("nodes", 403);
+    let error = load::load_by(&connector, DEADLINE).await.expect_err("403");
+    assert_eq!(error.cause(), "forbidden");
+}
+
+#[tokio::test]
 async fn changes_arrive_one_by_one_and_only_those_that_matter() {
     let bed = Bed::new().await;
     let mut source = bed.source().await;

@@ -9,9 +9,8 @@ use std::time::Duration;
 
 use futures_util::{Stream, TryStreamExt};
 use kube::Client;
-use kube::api::{ListParams, WatchParams};
-use kube::core::{Request, WatchEvent};
-use serde::Deserialize;
+use kube::api::WatchParams;
+use kube::core::WatchEvent;
 use serde_json::Value;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, timeout};
@@ -19,13 +18,10 @@ use tokio::time::{Instant, timeout};
 use super::backoff::Backoff;
 use super::connect::Connector;
 use super::error::{ApiError, Asked};
+use super::list::{Pages, requests, within};
 use super::status::WatchStatus;
 use crate::objects::{Kind, Trimmed};
 
-/// Objects of a page.
-const PAGE: u32 = 500;
-/// Policies in a page: each can have the 1.5 MiB that the API server accepts, and a page is read whole.
-const PAGE_OF_POLICIES: u32 = 20;
 /// A watch that ends sooner without a word counts as a failure, so that it is not asked for at once.
 const TOO_SHORT: Duration = Duration::from_secs(1);
 
@@ -278,33 +274,19 @@ impl Watch {
     }
 
     async fn list_in_pages(&self, client: &Client, position: &mut Position) -> Result<(), Ended> {
-        let page = match self.kind {
-            Kind::NetworkPolicy => PAGE_OF_POLICIES,
-            Kind::Namespace | Kind::Pod | Kind::Node => PAGE,
-        };
-        let mut params = ListParams::default().limit(page);
-        let asked = Asked::of("list", self.kind);
-        loop {
-            let request = self.request().list(&params);
-            let request = request.map_err(|error| ApiError::config(&error))?;
-            let text = self.within(client.request_text(request)).await?;
-            let text = text.map_err(|error| ApiError::from_client(&error, asked))?;
-            let page: Page = serde_json::from_str(&text)
-                .map_err(|error| ApiError::Malformed(error.to_string()))?;
-            drop(text);
-            if params.continue_token.is_none() {
+        let mut pages = Pages::new(client, self.kind, self.patience.answer);
+        let mut version = None;
+        while let Some(page) = pages.next().await? {
+            if version.is_none() {
                 self.heard(position).await?;
                 self.tell(News::ListBegins).await?;
             }
-            for Trimmed(object) in page.items.unwrap_or_default() {
+            for object in page.objects {
                 self.tell(News::Listed(object)).await?;
             }
-            params.continue_token = page.metadata.r#continue.filter(|token| !token.is_empty());
-            if params.continue_token.is_none() {
-                let version = page.metadata.resource_version.unwrap_or_default();
-                return self.list_ends(position, version).await;
-            }
+            version = Some(page.version);
         }
+        self.list_ends(position, version.unwrap_or_default()).await
     }
 
     async fn list_ends(&self, position: &mut Position, version: String) -> Result<(), Ended> {
@@ -327,9 +309,9 @@ impl Watch {
         impl Stream<Item = Result<WatchEvent<Trimmed>, kube::Error>> + Unpin + use<>,
         ApiError,
     > {
-        let request = self.request().watch(params, version);
+        let request = requests(self.kind).watch(params, version);
         let request = request.map_err(|error| ApiError::config(&error))?;
-        let opened = self.within(client.request_events(request)).await?;
+        let opened = within(self.patience.answer, client.request_events(request)).await?;
         let events = opened.map_err(|error| self.failure(&error))?;
         Ok(Box::pin(events))
     }
@@ -343,21 +325,6 @@ impl Watch {
         let next = timeout(silence, events.try_next()).await;
         let next = next.map_err(|_| ApiError::Silent(silence.as_secs()))?;
         next.map_err(|error| self.failure(&error))
-    }
-
-    async fn within<T>(&self, answer: impl Future<Output = T>) -> Result<T, ApiError> {
-        let patience = self.patience.answer;
-        let answer = timeout(patience, answer).await;
-        answer.map_err(|_| ApiError::Silent(patience.as_secs()))
-    }
-
-    fn request(&self) -> Request {
-        let group = match self.kind.group() {
-            "" => "api",
-            _ => "apis",
-        };
-        let (version, resource) = (self.kind.api_version(), self.kind.resource());
-        Request::new(format!("/{group}/{version}/{resource}"))
     }
 
     fn params(&self) -> WatchParams {
@@ -377,20 +344,6 @@ impl Watch {
         let told = self.news.send((self.kind, news)).await;
         told.map_err(|_| Unheard)
     }
-}
-
-/// A page of a list.
-#[derive(Deserialize)]
-struct Page {
-    metadata: PageMetadata,
-    items: Option<Vec<Trimmed>>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct PageMetadata {
-    resource_version: Option<String>,
-    r#continue: Option<String>,
 }
 
 fn version_of(object: &Value) -> Option<String> {

@@ -15,7 +15,8 @@ use super::{AskError, WRONG, coloured, finish, load, protocol};
 /// May X talk to Y? Exit status 0: allowed. 1: denied. 2: the question or the manifests are wrong.
 #[derive(Args, Debug)]
 pub(crate) struct CheckArgs {
-    /// Where the cluster's state comes from: `dir:PATH`, a manifest file or a directory of them
+    /// Where the cluster's state comes from: `kube`, the API server as kubectl finds it, or `dir:PATH`, a manifest
+    /// file or a directory of them
     #[arg(
         long,
         value_name = "SOURCE",

@@ -13,7 +13,8 @@ use super::{AskError, coloured, finish, load, protocol};
 /// The whole truth table: every pod to every pod, sources as rows.
 #[derive(Args, Debug)]
 pub(crate) struct MatrixArgs {
-    /// Where the cluster's state comes from: `dir:PATH`, a manifest file or a directory of them
+    /// Where the cluster's state comes from: `kube`, the API server as kubectl finds it, or `dir:PATH`, a manifest
+    /// file or a directory of them
     #[arg(
         long,
         value_name = "SOURCE",

@@ -35,6 +35,12 @@ fn a_state_of_many_pages_is_listed_anew_when_etcd_has_forgotten_the_changes() {
     let pod = |name: &str| daemons.bed.lab.pod(name);
     let (a, b, d) = (pod("x/a"), pod("x/b"), pod("x/d"));
     is_kept_from(&a, &b);
+    // Without a daemon too, from one list.
+    let mut check = node.command(env!("CARGO_BIN_EXE_portreeve"));
+    check.env("KUBECONFIG", &daemons.kubeconfig);
+    check.args(["check", "--from", "x/a", "--to", "x/b", "--port", "80"]);
+    let answer = check.output().unwrap();
+    assert_eq!(answer.status.code(), Some(1), "{answer:?}");
 
     // The daemon hears nothing of the end of its connections before it is back on the network.
     daemons.control.leave().unwrap();

@@ -1,0 +1,39 @@
+//! Reads the state of the cluster once, without a watch.
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::connect::Connector;
+use super::error::ApiError;
+use super::list::Pages;
+use super::state::State;
+use super::watch::{News, Patience};
+use crate::Loaded;
+use crate::objects::Kind;
+
+/// Lists all objects of every kind once.
+///
+/// An object that cannot be taken as it is is a problem of the answer, not an error: its stand-in
+/// counts, as in a daemon that starts.
+///
+/// # Errors
+/// If there is no usable client configuration, or the API server does not answer every list.
+pub async fn load() -> Result<Loaded, ApiError> {
+    load_by(&Connector::Found, Patience::default().answer).await
+}
+
+pub(super) async fn load_by(connector: &Connector, patience: Duration) -> Result<Loaded, ApiError> {
+    let client = connector.client().await?;
+    let (mut state, now) = (State::new(""), Instant::now());
+    for kind in Kind::ALL {
+        state.take(kind, News::ListBegins, now);
+        let mut pages = Pages::new(&client, kind, patience);
+        while let Some(page) = pages.next().await? {
+            for object in page.objects {
+                state.take(kind, News::Listed(object), now);
+            }
+        }
+        state.take(kind, News::ListEnds, now);
+    }
+    Ok(Loaded::of(state.changes(now).unwrap_or_default()))
+}

@@ -299,13 +299,14 @@ fn tests_that_documents_name_are_there() {
     for (page, text) in pages() {
         for name in tests_named_in(&text) {
             seen += 1;
-            if !exists(&name) {
+            let is_map = page == "ARCHITECTURE.md";
+            if !is_map || !exists(&name) {
                 missing.push(format!("{page}: {name}"));
             }
         }
     }
-    none(&missing, "a test that a document names is there");
-    assert!(seen > 40, "the documents name only {seen} tests");
+    none(&missing, "only ARCHITECTURE.md names tests, and they are there");
+    assert!(seen > 100, "ARCHITECTURE.md names only {seen} tests");
 }
 
 #[test]

@@ -19,6 +19,9 @@ pub(super) const NAMESPACE: &str = "";
 /// Up to this many candidates are checked one by one; more are handled as bitmaps.
 const FEW: usize = 64;
 
+/// Comparisons that checking candidates one by one may take.
+const COMPARISONS: usize = 1024;
+
 /// A thing that is listed by its labels.
 pub(super) trait Labelled {
     fn labels(&self) -> &Labels;
@@ -227,6 +230,7 @@ impl<'a, T: Labelled> Search<'a, T> {
         let narrowest = narrowest.min_by_key(|(count, _)| *count);
         if let Some((count, narrowest)) = narrowest
             && count <= FEW
+            && count * requirements.len() <= COMPARISONS
         {
             let mut slots = self.index.slots(narrowest);
             slots.retain(|&slot| {
@@ -253,9 +257,15 @@ impl<'a, T: Labelled> Search<'a, T> {
 
     fn narrow(&mut self, found: &mut Bits, requirement: &'a Requirement) {
         let positive = requirement.is_positive();
-        if !positive && self.index.count(requirement) <= FEW {
+        if self.index.count(requirement) <= FEW {
+            let mut named = Bits(vec![0; found.0.len()]);
             for slot in self.index.slots(requirement) {
-                found.0[slot as usize / 64] &= !(1 << (slot % 64));
+                let (word, bit) = (slot as usize / 64, 1 << (slot % 64));
+                named.0[word] |= found.0[word] & bit;
+                found.0[word] &= !bit;
+            }
+            if positive {
+                *found = named;
             }
             return;
         }

@@ -299,24 +299,25 @@ impl Cluster {
         let Some(key) = added.or(replaced).map(|policy| policy.key.clone()) else {
             return;
         };
-        let pods = self
-            .policies
-            .get(&key)
-            .and_then(|state| state.pods.as_ref());
-        let added = added.zip(pods);
+        let state = added.and_then(|_| self.policies.get(&key));
+        let pods = state.and_then(|state| state.pods.as_ref());
+        let selected = pods.map_or_else(Vec::new, |pods| {
+            let scope = self.within(&key.namespace);
+            Search::new(&self.pods_by_label).find(pods.requirements(), Some(&scope))
+        });
         let mut changes: Vec<(PodKey, Arc<Selection>)> = Vec::new();
         // Most pods share their selection with others; each distinct one is worked out once.
         let mut done: HashMap<(*const Selection, bool), Arc<Selection>> = HashMap::new();
         for (pod_key, pod) in pods_of(&self.pods, &key.namespace) {
             let had = replaced.is_some_and(|policy| pod.selection.contains(policy));
-            let has = added.filter(|(_, pods)| pods.matches(&pod.pod.labels));
+            let has = added.filter(|_| selected.binary_search(&pod.slot).is_ok());
             if !had && has.is_none() {
                 continue;
             }
             let selection = done
                 .entry((Arc::as_ptr(&pod.selection), has.is_some()))
                 .or_insert_with(|| {
-                    let policies = pod.selection.with(&key, has.map(|(policy, _)| policy));
+                    let policies = pod.selection.with(&key, has);
                     self.selections.intern(policies)
                 });
             changes.push((pod_key.clone(), selection.clone()));
@@ -326,16 +327,31 @@ impl Cluster {
 
     /// Works out again which policies select each pod of a namespace.
     pub(super) fn reselect_all(&mut self, namespace: &Arc<str>, touched: &mut Touched) {
+        let scope = self.within(namespace);
+        let mut search = Search::new(&self.pods_by_label);
+        let mut selecting: HashMap<Slot, Vec<Arc<CompiledPolicy>>> = HashMap::new();
+        for state in policies_of(&self.policies, namespace) {
+            if let (Some(pods), Some(policy)) = (&state.pods, &state.compiled) {
+                for slot in search.find(pods.requirements(), Some(&scope)) {
+                    selecting.entry(slot).or_default().push(policy.clone());
+                }
+            }
+        }
         let mut changes = Vec::new();
         for (key, pod) in pods_of(&self.pods, namespace) {
-            let policies = policies_of(&self.policies, namespace);
-            let selecting = policies.filter_map(|it| it.selecting(&pod.pod.labels).cloned());
-            let selection = self.selections.intern(selecting.collect());
+            let policies = selecting.remove(&pod.slot).unwrap_or_default();
+            let selection = self.selections.intern(policies);
             if !Arc::ptr_eq(&selection, &pod.selection) {
                 changes.push((key.clone(), selection));
             }
         }
         self.select(changes, touched);
+    }
+
+    /// The requirement that a namespace's pods meet.
+    fn within(&self, namespace: &Arc<str>) -> Shared {
+        let own = in_namespaces([namespace.clone()].into());
+        Shared::new(own, &self.pods_by_label)
     }
 
     fn select(&mut self, changes: Vec<(PodKey, Arc<Selection>)>, touched: &mut Touched) {

@@ -85,6 +85,32 @@ fn selectors_matching_every_pod_are_evaluated_together() {
 }
 
 #[test]
+fn a_long_pod_selector_is_not_compared_pod_by_pod() {
+    let mut cluster = Cluster::with_budget(Budget::default().with(Resource::Rules, 1));
+    for number in 0..10 {
+        let _ = cluster.upsert_pod(one_of_many(number));
+    }
+    let long = |name: &str, rules: &str| {
+        let absent = |n| json!({"key": format!("k{n}"), "operator": "DoesNotExist"});
+        let absent: Vec<_> = (0..1000).map(absent).collect();
+        let rules: serde_json::Value = serde_saphyr::from_str(rules).unwrap();
+        let spec = json!({"podSelector": {"matchLabels": {"tier": "b"}, "matchExpressions": absent}, "ingress": rules});
+        NetworkPolicy::new(policy_key(name), serde_json::from_value(spec).unwrap()).unwrap()
+    };
+    for (name, rules, why) in [
+        ("n0/p", "[]", "a new policy"),
+        ("n0/q", "[{}]", "another"),
+        ("n0/o", "[{}]", "two that change together"),
+    ] {
+        let cost = asked::by(|| {
+            let touched = cluster.upsert_policy(long(name, rules));
+            assert_eq!(touched.addresses.len(), 10, "{why}");
+        });
+        assert_eq!(cost, 0, "{why}");
+    }
+}
+
+#[test]
 fn policies_that_change_together_select_each_pod_once() {
     let mut cluster = Cluster::with_budget(Budget::default().with(Resource::Rules, 200));
     for number in 0..10 {

@@ -7,13 +7,25 @@ use std::sync::Arc;
 
 use crate::access::Access;
 use crate::endpoint::Endpoint;
-use crate::model::Protocol;
+use crate::model::{Direction, PolicyKey, Protocol};
 use crate::network_policy::{Peer, Port, PortNumbers, Rule};
 use crate::ranges::AddressSet;
 use crate::selector::PeerSelector;
 
 /// Stands for one distinct [`PeerSelector`]; never reused in the life of a cluster.
 pub(crate) type SelectorId = u32;
+
+/// One state of one policy; the next state has another id.
+pub(crate) type PolicyId = u64;
+
+/// A policy in the form in which pods refer to it; its id identifies it.
+#[derive(Debug)]
+pub(crate) struct CompiledPolicy {
+    pub(crate) id: PolicyId,
+    pub(crate) key: PolicyKey,
+    pub(crate) egress: Option<Arc<Rules>>,
+    pub(crate) ingress: Option<Arc<Rules>>,
+}
 
 /// The rules of one policy in one direction; equal ones are shared.
 #[derive(Debug)]
@@ -58,6 +70,30 @@ pub(crate) struct Question<'a> {
     pub(crate) destination: Option<&'a Endpoint>,
     pub(crate) port: Option<u16>,
     pub(crate) protocol: Protocol,
+}
+
+impl CompiledPolicy {
+    /// The rules in `direction`, if it isolates in it.
+    pub(crate) fn rules(&self, direction: Direction) -> Option<&Arc<Rules>> {
+        match direction {
+            Direction::Egress => self.egress.as_ref(),
+            Direction::Ingress => self.ingress.as_ref(),
+        }
+    }
+}
+
+impl PartialEq for CompiledPolicy {
+    fn eq(&self, other: &Self) -> bool {
+        self.id == other.id
+    }
+}
+
+impl Eq for CompiledPolicy {}
+
+impl Hash for CompiledPolicy {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.id.hash(state);
+    }
 }
 
 impl Rules {

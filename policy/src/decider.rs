@@ -10,14 +10,19 @@ use crate::compile::{Question, Rules};
 /// Beyond it, further sets of policies are evaluated policy by policy.
 const MERGED: usize = 1_200_000;
 
-/// Evaluates distinct lists of rules.
+/// Evaluates lists of rules, which it is given when it is asked first.
 #[derive(Debug, Default)]
 pub(crate) struct Decider {
-    distinct: Box<[Arc<Rules>]>,
     /// The number of merged entries of the namespace.
     taken: Arc<AtomicUsize>,
-    /// `None` if the bound leaves no room for another copy.
-    merged: OnceLock<Option<Merged>>,
+    built: OnceLock<Built>,
+}
+
+#[derive(Debug)]
+enum Built {
+    Merged(Box<Merged>),
+    /// One list or none, or the bound leaves no room for another copy.
+    Apart(Box<[Arc<Rules>]>),
 }
 
 #[derive(Debug)]
@@ -34,53 +39,59 @@ struct Lease {
 }
 
 impl Decider {
-    /// A decider for `rules`, of a namespace that has `taken` merged entries now.
-    pub(crate) fn new(mut rules: Vec<Arc<Rules>>, taken: Arc<AtomicUsize>) -> Self {
-        // Equal rules share an allocation, so that addresses identify them.
-        rules.sort_by_key(Arc::as_ptr);
-        rules.dedup_by_key(|rules| Arc::as_ptr(rules));
-        rules.retain(|rules| !rules.list.is_empty());
+    /// A decider of a namespace that has `taken` merged entries now.
+    pub(crate) fn new(taken: Arc<AtomicUsize>) -> Self {
         Self {
-            distinct: rules.into(),
             taken,
-            merged: OnceLock::new(),
+            built: OnceLock::new(),
         }
     }
 
-    /// How many lists it evaluates.
+    /// How many lists it evaluates one by one.
     #[cfg(test)]
-    pub(crate) fn lists(&self) -> usize {
-        self.distinct.len()
+    pub(crate) fn evaluated(&self) -> usize {
+        match self.built.get() {
+            Some(Built::Apart(lists)) => lists.len(),
+            Some(Built::Merged(_)) | None => 0,
+        }
     }
 
-    /// Whether any rule allows the connection.
-    pub(crate) fn allows(&self, question: Question<'_>) -> bool {
-        if let [rules] = &*self.distinct {
-            return rules.access.allows(question);
-        }
-        match self.merged() {
-            Some(merged) => merged.access.allows(question),
-            None => self.distinct.iter().any(|it| it.access.allows(question)),
+    /// Whether any rule of `lists` allows the connection.
+    pub(crate) fn allows(
+        &self,
+        question: Question<'_>,
+        lists: impl FnOnce() -> Vec<Arc<Rules>>,
+    ) -> bool {
+        match self.built(lists) {
+            Built::Merged(merged) => merged.access.allows(question),
+            Built::Apart(lists) => lists.iter().any(|it| it.access.allows(question)),
         }
     }
 
     /// Builds the merged structure, so that the first lookup does not wait for it.
-    pub(crate) fn prepare(&self) {
-        self.merged();
+    pub(crate) fn prepare(&self, lists: impl FnOnce() -> Vec<Arc<Rules>>) {
+        self.built(lists);
     }
 
-    fn merged(&self) -> Option<&Merged> {
-        if self.distinct.len() < 2 {
-            return None;
-        }
-        let merged = self.merged.get_or_init(|| {
-            let all: Vec<_> = self.distinct.iter().map(|rules| &rules.access).collect();
+    fn built(&self, lists: impl FnOnce() -> Vec<Arc<Rules>>) -> &Built {
+        self.built.get_or_init(|| {
+            // Equal rules share an allocation, so that addresses identify them.
+            let mut lists = lists();
+            lists.retain(|rules| !rules.list.is_empty());
+            lists.sort_unstable_by_key(Arc::as_ptr);
+            lists.dedup_by_key(|rules| Arc::as_ptr(rules));
+            let all: Vec<_> = lists.iter().map(|rules| &rules.access).collect();
             let entries = all.iter().map(|access| access.entries()).sum();
-            let _lease = Lease::take(&self.taken, entries, MERGED)?;
-            let access = Access::merged(&all);
-            Some(Merged { access, _lease })
-        });
-        merged.as_ref()
+            let several = all.len() > 1;
+            let lease = several.then(|| Lease::take(&self.taken, entries, MERGED));
+            match lease.flatten() {
+                Some(_lease) => {
+                    let access = Access::merged(&all);
+                    Built::Merged(Box::new(Merged { access, _lease }))
+                }
+                None => Built::Apart(lists.into()),
+            }
+        })
     }
 }
 

@@ -5,8 +5,7 @@
 use std::sync::Arc;
 
 use crate::access::NAMES_OF_A_PORT;
-use crate::compile::Rules;
-use crate::decider::Decider;
+use crate::isolation::Isolation;
 use crate::matches::MatchSet;
 use crate::model::{Direction, Node, PodKey, PolicyKey, Protocol};
 
@@ -47,28 +46,6 @@ pub(crate) struct NamedPort {
     pub(crate) name: Arc<str>,
 }
 
-/// The policies that isolate a pod in one direction; never without any.
-#[derive(Debug)]
-pub(crate) struct Isolation {
-    /// Sorted and without duplicates.
-    pub(crate) policies: Arc<[PolicyKey]>,
-    /// Of the policy at the same place; empty for a contested address, which no rule may open.
-    pub(crate) rules: Box<[Arc<Rules>]>,
-    pub(crate) decider: Decider,
-}
-
-impl PartialEq for Isolation {
-    /// Equal rules of a cluster share an allocation, so their contents need no comparison.
-    fn eq(&self, other: &Self) -> bool {
-        let same = |(one, other)| Arc::ptr_eq(one, other);
-        self.rules.len() == other.rules.len()
-            && self.rules.iter().zip(&other.rules).all(same)
-            && self.policies == other.policies
-    }
-}
-
-impl Eq for Isolation {}
-
 impl Identity {
     /// Whether both are one and the same pod: another uid is another pod, whatever its name.
     pub fn is_same_pod(&self, other: &Self) -> bool {
@@ -95,12 +72,8 @@ impl Endpoint {
     #[must_use]
     pub fn without_rules(&self) -> Self {
         let named = |isolation: &Option<Arc<Isolation>>| {
-            let isolation = isolation.as_ref()?;
-            Some(Arc::new(Isolation {
-                policies: isolation.policies.clone(),
-                rules: [].into(),
-                decider: Decider::default(),
-            }))
+            let names = isolation.as_ref()?.names().clone();
+            Isolation::closed(names).map(Arc::new)
         };
         Self {
             identity: self.identity.clone(),
@@ -116,7 +89,7 @@ impl Endpoint {
     /// Merges its policies, so that no verdict has to.
     pub(crate) fn prepare(&self) {
         let isolations = [&self.egress, &self.ingress].into_iter().flatten();
-        isolations.for_each(|isolation| isolation.decider.prepare());
+        isolations.for_each(|isolation| isolation.prepare());
     }
 
     /// Whether any policy isolates the pod in `direction`.
@@ -127,7 +100,7 @@ impl Endpoint {
     /// The policies that isolate the pod in `direction`; sorted.
     pub fn isolating(&self, direction: Direction) -> &[PolicyKey] {
         self.isolation(direction)
-            .map_or(&[], |isolation| &isolation.policies)
+            .map_or(&[], |isolation| isolation.names())
     }
 
     /// Whether more than one running pod claims the address and it cannot be told which of them

@@ -23,6 +23,7 @@ mod decided;
 mod decider;
 mod endpoint;
 mod fault;
+mod isolation;
 mod matches;
 mod model;
 mod network_policy;

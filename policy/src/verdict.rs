@@ -248,7 +248,7 @@ impl<'a> Ends<'a> {
     fn allowed(&self, direction: Direction) -> bool {
         let (own, question) = self.question(direction);
         own.and_then(|own| own.isolation(direction))
-            .is_none_or(|isolation| isolation.decider.allows(question))
+            .is_none_or(|isolation| isolation.allows(question))
     }
 
     /// The result of one end, without its reason.
@@ -257,7 +257,7 @@ impl<'a> Ends<'a> {
         let isolation = own.and_then(|own| own.isolation(direction));
         DecidedSide {
             isolated: isolation.is_some(),
-            allowed: isolation.is_none_or(|isolation| isolation.decider.allows(question)),
+            allowed: isolation.is_none_or(|isolation| isolation.allows(question)),
             contested: own.is_some_and(Endpoint::contested),
         }
     }
@@ -278,7 +278,7 @@ impl<'a> Ends<'a> {
             contested,
             ..Side::default()
         };
-        for (policy, rules) in isolation.policies.iter().zip(&isolation.rules) {
+        for (policy, rules) in isolation.rules() {
             let allowing = rules
                 .list
                 .iter()
@@ -295,7 +295,7 @@ impl<'a> Ends<'a> {
         }
         side.allowed = !side.rules.is_empty();
         if !side.allowed {
-            side.policies = isolation.policies.to_vec();
+            side.policies = isolation.names().to_vec();
         }
         side
     }
@@ -308,11 +308,11 @@ impl<'a> Ends<'a> {
             return side;
         };
         if !said.allowed {
-            side.policies = isolation.policies.to_vec();
+            side.policies = isolation.names().to_vec();
             return side;
         }
         let mut left = EXPLAINED;
-        for (policy, rules) in isolation.policies.iter().zip(&isolation.rules) {
+        for (policy, rules) in isolation.rules() {
             if !rules.access.allows(question) {
                 continue;
             }

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::selection::CompiledPolicy;
+use crate::compile::CompiledPolicy;
 use crate::model::{PodKey, PolicyKey};
 
 #[derive(Debug, Default)]

@@ -21,8 +21,8 @@ use std::sync::Arc;
 
 use super::Touched;
 use super::pod_state::PodState;
-use crate::decider::Decider;
-use crate::endpoint::{Endpoint, Isolation};
+use crate::endpoint::Endpoint;
+use crate::isolation::Isolation;
 use crate::matches::MatchSet;
 use crate::model::{Direction, Node, PodKey, PolicyKey};
 
@@ -281,11 +281,5 @@ fn closed<'a>(
     let policies: BTreeSet<&PolicyKey> = claimants
         .flat_map(|endpoint| endpoint.isolating(direction))
         .collect();
-    let policies: Arc<[PolicyKey]> = policies.into_iter().cloned().collect();
-    let isolation = Isolation {
-        policies,
-        rules: [].into(),
-        decider: Decider::default(),
-    };
-    (!isolation.policies.is_empty()).then(|| Arc::new(isolation))
+    Isolation::closed(policies.into_iter().cloned().collect()).map(Arc::new)
 }

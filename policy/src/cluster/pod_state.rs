@@ -2,7 +2,8 @@
 use std::sync::Arc;
 
 use super::labels::Slot;
-use super::selection::{CompiledPolicy, Selection};
+use super::selection::Selection;
+use crate::compile::CompiledPolicy;
 use crate::endpoint::{Endpoint, Identity, NamedPort};
 use crate::matches::MatchSet;
 use crate::model::{Node, Pod};

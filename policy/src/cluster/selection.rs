@@ -1,38 +1,52 @@
 //! Which policies select a pod, and what that makes of its isolation; shared by all pods that the
 //! same policies select.
-use std::collections::HashMap;
+use std::borrow::Borrow;
+use std::collections::{HashMap, HashSet};
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
-use crate::compile::Rules;
-use crate::decider::Decider;
-use crate::endpoint::Isolation;
+use crate::compile::{CompiledPolicy, PolicyId, Rules};
+use crate::isolation::Isolation;
 use crate::model::{Direction, PolicyKey};
-
-/// One state of one policy; the next state has another id.
-pub(super) type PolicyId = u64;
-
-#[derive(Debug)]
-pub(super) struct CompiledPolicy {
-    id: PolicyId,
-    pub(super) key: PolicyKey,
-    egress: Option<Arc<Rules>>,
-    ingress: Option<Arc<Rules>>,
-}
 
 /// The policies that select a pod.
 #[derive(Debug)]
 pub(super) struct Selection {
     /// Sorted by key.
-    policies: Box<[Arc<CompiledPolicy>]>,
+    policies: Arc<[Arc<CompiledPolicy>]>,
     pub(super) egress: Option<Arc<Isolation>>,
     pub(super) ingress: Option<Arc<Isolation>>,
+}
+
+/// A selection that is hashed by its policies.
+#[derive(Debug)]
+struct ByPolicies(Arc<Selection>);
+
+impl PartialEq for ByPolicies {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.policies == other.0.policies
+    }
+}
+
+impl Eq for ByPolicies {}
+
+impl Hash for ByPolicies {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.policies.hash(state);
+    }
+}
+
+impl Borrow<[Arc<CompiledPolicy>]> for ByPolicies {
+    fn borrow(&self) -> &[Arc<CompiledPolicy>] {
+        &self.0.policies
+    }
 }
 
 /// All selections in use.
 #[derive(Debug, Default)]
 pub(super) struct Selections {
-    known: HashMap<Box<[PolicyId]>, Arc<Selection>>,
+    known: HashSet<ByPolicies>,
     collect_at: usize,
     next: PolicyId,
     /// The number of merged entries of each namespace.
@@ -40,15 +54,6 @@ pub(super) struct Selections {
     /// How many selections were put together, so that tests can say what an event costs.
     #[cfg(test)]
     pub(super) made: usize,
-}
-
-impl CompiledPolicy {
-    fn rules(&self, direction: Direction) -> Option<&Arc<Rules>> {
-        match direction {
-            Direction::Egress => self.egress.as_ref(),
-            Direction::Ingress => self.ingress.as_ref(),
-        }
-    }
 }
 
 impl Selection {
@@ -94,8 +99,7 @@ impl Selections {
 
     /// `policies` are sorted by key.
     pub(super) fn intern(&mut self, policies: Vec<Arc<CompiledPolicy>>) -> Arc<Selection> {
-        let ids: Box<[PolicyId]> = policies.iter().map(|policy| policy.id).collect();
-        if let Some(known) = self.known.get(&ids) {
+        if let Some(ByPolicies(known)) = self.known.get(policies.as_slice()) {
             return known.clone();
         }
         if self.known.len() >= self.collect_at {
@@ -106,40 +110,30 @@ impl Selections {
         {
             self.made += 1;
         }
+        let policies: Arc<[Arc<CompiledPolicy>]> = policies.into();
         let selection = Arc::new(Selection {
             egress: self.isolation(&policies, Direction::Egress),
             ingress: self.isolation(&policies, Direction::Ingress),
-            policies: policies.into(),
+            policies,
         });
-        self.known.insert(ids, selection.clone());
+        self.known.insert(ByPolicies(selection.clone()));
         selection
     }
 
     /// Frees the selections that no pod has any more.
     pub(super) fn collect(&mut self) {
         self.known
-            .retain(|_, selection| Arc::strong_count(selection) > 1);
+            .retain(|ByPolicies(selection)| Arc::strong_count(selection) > 1);
         self.merged.retain(|_, taken| Arc::strong_count(taken) > 1);
     }
 
     fn isolation(
         &mut self,
-        policies: &[Arc<CompiledPolicy>],
+        policies: &Arc<[Arc<CompiledPolicy>]>,
         direction: Direction,
     ) -> Option<Arc<Isolation>> {
-        let isolating = policies
-            .iter()
-            .filter_map(|policy| Some((policy, policy.rules(direction)?)));
-        let (policies, rules): (Vec<PolicyKey>, Vec<Arc<Rules>>) = isolating
-            .map(|(policy, rules)| (policy.key.clone(), rules.clone()))
-            .unzip();
-        let namespace = policies.first()?.namespace.clone();
+        let namespace = policies.first()?.key.namespace.clone();
         let taken = self.merged.entry(namespace).or_default().clone();
-        let decider = Decider::new(rules.clone(), taken);
-        Some(Arc::new(Isolation {
-            policies: policies.into(),
-            rules: rules.into(),
-            decider,
-        }))
+        Isolation::new(direction, policies, policies.len(), taken).map(Arc::new)
     }
 }

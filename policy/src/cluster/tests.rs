@@ -293,11 +293,12 @@ fn pods_under_the_same_policies_share_what_was_compiled() {
     let [a, b] = [A, B].map(|text| cluster.endpoint(address(text)).unwrap());
     let (a, b) = (a.ingress.as_ref().unwrap(), b.ingress.as_ref().unwrap());
     assert!(Arc::ptr_eq(a, b));
+    let rules: Vec<_> = a.rules().map(|(_, rules)| rules).collect();
     assert!(
-        Arc::ptr_eq(&a.rules[0], &a.rules[1]),
+        Arc::ptr_eq(rules[0], rules[1]),
         "equal rules of two policies"
     );
-    assert_eq!((a.policies.len(), a.decider.lists()), (3, 1));
+    assert_eq!((a.names().len(), a.evaluated()), (3, 1));
 }
 
 #[test]

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use super::labels::{Search, Shared, Slot};
 use super::pod_state::{PodState, in_vain};
-use super::selection::{CompiledPolicy, Selection};
+use super::selection::Selection;
 use super::selectors::{Named, in_namespaces};
 use super::{Cluster, NamespaceState, Touched, pods_of, policies_of};
-use crate::compile::{Rules, SelectorId};
+use crate::compile::{CompiledPolicy, Rules, SelectorId};
 use crate::matches::MatchSet;
 use crate::model::{Direction, Labels, Namespace, Node, Pod, PodKey};
 use crate::network_policy::NetworkPolicy;

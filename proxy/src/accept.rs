@@ -11,7 +11,7 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::connect::{keepalive, reset_when_closed, send_soon};
+use crate::connect::{bound_unsent, keepalive, reset_when_closed};
 use crate::enforcer::Enforcer;
 use crate::flows::{Flow, FlowKey, Legs, Upstream};
 use crate::limits::Source;
@@ -63,7 +63,6 @@ fn open(domain: Domain, address: SocketAddr) -> io::Result<std::net::TcpListener
     socket.set_out_of_band_inline(true)?;
     socket.set_tcp_keepalive(&keepalive())?;
     reset_when_closed(&socket)?;
-    send_soon(&socket)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
@@ -182,7 +181,6 @@ async fn relayed(
         flow,
         enforcer,
     };
-    pressed.begins();
     let (client, server) = (&legs.client, &legs.server);
     tokio::select! {
         biased;
@@ -205,13 +203,6 @@ struct Pressed<'a> {
 }
 
 impl Pressed<'_> {
-    fn begins(&self) {
-        let stream = &self.flow.holding;
-        if self.enforcer.unread.opens(stream, || self.source()) {
-            stream.keep_small(self.legs.of(0));
-        }
-    }
-
     fn source(&self) -> Source {
         let decision = self.flow.decision();
         let from = decision.as_ref().and_then(|it| it.from.as_deref());
@@ -220,6 +211,15 @@ impl Pressed<'_> {
 }
 
 impl Pressure for Pressed<'_> {
+    fn grows(&self, direction: usize) {
+        let (stream, [from, to]) = (&self.flow.holding, self.legs.of(direction));
+        // It fails only if this is no socket of TCP.
+        let _ = bound_unsent(to);
+        if self.enforcer.unread.is_crowded(stream, || self.source()) {
+            stream.keep_small(from);
+        }
+    }
+
     fn presses(&self, direction: usize, bytes: usize) {
         let (unread, stream) = (&self.enforcer.unread, &self.flow.holding);
         if let Some(share) = unread.presses(stream, || self.source(), direction, bytes) {

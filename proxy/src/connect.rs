@@ -143,13 +143,12 @@ pub(crate) fn keepalive() -> TcpKeepalive {
 /// bound; but no more than this waits for a receiver that reads nothing.
 const UNSENT: u32 = 128 << 10;
 
-/// Bounds the unsent bytes in the socket (`TCP_NOTSENT_LOWAT`, tcp(7)). Accepted sockets inherit it from their
-/// listener.
+/// Bounds the unsent bytes in the socket (`TCP_NOTSENT_LOWAT`, tcp(7)).
 ///
 /// # Errors
 /// `ENOPROTOOPT` if it is no TCP socket.
-pub(crate) fn send_soon(socket: &Socket) -> io::Result<()> {
-    socket.set_tcp_notsent_lowat(UNSENT)
+pub(crate) fn bound_unsent(socket: impl AsFd) -> io::Result<()> {
+    SockRef::from(&socket).set_tcp_notsent_lowat(UNSENT)
 }
 
 /// Makes the kernel reset the connection when the last copy of the socket is closed, also when the process is killed
@@ -223,7 +222,6 @@ fn prepared(server: SocketAddr, marks: Marks) -> io::Result<Socket> {
     socket.set_out_of_band_inline(true)?;
     socket.set_tcp_keepalive(&keepalive())?;
     reset_when_closed(&socket)?;
-    send_soon(&socket)?;
     Ok(socket)
 }
 

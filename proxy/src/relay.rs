@@ -31,6 +31,9 @@ pub(crate) use pipe::{Unread, allow_pipes};
 const BUFFER: usize = 64 << 10;
 /// A read of this many bytes makes a direction busy until its source has no more bytes ready.
 const PRESSING_READ: usize = BUFFER / 2;
+/// Bytes of a direction for which no socket is set up. The kernel enlarges the receive buffer of a socket when more is
+/// read than ten segments (`TCP_INIT_CWND`, `tcp_rcv_space_adjust`): no read crosses this line.
+const FEW: usize = 12 << 10;
 /// So many reads in a row that fill the buffer make a direction bulk.
 const FULL_READS_OF_BULK: u32 = 2;
 
@@ -76,6 +79,8 @@ impl Moved {
 /// Is notified when a direction of a stream becomes busy or idle: 0 is the direction to the server, 1 that to the
 /// client.
 pub(crate) trait Pressure {
+    /// It has moved its first few bytes, and goes on.
+    fn grows(&self, direction: usize);
     /// Its source sends much, or its receiver reads nothing now; the relay has this many of its bytes.
     fn presses(&self, direction: usize, bytes: usize);
     /// Neither holds any more, or the relay has ended.
@@ -175,6 +180,18 @@ impl<'a> Side<'a> {
         Pressed(self)
     }
 
+    /// Bytes that the next read may take: what is left of the first few, then a whole buffer.
+    fn most(&self) -> usize {
+        let moved = usize::try_from(self.moved.load(Ordering::Relaxed)).unwrap_or(usize::MAX);
+        match FEW.saturating_sub(moved) {
+            0 => {
+                self.pressure.grows(self.direction);
+                BUFFER
+            }
+            left => left,
+        }
+    }
+
     fn took(&self, bytes: usize) {
         if self.moved.fetch_add(bytes as u64, Ordering::Relaxed) == 0 && bytes > 0 {
             self.note(self.first);
@@ -235,7 +252,7 @@ async fn direction(
 
 async fn one_way(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> io::Result<()> {
     let (mut full_reads, mut turn) = (0, Turn::default());
-    let mut pressed = None;
+    let (mut pressed, mut most) = (None, 0);
     let rest = &side.passing.rest;
     pass_on(to, side, &mut pressed).await?;
     if let Some(pipe) = side.passing.kept() {
@@ -243,10 +260,13 @@ async fn one_way(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> io::Result
         empty(&pipe, to, side).await?;
     }
     loop {
+        if most < BUFFER {
+            most = side.most();
+        }
         // After a read that left room this still says yes, and the next read hears EAGAIN. To trust the
         // short read instead would strand what is behind urgent data, where a read stops too.
         let ready = from.ready(Interest::READABLE | Interest::ERROR).await?;
-        let taken = match copy(from, to, ready, rest) {
+        let taken = match copy(from, to, ready, most, rest) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && !ready.is_error() => {
                 pressed = None;
                 continue;
@@ -258,7 +278,7 @@ async fn one_way(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> io::Result
             pressed.get_or_insert_with(|| side.presses(0));
         }
         pass_on(to, side, &mut pressed).await?;
-        if is_last(ready, taken) {
+        if is_last(ready, taken, most) {
             return Ok(());
         }
         turn.took(taken).await;
@@ -272,28 +292,29 @@ async fn one_way(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> io::Result
     }
 }
 
-/// Whether nothing follows a read of `taken` bytes. The kernel says that the source has sent its
+/// Whether nothing follows a read of `taken` of at most `most` bytes. The kernel says that the source has sent its
 /// FIN only when all that came before it is there to read: a read that leaves room has it all.
 /// After a reset the next read says so.
-fn is_last(ready: Ready, taken: usize) -> bool {
-    taken == 0 || ready.is_read_closed() && !ready.is_error() && taken < BUFFER
+fn is_last(ready: Ready, taken: usize, most: usize) -> bool {
+    taken == 0 || ready.is_read_closed() && !ready.is_error() && taken < most
 }
 
-/// One read and one write; what the write leaves over is put into `rest`. Last bytes are left to
+/// One read of at most `most` bytes and one write; what the write leaves over is put into `rest`. Last bytes are left to
 /// travel with the FIN that follows.
 fn copy(
     from: &TcpStream,
     to: &TcpStream,
     ready: Ready,
+    most: usize,
     rest: &RefCell<VecDeque<u8>>,
 ) -> io::Result<usize> {
     SHARED.with_borrow_mut(|shared| {
-        let taken = from.try_read(shared)?;
+        let taken = from.try_read(&mut shared[..most])?;
         let bytes = &shared[..taken];
         if bytes.is_empty() {
             return Ok(0);
         }
-        let written = if is_last(ready, taken) {
+        let written = if is_last(ready, taken, most) {
             let socket = SockRef::from(to);
             let send = || socket.send_with_flags(bytes, libc::MSG_MORE);
             to.try_io(Interest::WRITABLE, send)
@@ -377,4 +398,73 @@ async fn empty(pipe: &Pipe, to: &TcpStream, side: Side<'_>) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// Notes how many bytes had been moved when a direction grew.
+    struct Grown<'a>(&'a Moved, RefCell<Vec<(usize, [u64; 2])>>);
+
+    impl Pressure for Grown<'_> {
+        fn grows(&self, direction: usize) {
+            let moved = [&self.0.sent, &self.0.received];
+            let moved = moved.map(|moved| moved.load(Ordering::Relaxed));
+            self.1.borrow_mut().push((direction, moved));
+        }
+
+        fn presses(&self, _: usize, _: usize) {}
+
+        fn eases(&self, _: usize) {}
+
+        fn most(&self) -> usize {
+            BUFFER
+        }
+    }
+
+    /// A connected stream and its peer.
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap());
+        let (stream, peer) = tokio::join!(stream, listener.accept());
+        (stream.unwrap(), peer.unwrap().0)
+    }
+
+    /// Relays this many bytes from the client and one from the server. Returns which directions grew, and when.
+    async fn grown(bytes: usize) -> Vec<(usize, [u64; 2])> {
+        let ((client, mut from), (server, mut to)) = (pair().await, pair().await);
+        let moved = Moved::default();
+        let grown = Grown(&moved, RefCell::default());
+        // The first read finds them all.
+        from.write_all(&vec![1; bytes]).await.unwrap();
+        to.write_all(&[2]).await.unwrap();
+        let ends = async {
+            from.shutdown().await.unwrap();
+            let mut all = Vec::new();
+            to.read_to_end(&mut all).await.unwrap();
+            assert_eq!(all, vec![1; bytes]);
+            drop(to);
+            from.read_exact(&mut [0]).await.unwrap();
+        };
+        let in_flight = InFlight::default();
+        let relay = relay(&client, &server, &moved, None, &in_flight, &grown);
+        tokio::join!(relay, ends).0.unwrap();
+        grown.1.into_inner()
+    }
+
+    #[tokio::test]
+    async fn no_read_crosses_the_line_between_few_bytes_and_many() {
+        assert_eq!(grown(FEW - 1).await, []);
+        for bytes in [FEW, FEW + 1, 8 * FEW] {
+            let few = FEW as u64;
+            let [(direction, [sent, _])] = grown(bytes).await[..] else {
+                panic!("one direction grows, once: {bytes}");
+            };
+            assert_eq!((direction, sent), (0, few), "{bytes}");
+        }
+    }
 }

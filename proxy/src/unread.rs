@@ -19,7 +19,7 @@ use crate::sys;
 
 /// Busy directions of one source up to which the kernel sizes the buffers.
 const FREE: usize = 4;
-/// Streams of one source that begin with buffers that the kernel sizes.
+/// Streams of one source whose buffers the kernel sizes from the beginning.
 const CROWD: usize = 8;
 /// Bytes of a new receive buffer (`tcp_rmem`, its default).
 const SMALL: usize = 128 << 10;
@@ -92,9 +92,9 @@ impl Unread {
         }
     }
 
-    /// Notes the source of a new stream. Returns whether that source has so many streams that this one has to begin
-    /// with small receive buffers.
-    pub(crate) fn opens(&self, stream: &Holding, source: impl FnOnce() -> Source) -> bool {
+    /// Notes the source of a stream that moves more than a few bytes. Returns whether that source has so many such
+    /// streams that this one has to keep small receive buffers.
+    pub(crate) fn is_crowded(&self, stream: &Holding, source: impl FnOnce() -> Source) -> bool {
         let account = stream.account.get_or_init(|| self.account(source()));
         Arc::strong_count(account) > CROWD
     }
@@ -233,10 +233,11 @@ impl Holding {
         }
     }
 
-    /// Fixes the receive buffers at their initial size: the first large read would make them ten times as large.
-    pub(crate) fn keep_small(&self, legs: [impl AsFd; 2]) {
+    /// Fixes the receive buffer of a direction at its initial size: the first large read would make it ten times as
+    /// large.
+    pub(crate) fn keep_small(&self, from: impl AsFd) {
         self.small.store(true, Ordering::Relaxed);
-        legs.iter().for_each(|leg| set_receive_buffer(leg, SMALL));
+        set_receive_buffer(from, SMALL);
     }
 
     /// Assumes small buffers for a stream of another daemon, which may have fixed them.
@@ -355,12 +356,14 @@ mod tests {
     }
 
     #[test]
-    fn the_ninth_stream_begins_with_small_buffers() {
+    fn the_ninth_large_stream_keeps_small_buffers() {
         let unread = Unread::new(2 << 20);
         let streams: Vec<_> = (0..=CROWD).map(|_| Holding::default()).collect();
-        let crowded = streams.iter().map(|it| unread.opens(it, || source("a")));
+        let crowded = streams
+            .iter()
+            .map(|it| unread.is_crowded(it, || source("a")));
         assert_eq!(crowded.filter(|crowded| *crowded).count(), 1);
-        assert!(!unread.opens(&Holding::default(), || source("b")));
+        assert!(!unread.is_crowded(&Holding::default(), || source("b")));
     }
 
     #[test]

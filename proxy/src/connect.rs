@@ -220,7 +220,6 @@ fn prepared(server: SocketAddr, marks: Marks) -> io::Result<Socket> {
     socket.set_tcp_nodelay(true)?;
     // Urgent data is data (RFC 6093, section 3.2): without this the kernel takes its byte out of the stream.
     socket.set_out_of_band_inline(true)?;
-    socket.set_tcp_keepalive(&keepalive())?;
     reset_when_closed(&socket)?;
     Ok(socket)
 }

@@ -6,6 +6,7 @@ mod adopted;
 mod by_address;
 mod ending;
 mod handshake;
+mod keep_alive;
 mod pressed;
 mod stage;
 
@@ -73,6 +74,8 @@ pub(crate) struct Flow {
     over: Notify,
     /// Whether an attempt from the same ends waits for the end of this one.
     succeeded: AtomicBool,
+    /// Whether its leg to the server has keep-alive.
+    keeps_alive: AtomicBool,
     _permit: Permit,
 }
 
@@ -256,6 +259,7 @@ impl Flow {
             gave_way: AtomicBool::new(false),
             over: Notify::new(),
             succeeded: AtomicBool::new(false),
+            keeps_alive: AtomicBool::new(false),
             _permit: permit,
         }
     }

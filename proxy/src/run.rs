@@ -304,11 +304,12 @@ fn follow_carried(enforcer: &Arc<Enforcer>, tasks: &mut JoinSet<()>) -> anyhow::
     Ok(())
 }
 
-/// Ends connections that nobody waits for any more.
+/// Ends connections that nobody waits for any more, and has the kernel find out about live ones whose server is gone.
 async fn expire(enforcer: Arc<Enforcer>) {
     let mut every = tokio::time::interval(EXPIRE_EVERY);
     loop {
         every.tick().await;
         enforcer.flows.expire(Instant::now());
+        enforcer.flows.keep_alive();
     }
 }

@@ -1,6 +1,8 @@
 //! The table of connections, with SYNs and a clock made up.
 use std::io::ErrorKind;
 
+use socket2::SockRef;
+
 use super::*;
 use crate::connect::reset_when_closed;
 use crate::limits::{Asking, Connections, Full, Party, Pending, Source};
@@ -342,4 +344,24 @@ async fn no_syn_goes_to_a_closed_socket() {
     let (flow, legs, _peer) = live(&bench).await;
     drop(legs);
     assert!(!flow.takes_syn(), "its task is about to take it out");
+}
+
+#[tokio::test]
+async fn live_connections_get_keep_alive_and_others_do_not() {
+    let bench = Bench::new();
+    let keeps_alive = |legs: &Legs| SockRef::from(&legs.server).keepalive().unwrap();
+    let admitted = bench.new_flow(key(1, 2), 7);
+    assert!(bench.flows.admit(&admitted, stream().await, 0));
+    bench.flows.keep_alive();
+    let (live, upstream) = bench.flows.pair(&key(1, 2)).unwrap();
+    let (server, client) = (upstream.stream, stream().await);
+    let legs = Arc::new(Legs { server, client });
+    live.lend(&legs);
+    assert!(!keeps_alive(&legs), "it was not live yet");
+    bench.flows.keep_alive();
+    assert!(keeps_alive(&legs));
+    // It is done once.
+    SockRef::from(&legs.server).set_keepalive(false).unwrap();
+    bench.flows.keep_alive();
+    assert!(!keeps_alive(&legs));
 }

@@ -22,6 +22,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     every_end_of_a_stream_is_the_same_as_on_the_bare_network,
     a_server_that_speaks_first_is_heard_and_a_silent_one_is_awaited,
     urgent_data_arrives_in_its_place_and_what_follows_it_too,
+    both_legs_of_an_idle_connection_have_keep_alive,
     two_thousand_idle_connections_cost_two_descriptors_each,
     a_thousand_connects_at_once_succeed_and_lose_no_syn,
 ];
@@ -316,6 +317,25 @@ fn urgent_data_arrives_in_its_place_and_what_follows_it_too() {
             assert_eq!(&had, b"abcde", "{}", way.what);
         }
     }
+}
+
+fn both_legs_of_an_idle_connection_have_keep_alive() {
+    const ESTABLISHED: &str = "01";
+    const KEEP_ALIVE: &str = "02";
+    let bed = Bed::enforced(&[], &[allow_all()]);
+    let (a, to, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
+    let _idle = [connected(&a, to.addr_v4(80)), connected(&a, to.addr_v6(80))];
+    // The timers of established sockets (proc_net_tcp).
+    let timers = || {
+        let read = |family| fs::read_to_string(format!("/proc/thread-self/net/{family}")).unwrap();
+        let all = node.run(|| ["tcp", "tcp6"].map(read).concat()).unwrap();
+        let fields = all.lines().map(|line| line.split_whitespace());
+        let established = fields.filter(|it| it.clone().nth(3) == Some(ESTABLISHED));
+        let timers =
+            established.filter_map(|mut it| Some(it.nth(5)?.split_once(':')?.0.to_owned()));
+        timers.collect::<Vec<_>>()
+    };
+    wait_until(DEADLINE, "keep-alive", || timers() == [KEEP_ALIVE; 4]).unwrap();
 }
 
 fn two_thousand_idle_connections_cost_two_descriptors_each() {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use lab::Host;
 
+use crate::flood::Kind;
 use crate::way::Path;
 
 /// Bytes of a request, and of its answer.
@@ -32,7 +33,7 @@ const WHO: u16 = 7003;
 /// New connections spread over so many ports, each with its own: none of the ends runs out of
 /// ports while ended connections are still in TIME_WAIT.
 const SPREAD: u16 = 8;
-const SERVER_CLOSES: u16 = 7100;
+pub(crate) const SERVER_CLOSES: u16 = 7100;
 const CLIENT_CLOSES: u16 = 7200;
 /// Threads that accept on each of those ports: one more than clients that dial it.
 const ACCEPTORS: u16 = CLIENTS / SPREAD + 1;
@@ -50,6 +51,8 @@ pub(crate) enum Load {
     ClientCloses,
     /// How long one connect takes while nothing else happens.
     Latency,
+    /// The same while another pod floods the node.
+    Flooded(Kind),
     /// Small datagrams and answers, each client over a flow that stays.
     Datagrams,
     /// How long the first datagram of a flow and its answer take, at so many new flows a second.
@@ -72,13 +75,18 @@ pub(crate) struct Measured {
 }
 
 impl Load {
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 13] = [
         Self::Streams(1),
         Self::Streams(4),
         Self::Requests,
         Self::ServerCloses,
         Self::ClientCloses,
         Self::Latency,
+        Self::Flooded(Kind::Denied),
+        Self::Flooded(Kind::Unfinished),
+        Self::Flooded(Kind::Renewed),
+        Self::Flooded(Kind::Silent),
+        Self::Flooded(Kind::Unknown),
         Self::Datagrams,
         Self::FirstDatagrams(1000),
     ];
@@ -92,6 +100,7 @@ impl Load {
             Self::ServerCloses => "new connections, server closes",
             Self::ClientCloses => "new connections, client closes",
             Self::Latency => "connect",
+            Self::Flooded(kind) => return format!("{path}, connect in a flood of {}", kind.name()),
             Self::Datagrams => "UDP request-reply",
             Self::FirstDatagrams(_) => "first datagram and answer, 1,000 flows a second",
         };
@@ -113,7 +122,7 @@ impl Load {
         match self {
             Self::Streams(_) => &STREAM,
             Self::Requests | Self::ServerCloses | Self::ClientCloses | Self::Datagrams => &RATE,
-            Self::Latency | Self::FirstDatagrams(_) => &LATENCY,
+            Self::Latency | Self::Flooded(_) | Self::FirstDatagrams(_) => &LATENCY,
         }
     }
 
@@ -131,7 +140,9 @@ impl Load {
             Self::Streams(_) => (1e6, "MB"),
             Self::Requests | Self::Datagrams => (1.0, "request"),
             Self::FirstDatagrams(_) => (1.0, "flow"),
-            Self::ServerCloses | Self::ClientCloses | Self::Latency => (1.0, "connection"),
+            Self::ServerCloses | Self::ClientCloses | Self::Latency | Self::Flooded(_) => {
+                (1.0, "connection")
+            }
         }
     }
 
@@ -180,7 +191,7 @@ impl Load {
                 values: vec![rate * 8.0 / 1e9],
                 operations: server.received() - before,
             },
-            Self::Latency | Self::FirstDatagrams(_) => Measured {
+            Self::Latency | Self::Flooded(_) | Self::FirstDatagrams(_) => Measured {
                 values: percentiles(&mut run.connects()),
                 operations: run.done.load(Ordering::Relaxed),
             },
@@ -199,7 +210,7 @@ impl Load {
     ) {
         let clients = match self {
             Self::Streams(streams) => streams,
-            Self::Latency | Self::FirstDatagrams(_) => 1,
+            Self::Latency | Self::Flooded(_) | Self::FirstDatagrams(_) => 1,
             _ => CLIENTS,
         };
         for number in 0..clients {
@@ -211,7 +222,7 @@ impl Load {
                     Self::Requests => requests(to(ECHO), run),
                     Self::ServerCloses => one_shots(spread(SERVER_CLOSES), true, run),
                     Self::ClientCloses => one_shots(spread(CLIENT_CLOSES), false, run),
-                    Self::Latency => one_shots(spread(SERVER_CLOSES), true, run),
+                    Self::Latency | Self::Flooded(_) => one_shots(spread(SERVER_CLOSES), true, run),
                     Self::Datagrams => datagrams(to(ECHO), run),
                     Self::FirstDatagrams(rate) => first_datagrams(to(ECHO), rate, run),
                 });

@@ -5,6 +5,7 @@
 //! all of them. Client, proxy and server share the machine's cores. Run by `make bench`; this file
 //! owns the order of things and must not know how a way enforces or a load is made.
 mod collector;
+mod flood;
 mod load;
 mod machine;
 mod report;
@@ -90,6 +91,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
                 let in_turn = ways.iter().enumerate();
                 for (number, way) in in_turn.filter(|(_, way)| way.is_for(*load)) {
                     let busy = way.busy()?;
+                    let _flood = way.flood(*load)?;
                     let measured = load.measure(way.client(), way.server(path), window);
                     let measured = measured.with_context(|| {
                         format!("{} did not carry \"{}\"", way.name(), load.row(path))

@@ -14,7 +14,8 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::collector::Collector;
-use crate::load::{Load, Servers};
+use crate::flood::{Flood, Targets};
+use crate::load::{Load, SERVER_CLOSES, Servers};
 use crate::machine::cpu_time;
 
 pub(crate) const BARE: &str = "bare";
@@ -195,9 +196,13 @@ impl Way {
     }
 
     /// Whether this way is worth measuring at `load`: that decisions are collected costs only where some
-    /// are made.
+    /// are made, and a flood is of interest where it is decided, beside the bare network.
     pub(crate) fn is_for(&self, load: Load) -> bool {
-        self.collector.is_none() || load.is_of_decisions()
+        let judges = !self.daemons.is_empty() && self.name != HAPROXY;
+        match load {
+            Load::Flooded(_) => self.collector.is_none() && (judges || self.name == BARE),
+            _ => self.collector.is_none() || load.is_of_decisions(),
+        }
     }
 
     /// What is collected of its decisions, if that is.
@@ -248,6 +253,26 @@ impl Way {
         Ok(())
     }
 
+    /// Starts the flood that is part of `load`, if one is. It comes from a pod on the client's node.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub(crate) fn flood(&self, load: Load) -> anyhow::Result<Option<Flood>> {
+        let Load::Flooded(kind) = load else {
+            return Ok(None);
+        };
+        let from = self.cluster.pod("bench/flood");
+        let server = self.cluster.pod("bench/near").addr_v4(SERVER_CLOSES);
+        // So its link's neighbour is known.
+        from.connect(server, READY_WITHIN)?;
+        let targets = Targets {
+            denied: self.client.addr_v4(SERVER_CLOSES),
+            server,
+            silent: self.cluster.blackhole(80)[0],
+        };
+        Ok(Some(Flood::start(kind, &from, &targets)?))
+    }
+
     /// CPU time that the way's daemons have used so far.
     pub(crate) fn busy(&self) -> anyhow::Result<Duration> {
         let mut busy = Duration::ZERO;
@@ -266,6 +291,7 @@ impl Way {
         let cluster = Cluster::builder()
             .nodes(2)
             .pod(PodSpec::new("bench", "client").label("role", "client"))
+            .pod(PodSpec::new("bench", "flood").label("role", "flood"))
             .pod(PodSpec::new("bench", "near").label("role", "server"))
             .pod(PodSpec::new("bench", "far").label("role", "server").node(1))
             .build()?;
@@ -313,11 +339,15 @@ fn policies() -> serde_json::Value {
     client["egress"] = json!([{"to": [roles("server")]}]);
     let mut server = roles("server");
     server["policyTypes"] = json!(["Ingress"]);
-    server["ingress"] = json!([{"from": [roles("client")]}]);
+    server["ingress"] = json!([{"from": [roles("client"), roles("flood")]}]);
+    let mut flood = roles("flood");
+    flood["policyTypes"] = json!(["Egress"]);
+    let outside = json!({"ipBlock": {"cidr": "0.0.0.0/0", "except": ["10.244.0.0/16"]}});
+    flood["egress"] = json!([{"to": [roles("server"), outside]}]);
     json!({
         "apiVersion": "v1",
         "kind": "List",
-        "items": [policy("client", client), policy("server", server)],
+        "items": [policy("client", client), policy("server", server), policy("flood", flood)],
     })
 }
 

@@ -4,6 +4,7 @@ mod admin;
 mod ask;
 mod bridges;
 mod carried;
+mod checksum;
 mod connect;
 mod conntrack;
 mod console;

@@ -9,6 +9,7 @@ use iptables_init::marks::Marks;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::Flow;
+use crate::checksum;
 
 /// IANA protocol number of TCP.
 const TCP: u8 = 6;
@@ -75,27 +76,11 @@ fn reset(client: SocketAddr, server: SocketAddr, sequence: u32) -> Option<Vec<u8
         }
         _ => return None,
     };
-    let checksum = checksum(&ends, &segment);
+    // With its pseudo header (RFC 9293, 3.1).
+    let checksum = checksum::of(&[&ends, &[0, TCP, 0, 20], &segment]);
     segment[16..18].copy_from_slice(&checksum);
     packet.extend(segment);
     Some(packet)
-}
-
-/// The checksum of a segment of 20 bytes with its pseudo header (RFC 1071).
-fn checksum(ends: &[u8], segment: &[u8; 20]) -> [u8; 2] {
-    let pseudo = [0, TCP, 0, 20];
-    let words = ends
-        .chunks(2)
-        .chain(pseudo.chunks(2))
-        .chain(segment.chunks(2));
-    let mut sum: u32 = words
-        .map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)))
-        .sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    let [_, _, high, low] = (!sum).to_be_bytes();
-    [high, low]
 }
 
 #[cfg(test)]

@@ -10,6 +10,8 @@ use std::sync::OnceLock;
 use iptables_init::marks::Answer;
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::checksum;
+
 const DESTINATION_UNREACHABLE: u8 = 3;
 
 /// Sends `answer` for the SYN with `sequence`. True if it is such an answer and was sent.
@@ -57,27 +59,14 @@ fn message(client: SocketAddrV4, server: SocketAddrV4, sequence: u32, code: u8) 
     header[9] = 6;
     header[12..16].copy_from_slice(&client.ip().octets());
     header[16..20].copy_from_slice(&server.ip().octets());
-    let sum = checksum(header);
+    let sum = checksum::of(&[header]);
     header[10..12].copy_from_slice(&sum);
     out[28..30].copy_from_slice(&client.port().to_be_bytes());
     out[30..32].copy_from_slice(&server.port().to_be_bytes());
     out[32..36].copy_from_slice(&sequence.to_be_bytes());
-    let sum = checksum(&out);
+    let sum = checksum::of(&[&out]);
     out[2..4].copy_from_slice(&sum);
     out
-}
-
-/// The Internet checksum (RFC 1071).
-fn checksum(bytes: &[u8]) -> [u8; 2] {
-    let words = bytes
-        .chunks(2)
-        .map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
-    let mut sum: u32 = words.sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    let [_, _, high, low] = (!sum).to_be_bytes();
-    [high, low]
 }
 
 #[cfg(test)]
@@ -92,8 +81,12 @@ mod tests {
             0x0102_0304,
             1,
         );
-        assert_eq!(checksum(&message), [0, 0], "all of it");
-        assert_eq!(checksum(&message[8..28]), [0, 0], "the quoted header");
+        assert_eq!(checksum::of(&[&message]), [0, 0], "all of it");
+        assert_eq!(
+            checksum::of(&[&message[8..28]]),
+            [0, 0],
+            "the quoted header"
+        );
         assert_eq!(message[..2], [3, 1]);
         assert_eq!(message[20..28], [10, 0, 0, 1, 10, 0, 0, 2]);
         assert_eq!(message[28..], [0x9c, 0x40, 0, 80, 1, 2, 3, 4]);

@@ -151,11 +151,14 @@ impl Unread {
     }
 
     /// Selects the streams to reset so that each source and all together keep to their bounds: those of the source that
-    /// uses most, first the ones that have stalled for longest, and among these the largest. If all
+    /// uses most to the server for which it uses most, first the ones that have stalled for longest, and among these the
+    /// largest. A server that keeps its streams moving cannot have those of the source's other servers reset. If all
     /// together use too much and no source is big, many sources act together: then those of the server that uses most.
     pub(crate) fn give_way(&self, uses: &[Use]) -> Vec<usize> {
         let (mut sources, mut servers) = (HashMap::new(), HashMap::new());
+        let mut pairs = HashMap::new();
         for it in uses {
+            *pairs.entry((it.source, it.server)).or_insert(0) += it.bytes;
             *sources.entry(it.source).or_insert(0) += it.bytes;
             *servers.entry(it.server).or_insert(0) += it.bytes;
         }
@@ -168,16 +171,22 @@ impl Unread {
             if bytes <= self.per_source && all <= self.total {
                 break;
             }
-            let is_big = bytes > self.total / BIG;
-            let is_its = |it: &Use| match is_big {
-                true => it.source == source,
-                false => it.server == server,
+            let its_own = pairs.iter().filter(|(pair, _)| pair.0 == source);
+            let most_of_its = match bytes > self.total / BIG {
+                true => most(its_own).map(|(pair, _)| pair),
+                false => None,
+            };
+            let is_its = |it: &Use| match most_of_its {
+                Some(pair) => (it.source, it.server) == pair,
+                None => it.server == server,
             };
             let Some(place) = order.iter().rposition(|at| is_its(&uses[*at])) else {
                 break;
             };
             let it = &uses[order[place]];
             all -= it.bytes;
+            let pair = pairs.entry((it.source, it.server));
+            pair.and_modify(|all| *all -= it.bytes);
             sources.entry(it.source).and_modify(|all| *all -= it.bytes);
             servers.entry(it.server).and_modify(|all| *all -= it.bytes);
             gone.push(order.remove(place));
@@ -303,8 +312,10 @@ impl Holding {
 }
 
 /// The key with the highest number of bytes.
-fn most<K: Copy + Ord>(taken: &HashMap<K, usize>) -> Option<(K, usize)> {
-    let most = taken.iter().max_by_key(|it| (*it.1, *it.0));
+fn most<'a, K: Copy + Ord + 'a>(
+    taken: impl IntoIterator<Item = (&'a K, &'a usize)>,
+) -> Option<(K, usize)> {
+    let most = taken.into_iter().max_by_key(|it| (*it.1, *it.0));
     most.map(|(who, bytes)| (*who, *bytes))
 }
 
@@ -400,6 +411,23 @@ mod tests {
         ] {
             assert_eq!(unread.give_way(&uses), gone, "{why}");
         }
+    }
+
+    #[test]
+    fn a_moving_servers_streams_end_before_a_stalled_ones() {
+        let of = |last: u8, bytes, stalled| Use {
+            source: 1,
+            server: [10, 0, 0, last].into(),
+            bytes,
+            stalled: Duration::from_secs(stalled),
+        };
+        let uses = [of(1, 10, 9), of(2, 20, 0), of(2, 25, 1)];
+        assert_eq!(Unread::new(100).give_way(&uses), [2]);
+        let uses = [of(1, 21, 9), of(2, 20, 0), of(2, 25, 1)];
+        assert_eq!(Unread::new(100).give_way(&uses), [2]);
+        // When one server no longer has most, it is another's turn.
+        let uses = [of(1, 21, 9), of(2, 20, 0), of(3, 25, 0)];
+        assert_eq!(Unread::new(80).give_way(&uses), [2, 0]);
     }
 
     #[test]

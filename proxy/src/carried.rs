@@ -5,6 +5,7 @@
 //! concerns, and what a record says at their end. Knows neither packets nor how to reach the kernel;
 //! [`upkeep`] keeps both in step.
 mod backlog;
+mod entering;
 pub(crate) mod upkeep;
 
 use std::collections::BTreeSet;

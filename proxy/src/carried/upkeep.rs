@@ -17,13 +17,12 @@ use policy::Protocol;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::{CarriedFlow, Listed, backlog, unlisted};
+use super::{backlog, unlisted};
 use crate::conntrack::{self, Endings, Entry, FlowId, Heard};
 use crate::decision::{Decision, Severance};
 use crate::enforcer::Enforcer;
 use crate::limits::Source;
 use crate::occasional::warn_occasionally;
-use crate::records::Outcome;
 
 /// How often the list is compared with conntrack.
 const COMPARE_EVERY: Duration = Duration::from_secs(15);
@@ -258,7 +257,7 @@ fn ended(enforcer: &Enforcer, entry: &Entry) {
     }
 }
 
-fn judge(enforcer: &Enforcer, flow: &FlowId) -> Judgement {
+pub(super) fn judge(enforcer: &Enforcer, flow: &FlowId) -> Judgement {
     let (client, server) = (flow.client.ip(), flow.server.ip());
     enforcer
         .table
@@ -352,45 +351,4 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-impl Enforcer {
-    /// Judges a flow and, if it may be, lists it, so that a later change finds it; how it was listed
-    /// comes with the decision. `None`: an end of it is unknown.
-    pub(crate) fn carry(
-        &self,
-        flow: FlowId,
-        opened: SystemTime,
-    ) -> Option<(Arc<Decision>, Option<Listed>)> {
-        loop {
-            let generation = self.table.generation();
-            let Judgement::Settled { verdict, from, to } = judge(self, &flow) else {
-                return None;
-            };
-            let decision = Arc::new(Decision { verdict, from, to });
-            if !decision.verdict.allowed() {
-                return Some((decision, None));
-            }
-            let listed = self.carried.enter(flow, opened, &decision);
-            if self.table.generation() == generation {
-                return Some((decision, Some(listed)));
-            }
-            // A change came between: it may have looked before the flow was there.
-            if listed == Listed::New {
-                self.carried.remove(&flow);
-            }
-        }
-    }
-
-    /// Counts and records a carried flow that is over and out of the list.
-    fn carried_over(&self, flow: &CarriedFlow) {
-        let subject = flow.subject();
-        self.metrics.carried(subject.sent, subject.received);
-        match flow.severance() {
-            Some(severance) => self.severed(subject, severance),
-            None => self
-                .recorder
-                .ended(subject, &flow.decision(), Outcome::Closed),
-        }
-    }
 }

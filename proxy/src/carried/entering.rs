@@ -1,0 +1,52 @@
+//! How a judged flow comes into the list, and what is recorded when it leaves it.
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use controller::Judgement;
+
+use super::{CarriedFlow, Listed, upkeep};
+use crate::conntrack::FlowId;
+use crate::decision::Decision;
+use crate::enforcer::Enforcer;
+use crate::records::Outcome;
+
+impl Enforcer {
+    /// Judges a flow and, if it may be, lists it, so that a later change finds it; how it was listed
+    /// comes with the decision. `None`: an end of it is unknown.
+    pub(crate) fn carry(
+        &self,
+        flow: FlowId,
+        opened: SystemTime,
+    ) -> Option<(Arc<Decision>, Option<Listed>)> {
+        loop {
+            let generation = self.table.generation();
+            let Judgement::Settled { verdict, from, to } = upkeep::judge(self, &flow) else {
+                return None;
+            };
+            let decision = Arc::new(Decision { verdict, from, to });
+            if !decision.verdict.allowed() {
+                return Some((decision, None));
+            }
+            let listed = self.carried.enter(flow, opened, &decision);
+            if self.table.generation() == generation {
+                return Some((decision, Some(listed)));
+            }
+            // A change came between: it may have looked before the flow was there.
+            if listed == Listed::New {
+                self.carried.remove(&flow);
+            }
+        }
+    }
+
+    /// Counts and records a carried flow that is over and out of the list.
+    pub(super) fn carried_over(&self, flow: &CarriedFlow) {
+        let subject = flow.subject();
+        self.metrics.carried(subject.sent, subject.received);
+        match flow.severance() {
+            Some(severance) => self.severed(subject, severance),
+            None => self
+                .recorder
+                .ended(subject, &flow.decision(), Outcome::Closed),
+        }
+    }
+}

@@ -29,6 +29,8 @@ use backlog::Backlog;
 const MOST: usize = 65_536;
 /// Flows of one source in the list.
 const SHARE: usize = 4096;
+/// How long a flow may take from its verdict to conntrack's table.
+const ON_ITS_WAY: Duration = Duration::from_millis(100);
 
 /// All listed flows.
 pub(crate) struct Carried {
@@ -43,6 +45,9 @@ pub(crate) struct Carried {
     /// More than 0 if conntrack may have flows of ours that are not listed: at the start, and after
     /// each that found no room.
     unlisted: AtomicU64,
+    /// When a flow last found no room, in milliseconds after `began`.
+    no_room: AtomicU64,
+    began: Instant,
     /// TCP connections that were cut and that conntrack still has, and since when.
     parting: Mutex<Vec<(Instant, Entry)>>,
     /// Addresses whose unlisted flows have to be judged again.
@@ -72,6 +77,7 @@ pub(crate) struct CarriedFlow {
 struct Round {
     number: u64,
     unlisted: u64,
+    began: Instant,
 }
 
 /// What the list makes of a flow.
@@ -101,6 +107,8 @@ impl Carried {
             next: AtomicU64::new(0),
             round: AtomicU64::new(0),
             unlisted: AtomicU64::new(1),
+            no_room: AtomicU64::new(0),
+            began: Instant::now(),
             parting: Mutex::default(),
             backlog: Backlog::default(),
         }
@@ -128,6 +136,8 @@ impl Carried {
         }
         let source = Source::behind(decision.from.as_deref(), id.client.ip());
         if !self.has_room(&source) {
+            self.no_room
+                .fetch_max(self.time(Instant::now()), Ordering::Relaxed);
             self.pass_over();
             return Listed::Full;
         }
@@ -165,9 +175,20 @@ impl Carried {
         has < self.share && self.by_id.len() < self.most
     }
 
-    /// Notes that conntrack has a flow of ours that is not listed.
+    /// Notes that conntrack has a flow of ours that is not listed, or will have it soon.
     fn pass_over(&self) {
-        self.unlisted.fetch_add(1, Ordering::Relaxed);
+        self.unlisted.fetch_add(1, Ordering::Release);
+    }
+
+    /// Whether a flow that found no room before `now` may not have come to conntrack's table by then.
+    fn has_unlisted_on_its_way(&self, now: Instant) -> bool {
+        let last = self.no_room.load(Ordering::Relaxed);
+        last > 0 && self.time(now) <= last.saturating_add(millis(ON_ITS_WAY))
+    }
+
+    /// A time as `no_room` has it: never 0.
+    fn time(&self, at: Instant) -> u64 {
+        1 + millis(at.saturating_duration_since(self.began))
     }
 
     /// Takes a flow out; it is handed to one caller only.
@@ -227,10 +248,11 @@ impl Carried {
     }
 
     /// Begins a comparison with conntrack, before conntrack is read.
-    fn begin_round(&self) -> Round {
+    fn begin_round(&self, now: Instant) -> Round {
         Round {
             number: self.round.fetch_add(1, Ordering::Relaxed) + 1,
-            unlisted: self.unlisted.load(Ordering::Relaxed),
+            unlisted: self.unlisted.load(Ordering::Acquire),
+            began: now,
         }
     }
 
@@ -238,10 +260,14 @@ impl Carried {
     /// have in two rounds on end: once may be a flow that is on its way there, or that the kernel
     /// moved within its table while it was read.
     fn end_round(&self, round: Round) -> Vec<Arc<CarriedFlow>> {
-        // If another found no room meanwhile, the list stays incomplete.
-        let _ =
-            self.unlisted
-                .compare_exchange(round.unlisted, 0, Ordering::Relaxed, Ordering::Relaxed);
+        // If another found no room meanwhile, or so shortly before that conntrack did not have it yet, the list stays
+        // incomplete.
+        if !self.has_unlisted_on_its_way(round.began) {
+            let relaxed = Ordering::Relaxed;
+            let _ = self
+                .unlisted
+                .compare_exchange(round.unlisted, 0, relaxed, relaxed);
+        }
         let lost = |flow: &CarriedFlow| flow.seen.load(Ordering::Relaxed) + 2 <= round.number;
         self.all().into_iter().filter(|flow| lost(flow)).collect()
     }
@@ -255,6 +281,10 @@ impl Ends for CarriedFlow {
     fn ends(&self) -> [IpAddr; 2] {
         [self.id.client.ip(), self.id.server.ip()]
     }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// An unlisted flow, for a record.
@@ -414,7 +444,7 @@ mod tests {
         enter(&carried, 1);
         enter(&carried, 2);
         for expected in [vec![], vec![2]] {
-            let round = carried.begin_round();
+            let round = carried.begin_round(Instant::now());
             carried.get(&id(1)).unwrap().seen_in(&round, &entry(1, 7));
             let lost = carried.end_round(round);
             let lost: Vec<_> = lost.iter().map(|flow| flow.id.client.port()).collect();
@@ -429,14 +459,20 @@ mod tests {
             carried.is_incomplete(),
             "at the start conntrack is not read"
         );
-        let round = carried.begin_round();
+        let round = carried.begin_round(Instant::now());
         assert_eq!(enter(&carried, 1), Listed::New);
         carried.end_round(round);
         assert!(!carried.is_incomplete());
-        let round = carried.begin_round();
+        let round = carried.begin_round(Instant::now());
         assert_eq!(enter(&carried, 2), Listed::Full);
         carried.end_round(round);
         assert!(carried.is_incomplete(), "one found no room meanwhile");
+        let round = carried.begin_round(Instant::now());
+        carried.end_round(round);
+        assert!(carried.is_incomplete(), "conntrack may not have it yet");
+        let round = carried.begin_round(Instant::now() + 2 * ON_ITS_WAY);
+        carried.end_round(round);
+        assert!(!carried.is_incomplete());
     }
 
     #[test]

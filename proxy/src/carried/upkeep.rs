@@ -17,7 +17,7 @@ use policy::Protocol;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::{backlog, unlisted};
+use super::{ON_ITS_WAY, backlog, unlisted};
 use crate::conntrack::{self, Endings, Entry, FlowId, Heard};
 use crate::decision::{Decision, Severance};
 use crate::enforcer::Enforcer;
@@ -28,8 +28,6 @@ use crate::occasional::warn_occasionally;
 const COMPARE_EVERY: Duration = Duration::from_secs(15);
 /// The pause before the next comparison if endings were lost, as happens all the time while a source begins many flows.
 const COMPARE_AGAIN: Duration = Duration::from_secs(5);
-/// How long a flow may take from its verdict to conntrack's table.
-const ON_ITS_WAY: Duration = Duration::from_millis(100);
 /// How long the other node may take to learn of the change and reset the connection.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How soon it is looked for again.
@@ -72,10 +70,20 @@ pub(crate) fn judge_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io
 
 /// Does the same for all flows of these addresses, listed or not, however long it takes.
 pub(super) fn judge_all_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Result<()> {
+    let began = Instant::now();
     cut_listed(enforcer, touched, denied_of(enforcer, touched))?;
     let carried = enforcer.marks.carried();
-    let unlisted = |flow: &FlowId| enforcer.carried.get(flow).is_none();
-    judge_unlisted(enforcer, carried, carried, touched, unlisted)
+    let judge = || {
+        let unlisted = |flow: &FlowId| enforcer.carried.get(flow).is_none();
+        judge_unlisted(enforcer, carried, carried, touched, unlisted)
+    };
+    judge()?;
+    // What was allowed shortly before the change may come to conntrack only now.
+    if enforcer.carried.has_unlisted_on_its_way(began) {
+        thread::sleep(ON_ITS_WAY.saturating_sub(began.elapsed()));
+        judge()?;
+    }
+    Ok(())
 }
 
 /// The listed flows of these addresses that may not go on, and why.
@@ -205,7 +213,7 @@ async fn follow(enforcer: Arc<Enforcer>, mut endings: Endings) {
 /// # Errors
 /// What ctnetlink answers.
 pub(crate) fn compare(enforcer: &Enforcer) -> io::Result<()> {
-    let round = enforcer.carried.begin_round();
+    let round = enforcer.carried.begin_round(Instant::now());
     let carried = enforcer.marks.carried();
     let mut doomed = Doomed::new();
     conntrack::each_marked(carried, carried, |entry| {

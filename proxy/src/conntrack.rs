@@ -116,6 +116,24 @@ pub(crate) fn set_mark(entries: &[&Entry], mark: u32, mask: u32) -> io::Result<u
     })
 }
 
+/// Whether each entry still has the mark that it was read with. One that is gone has not.
+///
+/// Blocks, at most five seconds for each entry.
+///
+/// # Errors
+/// As [`marked`].
+pub(crate) fn keep_their_marks(entries: &[&Entry]) -> io::Result<Vec<bool>> {
+    if entries.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut conntrack = Conntrack::open()?;
+    let mut keeps = |entry: &&Entry| {
+        let now = conntrack.get(entry)?;
+        Ok(now.is_some_and(|now| entry.has_mark_of(&now)))
+    };
+    entries.iter().map(&mut keeps).collect()
+}
+
 /// Does it to every entry and returns for how many it was done.
 fn each(
     entries: &[&Entry],
@@ -197,6 +215,20 @@ impl Conntrack {
         Ok(dump.interrupted)
     }
 
+    /// The entry between the ends of this one, if there is one.
+    fn get(&mut self, entry: &Entry) -> io::Result<Option<Entry>> {
+        self.request(CT_GET, 0, family(entry), |m| m.raw(entry.name()))?;
+        let mut answer = Dump::default();
+        while answer.entries.is_empty() {
+            let sequence = self.sequence;
+            match answer.read(self.receive()?, sequence) {
+                Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => break,
+                read => read?,
+            }
+        }
+        Ok(answer.entries.pop())
+    }
+
     /// The inner result is what the kernel said to it.
     fn tell(
         &mut self,
@@ -204,11 +236,7 @@ impl Conntrack {
         entry: &Entry,
         more: impl FnOnce(&mut Attributes<'_>),
     ) -> io::Result<Result<(), Errno>> {
-        let family = match entry.flow.client {
-            SocketAddr::V4(_) => NFPROTO_IPV4,
-            SocketAddr::V6(_) => NFPROTO_IPV6,
-        };
-        self.request(kind, netlink::ACK, family, |m| {
+        self.request(kind, netlink::ACK, family(entry), |m| {
             m.raw(entry.name());
             more(m);
         })?;
@@ -326,6 +354,13 @@ fn request(
         body,
     );
     out
+}
+
+fn family(entry: &Entry) -> u8 {
+    match entry.flow.client {
+        SocketAddr::V4(_) => NFPROTO_IPV4,
+        SocketAddr::V6(_) => NFPROTO_IPV6,
+    }
 }
 
 /// The errno that `NLMSG_ERROR` and `NLMSG_DONE` begin with.
@@ -462,6 +497,20 @@ mod tests {
         }
         let tuple = find(&names[1], CTA_TUPLE_ORIG).unwrap().value;
         assert_eq!(find(tuple, 3).unwrap().value, [0, 5], "CTA_TUPLE_ZONE");
+    }
+
+    #[test]
+    fn an_entry_of_another_mark_has_not_kept_it() {
+        let dump = bytes(DUMP);
+        let entry = |dump: &[u8]| read(&[dump]).unwrap().entries.remove(0);
+        let now = entry(&dump);
+        assert!(now.has_mark_of(&entry(&dump)));
+        let marked = dump
+            .windows(8)
+            .position(|it| it == bytes("0800080000000041"));
+        let mut other = dump.clone();
+        other[marked.unwrap() + 7] = 0x40;
+        assert!(!now.has_mark_of(&entry(&other)));
     }
 
     #[test]

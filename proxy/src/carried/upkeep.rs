@@ -332,6 +332,14 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
         .iter()
         .map(|(entry, _)| enforcer.carried.get(&entry.flow))
         .collect();
+    let unlisted_and_denied: Vec<_> = doomed
+        .iter()
+        .zip(&listed)
+        .filter(|((_, severance), listed)| severance.is_some() && listed.is_none())
+        .map(|((entry, _), _)| entry)
+        .collect();
+    // A change that found it listed has marked it since it was read, then has taken it out of the list and recorded it.
+    let mut unmarked = conntrack::keep_their_marks(&unlisted_and_denied)?.into_iter();
     let entries = doomed.iter().map(|(entry, _)| entry);
     // Who repeats its SYN is judged by it, once more.
     let is_tcp = |entry: &Entry| entry.flow.protocol == Protocol::Tcp;
@@ -352,10 +360,12 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
                     enforcer.carried_over(&flow);
                 }
             }
-            (None, Some(severance)) if !entry.over => {
-                enforcer.severed(unlisted(entry), severance.clone());
+            (None, Some(severance)) => {
+                if unmarked.next() == Some(true) && !entry.over {
+                    enforcer.severed(unlisted(entry), severance.clone());
+                }
             }
-            (None, _) => {}
+            (None, None) => {}
         }
     }
     Ok(())

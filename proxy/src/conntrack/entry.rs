@@ -21,6 +21,7 @@ const TIME_WAIT: u8 = 7;
 const CTA_COUNTERS_ORIG: u16 = 9;
 const CTA_COUNTERS_REPLY: u16 = 10;
 const CTA_COUNTERS_BYTES: u16 = 2;
+const CTA_MARK: u16 = 8;
 pub(super) const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
 const CTA_TIMESTAMP: u16 = 20;
@@ -78,6 +79,8 @@ pub(crate) struct Entry {
     pub(crate) over: bool,
     /// Nobody has answered it yet; another node may have denied it.
     pub(crate) unanswered: bool,
+    /// Its mark (`CTA_MARK`), with the bits of others.
+    mark: u32,
     /// `CTA_TUPLE_ORIG`, `CTA_ZONE` if there is one, `CTA_ID`: as the kernel wrote them.
     name: Vec<u8>,
 }
@@ -103,8 +106,16 @@ impl Entry {
             began: began(attributes),
             over: tcp_state(attributes).is_some_and(|state| state >= TIME_WAIT),
             unanswered: status(attributes).is_some_and(|status| status & SEEN_REPLY == 0),
+            mark: find(attributes, CTA_MARK)
+                .and_then(|mark| chunk(mark.value, 0))
+                .map_or(0, u32::from_be_bytes),
             name: [original.whole, zone, id].concat(),
         })
+    }
+
+    /// Whether `now` is the same entry with the same mark.
+    pub(super) fn has_mark_of(&self, now: &Self) -> bool {
+        (self.mark, &self.name) == (now.mark, &now.name)
     }
 
     /// The attributes by which a request names it.

@@ -76,6 +76,8 @@ pub struct Port {
     pub name: String,
     /// Its interface index, which is never reused.
     pub index: u32,
+    /// Its own address (IEEE 802), as `ip` writes it.
+    pub address: String,
     /// Where its other end is, if that is in another network namespace.
     pub peer: Option<Peer>,
 }
@@ -114,6 +116,7 @@ fn among(links: &[Value], names: &[String], pods: &[IpNet]) -> Vec<Bridge> {
         let ports = links.iter().filter(|port| port["master"] == name);
         let port = |link: &Value| {
             let name = link["ifname"].as_str()?.to_owned();
+            let address = link["address"].as_str()?.to_owned();
             let peer = || {
                 Some(Peer {
                     netns: i32::try_from(link["link_netnsid"].as_i64()?).ok()?,
@@ -122,7 +125,12 @@ fn among(links: &[Value], names: &[String], pods: &[IpNet]) -> Vec<Bridge> {
             };
             let peer = peer();
             let index = u32::try_from(link["ifindex"].as_i64()?).ok()?;
-            Some(Port { name, index, peer })
+            Some(Port {
+                name,
+                index,
+                address,
+                peer,
+            })
         };
         let told = &link["linkinfo"]["info_data"];
         Some(Bridge {
@@ -157,7 +165,7 @@ pub fn ports_script(bridges: &[Bridge]) -> String {
         .iter()
         .flat_map(|bridge| {
             let ports = bridge.ports.iter();
-            ports.map(|port| (&*port.name, &*bridge.address))
+            ports.map(|port| (&*port.name, &*port.address))
         })
         // What cannot be written stays unknown, so its pod is cut off.
         .filter(|(port, _)| sets::is_plain(port))
@@ -367,6 +375,7 @@ mod tests {
             ports: vec![Port {
                 name: "c0".into(),
                 index: 9,
+                address: "02::9".into(),
                 peer: Some(Peer { netns: 5, index: 2 }),
             }],
             looks_into_ip: true,
@@ -386,7 +395,7 @@ mod tests {
         flush set bridge portreeve ports
         add element bridge portreeve ports { "c0", "pod0" }
         flush map bridge portreeve above
-        add element bridge portreeve above { "c0" : 0a::2, "pod0" : 0a::1 }
+        add element bridge portreeve above { "c0" : 02::9, "pod0" : 02::9 }
         "#);
         insta::assert_snapshot!(ports_script(&[]), @r"
         flush set bridge portreeve ports

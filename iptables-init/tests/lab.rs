@@ -66,6 +66,7 @@ fn main() -> ExitCode {
         released_pods_go_on_while_no_daemon_runs,
         a_packet_to_be_held_waits_in_a_queue_of_the_right_number,
         a_packet_that_waits_is_disturbed_by_no_question_and_no_second_install,
+        when_sources_fill_the_set_destinations_count,
         only_the_sysctls_that_check_names_break_the_redirect,
     ])
 }
@@ -775,6 +776,43 @@ fn a_packet_that_waits_is_disturbed_by_no_question_and_no_second_install() {
     }
 }
 
+/// The bound is 10,000 packets a second; here the destination has used up its own.
+fn when_sources_fill_the_set_destinations_count() {
+    let lab = Lab::new("install --queue 31 --queues 2", Released::Nobody);
+    let node = lab.node.netns();
+    let _queues = [31, 32].map(|number| node.run(|| queue(number)).unwrap());
+    let sources: Vec<String> = (0..=u16::MAX)
+        .map(|n| {
+            let [high, low] = n.to_be_bytes();
+            format!("198.18.{high}.{low} timeout 1h")
+        })
+        .collect();
+    for some in sources.chunks(4096) {
+        load(
+            node,
+            &format!(
+                "add element inet portreeve held_rate4 {{ {} }}",
+                some.join(", ")
+            ),
+        );
+    }
+    let b = lab.b.ipv4();
+    let spent = format!("{b} limit rate over 1/day burst 1 packets timeout 1h");
+    load(
+        node,
+        &format!("add element inet portreeve asked_rate4 {{ {spent} }}"),
+    );
+    for _ in 0..3 {
+        let _unanswered = lab.a.ask_udp(SocketAddr::new(b.into(), 90), b"?", SOON);
+    }
+    let flood = || sh(node, "nft list counter inet portreeve flood");
+    assert!(flood().contains("packets 2 "), "{}", flood());
+    // The other family has room.
+    let v6 = SocketAddr::new(lab.b.ipv6().into(), 90);
+    let _unanswered = lab.a.ask_udp(v6, b"?", SOON);
+    wait_until(DEADLINE, "both datagrams to wait", || lab.waiting() == 2).unwrap();
+}
+
 fn only_the_sysctls_that_check_names_break_the_redirect() {
     // Queued packets pass, so that a listener alone is all the daemon that is needed.
     let lab = Lab::new("install --fail open", Released::Nobody);
@@ -991,6 +1029,7 @@ fn all_sets() -> String {
             .map(|name| Port {
                 name: name.into(),
                 index: 1,
+                address: "0a:58:0a:f4:00:01".into(),
                 peer: None,
             })
             .into(),

@@ -24,6 +24,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_tagged_frame_carries_no_other_pods_address,
     a_reserved_group_frame_reaches_no_node_socket,
     a_pods_new_address_is_its_own_at_once,
+    a_ports_free_addresses_share_one_packet_rate,
 ];
 
 pub(crate) const BRIDGE: Gateway = Gateway::Bridge { hairpin: false };
@@ -592,6 +593,54 @@ fn gateway(pod: &Host) -> String {
     ip.args(["-j", "-4", "route", "show", "default"]);
     let routes: serde_json::Value = serde_json::from_slice(&ip.output().unwrap().stdout).unwrap();
     routes[0]["gateway"].as_str().unwrap().to_owned()
+}
+
+/// By the other pod's and by the node's own address on the bridge.
+fn a_ports_free_addresses_share_one_packet_rate() {
+    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    bed.write_policies(&[allow_ingress("b")]);
+    bed.enforce(&[]);
+    let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
+    let nft = |line: String| {
+        let mut command = node.command("sh");
+        command.args(["-c", &format!("nft {line}")]);
+        let said = command.output().unwrap();
+        assert!(said.status.success(), "{line}: {said:?}");
+        String::from_utf8(said.stdout).unwrap()
+    };
+    for to in b.addrs(80) {
+        greeted(&a, to);
+    }
+    for to in [link_address(&b), link_of(&node, "cni0")] {
+        let link = a.injector().unwrap().towards(to);
+        let send = |number: u128| {
+            let free = Ipv6Addr::from_bits(a.ipv6().to_bits() ^ ((number + 1) << 16));
+            let packet = craft::tcp((free, 9).into(), b.addr_v6(80), craft::SYN, 1, &[]);
+            link.send(&packet).unwrap();
+        };
+        // From now on the port that the first comes from may send nothing.
+        nft("flush set inet portreeve held_links".into());
+        send(0);
+        let listed = || nft("list set inet portreeve held_links".into());
+        let counted = || listed().contains("elements");
+        wait_until(DEADLINE, "the port to be counted", counted).unwrap();
+        let listing = listed();
+        let (_, elements) = listing.split_once("elements = { ").unwrap();
+        let (port, _) = elements.split_once(" limit").unwrap();
+        nft(format!(
+            "delete element inet portreeve held_links '{{ {port} }}'"
+        ));
+        let spent = format!("{port} limit rate over 1/day burst 1 packets");
+        nft(format!(
+            "add element inet portreeve held_links '{{ {spent} }}'"
+        ));
+        let before = counter(&node, "flood");
+        (1..=20).for_each(send);
+        let dropped = || counter(&node, "flood") >= before + 19;
+        wait_until(DEADLINE, "the port's packets to be dropped", dropped).unwrap();
+        // Another port's still pass.
+        greeted(&bed.lab.pod("x/d"), b.addr_v6(80));
+    }
 }
 
 /// EtherTypes and what follows them.

@@ -254,6 +254,19 @@ fn a_stranger_cannot_send_into_a_flow_of_a_pod() {
         lies(to, own);
         assert!(goes_on(&live), "{to}");
     }
+    // Once cut, its packets are judged one by one: also when policy allows it again.
+    for to in b.addrs(53) {
+        bed.apply(&[allow_ingress("b")]);
+        let live = flow(&a, to);
+        assert!(goes_on(&live), "{to}");
+        bed.apply(&[deny_ingress("b")]);
+        assert!(!goes_on(&live), "{to}");
+        bed.apply(&[allow_ingress("b")]);
+        let own = live.local_addr().unwrap();
+        lies(own, to);
+        lies(to, own);
+        assert!(goes_on(&live), "{to}");
+    }
     for to in b.addrs(54) {
         let unanswered = flow(&a, to);
         let own = unanswered.local_addr().unwrap();

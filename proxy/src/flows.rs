@@ -71,6 +71,8 @@ pub(crate) struct Flow {
     /// Whether [`Flow::cut`] was called; written under the lock of the stage.
     is_cut: AtomicBool,
     gave_way: AtomicBool,
+    /// Whether the client reset it during the handshake.
+    was_reset: AtomicBool,
     over: Notify,
     /// Whether an attempt from the same ends waits for the end of this one.
     succeeded: AtomicBool,
@@ -257,6 +259,7 @@ impl Flow {
             cut: Notify::new(),
             is_cut: AtomicBool::new(false),
             gave_way: AtomicBool::new(false),
+            was_reset: AtomicBool::new(false),
             over: Notify::new(),
             succeeded: AtomicBool::new(false),
             keeps_alive: AtomicBool::new(false),

@@ -21,6 +21,7 @@ use iptables_init::marks::Answer;
 use policy::Protocol;
 
 use crate::connect::{self, ConnectError, Leg};
+use crate::conntrack::FlowId;
 use crate::decision::Decision;
 use crate::enforcer::{Deny, Enforcer, Waiting};
 use crate::flows::{Arrival, Flow, FlowKey};
@@ -32,7 +33,7 @@ use crate::trail::{Moment, Trail};
 
 pub(crate) use nfqueue::Queue;
 use nfqueue::{PacketId, Queued, Ruling};
-use packet::{Packet, Syn};
+use packet::{Packet, Reset, Syn};
 
 /// Packets that are decided before their rulings are sent and other tasks of the thread run: enough to share a system
 /// call, few enough to be prompt.
@@ -118,6 +119,11 @@ impl Gate {
 
     fn decide(self: &Rc<Self>, came: Came) {
         let Came { id, length, .. } = came;
+        // The flow is judged in its own direction.
+        let judged = |packet: FlowId| match came.mark & self.enforcer.marks.answering() {
+            0 => packet,
+            _ => packet.reversed(),
+        };
         match came.packet {
             // Only what the rules have handed to the listener can be relayed; to this node itself the
             // kernel carries a connection.
@@ -127,10 +133,12 @@ impl Gate {
             // The kernel keeps whole packets while they wait, also for the server.
             Packet::Syn(_) if length > LONGEST_WAITING => self.refuse(id, Cause::TooLong),
             Packet::Syn(syn) => self.syn(id, syn),
-            Packet::Flow(packet) if came.mark & self.enforcer.marks.answering() != 0 => {
-                self.flow(id, length, packet.reversed());
+            Packet::Reset(reset) if came.mark & self.enforcer.marks.divert() != 0 => {
+                self.reset(id, reset);
             }
-            Packet::Flow(packet) => self.flow(id, length, packet),
+            Packet::Reset(reset) if !reset.acknowledges => self.refuse(id, Cause::Odd),
+            Packet::Reset(reset) => self.flow(id, length, judged(reset.into())),
+            Packet::Flow(packet) => self.flow(id, length, judged(packet)),
             Packet::Odd => self.refuse(id, Cause::Odd),
             Packet::Unreadable => self.refuse(id, Cause::Unreadable),
         }
@@ -189,6 +197,18 @@ impl Gate {
             self.queue.rule(id, Ruling::Drop);
         }
         self.flush();
+    }
+
+    /// Ends the half-open connection whose client answers the SYN-ACK with this reset, and lets the kernel do the same.
+    fn reset(&self, id: PacketId, reset: Reset) {
+        let key = FlowKey {
+            client: reset.from,
+            server: reset.to,
+        };
+        if let Some(flow) = self.enforcer.flows.reset_by_client(&key, reset.sequence) {
+            self.enforcer.ended(&flow, flow.why_unanswered());
+        }
+        self.answer(id, Answer::Accept);
     }
 
     /// Judges a connection by the newest table and notes on it what it rests on.

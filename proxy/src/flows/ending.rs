@@ -4,7 +4,7 @@ use std::sync::{Arc, PoisonError, Weak};
 use std::time::Instant;
 
 use super::stage::Stage;
-use super::{Flow, Flows, StageName};
+use super::{Flow, FlowKey, Flows, StageName};
 use crate::decision::Severance;
 use crate::records::Outcome;
 
@@ -56,6 +56,21 @@ impl Flows {
         Some(name)
     }
 
+    /// Ends the half-open connection whose client has answered the SYN-ACK with a reset of this sequence number.
+    /// `None` if there is none, or if the number is another than the handshake's: anybody can guess the ends.
+    pub(crate) fn reset_by_client(&self, key: &FlowKey, sequence: u32) -> Option<Arc<Flow>> {
+        let flow = self.get(key)?;
+        let mut stage = flow.stage();
+        if sequence != flow.sequence.wrapping_add(1) || !matches!(*stage, Stage::Admitted { .. }) {
+            return None;
+        }
+        flow.was_reset.store(true, Ordering::Relaxed);
+        let admitted = std::mem::replace(&mut *stage, Stage::Over);
+        drop(stage);
+        self.removed(&flow, admitted);
+        Some(flow)
+    }
+
     /// Ends what nobody waits for any more: attempts whose client stopped repeating its SYN, and
     /// admitted connections whose client never completed the handshake. Returns how many.
     pub(crate) fn expire(&self, now: Instant) -> usize {
@@ -105,10 +120,12 @@ impl Flow {
 
     /// Why there is no connection although policy allows it, as a record has it.
     pub(crate) fn why_unanswered(&self) -> Outcome {
-        let gave_way = self.gave_way.load(Ordering::Relaxed);
-        Outcome::Unanswered(String::from(match gave_way {
-            true => "too many connections were half-open",
-            false => "the server did not answer",
+        let [gave_way, was_reset] =
+            [&self.gave_way, &self.was_reset].map(|it| it.load(Ordering::Relaxed));
+        Outcome::Unanswered(String::from(match (gave_way, was_reset) {
+            (true, _) => "too many connections were half-open",
+            (_, true) => "the client reset it during the handshake",
+            _ => "the server did not answer",
         }))
     }
 

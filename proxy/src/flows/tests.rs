@@ -262,6 +262,27 @@ async fn an_admitted_connection_ends_by_a_reset() {
 }
 
 #[tokio::test]
+async fn a_clients_reset_ends_its_half_open_connection_only() {
+    let bench = Bench::new();
+    let flow = bench.new_flow(key(1, 2), 7);
+    let reset = |sequence| bench.flows.reset_by_client(&key(1, 2), sequence);
+    assert!(reset(8).is_none(), "nobody has answered its SYN");
+    let (upstream, server) = stream_and_peer().await;
+    assert!(bench.flows.admit(&flow, upstream, 0));
+    for forged in [7, 9, u32::MAX] {
+        assert!(reset(forged).is_none(), "another sequence number");
+    }
+    assert!(reset(8).is_some());
+    assert!(is_reset(&server).await);
+    assert_eq!(bench.flows.len(), 0);
+
+    let live = bench.new_flow(key(2, 2), 7);
+    assert!(bench.flows.admit(&live, stream().await, 0));
+    assert!(bench.flows.pair(&key(2, 2)).is_some());
+    assert!(bench.flows.reset_by_client(&key(2, 2), 8).is_none());
+}
+
+#[tokio::test]
 async fn a_live_connection_gives_way_to_nobody() {
     let bench = Bench::new();
     let held = bench.new_flow(key(1, 2), 7);

@@ -20,6 +20,8 @@ const FRAGMENT: u8 = 44;
 pub(crate) enum Packet {
     /// The first segment of a TCP connection.
     Syn(Syn),
+    /// A TCP reset.
+    Reset(Reset),
     /// In the original direction of a flow that the kernel carries once it is allowed: UDP, SCTP,
     /// ICMP, another protocol, or TCP that ran before.
     Flow(FlowId),
@@ -39,6 +41,27 @@ pub(crate) struct Syn {
     pub(crate) sequence: u32,
     /// TSval of its timestamps option (RFC 7323), if it has one.
     pub(crate) stamp: Option<u32>,
+}
+
+/// A TCP segment with RST and without SYN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Reset {
+    pub(crate) from: SocketAddr,
+    pub(crate) to: SocketAddr,
+    pub(crate) sequence: u32,
+    /// Whether it has an ACK too.
+    pub(crate) acknowledges: bool,
+}
+
+impl From<Reset> for FlowId {
+    fn from(reset: Reset) -> Self {
+        Self {
+            protocol: Protocol::Tcp,
+            client: reset.from,
+            server: reset.to,
+            identifier: 0,
+        }
+    }
 }
 
 impl From<Syn> for FlowId {
@@ -93,6 +116,12 @@ impl Packet {
         match (protocol, &sliced.transport) {
             (Protocol::Tcp, Some(TransportSlice::Tcp(tcp))) => {
                 match (tcp.syn(), tcp.ack(), tcp.fin() || tcp.rst()) {
+                    (false, acknowledges, true) if tcp.rst() => Self::Reset(Reset {
+                        from: SocketAddr::new(from, tcp.source_port()),
+                        to: SocketAddr::new(to, tcp.destination_port()),
+                        sequence: tcp.sequence_number(),
+                        acknowledges,
+                    }),
                     (true, false, false) => Self::Syn(Syn {
                         client: SocketAddr::new(from, tcp.source_port()),
                         server: SocketAddr::new(to, tcp.destination_port()),
@@ -294,6 +323,14 @@ mod tests {
                 protocol,
             )
         };
+        let reset = |acknowledges| {
+            Packet::Reset(Reset {
+                from: "10.0.0.1:40000".parse().unwrap(),
+                to: "10.0.0.2:80".parse().unwrap(),
+                sequence: 7,
+                acknowledges,
+            })
+        };
         let hop_by_hop = [&[6, 0, 1, 4, 0, 0, 0, 0][..], &tcp(ACK)].concat();
         let wrapped = [&[6, 4, 0, 0][..], &[0; 20], &tcp(SYN)].concat();
         let ports = [0x9c, 0x40, 0, 53, 0, 8, 0, 0];
@@ -315,7 +352,9 @@ mod tests {
             ),
             (ipv4(6, 0, &tcp(SYN | 0x01)), Packet::Odd, "SYN with FIN"),
             (ipv4(6, 0, &tcp(SYN | 0x04)), Packet::Odd, "SYN with RST"),
-            (ipv4(6, 0, &tcp(0x04)), Packet::Odd, "RST without ACK"),
+            (ipv4(6, 0, &tcp(0x04)), reset(false), "RST"),
+            (ipv4(6, 0, &tcp(0x14)), reset(true), "RST with ACK"),
+            (ipv4(6, 0, &tcp(0x05)), reset(false), "RST with FIN"),
             (ipv4(6, 0, &tcp(0)), Packet::Odd, "no flag at all"),
             (
                 ipv4(6, 0, &tcp(SYN)[..12]),

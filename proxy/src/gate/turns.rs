@@ -42,6 +42,7 @@ impl Gate {
     fn wait_for_turn(self: &Rc<Self>, backlog: &mut Backlog<Came>, came: Came) {
         let (client, server) = match &came.packet {
             Packet::Syn(syn) => (syn.client, syn.server),
+            Packet::Reset(reset) => (reset.from, reset.to),
             Packet::Flow(flow) => (flow.client, flow.server),
             Packet::Odd | Packet::Unreadable => return self.decide(came),
         };

@@ -24,6 +24,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     one_pods_connections_leave_their_server_to_others,
     forged_handshakes_to_one_pod_harm_nobody,
     unfinished_handshakes_of_two_pods_harm_nobody,
+    a_client_that_resets_its_handshake_is_forgotten,
     syns_to_silent_addresses_harm_nobody,
     packets_to_unknown_addresses_harm_nobody,
     names_that_nobody_has_harm_nobody_on_a_bridge,
@@ -304,6 +305,22 @@ fn unfinished_handshakes_of_two_pods_harm_nobody() {
     });
     let refused = metric(&node, "portreeve_refusals_total{cause=\"half_open_limit\"}");
     assert!(refused > HALF_OPEN, "the bound was not met");
+}
+
+/// As a scan or a health check does: a pod's kernel answers a SYN-ACK for which it has no socket with a reset.
+fn a_client_that_resets_its_handshake_is_forgotten() {
+    let bed = Bed::enforced(&[], &[allow_ingress("b")]);
+    let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
+    let (heard, syns) = (a.capture().unwrap(), RawSyns::of(&a));
+    syns.send((a.ipv4(), 1025), (b.ipv4(), 80), 7);
+    syns.send_v6((a.ipv6(), 1025), (b.ipv6(), 80), 7);
+    wait_until(DEADLINE, "the server's answers", || {
+        b.addrs(80).into_iter().all(|server| {
+            heard.count(|packet| packet.flags.is_syn_ack() && packet.source == server) > 0
+        })
+    })
+    .unwrap();
+    bed.wait_for_no_connection();
 }
 
 fn syns_to_silent_addresses_harm_nobody() {

@@ -8,7 +8,7 @@ use policy::{OwnNode, Protocol, allows};
 fn a_dump_of_a_cluster_is_a_valid_source() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/kubectl-get.yaml");
     let loaded = load(&path).unwrap();
-    assert_eq!(loaded.warnings, []);
+    assert_eq!(loaded.problems, []);
     let cluster = loaded.cluster;
     assert_eq!(cluster.pods().count(), 5);
     assert_eq!(cluster.nodes().count(), 3);

@@ -267,7 +267,7 @@ impl Keeper {
                     .duration_since(written)
                     .unwrap_or_default();
                 warn!(
-                    "the API server is away: the state of {} ago in {} comes into force",
+                    "the API server is unreachable; using the state of {} ago from {}",
                     humantime::format_duration(Duration::from_secs(age.as_secs())),
                     path.display()
                 );

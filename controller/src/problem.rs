@@ -1,4 +1,4 @@
-//! What is wrong with the input, said so that a person can mend it.
+//! What is wrong with the input, and how to correct it.
 //!
 //! Knows nothing of how the fault was found; every producer of objects reports in this one shape.
 use std::fmt;

@@ -44,7 +44,7 @@ pub enum CommandError {
         message: String,
     },
     /// It could not be run at all.
-    #[error("cannot run `{program}`; see that it is an executable of this machine")]
+    #[error("cannot run `{program}`; check that it is an executable for this architecture")]
     Run {
         /// What was run.
         program: Program,

@@ -26,7 +26,7 @@ enum Call {
     Uninstall(Settings),
     /// Print what `install` would load; needs no privilege, touches nothing.
     Print(Settings),
-    /// See whether all is in place and the kernel can do the job; a line per thing that is wrong.
+    /// Check the installation and the kernel's features; one line per problem.
     Check(Settings),
 }
 

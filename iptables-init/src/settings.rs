@@ -28,10 +28,10 @@ pub struct Settings {
     /// How many NFQUEUEs [default: one a core].
     #[arg(long, value_name = "COUNT", env = "PORTREEVE_QUEUES", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub queues: Option<u16>,
-    /// Which packet-mark bits are ours; at least 4, and no one else's.
+    /// Bits of the packet mark to use; at least 4, which no other software uses.
     #[arg(long, value_name = "MASK", default_value_t = Marks::default(), env = "PORTREEVE_MARK_MASK")]
     pub mark_mask: Marks,
-    /// A bridge that pods hang on (repeatable) [default: those with an address among the pods'].
+    /// A bridge that pods are attached to (repeatable) [default: those with an address among the pods'].
     #[arg(
         long,
         value_name = "NAME",

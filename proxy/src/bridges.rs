@@ -82,7 +82,7 @@ enum Fault {
     #[error(transparent)]
     Bridge(#[from] BridgeError),
     #[error(
-        "what pods have at the ports of bridges cannot be found out ({0}); it takes CAP_NET_ADMIN and Linux 4.20"
+        "cannot read the addresses that pods have at the ports of bridges ({0}); it takes CAP_NET_ADMIN and Linux 4.20"
     )]
     Ends(#[source] io::Error),
     #[error("the ports of bridges cannot be told to the kernel: {0}")]
@@ -196,7 +196,7 @@ impl Bridges {
         }
         let names: BTreeSet<_> = found.iter().map(|bridge| bridge.name.clone()).collect();
         if !names.is_subset(&self.seen.prepared) {
-            info!(bridges = ?names, "pods hang on bridges");
+            info!(bridges = ?names, "pods are attached to bridges");
             if !self.changes.are_from_everywhere() {
                 info!(
                     "without CAP_NET_BROADCAST a pod's new address may be known to be its own two seconds late"

@@ -1,4 +1,4 @@
-//! `portreeve demo`: the main job on one machine, seen to be done.
+//! `portreeve demo`: a demo cluster on one machine: observed connectivity beside the expected one.
 //!
 //! Builds a cluster of network namespaces, runs the real init step and the real daemon on each
 //! node, dials everybody from everybody, and compares what was seen with what policy asks for. The

@@ -20,7 +20,7 @@ use crate::recorder::Recorder;
 use crate::records::{Outcome, Subject};
 use crate::unread::Unread;
 
-/// What a refused client sees.
+/// How denied connections are answered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Deny {
     /// Nothing: it runs into its timeout.

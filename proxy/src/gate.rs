@@ -389,7 +389,7 @@ impl Gate {
 
     fn flush(&self) {
         if let Err(error) = self.queue.flush() {
-            warn_occasionally!(%error, "the kernel did not take the gate's rulings; the packets stay held");
+            warn_occasionally!(%error, "failed to send NFQUEUE verdicts; the packets stay queued");
             self.enforcer.metrics.refused(Cause::Internal);
         }
     }

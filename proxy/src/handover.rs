@@ -67,7 +67,7 @@ pub(crate) enum HandoverError {
     Late,
     #[error("the other daemon ended meanwhile")]
     Gone,
-    #[error("the other daemon said what makes no sense: {0}")]
+    #[error("malformed handover message: {0}")]
     Malformed(String),
     #[error("the socket between the daemons failed: {0}")]
     Io(#[from] io::Error),

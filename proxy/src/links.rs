@@ -121,7 +121,7 @@ impl PodLinks {
             self = next;
             retry = refused.is_some();
             match refused {
-                Some(error) => warn!("pods' links in the kernel are behind the routes: {error:#}"),
+                Some(error) => warn!("failed to update the nft set pod_links; retrying: {error:#}"),
                 None => readiness.found(self.unpoliced(Instant::now())),
             }
             tokio::time::sleep(PAUSE).await;

@@ -115,7 +115,7 @@ fn work_and_rest(args: &RunArgs) -> anyhow::Result<()> {
         if !relief.rest(runtime, &mut signals, rest)? {
             return Ok(());
         }
-        info!("this daemon tries to take the node on");
+        info!("resuming enforcement");
         resting = Some((relief, signals));
     }
 }

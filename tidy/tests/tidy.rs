@@ -305,7 +305,10 @@ fn tests_that_documents_name_are_there() {
             }
         }
     }
-    none(&missing, "only ARCHITECTURE.md names tests, and they are there");
+    none(
+        &missing,
+        "only ARCHITECTURE.md names tests, and they are there",
+    );
     assert!(seen > 100, "ARCHITECTURE.md names only {seen} tests");
 }
 

@@ -128,7 +128,7 @@ impl State {
             News::Changed(value) => {
                 // What cannot be named cannot be kept either; the next list says it again.
                 if let Err(problem) = self.upsert(kind, value) {
-                    tracing::warn!(%problem, "watch");
+                    tracing::warn!(%problem, "invalid object from the API server");
                 }
             }
             News::Gone(value) => {
@@ -322,7 +322,7 @@ impl State {
     fn remove(&mut self, key: ObjectKey) {
         if matches!(&key, ObjectKey::Node(name) if *name == self.node) {
             tracing::warn!(
-                "the object of this very {key} was deleted; what it said stays in force"
+                "{key}, the Node of this daemon, was deleted; its last state stays in force"
             );
             return;
         }

@@ -25,12 +25,12 @@ pub async fn lift_taint(node: &str, key: &str) {
     let mut last = None;
     loop {
         match try_to_lift(&Connector::default(), node, key).await {
-            Ok(true) => return info!(node, key, "the start-up taint is off"),
+            Ok(true) => return info!(node, key, "removed the start-up taint"),
             Ok(false) => return debug!(node, key, "there is no start-up taint"),
             Err(error) => {
                 let cause = Some(error.cause());
                 if last != cause {
-                    warn!(node, key, "the start-up taint is still on: {error}");
+                    warn!(node, key, "cannot remove the start-up taint: {error}");
                 }
                 last = cause;
             }

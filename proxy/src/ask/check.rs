@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::resolve::{End, common};
 use super::{AskError, WRONG, coloured, finish, load, protocol};
 
-/// May X talk to Y? Exit status 0: allowed. 1: denied. 2: the question or the manifests are wrong.
+/// Check whether X may connect to Y. Exit status 0: allowed. 1: denied. 2: the question or the manifests are wrong.
 #[derive(Args, Debug)]
 pub(crate) struct CheckArgs {
     /// Where the cluster's state comes from: `kube`, the API server as kubectl finds it, or `dir:PATH`, a manifest

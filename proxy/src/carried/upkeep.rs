@@ -159,7 +159,7 @@ async fn forget_cut(enforcer: Arc<Enforcer>) {
             enforcer.carried.part(left);
         }
         // They stay closed, until conntrack gives up on them.
-        Ok(Err(error)) => warn!(%error, "what an earlier daemon has cut could not be read"),
+        Ok(Err(error)) => warn!(%error, "cannot list the flows that the previous daemon severed"),
         Err(_) => {}
     }
     let mut look = tokio::time::interval(LAST_WORDS / 4);
@@ -172,7 +172,7 @@ async fn forget_cut(enforcer: Arc<Enforcer>) {
         let forget = move || conntrack::delete(&parted.iter().collect::<Vec<_>>());
         if let Ok(Err(error)) = tokio::task::spawn_blocking(forget).await {
             // It stays closed, until conntrack gives up on it.
-            warn_occasionally!(%error, "conntrack keeps connections that were cut");
+            warn_occasionally!(%error, "cannot delete severed connections from conntrack");
         }
     }
 }
@@ -186,11 +186,11 @@ async fn follow(enforcer: Arc<Enforcer>, mut endings: Endings) {
             heard = endings.next(|entry| ended(&enforcer, &entry)) => match heard {
                 Ok(Heard::All) => false,
                 Ok(Heard::SomeLost) => {
-                    debug!("conntrack had more endings to tell than we could take");
+                    debug!("conntrack events were lost; reading the table again");
                     compared.is_none_or(|it| it.elapsed() > COMPARE_AGAIN)
                 }
                 Err(error) => {
-                    warn!(%error, "conntrack tells no more of endings; records of carried flows come late");
+                    warn!(%error, "lost the stream of conntrack events; records of kernel flows are delayed");
                     break;
                 }
             },

@@ -38,7 +38,7 @@ pub(super) enum ClientError {
         admin: SocketAddr,
         source: hyper::Error,
     },
-    #[error("what answers at {admin} is no Portreeve daemon; name its admin port by --admin")]
+    #[error("{admin} is not the admin port of a Portreeve daemon; give it by --admin")]
     Foreign { admin: SocketAddr },
     /// The daemon has understood the question and says what is wrong with it.
     #[error("{0}")]

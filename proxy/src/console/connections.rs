@@ -10,7 +10,7 @@ use super::client::ask;
 use super::words::{end, harmless, policies, text};
 use super::{ConsoleError, Daemon, Output, run};
 
-/// The connections that stand through this node.
+/// List the current connections of this node.
 #[derive(Args, Debug)]
 pub(crate) struct ConnectionsArgs {
     /// Only those of this pod, at either end

@@ -9,7 +9,7 @@ use super::client::ask;
 use super::words::coloured;
 use super::{ConsoleError, Daemon, Output, run};
 
-/// May X talk to Y, by what this node's daemon enforces now? Exit status 0: allowed. 1: denied. 2:
+/// Check whether X may connect to Y under the policy that this node's daemon enforces. Exit status 0: allowed. 1: denied. 2:
 /// the question is wrong or no daemon answers.
 #[derive(Args, Debug)]
 pub(crate) struct ExplainArgs {

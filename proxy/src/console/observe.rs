@@ -9,7 +9,7 @@ use super::client::ask;
 use super::words::{coloured, end, harmless, policies, text};
 use super::{ConsoleError, Daemon, Output, run};
 
-/// Decisions as they are made, until interrupted: who may talk to whom, and because of which policy.
+/// Print decisions as they are made, until interrupted: source, destination, verdict and policies.
 #[derive(Args, Debug)]
 pub(crate) struct ObserveArgs {
     /// Only those about this pod, at either end

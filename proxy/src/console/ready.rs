@@ -13,7 +13,7 @@ use super::{ConsoleError, Daemon, run};
 /// A probe that comes later has failed anyway.
 const WITHIN: Duration = Duration::from_secs(2);
 
-/// Does the daemon of this pod enforce the newest state? Exit status 0: it does. 1: it does not, or
+/// Check, for probes, whether the daemon of this pod enforces the newest state. Exit status 0: it does. 1: it does not, or
 /// another pod's daemon has the node. 2: no daemon answers.
 #[derive(Args, Debug)]
 pub(crate) struct ReadyArgs {

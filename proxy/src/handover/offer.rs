@@ -93,7 +93,7 @@ impl Offer {
                 Ok(successor) => return successor,
                 // Somebody who looked whether there is a daemon.
                 Err(HandoverError::Gone) => debug!("a daemon has found this one"),
-                Err(error) => warn!("a daemon that wanted to take over may not: {error}"),
+                Err(error) => warn!("handover request rejected: {error}"),
             }
         }
     }

@@ -26,16 +26,16 @@ const ROOM: usize = 1024;
 /// What `RUST_LOG` calls these lines.
 const TARGET: &str = "portreeve::denied";
 
-/// Whose policies refused.
+/// Whose policies denied.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Refuser {
-    /// The pod under policy: the client's if its egress is refused, else the server's.
+    /// The pod under policy: the client's if its egress is denied, else the server's.
     pod: Option<Arc<str>>,
     address: IpAddr,
     policies: Vec<String>,
 }
 
-/// Who refused how often lately.
+/// Who denied how often lately.
 struct Limiter(Windows<Refuser, u64>);
 
 /// A sink that logs.
@@ -128,7 +128,7 @@ fn write(record: &Record) {
         direction = decision.direction(),
         policies = policies(record).join(","),
         reason = record.reason(),
-        "refused"
+        "connection denied"
     );
 }
 
@@ -143,7 +143,7 @@ fn report((refuser, count): (Refuser, u64)) {
             address = %refuser.address,
             policies = refuser.policies.join(","),
             seconds = WINDOW.as_secs(),
-            "more refused of the same pod and policies"
+            "more denials of the same pod and policies"
         );
     }
 }

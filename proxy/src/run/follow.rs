@@ -107,9 +107,9 @@ impl Follower {
                     self.enforcer.metrics.enforced(generation);
                     self.enforcer.metrics.took_effect(arrived.elapsed());
                     if std::mem::take(&mut behind) {
-                        info!(generation, "in force");
+                        info!(generation, "policy applied");
                     } else {
-                        debug!(generation, "in force");
+                        debug!(generation, "policy applied");
                     }
                     let batch = tokio::select! {
                         _ = stopped.wait_for(|stopped| *stopped) => return,

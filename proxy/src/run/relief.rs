@@ -64,7 +64,9 @@ impl Relief {
         let terms = Terms::new(&args.redirect, args.pod());
         let terms = terms.context("cannot tell this network namespace")?;
         if let Err(error) = handover::come(&path, &terms) {
-            warn!("who is started last has the node, whatever its pod: {error}");
+            warn!(
+                "cannot record the order of pods; the daemon that was started last has the node: {error}"
+            );
         }
         let place = Some((path, terms));
         Ok(Self {
@@ -241,20 +243,17 @@ pub(super) async fn hand_over(
     if !suited {
         warn!(
             connections = reset,
-            "relieved by a daemon that speaks another format or has other settings: the connections were reset, this daemon rests"
+            "replaced by a daemon of another format or with other settings: the connections were reset; standing by"
         );
     } else if reset > 0 {
         warn!(
             connections,
             in_flight,
             reset,
-            "relieved: connections that could not be handed over in time were reset, this daemon rests"
+            "handover complete; connections that could not be handed over in time were reset; standing by"
         );
     } else {
-        info!(
-            connections,
-            in_flight, "relieved: all is handed over, this daemon rests"
-        );
+        info!(connections, in_flight, "handover complete; standing by");
     }
     Ok(None)
 }

@@ -80,7 +80,7 @@ pub(crate) struct RunArgs {
         env = "PORTREEVE_ADMIN"
     )]
     pub(crate) admin: SocketAddr,
-    /// What a refused client sees.
+    /// How denied connections are answered.
     #[arg(long, value_enum, default_value_t = Deny::Drop, env = "PORTREEVE_DENY")]
     pub(crate) deny: Deny,
     /// Addresses of this node's pods (repeatable) [default: the Node object's].
@@ -112,8 +112,8 @@ pub(crate) struct RunArgs {
         env = "PORTREEVE_HOLD"
     )]
     pub(crate) hold: humantime::Duration,
-    /// Where a daemon that starts relieves the one that runs, and takes over its live connections: a path for a
-    /// socket, in a directory of root's own [default: none, a second daemon is refused].
+    /// Where a daemon that starts takes over the live connections of the one that runs: a path for a
+    /// socket, in a directory that only root can write to [default: none, a second daemon is refused].
     #[arg(long, value_name = "PATH", env = "PORTREEVE_HANDOVER")]
     pub(crate) handover: Option<PathBuf>,
     /// How log lines look; they go to standard error, and RUST_LOG chooses which.

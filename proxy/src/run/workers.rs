@@ -64,7 +64,7 @@ pub(super) fn start_workers(
             let milliseconds = since.elapsed().as_millis();
             info!(
                 connections,
-                milliseconds, "took over from the daemon before"
+                milliseconds, "took over from the previous daemon"
             );
         }
         None => info!(

@@ -18,7 +18,7 @@ pub(crate) struct TelemetryArgs {
     /// Send a span per connection to this OTLP collector [default: $OTEL_EXPORTER_OTLP_ENDPOINT].
     #[arg(long, value_name = "URL", env = "PORTREEVE_OTLP_ENDPOINT")]
     otlp_endpoint: Option<String>,
-    /// Share of allowed connections that become spans, 0 to 1; refused ones always do.
+    /// Share of allowed connections that become spans, 0 to 1; denied ones always do.
     #[arg(
         long,
         value_name = "RATIO",

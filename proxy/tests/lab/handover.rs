@@ -242,7 +242,7 @@ fn a_daemon_takes_over_every_stream_and_none_loses_a_byte() {
     }
     let mut old = old.unwrap();
     let log = old.log();
-    assert!(log.contains("relieved"), "{log}");
+    assert!(log.contains("handover complete"), "{log}");
     assert!(
         !log.contains("in_flight=0"),
         "the test has nothing in flight: {log}"
@@ -330,7 +330,7 @@ fn a_daemon_that_is_stopped_delays_no_other_for_long_and_keeps_its_place() {
     echoes(&live, "goes on");
     greeted(&a, b.addr_v6(80));
     let log = relieve(&mut bed).log();
-    assert!(log.contains("relieved"), "{log}");
+    assert!(log.contains("handover complete"), "{log}");
     echoes(&live, "taken over after all");
 }
 

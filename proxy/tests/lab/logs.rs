@@ -1,24 +1,23 @@
-//! What the daemon's log says of refused connections.
+//! Log lines of denied connections.
 use lab::runner::Test;
 use serde_json::Value;
 
 use crate::support::{Bed, DEADLINE, deny_ingress};
 
-pub(crate) const TESTS: &[Test] =
-    &lab::tests![refused_connections_are_logged_a_few_each_and_then_counted];
+pub(crate) const TESTS: &[Test] = &lab::tests![repeated_denials_are_logged_and_then_counted];
 
-fn refused_connections_are_logged_a_few_each_and_then_counted() {
+fn repeated_denials_are_logged_and_then_counted() {
     const TRIES: usize = 40;
     let flags = ["--deny", "reject", "--log-format", "json"];
     let mut bed = Bed::enforced(&flags, &[deny_ingress("b"), deny_ingress("d")]);
     let a = bed.lab.pod("x/a");
-    let refused = |name: &str| {
+    let denied = |name: &str| {
         let to = bed.lab.pod(name).addr_v4(80);
         assert!(a.connect(to, DEADLINE).unwrap().into_stream().is_err());
     };
-    (0..TRIES).for_each(|_| refused("x/b"));
+    (0..TRIES).for_each(|_| denied("x/b"));
     // The flood hides nobody else.
-    refused("x/d");
+    denied("x/d");
     let daemon = bed.daemon(0);
     daemon.child.terminate();
     daemon.child.wait(DEADLINE).unwrap();
@@ -39,7 +38,7 @@ fn refused_connections_are_logged_a_few_each_and_then_counted() {
         .find(|line| line["destination"] == "x/b")
         .unwrap();
     for (key, value) in [
-        ("message", "refused"),
+        ("message", "connection denied"),
         ("verdict", "deny"),
         ("source", "x/a"),
         ("protocol", "TCP"),

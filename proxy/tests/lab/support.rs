@@ -188,7 +188,7 @@ impl Bed {
     /// The same with the command of the new daemon.
     pub(crate) fn relieve_by(&mut self, node: usize, command: lab::Command) -> Daemon {
         let log = self.file(&format!("relief-{}.log", self.mark()));
-        let took_over = |log: &str| log.contains("took over") && log.contains("in force");
+        let took_over = |log: &str| log.contains("took over") && log.contains("policy applied");
         let relief = self.started(node, command, log, took_over);
         self.daemons[node].replace(relief).unwrap()
     }

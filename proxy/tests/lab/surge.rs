@@ -122,7 +122,7 @@ fn a_daemon_whose_successor_is_gone_has_the_node_again() {
     let mut old = bed.relieve_by(0, pod(&bed, "new", &[]));
     bed.kill(0);
     wait_until_ready(&bed, "old");
-    old.says("tries to take the node on");
+    old.says("resuming enforcement");
     enforces(&bed);
     // The new one comes again, and the next version after it.
     let live = connected(&a, b.addr_v4(80));
@@ -220,7 +220,7 @@ fn a_new_daemon_waits_for_the_old_one() {
     asked.join().unwrap();
     new.says("the handover broke off");
     bed.daemon(0).terminate();
-    new.says("in force");
+    new.says("policy applied");
     bed.adopt(0, new);
     enforces(&bed);
 }
@@ -300,7 +300,7 @@ fn a_daemon_that_cannot_be_relieved_is_waited_for() {
         // It answers for all: so the controller deletes its pod, and the node is not stuck.
         assert!(is_ready(&bed, "new"));
         bed.daemon(0).terminate();
-        new.says("in force");
+        new.says("policy applied");
         wait_until_ready(&bed, "new");
         enforces(&bed);
         new.terminate();

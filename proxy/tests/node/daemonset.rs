@@ -49,7 +49,7 @@ fn kubelet_runs_the_daemonset_as_its_manifest_has_it() {
     );
 
     let log = room.log();
-    assert!(log.contains("in force"), "{log}");
+    assert!(log.contains("policy applied"), "{log}");
     let said = room.kubectl(&[
         "-n",
         NAMESPACE,

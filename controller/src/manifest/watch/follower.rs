@@ -296,7 +296,7 @@ impl Follower {
         }
         self.settled(file, read);
         for problem in &contents.problems {
-            tracing::warn!(%problem, "manifest");
+            tracing::warn!(%problem, "invalid manifest");
         }
         self.state.update(file, contents);
     }

@@ -2,9 +2,10 @@
 //!
 //! A network namespace counts for the flows that begin after it was switched on. What cannot be
 //! switched on costs records their bytes and nothing else: `inspect` names it.
-use crate::ruleset::TABLE;
+use kernel::names::TABLE;
+use kernel::sysctl;
+
 use crate::sets::{self, SetsError};
-use crate::sysctl;
 use crate::table::Loaded;
 
 /// Under /proc/sys/net.

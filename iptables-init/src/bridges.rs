@@ -9,13 +9,13 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use ipnet::IpNet;
+use kernel::command::{self, CommandError, Program};
+use kernel::names::{BRIDGE, TABLE};
+use kernel::sysctl::{self, NODES_OWN};
 use serde_json::Value;
 
-use crate::command::{self, CommandError, Program};
 use crate::probe::{BRIDGES, MODULE_PACKAGES};
-use crate::ruleset::{BRIDGE, TABLE};
 use crate::sets::{self, SetsError};
-use crate::sysctl::{self, NODES_OWN};
 use crate::table::Loaded;
 
 const PORTS: &str = "ports";

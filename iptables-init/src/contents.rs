@@ -7,9 +7,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 
-use crate::netlink::{attributes, chunk, find};
-use crate::nf_tables::{BRIDGE, INET, dump, generation};
-use crate::ruleset::TABLE;
+use kernel::names::TABLE;
+use kernel::netlink::{attributes, chunk, find};
+use kernel::nf_tables::{BRIDGE, INET, dump, generation};
+
 use crate::table::STAMP_CHAIN;
 
 const NFT_MSG_GETTABLE: u16 = 1;

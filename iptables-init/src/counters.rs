@@ -3,9 +3,9 @@
 //! Asks the kernel directly: one question and its answer, so that it may be asked often. Changes nothing.
 use std::io;
 
-use crate::netlink::{chunk, find};
-use crate::nf_tables::{ANY_FAMILY, dump};
-use crate::ruleset::TABLE;
+use kernel::names::TABLE;
+use kernel::netlink::{chunk, find};
+use kernel::nf_tables::{ANY_FAMILY, dump};
 
 const NFT_MSG_GETOBJ: u16 = 19;
 const NFT_OBJECT_COUNTER: u32 = 1;
@@ -68,7 +68,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::netlink::{self, Header, Message};
+    use kernel::netlink::{self, Header, Message};
 
     fn object(table: &str, name: &str, kind: u32, packets: u64) -> Vec<u8> {
         let mut message = Vec::new();

@@ -10,9 +10,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ipnet::IpNet;
 
-use crate::netlink::{attributes, chunk, find};
-use crate::nf_tables::{BRIDGE, INET, dump};
-use crate::ruleset::TABLE;
+use kernel::names::TABLE;
+use kernel::netlink::{attributes, chunk, find};
+use kernel::nf_tables::{BRIDGE, INET, dump};
 
 const NFT_MSG_GETSETELEM: u16 = 13;
 const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;

@@ -6,15 +6,17 @@ mod sysctls;
 use std::fmt;
 use std::path::Path;
 
+use kernel::command::{CommandError, Program};
+use kernel::names::TABLE;
+
 use crate::bridges::{self, BridgeError};
-use crate::command::{CommandError, Program};
 use crate::contents::Contents;
 use crate::lookup;
 use crate::probe::{FEATURES, Feature, MODULE_PACKAGES, ProbeError, probe_kernel};
 use crate::queue_target;
 use crate::redirect::{self, RedirectError};
 use crate::routes::{self, Family, State};
-use crate::ruleset::{Kernel, QUEUE_CHAIN, Ruleset, TABLE};
+use crate::ruleset::{Kernel, QUEUE_CHAIN, Ruleset};
 use crate::settings::Settings;
 use crate::table::{Loaded, Stamp};
 

@@ -4,16 +4,12 @@
 mod accounting;
 pub mod arguments;
 pub mod bridges;
-pub mod command;
 pub mod contents;
 pub mod counters;
 pub mod elements;
 pub mod inspect;
 pub mod links;
 mod lookup;
-pub mod marks;
-pub mod netlink;
-mod nf_tables;
 pub mod owners;
 pub mod probe;
 mod queue_target;
@@ -22,7 +18,6 @@ mod routes;
 pub mod ruleset;
 pub mod sets;
 pub mod settings;
-mod sysctl;
 mod table;
 pub mod watch;
 

@@ -6,10 +6,10 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
 
+use kernel::marks::Marks;
+use kernel::netlink::{self, Header, chunk, find, messages};
 use nix::sys::socket::{MsgFlags, NetlinkAddr, SockProtocol, recv, sendto};
 
-use crate::marks::Marks;
-use crate::netlink::{self, Header, chunk, find, messages};
 use crate::routes::{Family, ROUTE_TABLE};
 
 const RTM_GETROUTE: u16 = 26;

@@ -4,11 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use kernel::command::CommandError;
+use kernel::names::{BRIDGE, TABLE};
 use nix::net::if_::if_nametoindex;
 
 use crate::bridges::Bridge;
-use crate::command::CommandError;
-use crate::ruleset::{BRIDGE, TABLE};
 use crate::sets;
 
 /// An address of IEEE 802.

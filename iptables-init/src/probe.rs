@@ -6,9 +6,11 @@
 //! where they can do without, and what has to be tried so is not where packets of ours may wait.
 use std::io;
 
-use crate::command::{self, CommandError, Program};
+use kernel::command::{self, CommandError, Program};
+use kernel::names::BRIDGE;
+
 use crate::queue_target;
-use crate::ruleset::{BRIDGE, Kernel, QueueRule};
+use crate::ruleset::{Kernel, QueueRule};
 
 /// Something that the redirect needs from the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

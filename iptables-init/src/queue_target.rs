@@ -5,9 +5,11 @@
 //! layout: linux/netfilter/nf_tables.h, nf_tables_compat.h, nfnetlink.h, xt_NFQUEUE.h.
 use std::io;
 
-use crate::netlink;
-use crate::nf_tables::{Batch, INET, dump};
-use crate::ruleset::{QUEUE_CHAIN, TABLE};
+use kernel::names::TABLE;
+use kernel::netlink;
+use kernel::nf_tables::{Batch, INET, dump};
+
+use crate::ruleset::QUEUE_CHAIN;
 
 const NFT_MSG_NEWTABLE: u16 = 0;
 const NFT_MSG_NEWCHAIN: u16 = 3;
@@ -31,7 +33,7 @@ pub(crate) struct QueueTarget {
 /// # Errors
 /// What the kernel answered: `ENOENT` without the table or without xt_NFQUEUE, `EPERM`, ...
 pub(crate) fn load(target: QueueTarget) -> io::Result<()> {
-    let mut batch = Batch::new();
+    let mut batch = Batch::default();
     batch.begin();
     batch.message(NFT_MSG_DELRULE, 0, |m| {
         m.string(1, TABLE);
@@ -63,7 +65,7 @@ pub(crate) fn is_loaded(target: QueueTarget) -> io::Result<bool> {
 /// # Errors
 /// What the kernel answered.
 pub(crate) fn probe() -> io::Result<()> {
-    let mut batch = Batch::new();
+    let mut batch = Batch::default();
     let table = "portreeve_probe";
     batch.begin();
     batch.message(NFT_MSG_NEWTABLE, netlink::CREATE, |m| m.string(1, table));

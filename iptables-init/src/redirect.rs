@@ -5,14 +5,16 @@
 use std::fmt::Write;
 use std::io;
 
+use kernel::command::{self, CommandError, Program};
+use kernel::names::TABLE;
+
 use crate::accounting;
 use crate::bridges::{self, BridgeError};
-use crate::command::{self, CommandError, Program};
 use crate::contents::Contents;
 use crate::probe::{ProbeError, probe_kernel};
 use crate::queue_target::{self, QueueTarget};
 use crate::routes::{self, Family};
-use crate::ruleset::{Kernel, QUEUE_CHAIN, QueueRule, Ruleset, TABLE};
+use crate::ruleset::{Kernel, QUEUE_CHAIN, QueueRule, Ruleset};
 use crate::sets::SetsError;
 use crate::settings::Settings;
 pub use crate::table::UnknownElement;

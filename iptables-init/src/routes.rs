@@ -4,8 +4,8 @@
 //! Speaks to the kernel through `ip` (iproute2).
 use serde_json::Value;
 
-use crate::command::{self, CommandError, Program};
-use crate::marks::Marks;
+use kernel::command::{self, CommandError, Program};
+use kernel::marks::Marks;
 
 /// The routing table that holds the one route.
 pub(crate) const ROUTE_TABLE: &str = "15001";

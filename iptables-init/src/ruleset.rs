@@ -4,19 +4,11 @@
 //! waits in any queue of the namespace. The daemon changes only the sets. The rules themselves stand
 //! in `ruleset.nft`, and in `bridges.nft` those below IP.
 use std::fmt;
-use std::ops::RangeInclusive;
 
-use crate::marks::{Answer, Marks};
+use kernel::marks::{Answer, Marks};
+use kernel::names::UPSTREAM_PORTS;
+
 use crate::settings::{Fail, Settings};
-
-/// Name of our tables.
-pub const TABLE: &str = "portreeve";
-
-/// The families of our tables.
-pub(crate) const FAMILIES: [&str; 2] = ["inet", BRIDGE];
-
-/// The family of the table for pods on Linux bridges.
-pub(crate) const BRIDGE: &str = "bridge";
 
 /// The chain that holds nothing but the rule that hands packets to the queue.
 pub const QUEUE_CHAIN: &str = "to_gate";
@@ -24,10 +16,6 @@ pub const QUEUE_CHAIN: &str = "to_gate";
 /// Conntrack zone of the original direction of upstream connections. Without one of their own, an
 /// upstream leg from the client's address could meet the client's own connection in one entry.
 const UPSTREAM_ZONE: u16 = 15001;
-
-/// The source ports that upstream connections have. By them an error that this host itself sends is
-/// told from one for the pod.
-pub const UPSTREAM_PORTS: RangeInclusive<u16> = 2048..=29999;
 
 /// How this kernel can hand packets to user space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,12 +8,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use kernel::command::{self, CommandError, Program};
+use kernel::names::{BRIDGE, TABLE};
 use serde_json::Value;
 
-use crate::command::{self, CommandError, Program};
 use crate::elements::noting;
 use crate::links::Links;
-use crate::ruleset::{BRIDGE, TABLE};
 
 /// Elements in one `add element`, so that no line of a script grows without bound.
 const CHUNK: usize = 512;

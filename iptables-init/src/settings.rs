@@ -1,5 +1,5 @@
 //! The settings that the init step and the daemon share, with their flags.
-use crate::marks::Marks;
+use kernel::marks::Marks;
 
 /// What happens to pods' new connections while no daemon runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]

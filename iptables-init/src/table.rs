@@ -1,11 +1,12 @@
 //! The nft tables in the kernel: which are there, and how others take their place.
 //!
 //! A chain with one commented rule tells what was loaded, so that loading it again can be left out.
+use kernel::command::{self, CommandError, Program};
+use kernel::names::{FAMILIES, TABLE};
 use serde_json::Value;
 
-use crate::command::{self, CommandError, Program};
 use crate::contents::Digest;
-use crate::ruleset::{FAMILIES, QUEUE_CHAIN, QueueRule, Ruleset, TABLE};
+use crate::ruleset::{QUEUE_CHAIN, QueueRule, Ruleset};
 use crate::sets::{PINNED, elements};
 
 /// The chain whose rules never run: one has the [`Stamp`] as its comment, another the digest of the kernel's tables.
@@ -396,9 +397,9 @@ fn fnv1a(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::marks::Marks;
     use crate::ruleset::Kernel;
     use crate::settings::{Fail, Settings};
+    use kernel::marks::Marks;
 
     const KERNEL: Kernel = Kernel {
         queue_rule: QueueRule::Target,

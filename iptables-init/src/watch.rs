@@ -5,15 +5,17 @@
 use std::io;
 use std::path::Path;
 
-use crate::command::CommandError;
+use kernel::command::CommandError;
+use kernel::names::TABLE;
+use kernel::nf_tables;
+
 use crate::contents::Contents;
 use crate::elements;
 use crate::inspect::{Finding, breaking_sysctls, interfaces, validates_by_mark};
 use crate::lookup;
-use crate::nf_tables;
 use crate::redirect::{self, RedirectError};
 use crate::routes::{self, Family, State};
-use crate::ruleset::{Kernel, Ruleset, TABLE};
+use crate::ruleset::{Kernel, Ruleset};
 use crate::settings::Settings;
 use crate::table::{Loaded, Stamp};
 

@@ -358,7 +358,7 @@ impl CarriedFlow {
 
 #[cfg(test)]
 mod tests {
-    use iptables_init::netlink::{self, Header, Message};
+    use kernel::netlink::{self, Header, Message};
     use policy::{Decided, DecidedSide, Protocol};
 
     use super::*;

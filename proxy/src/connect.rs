@@ -11,8 +11,8 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
-use iptables_init::marks::{Answer, Marks};
-use iptables_init::ruleset::UPSTREAM_PORTS;
+use kernel::marks::{Answer, Marks};
+use kernel::names::UPSTREAM_PORTS;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 

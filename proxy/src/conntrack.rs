@@ -11,7 +11,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use iptables_init::netlink::{self, Attributes, Header, Message};
+use kernel::netlink::{self, Attributes, Header, Message};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket,
@@ -387,7 +387,7 @@ fn late() -> io::Error {
 
 #[cfg(test)]
 mod tests {
-    use iptables_init::netlink::find;
+    use kernel::netlink::find;
     use policy::Protocol;
 
     use super::entry::{CTA_ID, CTA_TUPLE_ORIG, CTA_TUPLE_REPLY};

@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use controller::{Holder, Table};
-use iptables_init::marks::Marks;
+use kernel::marks::Marks;
 use policy::{Endpoint, Protocol};
 use tokio::sync::Notify;
 

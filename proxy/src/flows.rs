@@ -18,7 +18,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
-use iptables_init::marks::Marks;
+use kernel::marks::Marks;
 use policy::Protocol;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use controller::Judgement;
-use iptables_init::marks::Answer;
+use kernel::marks::Answer;
 use policy::Protocol;
 
 use crate::connect::{self, ConnectError, Leg};

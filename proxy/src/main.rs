@@ -38,8 +38,9 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use run::LogFormat;
 use tracing_subscriber::EnvFilter;
+
+use run::LogFormat;
 
 /// Kubernetes NetworkPolicy without eBPF: one daemon a node, no sidecars.
 #[derive(Parser)]

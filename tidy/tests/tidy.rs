@@ -14,9 +14,13 @@ const UNSAFE: &[&str] = &["proxy/src/sys.rs"];
 const FENCES: &[(&str, &[&str])] = &[
     ("policy", &[]),
     ("controller", &["policy"]),
-    ("iptables-init", &[]),
+    ("kernel", &[]),
+    ("iptables-init", &["kernel"]),
     ("lab", &[]),
-    ("proxy", &["policy", "controller", "iptables-init", "lab"]),
+    (
+        "proxy",
+        &["policy", "controller", "kernel", "iptables-init", "lab"],
+    ),
     ("tidy", &[]),
 ];
 const PURE: &[&str] = &["ipnet", "serde", "thiserror"];

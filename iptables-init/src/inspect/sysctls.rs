@@ -1,8 +1,9 @@
 //! Values of sysctls with which the redirect does not work, or works less well. Only reads.
 use std::path::Path;
 
+use kernel::names::UPSTREAM_PORTS;
+
 use super::{Finding, Findings};
-use crate::ruleset::UPSTREAM_PORTS;
 
 /// The sysctls under `net` whose values break the redirect; per-link ones only for `links`.
 ///

@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use iptables_init::bridges::{Bridge, Peer};
-use iptables_init::netlink::{self, Attributes, Header, Message, messages};
 use iptables_init::owners::{End, LinkAddress};
+use kernel::netlink::{self, Attributes, Header, Message, messages};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, SockProtocol, recv, send};
 

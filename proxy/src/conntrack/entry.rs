@@ -5,7 +5,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
-use iptables_init::netlink::{Attributes, Message, chunk, find};
+use kernel::netlink::{Attributes, Message, chunk, find};
 use policy::Protocol;
 
 pub(super) const CTA_TUPLE_ORIG: u16 = 1;

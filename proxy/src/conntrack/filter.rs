@@ -4,7 +4,7 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use iptables_init::netlink::Attributes;
+use kernel::netlink::Attributes;
 
 use super::entry::{CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, Entry, write_source};
 use super::{

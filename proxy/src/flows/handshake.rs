@@ -5,7 +5,7 @@
 //! reset from the client does, so this sends one to this host with the client's address.
 use std::net::{IpAddr, SocketAddr};
 
-use iptables_init::marks::Marks;
+use kernel::marks::Marks;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::Flow;

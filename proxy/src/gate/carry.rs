@@ -5,7 +5,7 @@
 use std::rc::Rc;
 use std::time::{Instant, SystemTime};
 
-use iptables_init::marks::Answer;
+use kernel::marks::Answer;
 use policy::Protocol;
 
 use super::nfqueue::{PacketId, Ruling};

@@ -7,7 +7,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::sync::OnceLock;
 
-use iptables_init::marks::Answer;
+use kernel::marks::Answer;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::checksum;

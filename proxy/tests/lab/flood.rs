@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use iptables_init::netlink::{self, Attributes, Header};
+use kernel::netlink::{self, Attributes, Header};
 use lab::runner::Test;
 use lab::{Cluster, Host, PodSpec, wait_until};
 use nix::sys::socket::{MsgFlags, NetlinkAddr, SockProtocol, sendto};

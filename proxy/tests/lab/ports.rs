@@ -2,7 +2,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 
-use iptables_init::netlink::{self, Header};
+use kernel::netlink::{self, Header};
 use lab::runner::Test;
 use lab::traffic::craft::{self, ACK, FIN, PSH, SYN};
 use lab::traffic::greeting;

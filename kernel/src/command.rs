@@ -71,7 +71,7 @@ impl Program {
     }
 
     /// Where it is: in `PATH`, or in the directories that an ordinary user's `PATH` lacks.
-    pub(crate) fn find(self) -> Result<PathBuf, CommandError> {
+    pub fn find(self) -> Result<PathBuf, CommandError> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let usual = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from);
         std::env::split_paths(&path)
@@ -102,7 +102,7 @@ impl std::fmt::Display for Program {
 ///
 /// # Errors
 /// [`CommandError`]; for `nft -f -` nothing was applied then.
-pub(crate) fn run<A: AsRef<OsStr>>(
+pub fn run<A: AsRef<OsStr>>(
     program: Program,
     arguments: &[A],
     input: &str,

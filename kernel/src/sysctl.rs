@@ -2,10 +2,10 @@
 use std::{fs, io};
 
 /// Where a container has the node's `/proc/sys/net`; its own is read-only unless it is privileged.
-pub(crate) const NODES_OWN: &str = "/host/proc/sys/net";
+pub const NODES_OWN: &str = "/host/proc/sys/net";
 
 /// Whether a sysctl, named by its file under /proc/sys/net, is there and not 0.
-pub(crate) fn is_on(name: &str) -> bool {
+pub fn is_on(name: &str) -> bool {
     fs::read_to_string(format!("/proc/sys/net/{name}")).is_ok_and(|value| value.trim() != "0")
 }
 
@@ -13,7 +13,7 @@ pub(crate) fn is_on(name: &str) -> bool {
 ///
 /// # Errors
 /// What the kernel answers.
-pub(crate) fn write(name: &str, value: &str) -> io::Result<()> {
+pub fn write(name: &str, value: &str) -> io::Result<()> {
     match fs::write(format!("/proc/sys/net/{name}"), value) {
         Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
             fs::write(format!("{NODES_OWN}/{name}"), value).map_err(|_| error)

@@ -10,11 +10,11 @@ use nix::sys::socket::{MsgFlags, NetlinkAddr, SockProtocol, recv, sendto};
 use crate::netlink::{self, Attributes, Header, messages};
 
 /// `NFPROTO_UNSPEC`: in a question, every family.
-pub(crate) const ANY_FAMILY: u8 = 0;
+pub const ANY_FAMILY: u8 = 0;
 /// `NFPROTO_INET`.
-pub(crate) const INET: u8 = 1;
+pub const INET: u8 = 1;
 /// `NFPROTO_BRIDGE`.
-pub(crate) const BRIDGE: u8 = 7;
+pub const BRIDGE: u8 = 7;
 
 const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
 const NFNL_MSG_BATCH_END: u16 = 0x11;
@@ -26,7 +26,7 @@ const NFTA_GEN_ID: u16 = 1;
 ///
 /// # Errors
 /// What the kernel answered, such as `EPERM` without `CAP_NET_ADMIN`.
-pub(crate) fn dump(
+pub fn dump(
     kind: u16,
     family: u8,
     body: impl FnOnce(&mut Attributes<'_>),
@@ -50,7 +50,7 @@ pub(crate) fn dump(
 ///
 /// # Errors
 /// What the kernel answered, such as `EPERM` without `CAP_NET_ADMIN`.
-pub(crate) fn generation() -> io::Result<u32> {
+pub fn generation() -> io::Result<u32> {
     let mut request = Vec::with_capacity(32);
     let flags = netlink::REQUEST | netlink::ACK;
     let header = header(NFT_MSG_GETGEN, flags, ANY_FAMILY);
@@ -71,26 +71,21 @@ pub(crate) fn generation() -> io::Result<u32> {
 }
 
 /// Netlink messages that the kernel takes or refuses together.
-pub(crate) struct Batch {
+#[derive(Debug, Default)]
+pub struct Batch {
     bytes: Vec<u8>,
     acks: u32,
     sequence: u32,
 }
 
 impl Batch {
-    pub(crate) fn new() -> Self {
-        Self {
-            bytes: Vec::with_capacity(512),
-            acks: 0,
-            sequence: 0,
-        }
-    }
-
-    pub(crate) fn begin(&mut self) {
+    /// Adds the message that a batch begins with.
+    pub fn begin(&mut self) {
         self.edge(NFNL_MSG_BATCH_BEGIN);
     }
 
-    pub(crate) fn end(&mut self) {
+    /// Adds the message that a batch ends with; without it the kernel only checks the others.
+    pub fn end(&mut self) {
         self.edge(NFNL_MSG_BATCH_END);
     }
 
@@ -108,12 +103,7 @@ impl Batch {
     }
 
     /// Adds a message about family `inet`.
-    pub(crate) fn message(
-        &mut self,
-        kind: u16,
-        flags: u16,
-        body: impl FnOnce(&mut Attributes<'_>),
-    ) {
+    pub fn message(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Attributes<'_>)) {
         self.acks += 1;
         let flags = netlink::REQUEST | netlink::ACK | flags;
         self.frame(header(kind, flags, INET), body);
@@ -132,7 +122,10 @@ impl Batch {
     }
 
     /// Sends all and reads an answer a message; the first refusal is the result.
-    pub(crate) fn send(self) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// The first refusal, such as `EPERM` without `CAP_NET_ADMIN`.
+    pub fn send(self) -> io::Result<()> {
         let socket = ask(&self.bytes)?;
         let mut outstanding = self.acks;
         while outstanding > 0 {

@@ -3,9 +3,9 @@
 //! A network namespace counts for the flows that begin after it was switched on. What cannot be
 //! switched on costs records their bytes and nothing else: `inspect` names it.
 use kernel::names::TABLE;
+use kernel::sets::{self, SetsError};
 use kernel::sysctl;
 
-use crate::sets::{self, SetsError};
 use crate::table::Loaded;
 
 /// Under /proc/sys/net.

@@ -150,7 +150,7 @@ impl Contents {
                 self.declared.insert(part, digest.0);
                 continue;
             }
-            for element in crate::elements::read(family, name)? {
+            for element in kernel::elements::read(family, name)? {
                 digest.bytes(&element.key);
                 digest.bytes(&element.value);
                 digest.bytes(&element.flags.to_be_bytes());

@@ -6,13 +6,13 @@ mod sysctls;
 use std::fmt;
 use std::path::Path;
 
+use kernel::bridges::{self, BridgeError};
 use kernel::command::{CommandError, Program};
-use kernel::names::TABLE;
+use kernel::names::{BRIDGE, MODULE_PACKAGES, TABLE};
 
-use crate::bridges::{self, BridgeError};
 use crate::contents::Contents;
 use crate::lookup;
-use crate::probe::{FEATURES, Feature, MODULE_PACKAGES, ProbeError, probe_kernel};
+use crate::probe::{FEATURES, Feature, ProbeError, probe_kernel};
 use crate::queue_target;
 use crate::redirect::{self, RedirectError};
 use crate::routes::{self, Family, State};
@@ -245,7 +245,7 @@ impl Findings {
                 self.fatal(problem, remedy);
             };
         }
-        if settings.bridge.is_empty() && !loaded.is_some_and(bridges::has_ports) {
+        if settings.bridge.is_empty() && !loaded.is_some_and(has_ports) {
             return;
         }
         for sysctl in bridges::switched_on() {
@@ -368,6 +368,11 @@ fn split(error: impl fmt::Display) -> (String, String) {
 }
 
 const INSTALL: &str = "run `iptables-init install`";
+
+/// Whether `loaded` knows ports of bridges.
+fn has_ports(loaded: &Loaded) -> bool {
+    loaded.strings(BRIDGE, bridges::PORTS).next().is_some()
+}
 
 #[cfg(test)]
 mod tests {

@@ -3,20 +3,14 @@
 //! The init step puts it in and takes it out; the daemon changes its sets. Knows no policies.
 mod accounting;
 pub mod arguments;
-pub mod bridges;
 pub mod contents;
-pub mod counters;
-pub mod elements;
 pub mod inspect;
-pub mod links;
 mod lookup;
-pub mod owners;
 pub mod probe;
 mod queue_target;
 pub mod redirect;
 mod routes;
 pub mod ruleset;
-pub mod sets;
 pub mod settings;
 mod table;
 pub mod watch;

@@ -7,7 +7,7 @@
 use std::io;
 
 use kernel::command::{self, CommandError, Program};
-use kernel::names::BRIDGE;
+use kernel::names::{BRIDGE, BRIDGE_FAMILY, BRIDGE_OPTION, MODULE_PACKAGES};
 
 use crate::queue_target;
 use crate::ruleset::{Kernel, QueueRule};
@@ -108,8 +108,8 @@ pub(crate) const FEATURES: [Feature; 8] = [
 
 /// What pods on a Linux bridge need on top.
 pub(crate) const BRIDGES: Feature = Feature {
-    name: "nf_tables with the family bridge",
-    options: "CONFIG_NF_TABLES_BRIDGE",
+    name: BRIDGE_FAMILY,
+    options: BRIDGE_OPTION,
     modules: "bridge nf_tables",
     family: BRIDGE,
     rule: "meta iifkind \"veth\" ether daddr set 02:00:00:00:00:01 meta pkttype set host",
@@ -134,9 +134,6 @@ pub enum ProbeError {
     #[error(transparent)]
     Command(#[from] CommandError),
 }
-
-/// Where distributions put netfilter modules that their small kernels lack.
-pub(crate) const MODULE_PACKAGES: &str = "Ubuntu: linux-modules-extra-$(uname -r); Debian: linux-image-amd64 instead of the cloud kernel";
 
 /// Finds out what this kernel can do.
 ///

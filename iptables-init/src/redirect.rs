@@ -5,17 +5,17 @@
 use std::fmt::Write;
 use std::io;
 
+use kernel::bridges::{self, BridgeError};
 use kernel::command::{self, CommandError, Program};
-use kernel::names::TABLE;
+use kernel::names::{BRIDGE, TABLE};
+use kernel::sets::SetsError;
 
 use crate::accounting;
-use crate::bridges::{self, BridgeError};
 use crate::contents::Contents;
 use crate::probe::{ProbeError, probe_kernel};
 use crate::queue_target::{self, QueueTarget};
 use crate::routes::{self, Family};
 use crate::ruleset::{Kernel, QUEUE_CHAIN, QueueRule, Ruleset};
-use crate::sets::SetsError;
 use crate::settings::Settings;
 pub use crate::table::UnknownElement;
 use crate::table::{self, Loaded, Stamp};
@@ -116,7 +116,10 @@ pub fn uninstall() -> Result<Outcome, RedirectError> {
     }
     // Sysctls are restored while the tables still have the notes about them.
     if let Some(loaded) = loaded {
-        bridges::switch_on_again(&loaded)?;
+        bridges::switch_on_again(
+            loaded.strings(BRIDGE, bridges::SWITCHED_OFF),
+            loaded.strings(BRIDGE, bridges::KEPT_FROM_LEARNING),
+        )?;
         accounting::switch_off_again(&loaded);
         command::run(Program::Nft, &["-f", "-"], &loaded.delete_script())?;
         changed = true;

@@ -166,3 +166,21 @@ impl Ruleset {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use kernel::counters::NAMES;
+
+    #[test]
+    fn every_counter_of_the_rules_is_known() {
+        let rules = [include_str!("ruleset.nft"), include_str!("bridges.nft")].concat();
+        let declared = rules.lines().filter_map(|line| {
+            let (name, _) = line.trim().strip_prefix("counter ")?.split_once(" {")?;
+            Some(name)
+        });
+        // The two tables may have one of the same name, which counts as one.
+        assert_eq!(declared.collect::<BTreeSet<_>>(), NAMES.into());
+    }
+}

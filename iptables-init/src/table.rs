@@ -3,11 +3,11 @@
 //! A chain with one commented rule tells what was loaded, so that loading it again can be left out.
 use kernel::command::{self, CommandError, Program};
 use kernel::names::{FAMILIES, TABLE};
+use kernel::sets::{PINNED, elements};
 use serde_json::Value;
 
 use crate::contents::Digest;
 use crate::ruleset::{QUEUE_CHAIN, QueueRule, Ruleset};
-use crate::sets::{PINNED, elements};
 
 /// The chain whose rules never run: one has the [`Stamp`] as its comment, another the digest of the kernel's tables.
 pub(crate) const STAMP_CHAIN: &str = "installed_by";

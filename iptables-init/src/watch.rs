@@ -6,11 +6,11 @@ use std::io;
 use std::path::Path;
 
 use kernel::command::CommandError;
+use kernel::elements;
 use kernel::names::TABLE;
 use kernel::nf_tables;
 
 use crate::contents::Contents;
-use crate::elements;
 use crate::inspect::{Finding, breaking_sysctls, interfaces, validates_by_mark};
 use crate::lookup;
 use crate::redirect::{self, RedirectError};

@@ -14,13 +14,13 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use clap::Parser;
-use iptables_init::bridges::{Bridge, Port, ports_script};
-use iptables_init::links::Links;
-use iptables_init::owners::{End, Owners};
 use iptables_init::ruleset::{Kernel, QueueRule, Ruleset};
-use iptables_init::sets::{Groups, Sets};
 use iptables_init::settings::Settings;
 use iptables_init::watch::{Part, Watch};
+use kernel::bridge_addresses::{End, Owners};
+use kernel::bridges::{Bridge, Port, ports_script};
+use kernel::pod_links::Links;
+use kernel::sets::{Groups, Sets};
 use lab::traffic::UdpOutcome;
 use lab::{Cluster, Host, Netns, Outcome, PodSpec, wait_until};
 use nix::sys::socket::{
@@ -282,7 +282,7 @@ fn another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements(
     init(&netns, "check").ok();
     assert!(!sh(&netns, "nft list table inet portreeve").contains("gone"));
     // Where pods' addresses are routed to is not carried over: a shortcut, which the daemon lays anew.
-    load(&netns, &iptables_init::sets::pod_links_script(&links()));
+    load(&netns, &kernel::sets::pod_links_script(&links()));
     assert_eq!(
         sorted(&sh(&netns, "nft list sets; nft list maps")),
         sorted(&sets)
@@ -430,7 +430,7 @@ fn sets_in_the_kernel_are_what_the_scripts_say() {
 fn sets_without_an_installed_table_are_refused_with_the_remedy() {
     let netns = namespace();
     let refused = netns
-        .run(|| iptables_init::sets::load(&some_sets().replace_script()))
+        .run(|| kernel::sets::load(&some_sets().replace_script()))
         .unwrap();
     let text = refused.unwrap_err().to_string();
     assert!(text.contains("run `iptables-init install` first"), "{text}");
@@ -1010,7 +1010,7 @@ fn links() -> Links {
 }
 
 fn fill_sets(netns: &Netns) {
-    load(netns, &iptables_init::sets::pod_links_script(&links()));
+    load(netns, &kernel::sets::pod_links_script(&links()));
     load(netns, &all_sets());
     // Where bridges have ports of pods, `check` looks at these.
     for name in ["iptables", "ip6tables"] {
@@ -1053,10 +1053,7 @@ fn all_sets() -> String {
 }
 
 fn load(netns: &Netns, script: &str) {
-    netns
-        .run(|| iptables_init::sets::load(script))
-        .unwrap()
-        .unwrap();
+    netns.run(|| kernel::sets::load(script)).unwrap().unwrap();
 }
 
 fn address(text: &str) -> IpAddr {

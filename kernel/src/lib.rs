@@ -1,8 +1,14 @@
 //! The kernel's side: how the daemon and the init step speak to netfilter, conntrack and rtnetlink, and what the
 //! packet marks mean. Knows no policies.
+pub mod bridge_addresses;
+pub mod bridges;
 pub mod command;
+pub mod counters;
+pub mod elements;
 pub mod marks;
 pub mod names;
 pub mod netlink;
 pub mod nf_tables;
+pub mod pod_links;
+pub mod sets;
 pub mod sysctl;

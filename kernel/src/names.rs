@@ -10,6 +10,15 @@ pub const FAMILIES: [&str; 2] = ["inet", BRIDGE];
 /// The family of the table for pods on Linux bridges.
 pub const BRIDGE: &str = "bridge";
 
+/// The family of that table, as a part that a kernel may lack.
+pub const BRIDGE_FAMILY: &str = "nf_tables with the family bridge";
+
+/// The kernel's option for it.
+pub const BRIDGE_OPTION: &str = "CONFIG_NF_TABLES_BRIDGE";
+
+/// Where distributions put netfilter modules that their small kernels lack.
+pub const MODULE_PACKAGES: &str = "Ubuntu: linux-modules-extra-$(uname -r); Debian: linux-image-amd64 instead of the cloud kernel";
+
 /// The source ports that upstream connections have. By them an error that this host itself sends is
 /// told from one for the pod.
 pub const UPSTREAM_PORTS: RangeInclusive<u16> = 2048..=29999;

@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use controller::LocalPod;
 use ipnet::IpNet;
-use iptables_init::bridges::{self, Bridge, BridgeError};
-use iptables_init::owners::{self, Owners};
 use iptables_init::ruleset::Kernel;
-use iptables_init::sets::{self, SetsError};
+use kernel::bridge_addresses::{self, Owners};
+use kernel::bridges::{self, Bridge, BridgeError};
 use kernel::command::CommandError;
+use kernel::sets::{self, SetsError};
 use tokio::sync::watch;
 use tokio::time::{Interval, MissedTickBehavior, sleep_until};
 use tracing::info;
@@ -115,7 +115,7 @@ impl Bridges {
             kernel,
             changes: Changes::of_addresses()?,
             seen: Seen::default(),
-            occupancy: Occupancy::resumed(owners::ports_before().unwrap_or_default()),
+            occupancy: Occupancy::resumed(bridge_addresses::ports_before().unwrap_or_default()),
         })
     }
 

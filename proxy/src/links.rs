@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use controller::LocalPod;
 use ipnet::IpNet;
-use iptables_init::links::{self, Links};
-use iptables_init::sets;
+use kernel::pod_links::{self, Links};
+use kernel::sets;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
@@ -81,7 +81,7 @@ impl PodLinks {
             changes: Changes::listen(ROUTES)
                 .context("cannot hear of changes of routes (rtnetlink)")?,
             loaded: None,
-            occupancy: Occupancy::resumed(links::pinned_before().unwrap_or_default()),
+            occupancy: Occupancy::resumed(pod_links::pinned_before().unwrap_or_default()),
             again: None,
             unreached: BTreeMap::new(),
         };
@@ -144,7 +144,7 @@ impl PodLinks {
             self.loaded = Some(loaded);
             return Ok(());
         }
-        let links = links::of_pods(&pods, &node)?;
+        let links = pod_links::of_pods(&pods, &node)?;
         self.compare(&local, &links, heard, now);
         self.note_unreached(&local, &links, now);
         let wanted = Loaded { pods, node, links };

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use controller::{LocalPod, Table};
 use ipnet::IpNet;
 use iptables_init::ruleset::Kernel;
-use iptables_init::sets::{self, Groups, Sets, SetsError};
+use kernel::sets::{self, Groups, Sets, SetsError};
 use policy::Direction;
 use tokio::sync::watch;
 

@@ -3,7 +3,7 @@ use std::net::IpAddr;
 use std::sync::atomic::Ordering;
 
 use hyper::StatusCode;
-use iptables_init::counters;
+use kernel::counters;
 use serde_json::json;
 use tracing::debug;
 

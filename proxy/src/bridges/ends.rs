@@ -5,8 +5,8 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use iptables_init::bridges::{Bridge, Peer};
-use iptables_init::owners::{End, LinkAddress};
+use kernel::bridge_addresses::{End, LinkAddress};
+use kernel::bridges::{Bridge, Peer};
 use kernel::netlink::{self, Attributes, Header, Message, messages};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, SockProtocol, recv, send};

@@ -1,7 +1,7 @@
 //! What the redirect's rules dropped before anybody judged it.
 use std::sync::atomic::Ordering;
 
-use iptables_init::counters::{NAMES, Packets};
+use kernel::counters::{NAMES, Packets};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;

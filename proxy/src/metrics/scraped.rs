@@ -1,7 +1,7 @@
 //! What is read when somebody asks, not counted when it happens.
 use std::sync::atomic::Ordering;
 
-use iptables_init::counters;
+use kernel::counters;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;

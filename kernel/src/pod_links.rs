@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use kernel::command::{self, CommandError, Program};
 use nix::net::if_::if_nametoindex;
 use serde_json::Value;
+
+use crate::command::{self, CommandError, Program};
 
 use crate::sets;
 

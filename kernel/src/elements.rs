@@ -10,9 +10,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ipnet::IpNet;
 
-use kernel::names::TABLE;
-use kernel::netlink::{attributes, chunk, find};
-use kernel::nf_tables::{BRIDGE, INET, dump};
+use crate::names::TABLE;
+use crate::netlink::{attributes, chunk, find};
+use crate::nf_tables::{BRIDGE, INET, dump};
 
 const NFT_MSG_GETSETELEM: u16 = 13;
 const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
@@ -26,19 +26,20 @@ const NFT_SET_ELEM_INTERVAL_END: u32 = 1;
 
 /// An element as the kernel has it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Element {
-    pub(crate) key: Vec<u8>,
+pub struct Element {
+    /// The key, as the kernel writes it.
+    pub key: Vec<u8>,
     /// The value of the key in a map; empty in a set.
-    pub(crate) value: Vec<u8>,
+    pub value: Vec<u8>,
     /// `NFT_SET_ELEM_*`.
-    pub(crate) flags: u32,
+    pub flags: u32,
 }
 
 /// The elements of a set of our table, sorted; none if there is no such set.
 ///
 /// # Errors
 /// What the kernel answers, `ENOENT` apart.
-pub(crate) fn read(family: u8, set: &str) -> io::Result<Vec<Element>> {
+pub fn read(family: u8, set: &str) -> io::Result<Vec<Element>> {
     let lists = dump(NFT_MSG_GETSETELEM, family, |m| {
         m.string(NFTA_SET_ELEM_LIST_TABLE, TABLE);
         m.string(NFTA_SET_ELEM_LIST_SET, set);
@@ -93,7 +94,7 @@ fn noted() -> MutexGuard<'static, Noted> {
 }
 
 /// Forgets what was loaded: another process may have changed the sets since.
-pub(crate) fn forget() {
+pub fn forget() {
     noted().sets.clear();
 }
 

@@ -8,12 +8,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use kernel::command::{self, CommandError, Program};
-use kernel::names::{BRIDGE, TABLE};
 use serde_json::Value;
 
+use crate::command::{self, CommandError, Program};
+use crate::names::{BRIDGE, TABLE};
+
 use crate::elements::noting;
-use crate::links::Links;
+use crate::pod_links::Links;
 
 /// Elements in one `add element`, so that no line of a script grows without bound.
 const CHUNK: usize = 512;
@@ -236,7 +237,8 @@ const INGRESS_RELEASED: &str = "ingress_released";
 const SELF: &str = "self";
 const OWN_NODE_JUDGED: &str = "own_node_judged";
 const POD_LINKS: &str = "pod_links";
-pub(crate) const PINNED: &str = "pinned";
+/// The sets of pinned addresses, without the number of the family.
+pub const PINNED: &str = "pinned";
 
 type IsFamily = fn(&IpAddr) -> bool;
 const FAMILIES: [(&str, IsFamily); 2] = [("4", IpAddr::is_ipv4), ("6", IpAddr::is_ipv6)];
@@ -254,7 +256,7 @@ pub(crate) fn replace(script: &mut String, name: &str, all: &BTreeSet<String>) {
 }
 
 /// Writes `verb element` of a set, named with its table, for all of `items`; nothing if there are none.
-pub(crate) fn elements<T: Display>(
+pub fn elements<T: Display>(
     script: &mut String,
     verb: &str,
     set: &str,

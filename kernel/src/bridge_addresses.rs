@@ -4,9 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use kernel::command::CommandError;
-use kernel::names::{BRIDGE, TABLE};
 use nix::net::if_::if_nametoindex;
+
+use crate::command::CommandError;
+use crate::names::{BRIDGE, TABLE};
 
 use crate::bridges::Bridge;
 use crate::sets;

@@ -9,18 +9,20 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use ipnet::IpNet;
-use kernel::command::{self, CommandError, Program};
-use kernel::names::{BRIDGE, TABLE};
-use kernel::sysctl::{self, NODES_OWN};
 use serde_json::Value;
 
-use crate::probe::{BRIDGES, MODULE_PACKAGES};
-use crate::sets::{self, SetsError};
-use crate::table::Loaded;
+use crate::command::{self, CommandError, Program};
+use crate::names::{BRIDGE, BRIDGE_FAMILY, BRIDGE_OPTION, MODULE_PACKAGES, TABLE};
+use crate::sysctl::{self, NODES_OWN};
 
-const PORTS: &str = "ports";
-const SWITCHED_OFF: &str = "switched_off";
-const KEPT_FROM_LEARNING: &str = "kept_from_learning";
+use crate::sets::{self, SetsError};
+
+/// The set of ports of bridges, in the table of family `bridge`.
+pub const PORTS: &str = "ports";
+/// The set that notes for [`switch_on_again`] what [`switch_off`] did.
+pub const SWITCHED_OFF: &str = "switched_off";
+/// The set that notes for [`switch_on_again`] what [`keep_from_learning`] did.
+pub const KEPT_FROM_LEARNING: &str = "kept_from_learning";
 /// The bridge's own parameter, as `ip` names it.
 const NO_LEARNING: &str = "no_linklocal_learn";
 
@@ -29,9 +31,7 @@ const NO_LEARNING: &str = "no_linklocal_learn";
 pub enum BridgeError {
     /// The kernel has no nft for bridges.
     #[error(
-        "the kernel lacks {} ({}), so pods on a Linux bridge cannot be policed; install the kernel's full set of modules ({MODULE_PACKAGES})",
-        BRIDGES.name,
-        BRIDGES.options
+        "the kernel lacks {BRIDGE_FAMILY} ({BRIDGE_OPTION}), so pods on a Linux bridge cannot be policed; install the kernel's full set of modules ({MODULE_PACKAGES})"
     )]
     NoFamily,
     /// The sysctl cannot be written.
@@ -183,11 +183,6 @@ pub fn ports_script(bridges: &[Bridge]) -> String {
     script
 }
 
-/// Whether `loaded` knows ports of bridges.
-pub(crate) fn has_ports(loaded: &Loaded) -> bool {
-    loaded.strings(BRIDGE, PORTS).next().is_some()
-}
-
 /// The ends of the names of the sysctls that make bridges look into IP packets, and of the bridges'
 /// own parameters (linux Documentation/networking/ip-sysctl: `bridge-nf-call-*`).
 const SWITCHES: [&str; 2] = ["iptables", "ip6tables"];
@@ -265,7 +260,8 @@ fn set_no_learning(bridge: &str, value: &str) -> Result<(), CommandError> {
 }
 
 /// What [`switch_off`] does, for `print`.
-pub(crate) fn switch_off_script() -> String {
+#[must_use]
+pub fn switch_off_script() -> String {
     let lines = SWITCHES.map(|switch| format!("[ ! -e {0} ] || echo 0 > {0}\n", file(switch)));
     format!(
         "# What this changes is noted in the table, for `uninstall`.\n{}",
@@ -273,13 +269,19 @@ pub(crate) fn switch_off_script() -> String {
     )
 }
 
-/// Undoes [`switch_off`] and [`keep_from_learning`], as `loaded` has it noted.
-pub(crate) fn switch_on_again(loaded: &Loaded) -> Result<(), BridgeError> {
-    for bridge in loaded.strings(BRIDGE, KEPT_FROM_LEARNING) {
+/// Undoes [`switch_off`] and [`keep_from_learning`], as [`SWITCHED_OFF`] and [`KEPT_FROM_LEARNING`] have it noted.
+///
+/// # Errors
+/// [`BridgeError::Switch`]; running it again goes on where it stopped.
+pub fn switch_on_again<'a>(
+    switched_off: impl Iterator<Item = &'a str>,
+    kept_from_learning: impl Iterator<Item = &'a str>,
+) -> Result<(), BridgeError> {
+    for bridge in kept_from_learning {
         // One that is gone refuses.
         let _ = set_no_learning(bridge, "0");
     }
-    let noted: Vec<_> = loaded.strings(BRIDGE, SWITCHED_OFF).collect();
+    let noted: Vec<_> = switched_off.collect();
     let there = SWITCHES
         .iter()
         .filter(|switch| noted.contains(switch) && Path::new(&file(switch)).exists());

@@ -3,9 +3,9 @@
 //! Asks the kernel directly: one question and its answer, so that it may be asked often. Changes nothing.
 use std::io;
 
-use kernel::names::TABLE;
-use kernel::netlink::{chunk, find};
-use kernel::nf_tables::{ANY_FAMILY, dump};
+use crate::names::TABLE;
+use crate::netlink::{chunk, find};
+use crate::nf_tables::{ANY_FAMILY, dump};
 
 const NFT_MSG_GETOBJ: u16 = 19;
 const NFT_OBJECT_COUNTER: u32 = 1;
@@ -65,10 +65,8 @@ fn counter(object: &[u8]) -> Option<(&[u8], u64)> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
-    use kernel::netlink::{self, Header, Message};
+    use crate::netlink::{self, Header, Message};
 
     fn object(table: &str, name: &str, kind: u32, packets: u64) -> Vec<u8> {
         let mut message = Vec::new();
@@ -98,16 +96,5 @@ mod tests {
         for cut in 0..ours.len() {
             counter(&ours[..cut]);
         }
-    }
-
-    #[test]
-    fn every_counter_of_the_rules_is_known() {
-        let rules = [include_str!("ruleset.nft"), include_str!("bridges.nft")].concat();
-        let declared = rules.lines().filter_map(|line| {
-            let (name, _) = line.trim().strip_prefix("counter ")?.split_once(" {")?;
-            Some(name)
-        });
-        // The two tables may have one of the same name, which counts as one.
-        assert_eq!(declared.collect::<BTreeSet<_>>(), NAMES.into());
     }
 }

@@ -45,7 +45,7 @@ pub fn read(family: u8, set: &str) -> io::Result<Vec<Element>> {
         m.string(NFTA_SET_ELEM_LIST_SET, set);
     });
     let lists = match lists {
-        Err(error) if error.raw_os_error() == Some(nix::libc::ENOENT) => return Ok(Vec::new()),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(Vec::new()),
         lists => lists?,
     };
     let mut elements: Vec<_> = lists

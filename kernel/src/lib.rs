@@ -3,12 +3,16 @@
 pub mod bridge_addresses;
 pub mod bridges;
 pub mod command;
+pub mod conntrack;
 pub mod counters;
 pub mod elements;
 pub mod marks;
 pub mod names;
 pub mod netlink;
 pub mod nf_tables;
+pub mod nfqueue;
 pub mod pod_links;
 pub mod sets;
+pub mod sys;
 pub mod sysctl;
+pub mod veth_peers;

@@ -3,8 +3,6 @@
 //!
 //! A port that is not known yet is cut off, so nothing is open for being late. Knows no pods, only
 //! their networks.
-mod ends;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::time::{Duration, Instant};
@@ -16,6 +14,7 @@ use kernel::bridge_addresses::{self, Owners};
 use kernel::bridges::{self, Bridge, BridgeError};
 use kernel::command::CommandError;
 use kernel::sets::{self, SetsError};
+use kernel::veth_peers;
 use tokio::sync::watch;
 use tokio::time::{Interval, MissedTickBehavior, sleep_until};
 use tracing::info;
@@ -230,7 +229,7 @@ impl Bridges {
         }
         // Until the kernel has said yes we know nothing.
         self.seen.asked.in_step = None;
-        let ends = ends::of(found).map_err(Fault::Ends)?;
+        let ends = veth_peers::of(found).map_err(Fault::Ends)?;
         self.seen.owners = self.seen.owners.now(found, &ends);
         self.compare(found, pods, now);
         let script = bridges::ports_script(found) + &self.seen.owners.script();

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as Place;
+use kernel::conntrack::{Entry, FlowId};
 
-use crate::conntrack::{Entry, FlowId};
 use crate::decision::{Decision, Severance, Way};
 use crate::flows::{ByAddress, Ends};
 use crate::limits::Source;

@@ -13,10 +13,10 @@ use std::time::Duration;
 
 use kernel::marks::{Answer, Marks};
 use kernel::names::UPSTREAM_PORTS;
+use kernel::sys;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
-use crate::sys;
 use crate::trail::Trail;
 
 /// Source ports of connections to pods of this node.

@@ -5,7 +5,6 @@
 //! cannot tell the gate from the network. Knows nothing of what flows afterwards.
 mod backlog;
 mod carry;
-mod nfqueue;
 mod packet;
 mod turns;
 mod unreachable;
@@ -17,11 +16,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use controller::Judgement;
+use kernel::conntrack::FlowId;
 use kernel::marks::Answer;
+use kernel::nfqueue::{PacketId, Queue, Queued, Ruling};
 use policy::Protocol;
 
 use crate::connect::{self, ConnectError, Leg};
-use crate::conntrack::FlowId;
 use crate::decision::Decision;
 use crate::enforcer::{Deny, Enforcer, Waiting};
 use crate::flows::{Arrival, Flow, FlowKey};
@@ -31,8 +31,6 @@ use crate::occasional::warn_occasionally;
 use crate::records::Outcome;
 use crate::trail::{Moment, Trail};
 
-pub(crate) use nfqueue::Queue;
-use nfqueue::{PacketId, Queued, Ruling};
 use packet::{Packet, Reset, Syn};
 
 /// Packets that are decided before their rulings are sent and other tasks of the thread run: enough to share a system

@@ -11,7 +11,7 @@
 //! | length of a packet that waits | [`LONGEST_WAITING`] | | it is dropped |
 //! | pipes of bulk streams | | [`Bounds::pipes`] | the stream is copied, not spliced |
 //!
-//! The kernel's queue (`gate/nfqueue.rs`) has room for all packets that may wait at once.
+//! The kernel's queue (`kernel/src/nfqueue.rs`) has room for all packets that may wait at once.
 mod connections;
 mod pending;
 mod source;

@@ -15,6 +15,7 @@ use controller::LocalPod;
 use ipnet::IpNet;
 use kernel::pod_links::{self, Links};
 use kernel::sets;
+use kernel::sys;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
@@ -27,7 +28,6 @@ use tracing::warn;
 use crate::occupancy::{self, Looker, Occupancy, Seen, Vacancies};
 use crate::readiness::Readiness;
 use crate::released::{LocalPods, outside};
-use crate::sys;
 
 /// Multicast groups of rtnetlink(7): links, IPv4 routes, IPv6 routes.
 const ROUTES: u32 = 0x1 | 0x40 | 0x400;

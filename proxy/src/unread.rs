@@ -12,10 +12,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
+use kernel::sys;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::limits::Source;
-use crate::sys;
 
 /// Busy directions of one source up to which the kernel sizes the buffers.
 const FREE: usize = 4;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use kernel::nfqueue::Queue;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use socket2::SockRef;
@@ -15,7 +16,7 @@ use tokio::task::LocalSet;
 use crate::accept;
 use crate::enforcer::Enforcer;
 use crate::flows::StageName;
-use crate::gate::{Gate, Queue};
+use crate::gate::Gate;
 use crate::handover::Seat;
 use crate::succession::Relayed;
 

@@ -3,9 +3,9 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use controller::Judgement;
+use kernel::conntrack::FlowId;
 
 use super::{CarriedFlow, Listed, upkeep};
-use crate::conntrack::FlowId;
 use crate::decision::Decision;
 use crate::enforcer::Enforcer;
 use crate::records::Outcome;

@@ -13,12 +13,12 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use controller::Judgement;
+use kernel::conntrack::{self, Endings, Entry, FlowId, Heard};
 use policy::Protocol;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
 use super::{ON_ITS_WAY, backlog, unlisted};
-use crate::conntrack::{self, Endings, Entry, FlowId, Heard};
 use crate::decision::{Decision, Severance};
 use crate::enforcer::Enforcer;
 use crate::limits::Source;

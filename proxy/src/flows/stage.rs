@@ -7,7 +7,7 @@ use tokio::net::TcpStream;
 use super::Flow;
 use crate::limits::Place;
 
-use crate::sys;
+use kernel::sys;
 
 /// The place of a connection among the half-open ones; its value leads to the connection.
 pub(crate) type HalfOpen = Place<Weak<Flow>>;

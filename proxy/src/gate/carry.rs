@@ -5,12 +5,12 @@
 use std::rc::Rc;
 use std::time::{Instant, SystemTime};
 
+use kernel::conntrack::FlowId;
 use kernel::marks::Answer;
+use kernel::nfqueue::{PacketId, Ruling};
 use policy::Protocol;
 
-use super::nfqueue::{PacketId, Ruling};
 use super::{Deny, Gate};
-use crate::conntrack::FlowId;
 use crate::decision::Way;
 use crate::enforcer::Waiting;
 use crate::limits::{LONGEST_WAITING, ShareUsedUp};

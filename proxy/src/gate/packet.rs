@@ -7,7 +7,7 @@ use etherparse::{
 };
 use policy::Protocol;
 
-use crate::conntrack::FlowId;
+use kernel::conntrack::FlowId;
 
 /// The numbers of ICMP and ICMPv6 (IANA protocol numbers).
 const ICMP: [Protocol; 2] = [Protocol::Other(1), Protocol::Other(58)];

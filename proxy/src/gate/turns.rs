@@ -4,9 +4,9 @@ use std::net::IpAddr;
 use std::rc::Rc;
 
 use controller::Holder;
+use kernel::nfqueue::Queued;
 
 use super::backlog::{Backlog, User};
-use super::nfqueue::Queued;
 use super::packet::Packet;
 use super::{Came, Gate};
 use crate::limits::{LONGEST_WAITING, Source};

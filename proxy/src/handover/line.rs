@@ -3,6 +3,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use kernel::sys::{self, Received};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
@@ -11,7 +12,6 @@ use nix::sys::socket::{
 use nix::unistd::Uid;
 
 use super::{HandoverError, IN_ALL};
-use crate::sys::{self, Received};
 
 /// Bytes of the longest message.
 pub(super) const LONGEST: usize = 64 << 10;

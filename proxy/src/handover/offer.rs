@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use kernel::sys;
 use nix::unistd::Uid;
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 use tokio::io::unix::AsyncFd;
@@ -17,7 +18,6 @@ use super::{
     order,
 };
 use crate::relay::Left;
-use crate::sys;
 
 /// A running daemon's readiness to be relieved.
 pub(crate) struct Offer {

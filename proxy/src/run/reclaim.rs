@@ -6,12 +6,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use kernel::sys::{self, Memory};
 use tokio::sync::watch;
 use tracing::warn;
 
 use crate::enforcer::Enforcer;
 use crate::flows::Flow;
-use crate::sys::{self, Memory};
 use crate::unread::{Holding, Use};
 
 /// The shortest and the longest pause between two measurements of busy streams. In between, measuring takes a twentieth

@@ -10,13 +10,13 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use kernel::nfqueue::Queue;
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use crate::enforcer::Enforcer;
-use crate::gate;
 use crate::handover::{self, Estate, Given, HandoverError, Kept, Offer, Successor, Terms, WITHIN};
 use crate::succession;
 
@@ -126,7 +126,7 @@ impl Relief {
         let until = Instant::now() + FREE_WITHIN;
         while Instant::now() < until {
             tokio::time::sleep(LOOK_SOON).await;
-            if self.is_due() || gate::Queue::bind(self.queue).is_ok() {
+            if self.is_due() || Queue::bind(self.queue).is_ok() {
                 return;
             }
         }

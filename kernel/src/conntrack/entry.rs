@@ -5,7 +5,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
-use kernel::netlink::{Attributes, Message, chunk, find};
+use crate::netlink::{Attributes, Message, chunk, find};
 use policy::Protocol;
 
 pub(super) const CTA_TUPLE_ORIG: u16 = 1;
@@ -38,19 +38,21 @@ const CTA_PROTO_ICMPV6_ID: u16 = 7;
 /// What tells one flow that the kernel carries from another. Ports are 0 where the protocol has
 /// none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct FlowId {
-    pub(crate) protocol: Protocol,
+pub struct FlowId {
+    /// That of the packets, above IP.
+    pub protocol: Protocol,
     /// The source of the flow's first packet.
-    pub(crate) client: SocketAddr,
+    pub client: SocketAddr,
     /// The source of the answers, so the server behind DNAT.
-    pub(crate) server: SocketAddr,
+    pub server: SocketAddr,
     /// Of an ICMP query (RFC 792, RFC 4443) its identifier; else 0.
-    pub(crate) identifier: u16,
+    pub identifier: u16,
 }
 
 impl FlowId {
     /// The flow that one begins who answers in this.
-    pub(crate) fn reversed(self) -> Self {
+    #[must_use]
+    pub fn reversed(self) -> Self {
         Self {
             client: self.server,
             server: self.client,
@@ -59,26 +61,28 @@ impl FlowId {
     }
 
     /// The port that policy asks for; protocols without ports have none.
-    pub(crate) fn port(&self) -> Option<u16> {
+    #[must_use]
+    pub fn port(&self) -> Option<u16> {
         (!matches!(self.protocol, Protocol::Other(_))).then_some(self.server.port())
     }
 }
 
 /// A flow that the kernel carries, as conntrack has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) flow: FlowId,
+pub struct Entry {
+    /// Its ends and its protocol.
+    pub flow: FlowId,
     /// Bytes of the client's IP packets, headers included; 0 unless
     /// `net.netfilter.nf_conntrack_acct` was 1 when the flow began.
-    pub(crate) sent: u64,
+    pub sent: u64,
     /// Bytes of the server's.
-    pub(crate) received: u64,
+    pub received: u64,
     /// When it began, if `net.netfilter.nf_conntrack_timestamp` was 1 then.
-    pub(crate) began: Option<SystemTime>,
+    pub began: Option<SystemTime>,
     /// A TCP connection that has ended, whose entry only waits out its time.
-    pub(crate) over: bool,
+    pub over: bool,
     /// Nobody has answered it yet; another node may have denied it.
-    pub(crate) unanswered: bool,
+    pub unanswered: bool,
     /// Its mark (`CTA_MARK`), with the bits of others.
     mark: u32,
     /// `CTA_TUPLE_ORIG`, `CTA_ZONE` if there is one, `CTA_ID`: as the kernel wrote them.
@@ -87,7 +91,7 @@ pub(crate) struct Entry {
 
 impl Entry {
     /// The entry that a message shows; `None` if it cannot be read.
-    pub(crate) fn read(message: &Message<'_>) -> Option<Self> {
+    pub fn read(message: &Message<'_>) -> Option<Self> {
         let attributes = message.attributes();
         let original = find(attributes, CTA_TUPLE_ORIG)?;
         let (protocol, client, identifier) = source(original.value)?;

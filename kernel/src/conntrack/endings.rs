@@ -5,7 +5,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use kernel::netlink::messages;
+use crate::netlink::messages;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, setsockopt,
@@ -28,14 +28,15 @@ const RECEIVE_BUFFER: usize = 8 << 20;
 const BATCH: usize = 256;
 
 /// A socket that hears of endings.
-pub(crate) struct Endings {
+pub struct Endings {
     socket: AsyncFd<OwnedFd>,
     buffer: Vec<u8>,
 }
 
 /// Whether all endings were heard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Heard {
+pub enum Heard {
+    /// They were.
     All,
     /// The kernel had more than the socket could take.
     SomeLost,
@@ -46,7 +47,7 @@ impl Endings {
     ///
     /// # Errors
     /// `EPERM` without `CAP_NET_ADMIN`; `ENOENT` from a kernel without `CONFIG_NF_CT_NETLINK`.
-    pub(crate) fn listen(mark: u32) -> io::Result<Self> {
+    pub fn listen(mark: u32) -> io::Result<Self> {
         let fd = socket(
             AddressFamily::Netlink,
             SockType::Raw,
@@ -69,7 +70,7 @@ impl Endings {
     ///
     /// # Errors
     /// What `recv` answers; the socket is of no use then.
-    pub(crate) async fn next(&mut self, mut each: impl FnMut(Entry)) -> io::Result<Heard> {
+    pub async fn next(&mut self, mut each: impl FnMut(Entry)) -> io::Result<Heard> {
         let mut ready = self.socket.readable().await?;
         let fd = self.socket.get_ref().as_raw_fd();
         for _ in 0..BATCH {

@@ -7,7 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use kernel::netlink::{self, Header, Message, messages};
+use crate::netlink::{self, Header, Message, messages};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, send, setsockopt,
     socket, sockopt,
@@ -47,32 +47,35 @@ const NF_REPEAT: u32 = 4;
 
 /// The number by which the kernel knows a waiting packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct PacketId(u32);
+pub struct PacketId(u32);
 
 /// A packet that waits for its verdict. Dropping this leaves it waiting.
 #[derive(Debug)]
-pub(crate) struct Queued<'a> {
-    pub(crate) id: PacketId,
+pub struct Queued<'a> {
+    /// By which a verdict names it.
+    pub id: PacketId,
     /// As the rules have marked it.
-    pub(crate) mark: u32,
+    pub mark: u32,
     /// The packet from its IP header on, cut to what was copied.
-    pub(crate) payload: &'a [u8],
+    pub payload: &'a [u8],
     /// Length of the whole packet in bytes.
-    pub(crate) length: usize,
+    pub length: usize,
 }
 
 /// What becomes of a waiting packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ruling {
+pub enum Ruling {
+    /// It is dropped.
     Drop,
     /// Begins anew the chain that held it, with this packet mark.
     Answer {
+        /// The whole mark.
         mark: u32,
     },
 }
 
 /// A bound queue. Closing it drops every packet that still waits.
-pub(crate) struct Queue {
+pub struct Queue {
     socket: AsyncFd<OwnedFd>,
     number: u16,
     rulings: RefCell<Vec<u8>>,
@@ -85,7 +88,7 @@ impl Queue {
     ///
     /// # Errors
     /// `EBUSY` if someone else has it, `EPERM` without `CAP_NET_ADMIN`.
-    pub(crate) fn bind(number: u16) -> io::Result<Self> {
+    pub fn bind(number: u16) -> io::Result<Self> {
         let fd = socket(
             AddressFamily::Netlink,
             SockType::Raw,
@@ -105,7 +108,7 @@ impl Queue {
     ///
     /// # Errors
     /// Whatever `epoll_ctl` answers.
-    pub(crate) fn of(socket: OwnedFd, number: u16) -> io::Result<Self> {
+    pub fn of(socket: OwnedFd, number: u16) -> io::Result<Self> {
         Ok(Self {
             socket: sys::watch(socket)?,
             number,
@@ -119,7 +122,7 @@ impl Queue {
     ///
     /// # Errors
     /// If descriptors are short.
-    pub(crate) fn leave(&self) -> io::Result<(u16, OwnedFd)> {
+    pub fn leave(&self) -> io::Result<(u16, OwnedFd)> {
         self.flush()?;
         if let Some(last) = self.last.get() {
             let mut out = Vec::with_capacity(32);
@@ -134,7 +137,7 @@ impl Queue {
     ///
     /// # Errors
     /// What `recv` answers; the queue is of no use then.
-    pub(crate) async fn receive(
+    pub async fn receive(
         &self,
         buffer: &mut [u8],
         most: usize,
@@ -153,7 +156,7 @@ impl Queue {
     ///
     /// # Errors
     /// What `recv` answers; the queue is of no use then.
-    pub(crate) fn receive_waiting(
+    pub fn receive_waiting(
         &self,
         buffer: &mut [u8],
         most: usize,
@@ -180,7 +183,7 @@ impl Queue {
     }
 
     /// Notes the ruling on a packet; [`Self::flush`] tells the kernel.
-    pub(crate) fn rule(&self, id: PacketId, ruling: Ruling) {
+    pub fn rule(&self, id: PacketId, ruling: Ruling) {
         write_ruling(&mut self.rulings.borrow_mut(), self.number, id, ruling);
     }
 
@@ -188,7 +191,7 @@ impl Queue {
     ///
     /// # Errors
     /// What `send` answers. The packets concerned keep waiting.
-    pub(crate) fn flush(&self) -> io::Result<()> {
+    pub fn flush(&self) -> io::Result<()> {
         let mut out = self.rulings.borrow_mut();
         if out.is_empty() {
             return Ok(());

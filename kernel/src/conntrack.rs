@@ -11,7 +11,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use kernel::netlink::{self, Attributes, Header, Message};
+use crate::netlink::{self, Attributes, Header, Message};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket,
@@ -19,9 +19,9 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 
-pub(crate) use endings::{Endings, Heard};
-pub(crate) use entry::{Entry, FlowId};
-pub(crate) use filter::each_with_end;
+pub use endings::{Endings, Heard};
+pub use entry::{Entry, FlowId};
+pub use filter::each_with_end;
 
 use filter::Filter;
 
@@ -54,7 +54,7 @@ const CTA_MARK_MASK: u16 = 21;
 /// [`io::ErrorKind::ResourceBusy`] if the table never held still, and
 /// [`io::ErrorKind::InvalidData`] for an answer that cannot be read: a list with a hole would
 /// leave a denied flow alone unseen.
-pub(crate) fn marked(mark: u32, mask: u32) -> io::Result<Vec<Entry>> {
+pub fn marked(mark: u32, mask: u32) -> io::Result<Vec<Entry>> {
     let mut entries = Vec::new();
     each_marked(mark, mask, |entry| {
         entries.push(entry);
@@ -68,7 +68,7 @@ pub(crate) fn marked(mark: u32, mask: u32) -> io::Result<Vec<Entry>> {
 ///
 /// # Errors
 /// As [`marked`], and what `each` returns.
-pub(crate) fn each_marked(
+pub fn each_marked(
     mark: u32,
     mask: u32,
     each: impl FnMut(Entry) -> io::Result<()>,
@@ -94,7 +94,7 @@ pub(crate) fn each_marked(
 /// # Errors
 /// The first refusal, after all entries have been tried: `EPERM` without `CAP_NET_ADMIN`, ... Or at
 /// once, as for [`marked`], if the kernel's answers fail to come or cannot be read.
-pub(crate) fn delete(entries: &[&Entry]) -> io::Result<usize> {
+pub fn delete(entries: &[&Entry]) -> io::Result<usize> {
     each(entries, |conntrack, entry| {
         conntrack.tell(CT_DELETE, entry, |_| ())
     })
@@ -107,7 +107,7 @@ pub(crate) fn delete(entries: &[&Entry]) -> io::Result<usize> {
 ///
 /// # Errors
 /// As [`delete`].
-pub(crate) fn set_mark(entries: &[&Entry], mark: u32, mask: u32) -> io::Result<usize> {
+pub fn set_mark(entries: &[&Entry], mark: u32, mask: u32) -> io::Result<usize> {
     each(entries, |conntrack, entry| {
         conntrack.tell(CT_NEW, entry, |m| {
             m.bytes(CTA_MARK, &mark.to_be_bytes());
@@ -122,7 +122,7 @@ pub(crate) fn set_mark(entries: &[&Entry], mark: u32, mask: u32) -> io::Result<u
 ///
 /// # Errors
 /// As [`marked`].
-pub(crate) fn keep_their_marks(entries: &[&Entry]) -> io::Result<Vec<bool>> {
+pub fn keep_their_marks(entries: &[&Entry]) -> io::Result<Vec<bool>> {
     if entries.is_empty() {
         return Ok(Vec::new());
     }
@@ -387,7 +387,7 @@ fn late() -> io::Error {
 
 #[cfg(test)]
 mod tests {
-    use kernel::netlink::find;
+    use crate::netlink::find;
     use policy::Protocol;
 
     use super::entry::{CTA_ID, CTA_TUPLE_ORIG, CTA_TUPLE_REPLY};

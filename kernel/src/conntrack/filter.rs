@@ -4,7 +4,7 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kernel::netlink::Attributes;
+use crate::netlink::Attributes;
 
 use super::entry::{CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, Entry, write_source};
 use super::{
@@ -30,7 +30,7 @@ static FILTERS: AtomicBool = AtomicBool::new(true);
 ///
 /// # Errors
 /// As [`each_marked`].
-pub(crate) fn each_with_end(
+pub fn each_with_end(
     addresses: &BTreeSet<IpAddr>,
     mark: u32,
     mask: u32,

@@ -1,4 +1,4 @@
-//! The only unsafe code of the daemon: calls that no safe crate wraps.
+//! The only unsafe code: calls that no safe crate wraps.
 #![expect(unsafe_code, reason = "the one place for calls without a safe wrapper")]
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -13,7 +13,7 @@ use tokio::io::unix::AsyncFd;
 ///
 /// # Panics
 /// Outside of a tokio runtime.
-pub(crate) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+pub fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is open, stays so until it is dropped, and always gives the same
     // descriptor; the AsyncFd owns it, so nobody else can close it meanwhile.
     unsafe { AsyncFd::register(fd) }.map_err(|error| error.into_parts().1)
@@ -24,7 +24,7 @@ pub(crate) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 ///
 /// # Errors
 /// `ENOPROTOOPT` if it is no TCP socket.
-pub(crate) fn tcp_timestamp(socket: impl AsFd) -> io::Result<u32> {
+pub fn tcp_timestamp(socket: impl AsFd) -> io::Result<u32> {
     let fd = socket.as_fd();
     let mut stamp = 0u32;
     let mut length: libc::socklen_t = 4;
@@ -50,7 +50,7 @@ pub(crate) fn tcp_timestamp(socket: impl AsFd) -> io::Result<u32> {
 ///
 /// # Errors
 /// Whatever `connect` answers.
-pub(crate) fn disconnect(socket: impl AsFd) -> io::Result<()> {
+pub fn disconnect(socket: impl AsFd) -> io::Result<()> {
     let fd = socket.as_fd();
     let nobody = libc::sockaddr {
         sa_family: 0, // AF_UNSPEC
@@ -67,22 +67,22 @@ pub(crate) fn disconnect(socket: impl AsFd) -> io::Result<()> {
 
 /// Bytes of memory that a socket takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Memory {
+pub struct Memory {
     /// Received, and not read yet.
-    pub(crate) received: usize,
+    pub received: usize,
     /// The bound of these.
-    pub(crate) receive_buffer: usize,
+    pub receive_buffer: usize,
     /// Written, and not acknowledged yet.
-    pub(crate) sent: usize,
+    pub sent: usize,
     /// The bound of these.
-    pub(crate) send_buffer: usize,
+    pub send_buffer: usize,
 }
 
 /// The memory of `socket`, with the kernel's overhead (`SO_MEMINFO`, linux/sock_diag.h; since Linux 4.12).
 ///
 /// # Errors
 /// `ENOPROTOOPT` if the kernel is older.
-pub(crate) fn socket_memory(socket: impl AsFd) -> io::Result<Memory> {
+pub fn socket_memory(socket: impl AsFd) -> io::Result<Memory> {
     const SO_MEMINFO: libc::c_int = 55;
     let mut values = [0u32; 9];
     let mut length: libc::socklen_t = 36;
@@ -124,7 +124,7 @@ pub(crate) fn socket_memory(socket: impl AsFd) -> io::Result<Memory> {
 ///
 /// # Errors
 /// `ENOPROTOOPT` if the kernel is older.
-pub(crate) fn unlock_buffers(socket: impl AsFd) -> io::Result<()> {
+pub fn unlock_buffers(socket: impl AsFd) -> io::Result<()> {
     const SO_BUF_LOCK: libc::c_int = 72;
     set(socket, libc::SOL_SOCKET, SO_BUF_LOCK, 0)
 }
@@ -133,7 +133,7 @@ pub(crate) fn unlock_buffers(socket: impl AsFd) -> io::Result<()> {
 ///
 /// # Errors
 /// `ENOPROTOOPT` if it is no TCP socket.
-pub(crate) fn round_trip(socket: impl AsFd) -> io::Result<Duration> {
+pub fn round_trip(socket: impl AsFd) -> io::Result<Duration> {
     // SAFETY: a `tcp_info` is numbers, for which zero is a value.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut length = libc::socklen_t::try_from(size_of_val(&info)).unwrap_or_default();
@@ -159,7 +159,7 @@ pub(crate) fn round_trip(socket: impl AsFd) -> io::Result<Duration> {
 ///
 /// # Errors
 /// `ENOPROTOOPT` if the kernel is older.
-pub(crate) fn check_requests(netlink: impl AsFd) -> io::Result<()> {
+pub fn check_requests(netlink: impl AsFd) -> io::Result<()> {
     switch_on(netlink, libc::NETLINK_GET_STRICT_CHK)
 }
 
@@ -168,7 +168,7 @@ pub(crate) fn check_requests(netlink: impl AsFd) -> io::Result<()> {
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_BROADCAST`.
-pub(crate) fn listen_everywhere(netlink: impl AsFd) -> io::Result<()> {
+pub fn listen_everywhere(netlink: impl AsFd) -> io::Result<()> {
     switch_on(netlink, libc::NETLINK_LISTEN_ALL_NSID)
 }
 
@@ -208,12 +208,13 @@ const CONTROL: usize = unsafe { libc::CMSG_SPACE(MOST_DESCRIPTORS * 4) } as usiz
 
 /// A message as it has arrived.
 #[derive(Debug)]
-pub(crate) struct Received {
+pub struct Received {
     /// Bytes of it that are in the buffer; 0 means that the peer is gone.
-    pub(crate) length: usize,
-    pub(crate) descriptors: Vec<OwnedFd>,
+    pub length: usize,
+    /// Those that came with it.
+    pub descriptors: Vec<OwnedFd>,
     /// Whether all descriptors are here: this process may have no room for more (`RLIMIT_NOFILE`).
-    pub(crate) whole: bool,
+    pub whole: bool,
 }
 
 /// Receives a message with the descriptors that come with it (unix(7), `SCM_RIGHTS`), from a socket that keeps messages
@@ -221,7 +222,7 @@ pub(crate) struct Received {
 ///
 /// # Errors
 /// `WouldBlock` if there is none yet, `InvalidData` if it has more bytes than fit, else what `recvmsg` answers.
-pub(crate) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
+pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
     // Of the alignment of a `cmsghdr`.
     let mut space = [0u64; CONTROL.div_ceil(8)];
     let mut part = libc::iovec {

@@ -5,9 +5,9 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use kernel::bridge_addresses::{End, LinkAddress};
-use kernel::bridges::{Bridge, Peer};
-use kernel::netlink::{self, Attributes, Header, Message, messages};
+use crate::bridge_addresses::{End, LinkAddress};
+use crate::bridges::{Bridge, Peer};
+use crate::netlink::{self, Attributes, Header, Message, messages};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, SockProtocol, recv, send};
 
@@ -28,7 +28,7 @@ const ADDRESS_TARGET_NETNS: u16 = 10;
 ///
 /// # Errors
 /// What the kernel answers; not if a pod has gone meanwhile.
-pub(super) fn of(bridges: &[Bridge]) -> io::Result<Vec<End>> {
+pub fn of(bridges: &[Bridge]) -> io::Result<Vec<End>> {
     if bridges.is_empty() {
         return Ok(Vec::new());
     }

@@ -5,6 +5,7 @@
 //! daemon, and a FIN would make a cut stream look complete.
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::connect::{bound_unsent, keepalive, reset_when_closed};
 use crate::enforcer::Enforcer;
 use crate::flows::{Flow, FlowKey, Legs, Upstream};
+use crate::handover::Outgoing;
 use crate::limits::Source;
 use crate::occasional::warn_occasionally;
 use crate::records::Outcome;
@@ -68,11 +70,19 @@ fn open(domain: Domain, address: SocketAddr) -> io::Result<std::net::TcpListener
     Ok(socket.into())
 }
 
+/// What the relays of one worker share.
+pub(crate) struct Relays {
+    pub(crate) enforcer: Arc<Enforcer>,
+    /// Where they leave connections for a daemon that takes over.
+    pub(crate) outgoing: Arc<Outgoing>,
+    pub(crate) worker: usize,
+}
+
 /// Accepts for as long as the listener stands. Must run inside a `LocalSet`.
-pub(crate) async fn serve(listener: &TcpListener, enforcer: Arc<Enforcer>, worker: usize) {
+pub(crate) async fn serve(listener: &TcpListener, relays: &Rc<Relays>) {
     loop {
         match listener.accept().await {
-            Ok((client, peer)) => accepted(client, peer, &enforcer, worker),
+            Ok((client, peer)) => accepted(client, peer, relays),
             Err(error) => {
                 // Out of descriptors: those of ending connections come back; spinning would not help.
                 warn_occasionally!(%error, "cannot accept");
@@ -82,24 +92,17 @@ pub(crate) async fn serve(listener: &TcpListener, enforcer: Arc<Enforcer>, worke
     }
 }
 
-fn accepted(client: TcpStream, peer: SocketAddr, enforcer: &Arc<Enforcer>, worker: usize) {
+fn accepted(client: TcpStream, peer: SocketAddr, relays: &Rc<Relays>) {
     let pair = client.local_addr().ok().and_then(|server| {
-        enforcer.flows.pair(&FlowKey {
+        relays.enforcer.flows.pair(&FlowKey {
             client: unmapped(peer),
             server: unmapped(server),
         })
     });
     match pair {
         Some((flow, upstream)) => {
-            let enforcer = Arc::clone(enforcer);
-            let task = live(
-                client,
-                upstream,
-                InFlight::default(),
-                flow,
-                enforcer,
-                worker,
-            );
+            let relays = Rc::clone(relays);
+            let task = live(client, upstream, InFlight::default(), flow, relays);
             tokio::task::spawn_local(task);
         }
         // The client dialled our port itself, or its upstream was cut meanwhile: it is reset.
@@ -108,7 +111,7 @@ fn accepted(client: TcpStream, peer: SocketAddr, enforcer: &Arc<Enforcer>, worke
 }
 
 /// Goes on with a connection that another daemon has relayed before. Must run inside a `LocalSet`.
-pub(crate) fn resume(relayed: Relayed, enforcer: &Arc<Enforcer>, worker: usize) {
+pub(crate) fn resume(relayed: Relayed, relays: &Rc<Relays>) {
     let Relayed {
         flow,
         client,
@@ -117,23 +120,17 @@ pub(crate) fn resume(relayed: Relayed, enforcer: &Arc<Enforcer>, worker: usize) 
     } = relayed;
     let watched = TcpStream::from_std(client).and_then(|client| {
         let stream = TcpStream::from_std(server)?;
+        let worker = relays.worker;
         Ok((client, Upstream { stream, worker }))
     });
     match watched {
         Ok((client, server)) => {
             flow.holding.is_taken_over();
             let in_flight = InFlight::resumed(in_flight);
-            let task = live(
-                client,
-                server,
-                in_flight,
-                flow,
-                Arc::clone(enforcer),
-                worker,
-            );
+            let task = live(client, server, in_flight, flow, Rc::clone(relays));
             tokio::task::spawn_local(task);
         }
-        Err(error) => enforcer.ended(&flow, Outcome::Broken(error.kind())),
+        Err(error) => relays.enforcer.ended(&flow, Outcome::Broken(error.kind())),
     }
 }
 
@@ -142,20 +139,28 @@ async fn live(
     upstream: Upstream,
     in_flight: InFlight,
     flow: Arc<Flow>,
-    enforcer: Arc<Enforcer>,
-    worker: usize,
+    relays: Rc<Relays>,
 ) {
-    let outcome = match at_home(upstream, worker) {
+    let Relays {
+        enforcer,
+        outgoing,
+        worker,
+    } = &*relays;
+    let outcome = match at_home(upstream, *worker) {
         Ok(server) => {
             let legs = Arc::new(Legs { server, client });
-            let ended = relayed(&legs, &flow, &in_flight, &enforcer).await;
+            let ended = relayed(&legs, &flow, &in_flight, enforcer).await;
             match ended {
                 Outcome::Closed => {
                     close_in_order(&legs.client);
                     close_in_order(&legs.server);
                 }
                 // Otherwise dropping them resets them.
-                Outcome::Stopped if succession::leave(&enforcer, &flow, legs, in_flight) => return,
+                Outcome::Stopped
+                    if succession::leave(enforcer, outgoing, &flow, legs, in_flight) =>
+                {
+                    return;
+                }
                 _ => {}
             }
             ended

@@ -2,6 +2,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,6 @@ use tokio::sync::Notify;
 use crate::carried::{Carried, Listed};
 use crate::decision::{Decision, Severance, Way};
 use crate::flows::{Flow, FlowKey, Flows, StageName};
-use crate::handover::Leaving;
 use crate::limits::{Asking, Connections, Party, Pending, Place, ShareUsedUp, Source};
 use crate::metrics::{Cause, Metrics};
 use crate::recorder::Recorder;
@@ -65,8 +65,23 @@ pub(crate) struct Enforcer {
     /// Numbers of our NFQUEUEs.
     pub(crate) queues: Range<u16>,
     pub(crate) recorder: Recorder,
-    /// What is left for the daemon that relieves this one.
-    pub(crate) leaving: Leaving,
+    /// Whether this daemon hands its connections over to another one.
+    pub(crate) draining: Draining,
+}
+
+/// Set once; read by every worker.
+#[derive(Debug, Default)]
+pub(crate) struct Draining(AtomicBool);
+
+impl Draining {
+    /// From now on what stops is handed over.
+    pub(crate) fn begin(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn has_begun(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
 }
 
 impl Enforcer {

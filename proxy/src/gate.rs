@@ -182,7 +182,7 @@ impl Gate {
     /// (RFC 5961, section 4).
     async fn succeed(self: Rc<Self>, id: PacketId, syn: Syn, last: Arc<Flow>) {
         let over = last.over_within(SUCCESSION).await;
-        if over && self.enforcer.leaving.has_begun() {
+        if over && self.enforcer.draining.has_begun() {
             // It is dropped with the rest, and comes again to whoever relieves this daemon.
             return;
         }
@@ -334,7 +334,7 @@ impl Gate {
                 }
                 enforcer.ended(&flow, Outcome::Unanswered(source.to_string()));
             }
-            None if enforcer.leaving.has_begun() => {
+            None if enforcer.draining.has_begun() => {
                 // The client repeats its SYN, to whoever relieves this daemon.
                 self.queue.rule(id, Ruling::Drop);
                 enforcer.flows.remove(&flow);

@@ -15,7 +15,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -223,23 +223,12 @@ impl Connection {
 
 /// Collects what is left by each part of a daemon that is being relieved.
 #[derive(Debug, Default)]
-pub(crate) struct Leaving {
-    begun: AtomicBool,
+pub(crate) struct Outgoing {
     gates_stopped: AtomicUsize,
     estate: Mutex<Estate>,
 }
 
-impl Leaving {
-    /// From now on connections are left, not ended.
-    pub(crate) fn begin(&self) {
-        self.begun.store(true, Ordering::Release);
-    }
-
-    /// Whether connections are to be left.
-    pub(crate) fn has_begun(&self) -> bool {
-        self.begun.load(Ordering::Acquire)
-    }
-
+impl Outgoing {
     /// To be called by each worker whose gate takes no packet any more.
     pub(crate) fn gate_stopped(&self) {
         self.gates_stopped.fetch_add(1, Ordering::AcqRel);

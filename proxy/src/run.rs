@@ -24,9 +24,9 @@ use tracing::{info, warn};
 use crate::admin::{self, Admin};
 use crate::bridges::Bridges;
 use crate::carried::{Carried, upkeep};
-use crate::enforcer::Enforcer;
+use crate::enforcer::{Draining, Enforcer};
 use crate::flows::Flows;
-use crate::handover::{Estate, Leaving};
+use crate::handover::{Estate, Outgoing};
 use crate::limits::{Connections, Pending, WAITING_OF_SOURCE};
 use crate::links::PodLinks;
 use crate::metrics::Metrics;
@@ -134,7 +134,7 @@ async fn enforce(
     let readiness = Readiness::new(source.status());
     let enforcer = enforcer(args, node, Arc::clone(&table), source.status())?;
     let (stop, stopped) = watch::channel(false);
-    let pod = Arc::default();
+    let (pod, outgoing) = (Arc::default(), Arc::default());
     let patience = kept.as_ref().map(|_| relief::FREE_WITHIN);
     let serve = async || open_admin(args, patience, &pod, &enforcer, &readiness, &stopped).await;
     // Before the first state is there, which can take long: who waits wants to know for what. A daemon that is
@@ -161,7 +161,7 @@ async fn enforce(
         Some(serving) => serving,
         None => serve().await?,
     };
-    let (workers, mut tasks) = begin(args, &enforcer, &stopped, estate, began)?;
+    let (workers, mut tasks) = begin(args, &enforcer, &outgoing, &stopped, estate, began)?;
     let watched = (links, bridges, redirect);
     let renewed = node::watch(&mut tasks, &readiness, &enforcer, watched);
     source::lift_taint(args, &readiness, &enforcer.node);
@@ -181,6 +181,7 @@ async fn enforce(
     info!(node = %enforcer.node, admin = %args.admin, "enforcing");
 
     let running = Running {
+        outgoing,
         workers,
         following,
         tasks,
@@ -200,13 +201,14 @@ async fn follow(follower: Follower, readiness: Readiness) {
 fn begin(
     args: &RunArgs,
     enforcer: &Arc<Enforcer>,
+    outgoing: &Arc<Outgoing>,
     stopped: &watch::Receiver<bool>,
     estate: Option<Estate>,
     since: Option<Instant>,
 ) -> anyhow::Result<(Vec<Thread>, JoinSet<()>)> {
     let mut tasks = JoinSet::new();
     follow_carried(enforcer, &mut tasks)?;
-    let workers = start_workers(args, enforcer, stopped, estate, since)?;
+    let workers = start_workers(args, enforcer, outgoing, stopped, estate, since)?;
     tasks.spawn(expire(Arc::clone(enforcer)));
     reclaim::start(Arc::clone(enforcer), stopped.clone())?;
     Ok((workers, tasks))
@@ -260,7 +262,7 @@ fn enforcer(
         metrics: Metrics::watching(watches),
         queues: args.redirect.queue..args.redirect.queue + args.redirect.queue_count(),
         recorder,
-        leaving: Leaving::default(),
+        draining: Draining::default(),
     }))
 }
 

@@ -12,7 +12,7 @@ use policy::{Decided, DecidedSide, Endpoint, Identity, PodKey, Protocol};
 use crate::decision::{Decision, Way};
 use crate::enforcer::Enforcer;
 use crate::flows::{Adopted, Flow, FlowKey, Legs, StageName};
-use crate::handover::{Connection, Pod, Told};
+use crate::handover::{Connection, Outgoing, Pod, Told};
 use crate::records::Outcome;
 use crate::relay::{InFlight, Left, Moved};
 use crate::trail::Trail;
@@ -32,11 +32,12 @@ pub(crate) struct Relayed {
 /// ours. False: it has ended, by a reset.
 pub(crate) fn leave(
     enforcer: &Enforcer,
+    outgoing: &Outgoing,
     flow: &Arc<Flow>,
     legs: Arc<Legs>,
     in_flight: InFlight,
 ) -> bool {
-    if !enforcer.leaving.has_begun() || flow.severance().is_some() {
+    if !enforcer.draining.has_begun() || flow.severance().is_some() {
         return false;
     }
     // Otherwise another task is about to cut it.
@@ -46,7 +47,8 @@ pub(crate) fn leave(
     let unwatched = |leg: tokio::net::TcpStream| leg.into_std().map(OwnedFd::from);
     match (unwatched(server), unwatched(client)) {
         (Ok(server), Ok(client)) => {
-            enter(enforcer, flow, server, Some(client), in_flight.left());
+            let sockets = (server, Some(client));
+            enter(enforcer, outgoing, flow, sockets, in_flight.left());
             true
         }
         _ => false,
@@ -54,14 +56,15 @@ pub(crate) fn leave(
 }
 
 /// Leaves the connections that wait for their client to complete its handshake; no worker may run any more.
-pub(crate) fn leave_admitted(enforcer: &Enforcer) {
+pub(crate) fn leave_admitted(enforcer: &Enforcer, outgoing: &Outgoing) {
     for flow in enforcer.flows.all() {
         let Some((flow, upstream)) = enforcer.flows.pair(&flow.key) else {
             continue;
         };
         // Else the listener resets its client.
         if let Ok(server) = upstream.stream.into_std() {
-            enter(enforcer, &flow, server.into(), None, Default::default());
+            let sockets = (server.into(), None);
+            enter(enforcer, outgoing, &flow, sockets, Default::default());
         }
     }
 }
@@ -78,9 +81,9 @@ pub(crate) fn end_others(enforcer: &Enforcer) -> usize {
 
 fn enter(
     enforcer: &Enforcer,
+    outgoing: &Outgoing,
     flow: &Arc<Flow>,
-    server: OwnedFd,
-    client: Option<OwnedFd>,
+    (server, client): (OwnedFd, Option<OwnedFd>),
     in_flight: [Left; 2],
 ) {
     let decision = flow.decision();
@@ -99,7 +102,7 @@ fn enter(
         pods,
         seen: subject.seen,
     };
-    enforcer.leaving.connection(Connection {
+    outgoing.connection(Connection {
         told,
         server,
         client,

@@ -13,11 +13,11 @@ use socket2::SockRef;
 use tokio::sync::{oneshot, watch};
 use tokio::task::LocalSet;
 
-use crate::accept;
+use crate::accept::{self, Relays};
 use crate::enforcer::Enforcer;
 use crate::flows::StageName;
 use crate::gate::Gate;
-use crate::handover::Seat;
+use crate::handover::{Outgoing, Seat};
 use crate::succession::Relayed;
 
 /// What connections may take to be reset when the daemon stops, or left when it is relieved.
@@ -36,6 +36,8 @@ struct Work {
     listener: std::net::TcpListener,
     /// Connections that another daemon has left.
     left: Vec<Relayed>,
+    /// Where it leaves connections for a daemon that takes over.
+    outgoing: Arc<Outgoing>,
 }
 
 impl Worker {
@@ -90,9 +92,14 @@ impl Worker {
         self,
         listener: std::net::TcpListener,
         left: Vec<Relayed>,
+        outgoing: Arc<Outgoing>,
     ) -> JoinHandle<io::Result<()>> {
         // It fails only if the worker is gone; its thread's result says why.
-        let _ = self.work.send(Work { listener, left });
+        let _ = self.work.send(Work {
+            listener,
+            left,
+            outgoing,
+        });
         self.thread
     }
 }
@@ -135,23 +142,33 @@ async fn serve(
     enforcer: Arc<Enforcer>,
     mut stop: watch::Receiver<bool>,
 ) -> io::Result<()> {
-    let Ok(Work { listener, left }) = work.await else {
+    let Ok(Work {
+        listener,
+        left,
+        outgoing,
+    }) = work.await
+    else {
         return Ok(());
     };
     prefer_own_core(&listener, number);
     let listener = tokio::net::TcpListener::from_std(listener)?;
+    let relays = Rc::new(Relays {
+        enforcer: Arc::clone(&enforcer),
+        outgoing,
+        worker: number,
+    });
     for relayed in left {
-        accept::resume(relayed, &enforcer, number);
+        accept::resume(relayed, &relays);
     }
     let gate = Gate::new(queue, Arc::clone(&enforcer), number);
     let result = tokio::select! {
         biased;
         _ = stop.wait_for(|stop| *stop) => Ok(()),
         result = Rc::clone(&gate).serve() => result,
-        () = accept::serve(&listener, Arc::clone(&enforcer), number) => Ok(()),
+        () = accept::serve(&listener, &relays) => Ok(()),
     };
-    if enforcer.leaving.has_begun() {
-        return leave(&gate, listener, &enforcer).await;
+    if enforcer.draining.has_begun() {
+        return leave(&gate, listener, &relays).await;
     }
     enforcer.flows.end_all();
     // Their tasks run on this very thread; each takes itself out of the table once it is done. Past the
@@ -161,22 +178,21 @@ async fn serve(
 }
 
 /// Leaves everything to the daemon that relieves this one.
-async fn leave(
-    gate: &Gate,
-    listener: tokio::net::TcpListener,
-    enforcer: &Enforcer,
-) -> io::Result<()> {
-    let (flows, leaving) = (&enforcer.flows, &enforcer.leaving);
-    leaving.gate_stopped();
+async fn leave(gate: &Gate, listener: tokio::net::TcpListener, relays: &Relays) -> io::Result<()> {
+    let Relays {
+        enforcer, outgoing, ..
+    } = relays;
+    let flows = &enforcer.flows;
+    outgoing.gate_stopped();
     let gates = enforcer.queues.len();
-    let answered = || leaving.gates_stopped() == gates && !flows.has_any(&[StageName::Held]);
+    let answered = || outgoing.gates_stopped() == gates && !flows.has_any(&[StageName::Held]);
     within(ANSWER_WITHIN, answered).await;
     flows.let_go();
     let at_work = [StageName::Held, StageName::Live];
     within(STOP_WITHIN, || !flows.has_any(&at_work)).await;
     let (number, queue) = gate.leave()?;
     let listener = listener.into_std()?.into();
-    leaving.seat(number, Seat { queue, listener });
+    outgoing.seat(number, Seat { queue, listener });
     Ok(())
 }
 

@@ -11,7 +11,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tracing::info;
 
 use crate::enforcer::Enforcer;
-use crate::handover::{Estate, Offer, Successor};
+use crate::handover::{Estate, Offer, Outgoing, Successor};
 
 use super::relief;
 
@@ -69,6 +69,7 @@ pub(super) enum Ended {
 
 /// The parts of a daemon that enforces.
 pub(super) struct Running {
+    pub(super) outgoing: Arc<Outgoing>,
     pub(super) workers: Vec<Thread>,
     /// Follows the cluster's state, and stops between two changes when told.
     pub(super) following: JoinHandle<()>,
@@ -92,7 +93,7 @@ impl Running {
         let stop = |ending: &Ending| {
             match ending {
                 Ending::Stopped => self.following.abort(),
-                Ending::Relieved(_) => enforcer.leaving.begin(),
+                Ending::Relieved(_) => enforcer.draining.begin(),
             }
             self.stop.send_replace(true);
         };
@@ -101,13 +102,14 @@ impl Running {
         let _ = self.serving.await;
         let ended = match ended {
             Ok(Ending::Relieved(successor)) => {
-                let kept = relief::hand_over(enforcer, self.following, successor).await;
+                let kept =
+                    relief::hand_over(enforcer, &self.outgoing, self.following, successor).await;
                 kept.map(|kept| kept.map_or(Ended::Relieved, Ended::Kept))
             }
             other => other.map(|_| Ended::Stopped),
         };
         // What nobody came for.
-        drop(enforcer.leaving.take());
+        drop(self.outgoing.take());
         enforcer.recorder.finish(FINISH_WITHIN);
         info!(node = %enforcer.node, "stopped");
         ended

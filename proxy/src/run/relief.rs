@@ -6,7 +6,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -17,7 +17,9 @@ use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use crate::enforcer::Enforcer;
-use crate::handover::{self, Estate, Given, HandoverError, Kept, Offer, Successor, Terms, WITHIN};
+use crate::handover::{
+    self, Estate, Given, HandoverError, Kept, Offer, Outgoing, Successor, Terms, WITHIN,
+};
 use crate::succession;
 
 use super::ending::StopSignals;
@@ -212,14 +214,15 @@ impl Relief {
 /// # Errors
 /// If the thread that hands over fails.
 pub(super) async fn hand_over(
-    enforcer: &Arc<Enforcer>,
+    enforcer: &Enforcer,
+    outgoing: &Outgoing,
     following: JoinHandle<()>,
     successor: Successor,
 ) -> anyhow::Result<Option<Estate>> {
     let stuck = tokio::time::timeout(WITHIN, following).await.is_err();
-    succession::leave_admitted(enforcer);
+    succession::leave_admitted(enforcer, outgoing);
     let late = succession::end_others(enforcer);
-    let estate = enforcer.leaving.take();
+    let estate = outgoing.take();
     if stuck {
         warn!(
             "the last change of the cluster is not in the kernel yet: nothing is handed over, this daemon goes on"

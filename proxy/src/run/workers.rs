@@ -9,7 +9,7 @@ use tracing::info;
 
 use crate::accept;
 use crate::enforcer::Enforcer;
-use crate::handover::Estate;
+use crate::handover::{Estate, Outgoing};
 use crate::succession;
 use crate::worker::Worker;
 
@@ -25,6 +25,7 @@ use super::settings::RunArgs;
 pub(super) fn start_workers(
     args: &RunArgs,
     enforcer: &Arc<Enforcer>,
+    outgoing: &Arc<Outgoing>,
     stopped: &watch::Receiver<bool>,
     estate: Option<Estate>,
     since: Option<Instant>,
@@ -74,6 +75,8 @@ pub(super) fn start_workers(
         Some(_) => {}
     }
     let given = listeners.into_iter().zip(shares);
-    let begin = |(worker, (listener, share)): (Worker, _)| worker.listen(listener, share);
+    let begin = |(worker, (listener, share)): (Worker, _)| {
+        worker.listen(listener, share, Arc::clone(outgoing))
+    };
     Ok(workers.into_iter().zip(given).map(begin).collect())
 }

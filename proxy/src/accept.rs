@@ -16,11 +16,11 @@ use crate::connect::{bound_unsent, keepalive, reset_when_closed};
 use crate::enforcer::Enforcer;
 use crate::flows::{Flow, FlowKey, Legs, Upstream};
 use crate::handover::Outgoing;
+use crate::handover::transfer::{self, Relayed};
 use crate::limits::Source;
 use crate::occasional::warn_occasionally;
 use crate::records::Outcome;
 use crate::relay::{InFlight, Pressure, relay};
-use crate::succession::{self, Relayed};
 
 /// Completed handshakes that may wait for us; the kernel caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 16_384;
@@ -156,9 +156,7 @@ async fn live(
                     close_in_order(&legs.server);
                 }
                 // Otherwise dropping them resets them.
-                Outcome::Stopped
-                    if succession::leave(enforcer, outgoing, &flow, legs, in_flight) =>
-                {
+                Outcome::Stopped if transfer::leave(enforcer, outgoing, &flow, legs, in_flight) => {
                     return;
                 }
                 _ => {}

@@ -5,10 +5,12 @@
 //! the new daemon says that it begins, the old one can go on with everything, since it keeps copies of the sockets. The
 //! socket is at a path of the file system and not at an abstract name: any process in the node's network namespace
 //! could take an abstract name, and with it every stream of the node.
-mod line;
-mod message;
-mod offer;
-mod order;
+mod channel;
+mod listener;
+mod pod_order;
+mod protocol;
+pub(crate) mod standby;
+pub(crate) mod transfer;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -26,9 +28,9 @@ use socket2::SockRef;
 use crate::relay::Left;
 use crate::trail::Seen;
 
-use line::Line;
+use channel::Line;
 
-pub(crate) use offer::{Given, Kept, Offer, Successor, come, is_offered, take_over};
+pub(crate) use listener::{Given, Kept, Offer, Successor, come, is_offered, take_over};
 
 /// What is said, and in which order, has this number; another daemon may speak another.
 const FORMAT: u32 = 3;

@@ -26,7 +26,6 @@ mod redirect;
 mod relay;
 mod released;
 mod run;
-mod succession;
 mod telemetry;
 mod trail;
 mod unread;

@@ -3,7 +3,6 @@ mod ending;
 mod follow;
 mod node;
 mod reclaim;
-mod relief;
 mod settings;
 mod source;
 mod workers;
@@ -26,6 +25,7 @@ use crate::bridges::Bridges;
 use crate::carried::{Carried, upkeep};
 use crate::enforcer::{Draining, Enforcer};
 use crate::flows::Flows;
+use crate::handover::standby::{self, Relief, Rest};
 use crate::handover::{Estate, Outgoing};
 use crate::limits::{Connections, Pending, WAITING_OF_SOURCE};
 use crate::links::PodLinks;
@@ -41,7 +41,6 @@ use crate::unread::Unread;
 
 use ending::{Ended, Running, StopSignals, Thread};
 use follow::{Follower, first_state};
-use relief::{Relief, Rest};
 pub(crate) use settings::{LogFormat, RunArgs};
 use source::Source;
 use workers::start_workers;
@@ -90,7 +89,15 @@ fn work_and_rest(args: &RunArgs) -> anyhow::Result<()> {
             in_place(args)?;
             let (relief, mut signals) = match resting.take() {
                 Some(again) => again,
-                None => (Relief::new(args)?, StopSignals::listen()?),
+                None => (
+                    Relief::new(
+                        args.handover.clone(),
+                        &args.redirect,
+                        args.pod(),
+                        args.admin,
+                    )?,
+                    StopSignals::listen()?,
+                ),
             };
             let ended = enforce(args, &relief, source, &mut signals, kept.take()).await;
             anyhow::Ok((relief, signals, ended))
@@ -112,7 +119,7 @@ fn work_and_rest(args: &RunArgs) -> anyhow::Result<()> {
                 rest
             }
         };
-        if !relief.rest(runtime, &mut signals, rest)? {
+        if !relief.rest(runtime, signals.received(), rest)? {
             return Ok(());
         }
         info!("resuming enforcement");
@@ -135,7 +142,7 @@ async fn enforce(
     let enforcer = enforcer(args, node, Arc::clone(&table), source.status())?;
     let (stop, stopped) = watch::channel(false);
     let (pod, outgoing) = (Arc::default(), Arc::default());
-    let patience = kept.as_ref().map(|_| relief::FREE_WITHIN);
+    let patience = kept.as_ref().map(|_| standby::FREE_WITHIN);
     let serve = async || open_admin(args, patience, &pod, &enforcer, &readiness, &stopped).await;
     // Before the first state is there, which can take long: who waits wants to know for what. A daemon that is
     // to be relieved still has the port.
@@ -224,7 +231,7 @@ async fn open_admin(
     stopped: &watch::Receiver<bool>,
 ) -> anyhow::Result<JoinHandle<()>> {
     let bind = async || admin::bind(args.admin).await;
-    let admin = relief::once_free(bind, patience.unwrap_or_default()).await?;
+    let admin = standby::once_free(bind, patience.unwrap_or_default()).await?;
     let (enforcer, readiness) = (Arc::clone(enforcer), readiness.clone());
     let answering = Admin::new(enforcer, readiness, Arc::clone(pod));
     let serving = admin::serve(admin, answering, stopped.clone());

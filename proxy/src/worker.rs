@@ -17,8 +17,8 @@ use crate::accept::{self, Relays};
 use crate::enforcer::Enforcer;
 use crate::flows::StageName;
 use crate::gate::Gate;
+use crate::handover::transfer::Relayed;
 use crate::handover::{Outgoing, Seat};
-use crate::succession::Relayed;
 
 /// What connections may take to be reset when the daemon stops, or left when it is relieved.
 const STOP_WITHIN: Duration = Duration::from_secs(1);

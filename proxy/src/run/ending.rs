@@ -11,9 +11,8 @@ use tokio::task::{JoinHandle, JoinSet};
 use tracing::info;
 
 use crate::enforcer::Enforcer;
+use crate::handover::standby;
 use crate::handover::{Estate, Offer, Outgoing, Successor};
-
-use super::relief;
 
 /// What the last records may take to be written when the daemon stops.
 const FINISH_WITHIN: Duration = Duration::from_secs(2);
@@ -103,7 +102,7 @@ impl Running {
         let ended = match ended {
             Ok(Ending::Relieved(successor)) => {
                 let kept =
-                    relief::hand_over(enforcer, &self.outgoing, self.following, successor).await;
+                    standby::hand_over(enforcer, &self.outgoing, self.following, successor).await;
                 kept.map(|kept| kept.map_or(Ended::Relieved, Ended::Kept))
             }
             other => other.map(|_| Ended::Stopped),

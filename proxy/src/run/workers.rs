@@ -9,8 +9,8 @@ use tracing::info;
 
 use crate::accept;
 use crate::enforcer::Enforcer;
+use crate::handover::transfer;
 use crate::handover::{Estate, Outgoing};
-use crate::succession;
 use crate::worker::Worker;
 
 use super::ending::Thread;
@@ -55,7 +55,7 @@ pub(super) fn start_workers(
     let mut shares: Vec<Vec<_>> = workers.iter().map(|_| Vec::new()).collect();
     let left = estate.take_connections();
     let connections = left.len();
-    let left = succession::adopt(enforcer, left);
+    let left = transfer::adopt(enforcer, left);
     for (turn, relayed) in left.into_iter().enumerate() {
         shares[turn % workers.len()].push(relayed);
     }

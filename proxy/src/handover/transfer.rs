@@ -12,10 +12,11 @@ use policy::{Decided, DecidedSide, Endpoint, Identity, PodKey, Protocol};
 use crate::decision::{Decision, Way};
 use crate::enforcer::Enforcer;
 use crate::flows::{Adopted, Flow, FlowKey, Legs, StageName};
-use crate::handover::{Connection, Outgoing, Pod, Told};
 use crate::records::Outcome;
 use crate::relay::{InFlight, Left, Moved};
 use crate::trail::Trail;
+
+use super::{Connection, Outgoing, Pod, Told};
 
 /// The worker of a leg that the control thread watches until a worker wants it.
 const CONTROL: usize = usize::MAX;

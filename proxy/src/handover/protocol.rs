@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use super::line::{Heard, LONGEST, Line};
+use super::channel::{Heard, LONGEST, Line};
 use super::{Connection, Estate, HandoverError, Seat, Told};
 use crate::relay::{Left, Unread};
 

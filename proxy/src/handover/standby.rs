@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use iptables_init::settings::Settings;
 use kernel::nfqueue::Queue;
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
@@ -17,27 +18,26 @@ use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use crate::enforcer::Enforcer;
-use crate::handover::{
-    self, Estate, Given, HandoverError, Kept, Offer, Outgoing, Successor, Terms, WITHIN,
-};
-use crate::succession;
 
-use super::ending::StopSignals;
-use super::settings::RunArgs;
+use super::transfer;
+use super::{
+    Estate, Given, HandoverError, Kept, Offer, Outgoing, Successor, Terms, WITHIN, come,
+    is_offered, take_over,
+};
 
 /// How often a daemon that rests looks for others.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How often a daemon looks while another one ends or gives up.
 const LOOK_SOON: Duration = Duration::from_millis(50);
 /// How long that may take.
-pub(super) const FREE_WITHIN: Duration = Duration::from_secs(5);
+pub(crate) const FREE_WITHIN: Duration = Duration::from_secs(5);
 /// How often a daemon that breaks off the handover is asked.
 const ATTEMPTS: usize = 3;
 /// How long a node must seem to be without a daemon: longer than two take for a handover.
 const GRACE: Duration = Duration::from_secs(2);
 
 /// Where daemons relieve each other; nowhere without `--handover`.
-pub(super) struct Relief {
+pub(crate) struct Relief {
     place: Option<(PathBuf, Terms)>,
     admin: SocketAddr,
     /// The number of the first queue.
@@ -46,7 +46,7 @@ pub(super) struct Relief {
 
 /// Why a daemon rests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Rest {
+pub(crate) enum Rest {
     /// Another has the node, and keeps it.
     Relieved,
     /// Something has a port that this one needs, and does not let itself be relieved.
@@ -54,18 +54,27 @@ pub(super) enum Rest {
 }
 
 impl Relief {
-    pub(super) fn new(args: &RunArgs) -> anyhow::Result<Self> {
-        let (admin, queue) = (args.admin, args.redirect.queue);
-        let Some(path) = args.handover.clone() else {
+    /// Of a daemon with the settings `redirect`, in `pod` if any, whose admin port is at `admin`.
+    ///
+    /// # Errors
+    /// If this network namespace cannot be named.
+    pub(crate) fn new(
+        path: Option<PathBuf>,
+        redirect: &Settings,
+        pod: Option<String>,
+        admin: SocketAddr,
+    ) -> anyhow::Result<Self> {
+        let queue = redirect.queue;
+        let Some(path) = path else {
             return Ok(Self {
                 place: None,
                 admin,
                 queue,
             });
         };
-        let terms = Terms::new(&args.redirect, args.pod());
+        let terms = Terms::new(redirect, pod);
         let terms = terms.context("cannot tell this network namespace")?;
-        if let Err(error) = handover::come(&path, &terms) {
+        if let Err(error) = come(&path, &terms) {
             warn!(
                 "cannot record the order of pods; the daemon that was started last has the node: {error}"
             );
@@ -84,9 +93,9 @@ impl Relief {
     }
 
     /// Whether there is a daemon to be relieved.
-    pub(super) fn is_due(&self) -> bool {
+    pub(crate) fn is_due(&self) -> bool {
         let place = self.place.as_ref();
-        place.is_some_and(|(path, _)| handover::is_offered(path))
+        place.is_some_and(|(path, _)| is_offered(path))
     }
 
     /// Takes over from the running daemon, if one can be relieved, unless this daemon goes on with what it has `kept`.
@@ -95,14 +104,14 @@ impl Relief {
     /// # Errors
     /// If the one that runs is none that this one may relieve. A fault on the way is none: then this daemon starts
     /// as if it were the first, and if the other still runs that says so.
-    pub(super) async fn take_over(&self, kept: Option<Estate>) -> anyhow::Result<Option<Estate>> {
+    pub(crate) async fn take_over(&self, kept: Option<Estate>) -> anyhow::Result<Option<Estate>> {
         let Some((path, terms)) = self.place.as_ref().filter(|_| kept.is_none()) else {
             return Ok(kept);
         };
         let mut attempts = 0;
         loop {
             let (path, terms) = (path.clone(), terms.clone());
-            let taking = move || handover::take_over(&path, &terms);
+            let taking = move || take_over(&path, &terms);
             attempts += 1;
             let error = match tokio::task::spawn_blocking(taking).await? {
                 Ok(estate) => return Ok(estate),
@@ -135,7 +144,7 @@ impl Relief {
     }
 
     /// Lets this daemon be relieved from now on, and tells whose it is then.
-    pub(super) fn offer(&self, whose: &OnceLock<String>) -> Option<Offer> {
+    pub(crate) fn offer(&self, whose: &OnceLock<String>) -> Option<Offer> {
         let (path, terms) = self.place.clone()?;
         let offer = Offer::open(&path, terms)
             .inspect_err(|error| warn!("this daemon cannot be relieved: {error}"))
@@ -148,7 +157,7 @@ impl Relief {
 
     /// Whether a daemon that could not start for this reason waits for a better time: its pod is the node's next or
     /// last, and whoever has the node may end. Without a pod nobody would end it.
-    pub(super) fn rest_for(&self, error: &anyhow::Error) -> Option<Rest> {
+    pub(crate) fn rest_for(&self, error: &anyhow::Error) -> Option<Rest> {
         self.pod()?;
         if let Some(HandoverError::Newer { .. }) = error.downcast_ref() {
             return Some(Rest::Relieved);
@@ -161,10 +170,10 @@ impl Relief {
     ///
     /// # Errors
     /// If this process may not have what a runtime needs.
-    pub(super) fn rest(
+    pub(crate) fn rest(
         &self,
         enforced: Runtime,
-        signals: &mut StopSignals,
+        told_to_end: impl Future<Output = ()>,
         rest: Rest,
     ) -> io::Result<bool> {
         enforced.shutdown_background();
@@ -179,7 +188,7 @@ impl Relief {
         };
         Ok(resting.block_on(async {
             tokio::select! {
-                () = signals.received() => false,
+                () = told_to_end => false,
                 () = again => true,
             }
         }))
@@ -213,15 +222,15 @@ impl Relief {
 ///
 /// # Errors
 /// If the thread that hands over fails.
-pub(super) async fn hand_over(
+pub(crate) async fn hand_over(
     enforcer: &Enforcer,
     outgoing: &Outgoing,
     following: JoinHandle<()>,
     successor: Successor,
 ) -> anyhow::Result<Option<Estate>> {
     let stuck = tokio::time::timeout(WITHIN, following).await.is_err();
-    succession::leave_admitted(enforcer, outgoing);
-    let late = succession::end_others(enforcer);
+    transfer::leave_admitted(enforcer, outgoing);
+    let late = transfer::end_others(enforcer);
     let estate = outgoing.take();
     if stuck {
         warn!(
@@ -265,7 +274,7 @@ pub(super) async fn hand_over(
 ///
 /// # Errors
 /// What `act` answers in the end.
-pub(super) async fn once_free<T>(
+pub(crate) async fn once_free<T>(
     act: impl AsyncFn() -> anyhow::Result<T>,
     patience: Duration,
 ) -> anyhow::Result<T> {

@@ -11,11 +11,11 @@ use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 use tokio::io::unix::AsyncFd;
 use tracing::{debug, warn};
 
-use super::line::Line;
-use super::message::Reply;
+use super::channel::Line;
+use super::protocol::Reply;
 use super::{
     CONNECTIONS_WITHIN, Connection, Estate, FORMAT, HandoverError, READY_WITHIN, Terms, WITHIN,
-    order,
+    pod_order,
 };
 use crate::relay::Left;
 
@@ -176,7 +176,7 @@ impl Successor {
 /// What the daemon with `terms` answers one that wants to relieve it.
 fn reply(place: &Path, terms: &Terms, asked: &Terms) -> Reply {
     let newer = match (terms.pod(), asked.pod()) {
-        (Some(ours), Some(theirs)) => order::is_before(place, theirs, ours).then_some(ours),
+        (Some(ours), Some(theirs)) => pod_order::is_before(place, theirs, ours).then_some(ours),
         _ => None,
     };
     let refused = match newer {
@@ -206,7 +206,7 @@ pub(crate) fn come(path: &Path, terms: &Terms) -> Result<(), HandoverError> {
     };
     terms
         .pod()
-        .map_or(Ok(()), |pod| order::enter(path, pod).map_err(failed))
+        .map_or(Ok(()), |pod| pod_order::enter(path, pod).map_err(failed))
 }
 
 /// Whether a daemon waits at `path` to be relieved.

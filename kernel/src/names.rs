@@ -22,3 +22,12 @@ pub const MODULE_PACKAGES: &str = "Ubuntu: linux-modules-extra-$(uname -r); Debi
 /// The source ports that upstream connections have. By them an error that this host itself sends is
 /// told from one for the pod.
 pub const UPSTREAM_PORTS: RangeInclusive<u16> = 2048..=29999;
+
+/// Those of connections to pods of this node.
+pub const LOCAL_PORTS: RangeInclusive<u16> = 2048..=15999;
+/// Those of connections that leave the node.
+pub const REMOTE_PORTS: RangeInclusive<u16> = 16000..=29999;
+const _: () = assert!(
+    *LOCAL_PORTS.start() == *UPSTREAM_PORTS.start() && *REMOTE_PORTS.end() == *UPSTREAM_PORTS.end(),
+    "the rules know all of them"
+);

@@ -18,9 +18,9 @@ use crate::flows::{Flow, FlowKey, Legs, Upstream};
 use crate::handover::Outgoing;
 use crate::handover::transfer::{self, Relayed};
 use crate::limits::Source;
-use crate::occasional::warn_occasionally;
-use crate::records::Outcome;
 use crate::relay::{InFlight, Pressure, relay};
+use crate::telemetry::occasional::warn_occasionally;
+use crate::telemetry::record::Outcome;
 
 /// Completed handshakes that may wait for us; the kernel caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 16_384;

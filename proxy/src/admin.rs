@@ -28,8 +28,8 @@ use tokio::sync::{Semaphore, watch};
 use tracing::debug;
 
 use crate::enforcer::Enforcer;
-use crate::occasional::warn_occasionally;
 use crate::readiness::Readiness;
+use crate::telemetry::occasional::warn_occasionally;
 
 use page::Page;
 use query::Query;

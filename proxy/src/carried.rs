@@ -18,10 +18,10 @@ use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as Place;
 use kernel::conntrack::{Entry, FlowId};
 
-use crate::decision::{Decision, Severance, Way};
 use crate::flows::{ByAddress, Ends};
 use crate::limits::Source;
-use crate::records::Subject;
+use crate::telemetry::decision::{Decision, Severance, Way};
+use crate::telemetry::record::Subject;
 
 use backlog::Backlog;
 

@@ -5,28 +5,18 @@
 //! port is to be had the attempt fails: another address would change the far node's decision.
 use std::io;
 use std::net::SocketAddr;
-use std::ops::RangeInclusive;
 use std::os::fd::AsFd;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use kernel::marks::{Answer, Marks};
-use kernel::names::UPSTREAM_PORTS;
+use kernel::names::{LOCAL_PORTS, REMOTE_PORTS};
 use kernel::sys;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
-use crate::trail::Trail;
-
-/// Source ports of connections to pods of this node.
-const LOCAL_PORTS: RangeInclusive<u16> = 2048..=15999;
-/// Source ports of connections that leave the node.
-pub(crate) const REMOTE_PORTS: RangeInclusive<u16> = 16000..=29999;
-const _: () = assert!(
-    *LOCAL_PORTS.start() == *UPSTREAM_PORTS.start() && *REMOTE_PORTS.end() == *UPSTREAM_PORTS.end(),
-    "the kernel's rules know these ports too"
-);
+use crate::telemetry::timeline::Trail;
 
 /// Ports tried for one connection before it is refused.
 const PORTS_TRIED: usize = 256;

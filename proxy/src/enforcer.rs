@@ -12,12 +12,12 @@ use policy::{Endpoint, Protocol};
 use tokio::sync::Notify;
 
 use crate::carried::{Carried, Listed};
-use crate::decision::{Decision, Severance, Way};
 use crate::flows::{Flow, FlowKey, Flows, StageName};
 use crate::limits::{Asking, Connections, Party, Pending, Place, ShareUsedUp, Source};
-use crate::metrics::{Cause, Metrics};
-use crate::recorder::Recorder;
-use crate::records::{Outcome, Subject};
+use crate::telemetry::decision::{Decision, Severance, Way};
+use crate::telemetry::metrics::{Cause, Metrics};
+use crate::telemetry::record::{Outcome, Subject};
+use crate::telemetry::recorder::Recorder;
 use crate::unread::Unread;
 
 /// How denied connections are answered.

@@ -23,11 +23,11 @@ use policy::Protocol;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
-use crate::decision::{Decision, Severance, Way};
 use crate::limits::Permit;
-use crate::records::Subject;
-use crate::relay::Moved;
-use crate::trail::Trail;
+use crate::telemetry::decision::{Decision, Severance, Way};
+use crate::telemetry::moved::Moved;
+use crate::telemetry::record::Subject;
+use crate::telemetry::timeline::Trail;
 use crate::unread::Holding;
 
 pub(crate) use adopted::Adopted;

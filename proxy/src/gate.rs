@@ -22,14 +22,14 @@ use kernel::nfqueue::{PacketId, Queue, Queued, Ruling};
 use policy::Protocol;
 
 use crate::connect::{self, ConnectError, Leg};
-use crate::decision::Decision;
 use crate::enforcer::{Deny, Enforcer, Waiting};
 use crate::flows::{Arrival, Flow, FlowKey};
 use crate::limits::{LONGEST_WAITING, ShareUsedUp};
-use crate::metrics::Cause;
-use crate::occasional::warn_occasionally;
-use crate::records::Outcome;
-use crate::trail::{Moment, Trail};
+use crate::telemetry::decision::Decision;
+use crate::telemetry::metrics::Cause;
+use crate::telemetry::occasional::warn_occasionally;
+use crate::telemetry::record::Outcome;
+use crate::telemetry::timeline::{Moment, Trail};
 
 use packet::{Packet, Reset, Syn};
 

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
 use crate::relay::Left;
-use crate::trail::Seen;
+use crate::telemetry::timeline::Seen;
 
 use channel::Line;
 

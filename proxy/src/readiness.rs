@@ -6,7 +6,7 @@ use controller::kube::WatchStatus;
 use tokio::sync::watch;
 use tracing::error;
 
-use crate::records::timestamp;
+use crate::telemetry::record::timestamp;
 
 /// Shared by those who find out and those who ask; it speaks for one part of the work.
 #[derive(Clone)]

@@ -20,7 +20,8 @@ use socket2::SockRef;
 use tokio::io::{Interest, Ready};
 use tokio::net::TcpStream;
 
-use crate::trail::{Moment, Trail};
+use crate::telemetry::moved::Moved;
+use crate::telemetry::timeline::{Moment, Trail};
 
 use in_flight::Passing;
 pub(crate) use in_flight::{InFlight, Left};
@@ -43,37 +44,6 @@ const TURN: usize = 256 << 10;
 
 thread_local! {
     static SHARED: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into_boxed_slice());
-}
-
-/// Payload bytes moved so far, as others may read them while the connection lives.
-#[derive(Debug, Default)]
-pub(crate) struct Moved {
-    /// From the client to the server.
-    pub(crate) sent: AtomicU64,
-    /// From the server to the client.
-    pub(crate) received: AtomicU64,
-    told: [AtomicU64; 2],
-}
-
-impl Moved {
-    /// Goes on from bytes sent and received that have been told by an earlier daemon.
-    pub(crate) fn resumed(moved: [u64; 2]) -> Self {
-        let [sent, received] = moved.map(AtomicU64::new);
-        Self {
-            sent,
-            received,
-            told: moved.map(AtomicU64::new),
-        }
-    }
-
-    /// Bytes sent and received since this was last asked: each byte is told once, whoever asks.
-    pub(crate) fn untold(&self) -> [u64; 2] {
-        let mut moved = [&self.sent, &self.received].map(|all| all.load(Ordering::Relaxed));
-        for (now, told) in moved.iter_mut().zip(&self.told) {
-            *now = now.saturating_sub(told.fetch_max(*now, Ordering::Relaxed));
-        }
-        moved
-    }
 }
 
 /// Is notified when a direction of a stream becomes busy or idle: 0 is the direction to the server, 1 that to the

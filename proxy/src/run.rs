@@ -29,14 +29,14 @@ use crate::handover::standby::{self, Relief, Rest};
 use crate::handover::{Estate, Outgoing};
 use crate::limits::{Connections, Pending, WAITING_OF_SOURCE};
 use crate::links::PodLinks;
-use crate::metrics::Metrics;
 use crate::occupancy::Vacancies;
 use crate::readiness::Readiness;
-use crate::recorder::Recorder;
 use crate::redirect::Redirect;
 use crate::relay;
 use crate::released::{LocalPods, Released};
-use crate::telemetry::{Spans, TelemetryError};
+use crate::telemetry::metrics::Metrics;
+use crate::telemetry::recorder::Recorder;
+use crate::telemetry::spans::{Spans, TelemetryError};
 use crate::unread::Unread;
 
 use ending::{Ended, Running, StopSignals, Thread};

@@ -225,8 +225,9 @@ fn modules_of_the_daemon_use_each_other_in_one_direction() {
 
 #[test]
 fn every_metric_is_documented() {
-    let source = fs::read_to_string(root().join("proxy/src/metrics.rs")).expect("the metrics");
-    let parts = files("proxy/src/metrics", "rs").into_iter();
+    let source =
+        fs::read_to_string(root().join("proxy/src/telemetry/metrics.rs")).expect("the metrics");
+    let parts = files("proxy/src/telemetry/metrics", "rs").into_iter();
     let source = parts.fold(source, |all, (_, text)| all + &text);
     let page = fs::read_to_string(root().join("docs/metrics.md")).expect("docs/metrics.md");
     let registered: Vec<_> = source

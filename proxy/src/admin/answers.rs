@@ -11,12 +11,12 @@ use super::Answer;
 use super::query::Query;
 use crate::ask;
 use crate::carried::CarriedFlow;
-use crate::decision::Word;
 use crate::enforcer::Enforcer;
 use crate::flows::{Ends, Flow, StageName};
-use crate::metrics::{Queues, Readings};
 use crate::readiness::Readiness;
-use crate::records::{shown, timestamp};
+use crate::telemetry::decision::Word;
+use crate::telemetry::metrics::{Queues, Readings};
+use crate::telemetry::record::{shown, timestamp};
 
 /// Ready or why not, and every fault of the cluster's objects that stands. Asked for another pod's daemon, this one is
 /// not ready, if it tells pods apart.

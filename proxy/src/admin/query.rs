@@ -5,7 +5,7 @@ use percent_encoding::percent_decode_str;
 use policy::{Endpoint, PodKey, Protocol};
 
 use crate::ask::{self, Question};
-use crate::decision::Word;
+use crate::telemetry::decision::Word;
 
 /// `key=value&...`, percent-encoded where need be (RFC 3986, section 3.4).
 pub(super) struct Query(Vec<(String, String)>);

@@ -13,7 +13,7 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 
 use super::query::Filter;
-use crate::observed::Sighting;
+use crate::telemetry::recent::Sighting;
 
 /// Parts of the body that may wait for the reader's socket.
 const WAITING: usize = 8;

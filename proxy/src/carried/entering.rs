@@ -6,9 +6,9 @@ use controller::Judgement;
 use kernel::conntrack::FlowId;
 
 use super::{CarriedFlow, Listed, upkeep};
-use crate::decision::Decision;
 use crate::enforcer::Enforcer;
-use crate::records::Outcome;
+use crate::telemetry::decision::Decision;
+use crate::telemetry::record::Outcome;
 
 impl Enforcer {
     /// Judges a flow and, if it may be, lists it, so that a later change finds it; how it was listed

@@ -19,10 +19,10 @@ use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
 use super::{ON_ITS_WAY, backlog, unlisted};
-use crate::decision::{Decision, Severance};
 use crate::enforcer::Enforcer;
 use crate::limits::Source;
-use crate::occasional::warn_occasionally;
+use crate::telemetry::decision::{Decision, Severance};
+use crate::telemetry::occasional::warn_occasionally;
 
 /// How often the list is compared with conntrack.
 const COMPARE_EVERY: Duration = Duration::from_secs(15);

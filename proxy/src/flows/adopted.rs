@@ -5,8 +5,8 @@ use std::time::{Instant, SystemTime};
 
 use super::{Flow, FlowKey, Flows, Stage, StageName};
 use crate::limits::Permit;
-use crate::relay::Moved;
-use crate::trail::Trail;
+use crate::telemetry::moved::Moved;
+use crate::telemetry::timeline::Trail;
 
 /// A connection that an earlier daemon has let in.
 pub(crate) struct Adopted {

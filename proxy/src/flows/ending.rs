@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use super::stage::Stage;
 use super::{Flow, FlowKey, Flows, StageName};
-use crate::decision::Severance;
-use crate::records::Outcome;
+use crate::telemetry::decision::Severance;
+use crate::telemetry::record::Outcome;
 
 impl Flows {
     /// Takes a connection that is over out of the table.

@@ -11,11 +11,11 @@ use kernel::nfqueue::{PacketId, Ruling};
 use policy::Protocol;
 
 use super::{Deny, Gate};
-use crate::decision::Way;
 use crate::enforcer::Waiting;
 use crate::limits::{LONGEST_WAITING, ShareUsedUp};
-use crate::metrics::Cause;
-use crate::records::Subject;
+use crate::telemetry::decision::Way;
+use crate::telemetry::metrics::Cause;
+use crate::telemetry::record::Subject;
 
 impl Gate {
     /// Decides a packet at once, or holds it until both its ends are known, unless it is long or its source has used up

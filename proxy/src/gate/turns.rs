@@ -10,7 +10,7 @@ use super::backlog::{Backlog, User};
 use super::packet::Packet;
 use super::{Came, Gate};
 use crate::limits::{LONGEST_WAITING, Source};
-use crate::metrics::Cause;
+use crate::telemetry::metrics::Cause;
 
 /// Messages that are read from the kernel's queue at once.
 const BATCH: usize = 128;

@@ -9,12 +9,13 @@ use std::time::Instant;
 use controller::Judgement;
 use policy::{Decided, DecidedSide, Endpoint, Identity, PodKey, Protocol};
 
-use crate::decision::{Decision, Way};
 use crate::enforcer::Enforcer;
 use crate::flows::{Adopted, Flow, FlowKey, Legs, StageName};
-use crate::records::Outcome;
-use crate::relay::{InFlight, Left, Moved};
-use crate::trail::Trail;
+use crate::relay::{InFlight, Left};
+use crate::telemetry::decision::{Decision, Way};
+use crate::telemetry::moved::Moved;
+use crate::telemetry::record::Outcome;
+use crate::telemetry::timeline::Trail;
 
 use super::{Connection, Outgoing, Pod, Told};
 

@@ -9,7 +9,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::enforcer::Deny;
 use crate::limits::Bounds;
-use crate::telemetry::TelemetryArgs;
+use crate::telemetry::spans::TelemetryArgs;
 
 /// Traffic between a pod and the node that it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

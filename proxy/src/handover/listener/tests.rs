@@ -10,7 +10,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use super::super::{Connection, Pod, Seat, Told};
 use super::*;
 use crate::relay::Unread;
-use crate::trail::{Onward, Seen};
+use crate::telemetry::timeline::{Onward, Seen};
 
 /// Both ends of a line with this time limit for each message.
 fn lines(within: Duration) -> (Line, Line) {

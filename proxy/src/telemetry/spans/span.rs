@@ -7,10 +7,10 @@ use opentelemetry_sdk::trace::{IdGenerator, RandomIdGenerator, SpanData, SpanEve
 use opentelemetry_semantic_conventions::attribute::{ERROR_TYPE, NETWORK_TRANSPORT, NETWORK_TYPE};
 use policy::Protocol;
 
-use super::fold::Folded;
-use super::place::Place;
-use crate::records::{Fate, Field, Record};
-use crate::trail::Moment;
+use super::aggregate::Folded;
+use super::span_ids::Place;
+use crate::telemetry::record::{Fate, Field, Record};
+use crate::telemetry::timeline::Moment;
 
 /// Makes the spans of one node.
 pub(super) struct Spanner {

@@ -16,8 +16,8 @@ use std::time::SystemTime;
 
 use policy::Protocol;
 
-use crate::decision::{Decision, Way};
-use crate::trail::Seen;
+use crate::telemetry::decision::{Decision, Way};
+use crate::telemetry::timeline::Seen;
 
 pub(crate) use fields::{Field, shown, timestamp};
 pub(crate) use queue::Queue;

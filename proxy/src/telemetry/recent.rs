@@ -13,8 +13,8 @@ use policy::{Endpoint, PodKey};
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
-use crate::decision::{Decision, Word};
-use crate::records::{Subject, shown, timestamp};
+use crate::telemetry::decision::{Decision, Word};
+use crate::telemetry::record::{Subject, shown, timestamp};
 
 use denials::Denials;
 
@@ -166,7 +166,7 @@ pub(super) mod tests {
     use policy::{Decided, DecidedSide, Protocol};
 
     use super::*;
-    use crate::decision::Way;
+    use crate::telemetry::decision::Way;
 
     pub(crate) fn denied(port: u16) -> (Subject, Arc<Decision>) {
         let subject = Subject {

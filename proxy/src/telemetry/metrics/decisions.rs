@@ -3,7 +3,7 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 
-use crate::decision::{Decision, Ground, Spoke, Way, Word};
+use crate::telemetry::decision::{Decision, Ground, Spoke, Way, Word};
 
 const WORDS: [Word; 3] = [Word::Allow, Word::Deny, Word::Sever];
 const SPOKE: [Spoke; 3] = [Spoke::Egress, Spoke::Ingress, Spoke::Both];

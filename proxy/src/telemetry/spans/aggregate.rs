@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use policy::Protocol;
 
-use crate::records::{Fate, Record, Windows};
+use crate::telemetry::record::{Fate, Record, Windows};
 
 /// How long repeats are counted before they are told.
 const WINDOW: Duration = Duration::from_secs(10);

@@ -4,9 +4,9 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use policy::Protocol;
 
 use super::*;
-use crate::records::testing::{CLIENT, SERVER, decision};
-use crate::records::{Outcome, Record, Subject};
-use crate::trail::{Seen, Trail};
+use crate::telemetry::record::testing::{CLIENT, SERVER, decision};
+use crate::telemetry::record::{Outcome, Record, Subject};
+use crate::telemetry::timeline::{Seen, Trail};
 
 fn subject(port: u16, seen: Option<Seen>, way: Way) -> Subject {
     Subject {

@@ -18,12 +18,12 @@ use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 use tracing::{info, warn};
 
-use super::fold::{Fold, Folded};
+use super::aggregate::{Fold, Folded};
 use super::settings::{Settings, Transport};
 use super::span::Spanner;
 use super::tls::{self, Connector};
 use super::{Counts, TelemetryError};
-use crate::records::{Queue, Record};
+use crate::telemetry::record::{Queue, Record};
 
 /// The collector's end of the queue.
 pub(super) struct Exporter {

@@ -2,10 +2,10 @@
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use super::*;
-use crate::decision::Way;
-use crate::records::testing::{CLIENT, SERVER, decision};
-use crate::records::{Outcome, Subject};
-use crate::trail::Trail;
+use crate::telemetry::decision::Way;
+use crate::telemetry::record::testing::{CLIENT, SERVER, decision};
+use crate::telemetry::record::{Outcome, Subject};
+use crate::telemetry::timeline::Trail;
 
 fn spanned(fate: Fate, trail: Option<&Trail>, count: u64) -> SpanData {
     let opened = UNIX_EPOCH + Duration::from_secs(1000);

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use crate::records::{Queue, Record, Sink, timestamp};
+use crate::telemetry::record::{Queue, Record, Sink, timestamp};
 
 /// Records that may wait for the disk.
 const WAITING: usize = 16_384;

@@ -11,7 +11,7 @@ use prometheus_client::registry::Registry;
 use super::rules::Rules;
 use super::spans::Spans;
 use super::{Queues, whole};
-use crate::telemetry::SpanCounts;
+use crate::telemetry::spans::SpanCounts;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct StageLabel {

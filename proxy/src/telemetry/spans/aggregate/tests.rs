@@ -3,9 +3,9 @@ use std::net::SocketAddr;
 use std::time::UNIX_EPOCH;
 
 use super::*;
-use crate::decision::Way;
-use crate::records::testing::decision;
-use crate::records::{Outcome, Subject};
+use crate::telemetry::decision::Way;
+use crate::telemetry::record::testing::decision;
+use crate::telemetry::record::{Outcome, Subject};
 
 fn record(port: u16, server: u8, fate: Fate) -> Arc<Record> {
     Arc::new(Record {

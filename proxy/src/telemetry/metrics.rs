@@ -19,9 +19,9 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::decision::{Decision, Way, Word};
 use crate::limits::Full;
-use crate::relay::Moved;
+use crate::telemetry::decision::{Decision, Way, Word};
+use crate::telemetry::moved::Moved;
 
 use decisions::Decisions;
 pub(crate) use queues::Queues;

@@ -6,7 +6,7 @@ use controller::{Batch, Event, Index, Judgement, Object, Table, TableSettings};
 use policy::{Labels, NetworkPolicy, Node, Pod, PodKey, PolicyKey, Protocol};
 use serde_json::json;
 
-use crate::decision::Decision;
+use crate::telemetry::decision::Decision;
 
 /// Address of pod x/a, uid `uid-a`.
 pub(crate) const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 1, 2));

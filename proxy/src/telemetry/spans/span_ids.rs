@@ -13,9 +13,9 @@ use opentelemetry::trace::{SpanId, TraceId};
 use policy::{Endpoint, Protocol};
 use siphasher::sip128::{Hasher128, SipHasher13};
 
-use crate::connect::REMOTE_PORTS;
-use crate::decision::Way;
-use crate::records::{Fate, Record, Subject};
+use crate::telemetry::decision::Way;
+use crate::telemetry::record::{Fate, Record, Subject};
+use kernel::names::REMOTE_PORTS;
 
 /// A window of SYN timestamps is so many bits of milliseconds: 16 seconds.
 const STAMP_BITS: u32 = 14;

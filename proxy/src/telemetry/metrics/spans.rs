@@ -6,7 +6,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
 use super::CauseLabel;
-use crate::telemetry::SpanCounts;
+use crate::telemetry::spans::SpanCounts;
 
 /// The metrics about spans; all at zero if none are sent.
 #[derive(Default)]

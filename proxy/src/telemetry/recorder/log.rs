@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use policy::Endpoint;
 use tracing::info;
 
-use crate::decision::Spoke;
-use crate::records::{Fate, Queue, Record, Sink, Windows};
+use crate::telemetry::decision::Spoke;
+use crate::telemetry::record::{Fate, Queue, Record, Sink, Windows};
 
 /// Records that may wait for their line.
 const WAITING: usize = 4096;

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use policy::{Endpoint, Protocol};
 
-use crate::decision::{Decision, Severance, Way, Word};
-use crate::observed::Observed;
-use crate::records::{Fate, Outcome, Record, Sink, Subject, Windows};
-use crate::telemetry::{SpanCounts, Spans};
+use crate::telemetry::decision::{Decision, Severance, Way, Word};
+use crate::telemetry::recent::Observed;
+use crate::telemetry::record::{Fate, Outcome, Record, Sink, Subject, Windows};
+use crate::telemetry::spans::{SpanCounts, Spans};
 
 /// Denied attempts that are remembered, so that a client's repeats do not become new records.
 const REMEMBERED: usize = 8192;
@@ -212,7 +212,7 @@ impl Attempt {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::records::testing;
+    use crate::telemetry::record::testing;
 
     fn syn(port: u16, sequence: u32) -> Subject {
         Subject {

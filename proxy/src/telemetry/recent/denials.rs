@@ -8,7 +8,7 @@ use policy::Protocol;
 use serde_json::Value;
 
 use super::Sighting;
-use crate::records::timestamp;
+use crate::telemetry::record::timestamp;
 
 /// Different denials that are remembered.
 const REMEMBERED: usize = 200;
@@ -82,7 +82,7 @@ impl Denials {
 mod tests {
     use super::super::tests::denied;
     use super::*;
-    use crate::decision::Word;
+    use crate::telemetry::decision::Word;
 
     fn sighting(port: u16) -> Arc<Sighting> {
         let (subject, decision) = denied(port);

@@ -7,7 +7,7 @@ use policy::Endpoint;
 use serde_json::{Map, Value, json};
 
 use super::{Fate, Record, Subject};
-use crate::decision::{Decision, Word};
+use crate::telemetry::decision::{Decision, Word};
 
 /// What a key says.
 pub(crate) enum Field<'a> {

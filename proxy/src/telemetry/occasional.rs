@@ -56,7 +56,7 @@ impl Occasional {
 /// Logs a warning, unless this call site has used up its lines: `warn_occasionally!(field = value, "message")`.
 macro_rules! warn_occasionally {
     ($($message:tt)+) => {{
-        static PLACE: crate::occasional::Occasional = crate::occasional::Occasional::new();
+        static PLACE: crate::telemetry::occasional::Occasional = crate::telemetry::occasional::Occasional::new();
         if let Some(line) = PLACE.line(std::time::Instant::now()) {
             match line.left_out {
                 0 => tracing::warn!($($message)+),

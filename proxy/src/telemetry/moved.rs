@@ -1,0 +1,33 @@
+//! The payload bytes that a connection has moved.
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Payload bytes moved so far, as others may read them while the connection lives.
+#[derive(Debug, Default)]
+pub(crate) struct Moved {
+    /// From the client to the server.
+    pub(crate) sent: AtomicU64,
+    /// From the server to the client.
+    pub(crate) received: AtomicU64,
+    told: [AtomicU64; 2],
+}
+
+impl Moved {
+    /// Goes on from bytes sent and received that have been told by an earlier daemon.
+    pub(crate) fn resumed(moved: [u64; 2]) -> Self {
+        let [sent, received] = moved.map(AtomicU64::new);
+        Self {
+            sent,
+            received,
+            told: moved.map(AtomicU64::new),
+        }
+    }
+
+    /// Bytes sent and received since this was last asked: each byte is told once, whoever asks.
+    pub(crate) fn untold(&self) -> [u64; 2] {
+        let mut moved = [&self.sent, &self.received].map(|all| all.load(Ordering::Relaxed));
+        for (now, told) in moved.iter_mut().zip(&self.told) {
+            *now = now.saturating_sub(told.fetch_max(*now, Ordering::Relaxed));
+        }
+        moved
+    }
+}

@@ -28,7 +28,7 @@ use tokio::sync::{Semaphore, watch};
 use tracing::debug;
 
 use crate::enforcer::Enforcer;
-use crate::readiness::Readiness;
+use crate::node::readiness::Readiness;
 use crate::telemetry::occasional::warn_occasionally;
 
 use page::Page;

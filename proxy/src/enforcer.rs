@@ -1,4 +1,6 @@
 //! What all parts of the data path share: the table, the flows, the bounds, the counts.
+mod entering;
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::ops::Range;
@@ -11,8 +13,8 @@ use kernel::marks::Marks;
 use policy::{Endpoint, Protocol};
 use tokio::sync::Notify;
 
-use crate::carried::{Carried, Listed};
 use crate::flows::{Flow, FlowKey, Flows, StageName};
+use crate::kernel_flows::{Carried, Listed};
 use crate::limits::{Asking, Connections, Party, Pending, Place, ShareUsedUp, Source};
 use crate::telemetry::decision::{Decision, Severance, Way};
 use crate::telemetry::metrics::{Cause, Metrics};

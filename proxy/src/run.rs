@@ -1,7 +1,6 @@
 //! `portreeve run`: builds the parts, runs them, and takes them down.
 mod ending;
 mod follow;
-mod node;
 mod reclaim;
 mod settings;
 mod source;
@@ -21,19 +20,20 @@ use tokio::task::{JoinHandle, JoinSet};
 use tracing::{info, warn};
 
 use crate::admin::{self, Admin};
-use crate::bridges::Bridges;
-use crate::carried::{Carried, upkeep};
 use crate::enforcer::{Draining, Enforcer};
 use crate::flows::Flows;
 use crate::handover::standby::{self, Relief, Rest};
 use crate::handover::{Estate, Outgoing};
+use crate::kernel_flows::Carried;
 use crate::limits::{Connections, Pending, WAITING_OF_SOURCE};
-use crate::links::PodLinks;
-use crate::occupancy::Vacancies;
-use crate::readiness::Readiness;
-use crate::redirect::Redirect;
+use crate::node::bridges::Bridges;
+use crate::node::conntrack;
+use crate::node::occupancy::Vacancies;
+use crate::node::pod_links::PodLinks;
+use crate::node::pod_sets::{LocalPods, Released};
+use crate::node::readiness::Readiness;
+use crate::node::redirect::Redirect;
 use crate::relay;
-use crate::released::{LocalPods, Released};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::recorder::Recorder;
 use crate::telemetry::spans::{Spans, TelemetryError};
@@ -170,7 +170,7 @@ async fn enforce(
     };
     let (workers, mut tasks) = begin(args, &enforcer, &outgoing, &stopped, estate, began)?;
     let watched = (links, bridges, redirect);
-    let renewed = node::watch(&mut tasks, &readiness, &enforcer, watched);
+    let renewed = crate::node::watch(&mut tasks, &readiness, &enforcer, watched);
     source::lift_taint(args, &readiness, &enforcer.node);
     let following = Follower {
         source,
@@ -309,7 +309,7 @@ fn recorder(args: &RunArgs, node: &Arc<str>) -> anyhow::Result<Recorder> {
 fn follow_carried(enforcer: &Arc<Enforcer>, tasks: &mut JoinSet<()>) -> anyhow::Result<()> {
     let endings = Endings::listen(enforcer.marks.carried())
         .context("cannot listen to conntrack; load it with `modprobe nf_conntrack_netlink`")?;
-    upkeep::spawn(tasks, enforcer, endings);
+    conntrack::spawn(tasks, enforcer, endings);
     Ok(())
 }
 

@@ -10,11 +10,11 @@ use controller::{Batch, Index, Problem};
 use tokio::sync::watch;
 use tracing::{debug, error, info, warn};
 
-use crate::carried::upkeep;
 use crate::enforcer::Enforcer;
-use crate::occupancy::Vacancies;
-use crate::readiness::Readiness;
-use crate::released::{LocalPods, Released};
+use crate::node::conntrack;
+use crate::node::occupancy::Vacancies;
+use crate::node::pod_sets::{LocalPods, Released};
+use crate::node::readiness::Readiness;
 
 use super::source::Source;
 
@@ -177,14 +177,14 @@ impl Follower {
     fn steps(&mut self) -> Result<(), String> {
         let behind =
             |error| format!("flows that the kernel carries could not be judged again: {error}");
-        upkeep::judge_again(&self.enforcer, &self.touched).map_err(behind)?;
+        conntrack::judge_again(&self.enforcer, &self.touched).map_err(behind)?;
         let isolated = self
             .released
             .sync(&self.touched)
             .map_err(|error| format!("the kernel's sets are behind the table: {error}"))?;
         self.touched.clear();
         self.isolated.extend(isolated);
-        upkeep::judge_unmarked(&self.enforcer, &self.isolated).map_err(behind)?;
+        conntrack::judge_unmarked(&self.enforcer, &self.isolated).map_err(behind)?;
         self.isolated.clear();
         Ok(())
     }

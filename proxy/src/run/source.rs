@@ -8,7 +8,7 @@ use controller::manifest::ManifestSource;
 use controller::{Batch, Problem};
 
 use super::settings::RunArgs;
-use crate::readiness::Readiness;
+use crate::node::readiness::Readiness;
 
 /// What is followed.
 pub(super) enum Source {

@@ -3,10 +3,8 @@
 //!
 //! The kernel has the flows themselves; this is what tells, without asking it, which of them a change
 //! concerns, and what a record says at their end. Knows neither packets nor how to reach the kernel;
-//! [`upkeep`] keeps both in step.
+//! `node/conntrack.rs` keeps both in step.
 mod backlog;
-mod entering;
-pub(crate) mod upkeep;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -30,7 +28,7 @@ const MOST: usize = 65_536;
 /// Flows of one source in the list.
 const SHARE: usize = 4096;
 /// How long a flow may take from its verdict to conntrack's table.
-const ON_ITS_WAY: Duration = Duration::from_millis(100);
+pub(crate) const ON_ITS_WAY: Duration = Duration::from_millis(100);
 
 /// All listed flows.
 pub(crate) struct Carried {
@@ -51,7 +49,7 @@ pub(crate) struct Carried {
     /// TCP connections that were cut and that conntrack still has, and since when.
     parting: Mutex<Vec<(Instant, Entry)>>,
     /// Addresses whose unlisted flows have to be judged again.
-    backlog: Backlog,
+    pub(crate) backlog: Backlog,
 }
 
 /// A flow that was let through at its first packet.
@@ -62,7 +60,7 @@ pub(crate) struct CarriedFlow {
     source: Source,
     /// When its first packet came.
     opened: SystemTime,
-    entered: Instant,
+    pub(crate) entered: Instant,
     decision: Mutex<Arc<Decision>>,
     sent: AtomicU64,
     received: AtomicU64,
@@ -74,7 +72,7 @@ pub(crate) struct CarriedFlow {
 }
 
 /// One comparison of the list with conntrack.
-struct Round {
+pub(crate) struct Round {
     number: u64,
     unlisted: u64,
     began: Instant,
@@ -115,14 +113,14 @@ impl Carried {
     }
 
     /// Notes connections that have been cut, for [`Self::parted`].
-    fn part(&self, entries: impl IntoIterator<Item = Entry>) {
+    pub(crate) fn part(&self, entries: impl IntoIterator<Item = Entry>) {
         let now = Instant::now();
         let mut parting = self.parting.lock().unwrap_or_else(PoisonError::into_inner);
         parting.extend(entries.into_iter().map(|entry| (now, entry)));
     }
 
     /// Takes those that were cut longer ago.
-    fn parted(&self, ago: Duration) -> Vec<Entry> {
+    pub(crate) fn parted(&self, ago: Duration) -> Vec<Entry> {
         let mut parting = self.parting.lock().unwrap_or_else(PoisonError::into_inner);
         let gone = parting.extract_if(.., |(since, _)| since.elapsed() >= ago);
         gone.map(|(_, entry)| entry).collect()
@@ -170,18 +168,18 @@ impl Carried {
     }
 
     /// Whether one more flow of a source would be listed. Concurrent entries can exceed the bound a little.
-    fn has_room(&self, source: &Source) -> bool {
+    pub(crate) fn has_room(&self, source: &Source) -> bool {
         let has = self.by_source.get(source).map_or(0, |count| *count);
         has < self.share && self.by_id.len() < self.most
     }
 
     /// Notes that conntrack has a flow of ours that is not listed, or will have it soon.
-    fn pass_over(&self) {
+    pub(crate) fn pass_over(&self) {
         self.unlisted.fetch_add(1, Ordering::Release);
     }
 
     /// Whether a flow that found no room before `now` may not have come to conntrack's table by then.
-    fn has_unlisted_on_its_way(&self, now: Instant) -> bool {
+    pub(crate) fn has_unlisted_on_its_way(&self, now: Instant) -> bool {
         let last = self.no_room.load(Ordering::Relaxed);
         last > 0 && self.time(now) <= last.saturating_add(millis(ON_ITS_WAY))
     }
@@ -203,7 +201,7 @@ impl Carried {
     }
 
     /// Frees memory that a flood has needed.
-    fn shrink(&self) {
+    pub(crate) fn shrink(&self) {
         if self.by_id.capacity() > 4 * self.by_id.len().max(1024) {
             self.by_id.shrink_to_fit();
             self.by_source.shrink_to_fit();
@@ -248,7 +246,7 @@ impl Carried {
     }
 
     /// Begins a comparison with conntrack, before conntrack is read.
-    fn begin_round(&self, now: Instant) -> Round {
+    pub(crate) fn begin_round(&self, now: Instant) -> Round {
         Round {
             number: self.round.fetch_add(1, Ordering::Relaxed) + 1,
             unlisted: self.unlisted.load(Ordering::Acquire),
@@ -259,7 +257,7 @@ impl Carried {
     /// Ends it, after all that conntrack has was entered. Returns the flows that conntrack did not
     /// have in two rounds on end: once may be a flow that is on its way there, or that the kernel
     /// moved within its table while it was read.
-    fn end_round(&self, round: Round) -> Vec<Arc<CarriedFlow>> {
+    pub(crate) fn end_round(&self, round: Round) -> Vec<Arc<CarriedFlow>> {
         // If another found no room meanwhile, or so shortly before that conntrack did not have it yet, the list stays
         // incomplete.
         if !self.has_unlisted_on_its_way(round.began) {
@@ -288,7 +286,7 @@ fn millis(time: Duration) -> u64 {
 }
 
 /// An unlisted flow, for a record.
-fn unlisted(entry: &Entry) -> Subject {
+pub(crate) fn unlisted(entry: &Entry) -> Subject {
     Subject {
         client: entry.flow.client,
         server: entry.flow.server,
@@ -325,7 +323,7 @@ impl CarriedFlow {
     }
 
     /// Replaces the decision that allows it.
-    fn decide(&self, decision: Decision) {
+    pub(crate) fn decide(&self, decision: Decision) {
         *self.decision.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(decision);
     }
 
@@ -337,7 +335,7 @@ impl CarriedFlow {
             .clone()
     }
 
-    fn sever(&self, severance: Severance) {
+    pub(crate) fn sever(&self, severance: Severance) {
         *self
             .severance
             .lock()
@@ -345,12 +343,12 @@ impl CarriedFlow {
     }
 
     /// Takes over what conntrack has counted.
-    fn note(&self, entry: &Entry) {
+    pub(crate) fn note(&self, entry: &Entry) {
         self.sent.store(entry.sent, Ordering::Relaxed);
         self.received.store(entry.received, Ordering::Relaxed);
     }
 
-    fn seen_in(&self, round: &Round, entry: &Entry) {
+    pub(crate) fn seen_in(&self, round: &Round, entry: &Entry) {
         self.note(entry);
         self.seen.store(round.number, Ordering::Relaxed);
     }

@@ -19,10 +19,10 @@ use tokio::sync::watch;
 use tokio::time::{Interval, MissedTickBehavior, sleep_until};
 use tracing::info;
 
-use crate::links::Changes;
-use crate::occupancy::{self, Looker, Occupancy, Vacancies};
-use crate::readiness::Readiness;
-use crate::released::LocalPods;
+use super::occupancy::{self, Looker, Occupancy, Vacancies};
+use super::pod_links::Changes;
+use super::pod_sets::LocalPods;
+use super::readiness::Readiness;
 
 /// How often sysctls are read, of which nobody tells.
 const READ_EVERY: Duration = Duration::from_secs(2);

@@ -12,8 +12,8 @@ use iptables_init::watch::{Damage, Found, Part, Watch};
 use tokio::sync::watch;
 use tracing::warn;
 
+use super::readiness::Readiness;
 use crate::enforcer::Enforcer;
-use crate::readiness::Readiness;
 
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// The pause before a second look for a missing table, rule or route: between the steps of `iptables-init uninstall` a

@@ -25,9 +25,9 @@ use tokio::sync::watch;
 use tokio::time::sleep_until;
 use tracing::warn;
 
-use crate::occupancy::{self, Looker, Occupancy, Seen, Vacancies};
-use crate::readiness::Readiness;
-use crate::released::{LocalPods, outside};
+use super::occupancy::{self, Looker, Occupancy, Seen, Vacancies};
+use super::pod_sets::{LocalPods, outside};
+use super::readiness::Readiness;
 
 /// Multicast groups of rtnetlink(7): links, IPv4 routes, IPv6 routes.
 const ROUTES: u32 = 0x1 | 0x40 | 0x400;

@@ -18,8 +18,8 @@ use policy::Protocol;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::{ON_ITS_WAY, backlog, unlisted};
 use crate::enforcer::Enforcer;
+use crate::kernel_flows::{ON_ITS_WAY, unlisted};
 use crate::limits::Source;
 use crate::telemetry::decision::{Decision, Severance};
 use crate::telemetry::occasional::warn_occasionally;
@@ -32,6 +32,8 @@ const COMPARE_AGAIN: Duration = Duration::from_secs(5);
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How soon it is looked for again.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// The pause after an error of conntrack.
+const RETRY: Duration = Duration::from_secs(1);
 /// How long a change waits until unlisted flows are judged again. It takes longer only for a source with many flows.
 const PATIENCE: Duration = Duration::from_millis(100);
 /// If a change denies more listed flows than this, they are ended in the background.
@@ -46,7 +48,7 @@ type Doomed = Vec<(Entry, Option<Severance>)>;
 pub(crate) fn spawn(tasks: &mut JoinSet<()>, enforcer: &Arc<Enforcer>, endings: Endings) {
     tasks.spawn(follow(Arc::clone(enforcer), endings));
     tasks.spawn(forget_cut(Arc::clone(enforcer)));
-    tasks.spawn(backlog::work_off(Arc::clone(enforcer)));
+    tasks.spawn(judge_backlog(Arc::clone(enforcer)));
 }
 
 /// Judges the listed flows of these addresses again and ends those that are denied, or one of whose
@@ -69,7 +71,7 @@ pub(crate) fn judge_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io
 }
 
 /// Does the same for all flows of these addresses, listed or not, however long it takes.
-pub(super) fn judge_all_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Result<()> {
+fn judge_all_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Result<()> {
     let began = Instant::now();
     cut_listed(enforcer, touched, denied_of(enforcer, touched))?;
     let carried = enforcer.marks.carried();
@@ -90,7 +92,7 @@ pub(super) fn judge_all_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -
 fn denied_of(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> HashMap<FlowId, Severance> {
     let mut denied: HashMap<FlowId, Severance> = HashMap::new();
     for flow in enforcer.carried.of(touched) {
-        let now = judge(enforcer, &flow.id);
+        let now = enforcer.judge(&flow.id);
         let (client, server) = (flow.id.client.ip(), flow.id.server.ip());
         if let Some(severance) = flow.decision().overturned(client, server, now.clone()) {
             denied.insert(flow.id, severance);
@@ -265,13 +267,6 @@ fn ended(enforcer: &Enforcer, entry: &Entry) {
     }
 }
 
-pub(super) fn judge(enforcer: &Enforcer, flow: &FlowId) -> Judgement {
-    let (client, server) = (flow.client.ip(), flow.server.ip());
-    enforcer
-        .table
-        .judge(client, server, flow.port(), flow.protocol)
-}
-
 /// Judges the flows of these addresses in conntrack whose mark under `mask` is `mark`, but for those
 /// that are not `concerned`, and ends those that are denied.
 fn judge_unlisted(
@@ -286,7 +281,7 @@ fn judge_unlisted(
         if !concerned(&entry.flow) {
             return Ok(());
         }
-        match judge(enforcer, &entry.flow) {
+        match enforcer.judge(&entry.flow) {
             // Whose the address was we cannot know: nobody inherits the flow.
             Judgement::Unknown(unknown) if addresses.contains(&unknown) => {
                 doomed.push((entry, None));
@@ -369,4 +364,25 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// After changes, judges again the flows that are not listed. One pod can have so many of them that it takes seconds.
+async fn judge_backlog(enforcer: Arc<Enforcer>) {
+    loop {
+        enforcer.carried.backlog.added().await;
+        loop {
+            let of_task = Arc::clone(&enforcer);
+            let judge = move || {
+                let judge = |all: &BTreeSet<IpAddr>| judge_all_again(&of_task, all);
+                of_task.carried.backlog.work(judge)
+            };
+            match tokio::task::spawn_blocking(judge).await {
+                Ok(Err(error)) => {
+                    warn!(%error, "carried flows that are not listed could not be judged again; the daemon tries once more");
+                    tokio::time::sleep(RETRY).await;
+                }
+                _ => break,
+            }
+        }
+    }
 }

@@ -2,21 +2,14 @@
 //! changes that concern others.
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tracing::warn;
-
-use super::upkeep;
-use crate::enforcer::Enforcer;
-
-/// The pause after an error of conntrack.
-const RETRY: Duration = Duration::from_secs(1);
 
 /// The addresses whose flows wait to be judged again. Adding waits for the result, but only for a limited time.
 #[derive(Default)]
-pub(super) struct Backlog {
+pub(crate) struct Backlog {
     waiting: Mutex<Waiting>,
     done: Condvar,
     added: Notify,
@@ -32,7 +25,7 @@ struct Waiting {
 
 impl Backlog {
     /// Adds addresses, and waits until they are done, but not longer than `patience`.
-    pub(super) fn add(&self, addresses: &BTreeSet<IpAddr>, patience: Duration) {
+    pub(crate) fn add(&self, addresses: &BTreeSet<IpAddr>, patience: Duration) {
         let mut waiting = self.waiting();
         waiting.addresses.extend(addresses);
         waiting.turn += 1;
@@ -44,7 +37,7 @@ impl Backlog {
     }
 
     /// Waits until there is something to do.
-    pub(super) async fn added(&self) {
+    pub(crate) async fn added(&self) {
         self.added.notified().await;
     }
 
@@ -52,7 +45,7 @@ impl Backlog {
     ///
     /// # Errors
     /// Those of `todo`.
-    pub(super) fn work<E>(
+    pub(crate) fn work<E>(
         &self,
         todo: impl FnOnce(&BTreeSet<IpAddr>) -> Result<(), E>,
     ) -> Result<(), E> {
@@ -74,27 +67,6 @@ impl Backlog {
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// After changes, judges again the flows that are not listed. One pod can have so many of them that it takes seconds.
-pub(super) async fn work_off(enforcer: Arc<Enforcer>) {
-    loop {
-        enforcer.carried.backlog.added().await;
-        loop {
-            let of_task = Arc::clone(&enforcer);
-            let judge = move || {
-                let judge = |all: &BTreeSet<IpAddr>| upkeep::judge_all_again(&of_task, all);
-                of_task.carried.backlog.work(judge)
-            };
-            match tokio::task::spawn_blocking(judge).await {
-                Ok(Err(error)) => {
-                    warn!(%error, "carried flows that are not listed could not be judged again; the daemon tries once more");
-                    tokio::time::sleep(RETRY).await;
-                }
-                _ => break,
-            }
-        }
     }
 }
 

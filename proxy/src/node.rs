@@ -1,5 +1,13 @@
 //! Watches the node: what the kernel has to be told of it, and what others may do there that would let packets pass by
 //! the redirect.
+pub(crate) mod bridges;
+pub(crate) mod conntrack;
+pub(crate) mod occupancy;
+pub(crate) mod pod_links;
+pub(crate) mod pod_sets;
+pub(crate) mod readiness;
+pub(crate) mod redirect;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,18 +15,19 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
-use crate::bridges::Bridges;
 use crate::enforcer::Enforcer;
-use crate::links::PodLinks;
-use crate::readiness::Readiness;
-use crate::redirect::Redirect;
+
+use bridges::Bridges;
+use pod_links::PodLinks;
+use readiness::Readiness;
+use redirect::Redirect;
 
 /// How often. Nobody tells of it, and it costs two calls.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 /// Watches links, bridges, the redirect and others, each as a task without end. Returns a receiver that is notified
 /// when the kernel's sets have to be filled again.
-pub(super) fn watch(
+pub(crate) fn watch(
     tasks: &mut JoinSet<()>,
     readiness: &Readiness,
     enforcer: &Arc<Enforcer>,

@@ -5,12 +5,18 @@ use std::time::SystemTime;
 use controller::Judgement;
 use kernel::conntrack::FlowId;
 
-use super::{CarriedFlow, Listed, upkeep};
-use crate::enforcer::Enforcer;
+use super::Enforcer;
+use crate::kernel_flows::{CarriedFlow, Listed};
 use crate::telemetry::decision::Decision;
 use crate::telemetry::record::Outcome;
 
 impl Enforcer {
+    /// What becomes of a flow that the kernel carries.
+    pub(crate) fn judge(&self, flow: &FlowId) -> Judgement {
+        let (client, server) = (flow.client.ip(), flow.server.ip());
+        self.table.judge(client, server, flow.port(), flow.protocol)
+    }
+
     /// Judges a flow and, if it may be, lists it, so that a later change finds it; how it was listed
     /// comes with the decision. `None`: an end of it is unknown.
     pub(crate) fn carry(
@@ -20,7 +26,7 @@ impl Enforcer {
     ) -> Option<(Arc<Decision>, Option<Listed>)> {
         loop {
             let generation = self.table.generation();
-            let Judgement::Settled { verdict, from, to } = upkeep::judge(self, &flow) else {
+            let Judgement::Settled { verdict, from, to } = self.judge(&flow) else {
                 return None;
             };
             let decision = Arc::new(Decision { verdict, from, to });
@@ -39,7 +45,7 @@ impl Enforcer {
     }
 
     /// Counts and records a carried flow that is over and out of the list.
-    pub(super) fn carried_over(&self, flow: &CarriedFlow) {
+    pub(crate) fn carried_over(&self, flow: &CarriedFlow) {
         let subject = flow.subject();
         self.metrics.carried(subject.sent, subject.received);
         match flow.severance() {

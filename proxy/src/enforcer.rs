@@ -13,14 +13,14 @@ use kernel::marks::Marks;
 use policy::{Endpoint, Protocol};
 use tokio::sync::Notify;
 
-use crate::flows::{Flow, FlowKey, Flows, StageName};
 use crate::kernel_flows::{Carried, Listed};
 use crate::limits::{Asking, Connections, Party, Pending, Place, ShareUsedUp, Source};
+use crate::tcp::connections::{Flow, FlowKey, Flows, StageName};
+use crate::tcp::unread::Unread;
 use crate::telemetry::decision::{Decision, Severance, Way};
 use crate::telemetry::metrics::{Cause, Metrics};
 use crate::telemetry::record::{Outcome, Subject};
 use crate::telemetry::recorder::Recorder;
-use crate::unread::Unread;
 
 /// How denied connections are answered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]

@@ -21,10 +21,10 @@ use kernel::marks::Answer;
 use kernel::nfqueue::{PacketId, Queue, Queued, Ruling};
 use policy::Protocol;
 
-use crate::connect::{self, ConnectError, Leg};
 use crate::enforcer::{Deny, Enforcer, Waiting};
-use crate::flows::{Arrival, Flow, FlowKey};
 use crate::limits::{LONGEST_WAITING, ShareUsedUp};
+use crate::tcp::connect::{self, ConnectError, Leg};
+use crate::tcp::connections::{Arrival, Flow, FlowKey};
 use crate::telemetry::decision::Decision;
 use crate::telemetry::metrics::Cause;
 use crate::telemetry::occasional::warn_occasionally;

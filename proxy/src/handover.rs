@@ -25,7 +25,7 @@ use iptables_init::settings::Settings;
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
-use crate::relay::Left;
+use crate::tcp::relay::Left;
 use crate::telemetry::timeline::Seen;
 
 use channel::Line;

@@ -16,8 +16,8 @@ use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as Place;
 use kernel::conntrack::{Entry, FlowId};
 
-use crate::flows::{ByAddress, Ends};
 use crate::limits::Source;
+use crate::tcp::connections::{ByAddress, Ends};
 use crate::telemetry::decision::{Decision, Severance, Way};
 use crate::telemetry::record::Subject;
 

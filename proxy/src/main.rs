@@ -1,22 +1,18 @@
 //! `portreeve`: the per-node daemon and its command line.
-mod accept;
 mod admin;
 mod ask;
 mod checksum;
-mod connect;
 mod console;
 mod demo;
 mod enforcer;
-mod flows;
 mod gate;
 mod handover;
 mod kernel_flows;
 mod limits;
 mod node;
-mod relay;
 mod run;
+mod tcp;
 mod telemetry;
-mod unread;
 mod worker;
 
 use std::io::IsTerminal;

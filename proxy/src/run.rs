@@ -21,7 +21,6 @@ use tracing::{info, warn};
 
 use crate::admin::{self, Admin};
 use crate::enforcer::{Draining, Enforcer};
-use crate::flows::Flows;
 use crate::handover::standby::{self, Relief, Rest};
 use crate::handover::{Estate, Outgoing};
 use crate::kernel_flows::Carried;
@@ -33,11 +32,12 @@ use crate::node::pod_links::PodLinks;
 use crate::node::pod_sets::{LocalPods, Released};
 use crate::node::readiness::Readiness;
 use crate::node::redirect::Redirect;
-use crate::relay;
+use crate::tcp::connections::Flows;
+use crate::tcp::relay;
+use crate::tcp::unread::Unread;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::recorder::Recorder;
 use crate::telemetry::spans::{Spans, TelemetryError};
-use crate::unread::Unread;
 
 use ending::{Ended, Running, StopSignals, Thread};
 use follow::{Follower, first_state};

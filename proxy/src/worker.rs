@@ -1,4 +1,6 @@
 //! One thread per core: its own runtime, queue, listener and relays.
+pub(crate) mod accept;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -13,12 +15,13 @@ use socket2::SockRef;
 use tokio::sync::{oneshot, watch};
 use tokio::task::LocalSet;
 
-use crate::accept::{self, Relays};
 use crate::enforcer::Enforcer;
-use crate::flows::StageName;
 use crate::gate::Gate;
 use crate::handover::transfer::Relayed;
 use crate::handover::{Outgoing, Seat};
+use crate::tcp::connections::StageName;
+
+use accept::Relays;
 
 /// What connections may take to be reset when the daemon stops, or left when it is relieved.
 const STOP_WITHIN: Duration = Duration::from_secs(1);

@@ -17,7 +17,7 @@ use super::{
     CONNECTIONS_WITHIN, Connection, Estate, FORMAT, HandoverError, READY_WITHIN, Terms, WITHIN,
     pod_order,
 };
-use crate::relay::Left;
+use crate::tcp::relay::Left;
 
 /// A running daemon's readiness to be relieved.
 pub(crate) struct Offer {

@@ -9,7 +9,7 @@ use tracing::warn;
 
 use super::channel::{Heard, LONGEST, Line};
 use super::{Connection, Estate, HandoverError, Seat, Told};
-use crate::relay::{Left, Unread};
+use crate::tcp::relay::{Left, Unread};
 
 /// Bytes that a direction can have in flight outside of a pipe, at most: more than a full buffer, so that buffers can
 /// grow later.

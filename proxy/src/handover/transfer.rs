@@ -10,8 +10,8 @@ use controller::Judgement;
 use policy::{Decided, DecidedSide, Endpoint, Identity, PodKey, Protocol};
 
 use crate::enforcer::Enforcer;
-use crate::flows::{Adopted, Flow, FlowKey, Legs, StageName};
-use crate::relay::{InFlight, Left};
+use crate::tcp::connections::{Adopted, Flow, FlowKey, Legs, StageName};
+use crate::tcp::relay::{InFlight, Left};
 use crate::telemetry::decision::{Decision, Way};
 use crate::telemetry::moved::Moved;
 use crate::telemetry::record::Outcome;

@@ -11,8 +11,8 @@ use tokio::sync::watch;
 use tracing::warn;
 
 use crate::enforcer::Enforcer;
-use crate::flows::Flow;
-use crate::unread::{Holding, Use};
+use crate::tcp::connections::Flow;
+use crate::tcp::unread::{Holding, Use};
 
 /// The shortest and the longest pause between two measurements of busy streams. In between, measuring takes a twentieth
 /// of the time at most.

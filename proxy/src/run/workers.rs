@@ -7,11 +7,11 @@ use anyhow::Context;
 use tokio::sync::watch;
 use tracing::info;
 
-use crate::accept;
 use crate::enforcer::Enforcer;
 use crate::handover::transfer;
 use crate::handover::{Estate, Outgoing};
 use crate::worker::Worker;
+use crate::worker::accept;
 
 use super::ending::Thread;
 use super::settings::RunArgs;

@@ -9,7 +9,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use super::super::{Connection, Pod, Seat, Told};
 use super::*;
-use crate::relay::Unread;
+use crate::tcp::relay::Unread;
 use crate::telemetry::timeline::{Onward, Seen};
 
 /// Both ends of a line with this time limit for each message.

@@ -4,8 +4,8 @@ use std::io::ErrorKind;
 use socket2::SockRef;
 
 use super::*;
-use crate::connect::reset_when_closed;
 use crate::limits::{Asking, Connections, Full, Party, Pending, Source};
+use crate::tcp::connect::reset_when_closed;
 
 fn key(client: u16, server: u8) -> FlowKey {
     FlowKey {

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use socket2::SockRef;
 
 use super::{Flow, Flows};
-use crate::connect::keepalive;
+use crate::tcp::connect::keepalive;
 
 impl Flows {
     /// Sets keep-alive for every live connection that does not have it yet.

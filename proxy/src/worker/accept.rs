@@ -12,13 +12,13 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::connect::{bound_unsent, keepalive, reset_when_closed};
 use crate::enforcer::Enforcer;
-use crate::flows::{Flow, FlowKey, Legs, Upstream};
 use crate::handover::Outgoing;
 use crate::handover::transfer::{self, Relayed};
 use crate::limits::Source;
-use crate::relay::{InFlight, Pressure, relay};
+use crate::tcp::connect::{bound_unsent, keepalive, reset_when_closed};
+use crate::tcp::connections::{Flow, FlowKey, Legs, Upstream};
+use crate::tcp::relay::{InFlight, Pressure, relay};
 use crate::telemetry::occasional::warn_occasionally;
 use crate::telemetry::record::Outcome;
 

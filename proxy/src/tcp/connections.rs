@@ -24,11 +24,11 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
 use crate::limits::Permit;
+use crate::tcp::unread::Holding;
 use crate::telemetry::decision::{Decision, Severance, Way};
 use crate::telemetry::moved::Moved;
 use crate::telemetry::record::Subject;
 use crate::telemetry::timeline::Trail;
-use crate::unread::Holding;
 
 pub(crate) use adopted::Adopted;
 pub(crate) use by_address::{ByAddress, Ends};

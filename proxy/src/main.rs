@@ -1,8 +1,7 @@
 //! `portreeve`: the per-node daemon and its command line.
 mod admin;
-mod ask;
 mod checksum;
-mod console;
+mod cli;
 mod demo;
 mod enforcer;
 mod gate;
@@ -19,6 +18,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use cli::{ask, console};
 use tracing_subscriber::EnvFilter;
 
 use run::LogFormat;

@@ -9,7 +9,7 @@ use tracing::debug;
 
 use super::Answer;
 use super::query::Query;
-use crate::ask;
+use crate::cli::ask;
 use crate::enforcer::Enforcer;
 use crate::kernel_flows::CarriedFlow;
 use crate::node::readiness::Readiness;

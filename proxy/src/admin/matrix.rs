@@ -1,7 +1,7 @@
 //! `/matrix`: who may talk to whom, of all pods or of some namespaces, by the table in force.
 use super::Answer;
 use super::query::Query;
-use crate::ask::{Plan, Port, Scope, Survey};
+use crate::cli::ask::{Plan, Port, Scope, Survey};
 use crate::enforcer::Enforcer;
 
 /// Pods in one answer: a quarter of a million pairs, some tens of milliseconds' work.

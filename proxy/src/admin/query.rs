@@ -4,7 +4,7 @@ use std::sync::Arc;
 use percent_encoding::percent_decode_str;
 use policy::{Endpoint, PodKey, Protocol};
 
-use crate::ask::{self, Question};
+use crate::cli::ask::{self, Question};
 use crate::telemetry::decision::Word;
 
 /// `key=value&...`, percent-encoded where need be (RFC 3986, section 3.4).

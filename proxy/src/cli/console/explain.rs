@@ -6,7 +6,7 @@ use clap::Args;
 use policy::Protocol;
 
 use super::client::ask;
-use super::words::coloured;
+use super::format::coloured;
 use super::{ConsoleError, Daemon, Output, run};
 
 /// Check whether X may connect to Y under the policy that this node's daemon enforces. Exit status 0: allowed. 1: denied. 2:
@@ -23,7 +23,7 @@ pub(crate) struct ExplainArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     port: u16,
     /// TCP, UDP or SCTP
-    #[arg(long, value_name = "PROTOCOL", default_value = "TCP", value_parser = crate::ask::protocol)]
+    #[arg(long, value_name = "PROTOCOL", default_value = "TCP", value_parser = crate::cli::ask::protocol)]
     protocol: Protocol,
     /// How to answer
     #[arg(long, value_enum, default_value = "text")]

@@ -10,7 +10,7 @@ pub(super) fn coloured(word: &str, terminal: bool) -> String {
         "DENY" => 31,
         _ => 33,
     };
-    if crate::ask::coloured(terminal) {
+    if crate::cli::ask::coloured(terminal) {
         format!("\x1b[1;{code}m{word}\x1b[0m")
     } else {
         word.to_owned()

@@ -6,9 +6,9 @@
 mod client;
 mod connections;
 mod explain;
+mod format;
 mod observe;
 mod ready;
-mod words;
 
 use std::io;
 use std::net::SocketAddr;

@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use super::client::ask;
-use super::words::{coloured, end, harmless, policies, text};
+use super::format::{coloured, end, harmless, policies, text};
 use super::{ConsoleError, Daemon, Output, run};
 
 /// Print decisions as they are made, until interrupted: source, destination, verdict and policies.

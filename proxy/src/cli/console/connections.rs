@@ -7,7 +7,7 @@ use comfy_table::{CellAlignment, Table};
 use serde_json::Value;
 
 use super::client::ask;
-use super::words::{end, harmless, policies, text};
+use super::format::{end, harmless, policies, text};
 use super::{ConsoleError, Daemon, Output, run};
 
 /// List the current connections of this node.

@@ -28,9 +28,12 @@ pub enum Resource {
     /// Ports of a rule times its peers. A range of ports counts as the prefixes of 16 bits that
     /// cover it, 30 at most; a rule without peers or ports counts as if it had one.
     Pairs,
+    /// NetworkPolicy objects that select one pod: the only bound that is not a sum over the
+    /// namespace. Beyond it a policy is refused for that pod only.
+    OfAPod,
 }
 
-const RESOURCES: usize = 8;
+const RESOURCES: usize = 9;
 
 /// A number of each [`Resource`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -64,6 +67,7 @@ impl Resource {
         Self::Labels,
         Self::Ports,
         Self::Pairs,
+        Self::OfAPod,
     ];
 
     /// Its name, in the plural.
@@ -78,6 +82,7 @@ impl Resource {
             Self::Labels => "label requirements and values",
             Self::Ports => "ports",
             Self::Pairs => "pairs of a port and a peer",
+            Self::OfAPod => "policies that select one pod",
         }
     }
 
@@ -90,6 +95,7 @@ impl Resource {
             Self::Peers | Self::Selectors | Self::Expressions => "spec.*[].from, spec.*[].to",
             Self::Labels => "spec.*.matchLabels, spec.*.matchExpressions",
             Self::Ports => "spec.*[].ports",
+            Self::OfAPod => "spec.podSelector",
         }
     }
 }
@@ -99,7 +105,7 @@ impl Resource {
 impl Default for Budget {
     fn default() -> Self {
         Self([
-            2_000, 50_000, 100_000, 5_000, 500, 200_000, 100_000, 500_000,
+            2_000, 50_000, 100_000, 5_000, 500, 200_000, 100_000, 500_000, 500,
         ])
     }
 }

@@ -23,7 +23,7 @@ use ipnet::IpNet;
 
 use self::doubts::Doubts;
 use self::intern::Interner;
-use self::labels::{ByLabel, Slot};
+use self::labels::{ByLabel, Search, Slot};
 use self::match_sets::MatchSets;
 pub use self::ownership::Claim;
 use self::ownership::Ownership;
@@ -150,9 +150,10 @@ impl Cluster {
         let slot = self.list_pod(&pod);
         let matches = self.match_sets.intern(self.matching(&pod));
         let policies = policies_of(&self.policies, &key.namespace);
+        let bound = self.ledger.of_a_pod();
         let selecting = policies.filter_map(|state| state.selecting(&pod.labels).cloned());
-        let selecting = selecting.collect();
-        let selection = self.selections.intern(selecting);
+        let selecting = selecting.take(bound.saturating_add(1)).collect();
+        let selection = self.selections.intern(selecting, bound);
         let node = self.nodes.get(&pod.node).cloned();
         let state = PodState::new(pod, slot, node, matches, selection);
         self.settle_doubts(&key, Some((&state.pod, &state.selection)));
@@ -324,13 +325,17 @@ impl Cluster {
     /// Empty if there is no such policy.
     pub fn selected_by(&self, key: &PolicyKey) -> Vec<PodKey> {
         let state = self.policies.get(key);
-        let Some(compiled) = state.and_then(|state| state.compiled.as_ref()) else {
+        let Some(pods) = state.and_then(|state| state.pods.as_ref()) else {
             return Vec::new();
         };
-        pods_of(&self.pods, &key.namespace)
-            .filter(|(_, pod)| pod.pod.is_policed() && pod.selection.contains(compiled))
-            .map(|(key, _)| key.clone())
-            .collect()
+        let scope = self.within(&key.namespace);
+        let found = Search::new(&self.pods_by_label).find(pods.requirements(), Some(&scope));
+        let found = found.into_iter();
+        let found = found.filter_map(|slot| self.pods_by_label.get(slot));
+        let policed = found.filter(|pod| pod.is_policed());
+        let mut keys: Vec<PodKey> = policed.map(|pod| pod.key.clone()).collect();
+        keys.sort_unstable();
+        keys
     }
 
     /// The addresses of which it cannot be told which running pod holds them, with those that claim
@@ -345,10 +350,9 @@ impl Cluster {
         self.ownership.claims()
     }
 
-    /// The policies that select running hostNetwork pods, which no policy isolates, with these pods;
-    /// sorted.
-    pub fn out_of_reach(&self) -> impl Iterator<Item = (&PolicyKey, &BTreeSet<PodKey>)> {
-        self.doubts.out_of_reach()
+    /// What each namespace may have.
+    pub fn budget(&self) -> &Budget {
+        self.ledger.budget()
     }
 
     /// The policies that are refused because they exceed their namespace's budget; sorted. Each
@@ -358,13 +362,8 @@ impl Cluster {
         self.ledger.refused()
     }
 
-    /// How many of [`Self::refused`] are of this namespace.
-    pub fn refused_in(&self, namespace: &Arc<str>) -> usize {
-        self.ledger.refused_in(namespace).count()
-    }
-
-    /// A number that changes whenever the result of [`Self::claims`], [`Self::out_of_reach`] or
-    /// [`Self::refused`] changes.
+    /// A number that changes whenever the result of [`Self::claims`], [`Self::out_of_reach`],
+    /// [`Self::surplus`] or [`Self::refused`] changes.
     pub fn doubts(&self) -> u64 {
         self.ownership.disputes + self.doubts.changes + self.ledger.changes
     }

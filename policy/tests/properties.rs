@@ -241,6 +241,7 @@ proptest! {
         }
         prop_assert_eq!(difference(&truth(&grown), &truth(&shuffled_in)), None);
         prop_assert!(grown.refused().eq(shuffled_in.refused()));
+        prop_assert!(grown.surplus().eq(shuffled_in.surplus()));
         let whole = allowed(&cluster(&world));
         for (asked, allowed) in allowed(&grown) {
             prop_assert!(!allowed || whole[&asked], "{asked:?} is open by a budget");

@@ -81,6 +81,15 @@ pub(super) fn in_vain<'a>(pod: &Pod, selection: &'a Selection) -> &'a [Arc<Compi
     }
 }
 
+/// The first policy too many on a pod, if there is one.
+pub(super) fn surplus<'a>(pod: &Pod, selection: &'a Selection) -> &'a [Arc<CompiledPolicy>] {
+    if pod.is_policed() {
+        selection.surplus()
+    } else {
+        &[]
+    }
+}
+
 fn endpoint(
     identity: &Arc<Identity>,
     named_ports: &Arc<[NamedPort]>,

@@ -15,6 +15,9 @@ use crate::model::{Direction, PolicyKey};
 pub(super) struct Selection {
     /// Sorted by key.
     policies: Arc<[Arc<CompiledPolicy>]>,
+    /// How many of them count as written. One that follows isolates the pod and allows nothing, for
+    /// all that come after it too.
+    in_force: usize,
     pub(super) egress: Option<Arc<Isolation>>,
     pub(super) ingress: Option<Arc<Isolation>>,
 }
@@ -62,6 +65,11 @@ impl Selection {
         &self.policies
     }
 
+    /// The first policy too many, if there is one.
+    pub(super) fn surplus(&self) -> &[Arc<CompiledPolicy>] {
+        &self.policies[self.in_force..]
+    }
+
     pub(super) fn contains(&self, policy: &CompiledPolicy) -> bool {
         self.policies
             .binary_search_by(|known| known.key.cmp(&policy.key))
@@ -97,8 +105,13 @@ impl Selections {
         }
     }
 
-    /// `policies` are sorted by key.
-    pub(super) fn intern(&mut self, policies: Vec<Arc<CompiledPolicy>>) -> Arc<Selection> {
+    /// `policies` are sorted by key; the first `bound` of them count as written.
+    pub(super) fn intern(
+        &mut self,
+        mut policies: Vec<Arc<CompiledPolicy>>,
+        bound: usize,
+    ) -> Arc<Selection> {
+        policies.truncate(bound.saturating_add(1));
         if let Some(ByPolicies(known)) = self.known.get(policies.as_slice()) {
             return known.clone();
         }
@@ -111,10 +124,12 @@ impl Selections {
             self.made += 1;
         }
         let policies: Arc<[Arc<CompiledPolicy>]> = policies.into();
+        let in_force = policies.len().min(bound);
         let selection = Arc::new(Selection {
-            egress: self.isolation(&policies, Direction::Egress),
-            ingress: self.isolation(&policies, Direction::Ingress),
+            egress: self.isolation(&policies, in_force, Direction::Egress),
+            ingress: self.isolation(&policies, in_force, Direction::Ingress),
             policies,
+            in_force,
         });
         self.known.insert(ByPolicies(selection.clone()));
         selection
@@ -130,10 +145,11 @@ impl Selections {
     fn isolation(
         &mut self,
         policies: &Arc<[Arc<CompiledPolicy>]>,
+        in_force: usize,
         direction: Direction,
     ) -> Option<Arc<Isolation>> {
         let namespace = policies.first()?.key.namespace.clone();
         let taken = self.merged.entry(namespace).or_default().clone();
-        Isolation::new(direction, policies, policies.len(), taken).map(Arc::new)
+        Isolation::new(direction, policies, in_force, taken).map(Arc::new)
     }
 }

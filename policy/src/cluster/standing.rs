@@ -51,6 +51,16 @@ impl Ledger {
         self.refused.iter()
     }
 
+    /// How many policies of those that select a pod count as written.
+    pub(super) fn of_a_pod(&self) -> usize {
+        let bound = self.budget.bound(Resource::OfAPod);
+        usize::try_from(bound).unwrap_or(usize::MAX)
+    }
+
+    pub(super) fn budget(&self) -> &Budget {
+        &self.budget
+    }
+
     fn account(&mut self, namespace: &Arc<str>, added: Option<&Usage>, gone: Option<&Usage>) {
         let asked = self.asked.entry(namespace.clone()).or_default();
         if let Some(gone) = gone {

@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::labels::{Search, Shared, Slot};
-use super::pod_state::{PodState, in_vain};
+use super::pod_state::PodState;
 use super::selection::Selection;
 use super::selectors::{Named, in_namespaces};
 use super::{Cluster, NamespaceState, Touched, pods_of, policies_of};
@@ -192,14 +192,6 @@ impl Cluster {
         touched
     }
 
-    /// Notes what a pod is to be, and by which policies selected, instead of what it is by now.
-    pub(super) fn settle_doubts(&mut self, key: &PodKey, after: Option<(&Pod, &Selection)>) {
-        let before = self.pods.get(key);
-        let before = before.map_or(&[][..], |state| in_vain(&state.pod, &state.selection));
-        let after = after.map_or(&[][..], |(pod, selection)| in_vain(pod, selection));
-        self.doubts.settle(key, before, after);
-    }
-
     /// Notes which node a pod is to run on, instead of the one that it runs on by now.
     pub(super) fn settle_on_node(&mut self, key: &PodKey, node: Option<&Arc<str>>) {
         let known = self.pods.get(key).map(|state| &state.pod.node);
@@ -305,6 +297,7 @@ impl Cluster {
             let scope = self.within(&key.namespace);
             Search::new(&self.pods_by_label).find(pods.requirements(), Some(&scope))
         });
+        let (bound, mut all) = (self.ledger.of_a_pod(), false);
         let mut changes: Vec<(PodKey, Arc<Selection>)> = Vec::new();
         // Most pods share their selection with others; each distinct one is worked out once.
         let mut done: HashMap<(*const Selection, bool), Arc<Selection>> = HashMap::new();
@@ -314,33 +307,46 @@ impl Cluster {
             if !had && has.is_none() {
                 continue;
             }
+            // Another policy may take its place.
+            all = has.is_none() && !pod.selection.surplus().is_empty();
+            if all {
+                break;
+            }
             let selection = done
                 .entry((Arc::as_ptr(&pod.selection), has.is_some()))
                 .or_insert_with(|| {
                     let policies = pod.selection.with(&key, has);
-                    self.selections.intern(policies)
+                    self.selections.intern(policies, bound)
                 });
             changes.push((pod_key.clone(), selection.clone()));
         }
-        self.select(changes, touched);
+        if all {
+            self.reselect_all(&key.namespace, touched);
+        } else {
+            self.select(changes, touched);
+        }
     }
 
     /// Works out again which policies select each pod of a namespace.
     pub(super) fn reselect_all(&mut self, namespace: &Arc<str>, touched: &mut Touched) {
         let scope = self.within(namespace);
         let mut search = Search::new(&self.pods_by_label);
+        let bound = self.ledger.of_a_pod();
         let mut selecting: HashMap<Slot, Vec<Arc<CompiledPolicy>>> = HashMap::new();
         for state in policies_of(&self.policies, namespace) {
             if let (Some(pods), Some(policy)) = (&state.pods, &state.compiled) {
                 for slot in search.find(pods.requirements(), Some(&scope)) {
-                    selecting.entry(slot).or_default().push(policy.clone());
+                    let of_pod = selecting.entry(slot).or_default();
+                    if of_pod.len() <= bound {
+                        of_pod.push(policy.clone());
+                    }
                 }
             }
         }
         let mut changes = Vec::new();
         for (key, pod) in pods_of(&self.pods, namespace) {
             let policies = selecting.remove(&pod.slot).unwrap_or_default();
-            let selection = self.selections.intern(policies);
+            let selection = self.selections.intern(policies, bound);
             if !Arc::ptr_eq(&selection, &pod.selection) {
                 changes.push((key.clone(), selection));
             }
@@ -349,7 +355,7 @@ impl Cluster {
     }
 
     /// The requirement that a namespace's pods meet.
-    fn within(&self, namespace: &Arc<str>) -> Shared {
+    pub(super) fn within(&self, namespace: &Arc<str>) -> Shared {
         let own = in_namespaces([namespace.clone()].into());
         Shared::new(own, &self.pods_by_label)
     }

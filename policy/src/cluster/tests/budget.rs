@@ -119,3 +119,94 @@ fn arrival_order_does_not_decide_which_are_refused() {
         }
     }
 }
+
+/// Pods x/a, x/b and y/c, with two policies that count for each pod.
+fn two_for_a_pod() -> Cluster {
+    let mut cluster = Cluster::with_budget(Budget::default().with(Resource::OfAPod, 2));
+    for (key, ip) in [("x/a", A), ("x/b", B), ("y/c", C)] {
+        let _ = cluster.upsert_pod(pod(key, ip));
+    }
+    cluster
+}
+
+fn surplus(cluster: &Cluster) -> Vec<(String, Vec<String>)> {
+    let names = |pods: &BTreeSet<PodKey>| pods.iter().map(ToString::to_string).collect();
+    let surplus = cluster.surplus();
+    surplus
+        .map(|(key, pods)| (key.to_string(), names(pods)))
+        .collect()
+}
+
+fn isolating(cluster: &Cluster, at: &str, direction: Direction) -> Vec<String> {
+    let endpoint = cluster.endpoint(address(at)).unwrap();
+    let names = endpoint.isolating(direction).iter();
+    names.map(ToString::to_string).collect()
+}
+
+#[test]
+fn a_policy_too_many_on_a_pod_closes_it() {
+    let from_c = "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {}, podSelector: {matchLabels: {pod: c}}}]}]}";
+    let open = "ingress: [{}]";
+    let mut cluster = two_for_a_pod();
+    let _ = cluster.upsert_policy(policy("x/2", from_c));
+    let _ = cluster.upsert_policy(policy("x/5", "podSelector: {matchLabels: {pod: a}}"));
+    assert!(tcp80(&cluster, A, C) && tcp80(&cluster, C, A) && !tcp80(&cluster, B, A));
+    assert!(surplus(&cluster).is_empty());
+    let before = cluster.doubts();
+    assert_touched(&cluster.upsert_policy(policy("x/7", open)), &[A, B]);
+    assert_ne!(cluster.doubts(), before);
+    assert_eq!(surplus(&cluster), [("x/7".into(), vec!["x/a".into()])]);
+    assert!(tcp80(&cluster, C, A), "the first two count");
+    assert!(!tcp80(&cluster, B, A), "the third does not");
+    assert!(!tcp80(&cluster, A, C), "and closes the other direction too");
+    assert!(tcp80(&cluster, C, B), "on the other pod it counts");
+    assert_eq!(isolating(&cluster, A, Direction::Egress), ["x/7"]);
+    let all = cluster.selected_by(&policy_key("x/7"));
+    assert_eq!(all, [pod_key("x/a"), pod_key("x/b")]);
+
+    assert_touched(&cluster.upsert_policy(policy("x/9", open)), &[B]);
+    assert_touched(&cluster.upsert_policy(policy("x/1", open)), &[A, B]);
+    let outside = "198.51.100.1";
+    assert!(tcp80(&cluster, outside, A), "the order of names decides");
+    assert_eq!(
+        isolating(&cluster, A, Direction::Ingress),
+        ["x/1", "x/2", "x/5"]
+    );
+    assert_eq!(
+        surplus(&cluster),
+        [
+            ("x/5".into(), vec!["x/a".into()]),
+            ("x/9".into(), vec!["x/b".into()])
+        ]
+    );
+    let _ = cluster.remove_policy(&policy_key("x/1"));
+    let _ = cluster.remove_policy(&policy_key("x/2"));
+    assert!(tcp80(&cluster, outside, A), "x/7 counts now");
+    assert_eq!(surplus(&cluster), [("x/9".into(), vec!["x/a".into()])]);
+    let _ = cluster.upsert_policy(policy("x/5", "podSelector: {matchLabels: {pod: none}}"));
+    assert!(surplus(&cluster).is_empty(), "as many as count");
+    assert!(tcp80(&cluster, A, C));
+}
+
+#[test]
+fn a_pods_list_of_policies_is_bounded() {
+    let mut cluster = two_for_a_pod();
+    for number in 0..20 {
+        let _ = cluster.upsert_policy(policy(&format!("x/{number:02}"), "ingress: [{}]"));
+        let _ = cluster.upsert_pod(pod("x/d", "10.0.0.4"));
+        let lists = cluster
+            .pods
+            .values()
+            .map(|state| state.selection.policies());
+        assert!(lists.map(<[_]>::len).max() <= Some(3), "{number}");
+    }
+    let toggled = policy_key("x/00");
+    let first = cluster.policies[&toggled].policy.clone();
+    let before = cluster.selections.made;
+    for _ in 0..10 {
+        let _ = cluster.remove_policy(&toggled);
+        let _ = cluster.upsert_policy(first.clone());
+    }
+    let made = cluster.selections.made - before;
+    assert!(made <= 20, "{made} selections for three pods in 20 changes");
+}

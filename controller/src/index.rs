@@ -2,7 +2,7 @@
 //!
 //! Synchronous and without clock or I/O. A batch comes into force as a whole: nobody who reads the
 //! table sees half of it.
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -95,29 +95,64 @@ pub(crate) fn findings(cluster: &Cluster) -> Vec<Problem> {
         .collect()
 }
 
-/// The refused policies of each namespace: the first [`REFUSALS`], then how many more there are.
+/// The policies that are not in force as written: of each namespace the first [`REFUSALS`] that are
+/// refused, and that are too many for a pod, then how many more there are.
 fn refusals(cluster: &Cluster) -> Vec<Problem> {
     let mut problems = Vec::new();
-    let (mut namespace, mut said) = (None, 0);
-    for (key, excess) in cluster.refused() {
-        if namespace != Some(&key.namespace) {
-            (namespace, said) = (Some(&key.namespace), 0);
+    let all = cluster
+        .refused()
+        .map(|(key, excess)| (key, refused(key, excess)));
+    first_of_namespaces(all, "are refused", &mut problems);
+    let bound = cluster.budget().bound(Resource::OfAPod);
+    let all = cluster.surplus();
+    let all = all.filter_map(|(key, pods)| Some((key, too_many(key, pods, bound)?)));
+    first_of_namespaces(all, "are too many for some pods", &mut problems);
+    problems
+}
+
+fn first_of_namespaces<'a>(
+    all: impl Iterator<Item = (&'a PolicyKey, Problem)>,
+    fate: &str,
+    problems: &mut Vec<Problem>,
+) {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for (key, problem) in all {
+        let count = counts.entry(&key.namespace).or_default();
+        *count += 1;
+        if *count <= REFUSALS {
+            problems.push(problem);
         }
-        said += 1;
-        if said <= REFUSALS {
-            problems.push(refused(key, excess));
-        } else if said == REFUSALS + 1 {
-            let more = cluster.refused_in(&key.namespace) - REFUSALS;
+    }
+    for (namespace, count) in counts {
+        if let Some(more @ 1..) = count.checked_sub(REFUSALS) {
             problems.push(
                 Problem::error(
-                    format!("{more} more policies of the namespace are refused"),
+                    format!("{more} more policies of the namespace {fate}"),
                     "correct the policies that are named; `portreeve_policies_refused` counts all",
                 )
-                .of(format_args!("Namespace {}", key.namespace)),
+                .of(format_args!("Namespace {namespace}")),
             );
         }
     }
-    problems
+}
+
+fn too_many(policy: &PolicyKey, pods: &BTreeSet<PodKey>, bound: u64) -> Option<Problem> {
+    let first = pods.first()?;
+    let pods = match pods.len() - 1 {
+        0 => first.to_string(),
+        more => format!("{first} and {more} more"),
+    };
+    Some(
+        Problem::error(
+            format!(
+                "{bound} policies whose names come before select {pods} too, and no more count for a pod: it isolates \
+                 the pod in both directions and allows nothing there, for the policies that follow too"
+            ),
+            "select fewer pods, or merge policies; it comes into force there as soon as there is room",
+        )
+        .of(format_args!("NetworkPolicy {policy}"))
+        .at(Resource::OfAPod.field()),
+    )
 }
 
 fn refused(policy: &PolicyKey, excess: &Excess) -> Problem {

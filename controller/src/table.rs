@@ -180,10 +180,12 @@ impl Table {
         (self.map.len(), self.cluster().policies().len())
     }
 
-    /// How many policies are refused because they exceed the budgets of their namespaces.
+    /// How many policies are refused because they exceed the budgets of their namespaces, and how
+    /// many are the first one too many for a pod.
     #[must_use]
     pub fn refused(&self) -> usize {
-        self.cluster().refused().len()
+        let cluster = self.cluster();
+        cluster.refused().len() + cluster.surplus().count()
     }
 
     /// How many batches have come into force; 0 before the first.

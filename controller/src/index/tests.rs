@@ -343,3 +343,33 @@ fn only_the_first_refused_policies_are_named() {
             .starts_with("Namespace x: 10 more policies")
     );
 }
+
+#[test]
+fn a_policy_too_many_for_a_pod_is_named() {
+    let (table, mut index) = setup();
+    let all = |number: usize| {
+        let key = PolicyKey {
+            namespace: "x".into(),
+            name: format!("p{number:04}").into(),
+        };
+        let spec = serde_json::from_value(serde_json::json!({"ingress": [{}]})).unwrap();
+        Object::from(policy::NetworkPolicy::new(key, spec).unwrap())
+    };
+    let pods = [pod("a", "10.0.0.2"), pod("b", "10.0.0.3")].map(Object::from);
+    index.apply(batch(pods.into_iter().chain((0..502).map(all))));
+    let [problem] = &table.problems()[..] else {
+        panic!("{:?}", table.problems())
+    };
+    assert_eq!(
+        problem.to_string(),
+        "NetworkPolicy x/p0500, spec.podSelector: 500 policies whose names come before select x/a and 1 more too, and no \
+         more count for a pod: it isolates the pod in both directions and allows nothing there, for the policies that \
+         follow too; select fewer pods, or merge policies; it comes into force there as soon as there is room"
+    );
+    assert_eq!(table.refused(), 1);
+    assert_eq!(
+        settled(&table, "10.0.0.2", "10.0.0.3"),
+        Some(false),
+        "egress is closed"
+    );
+}

@@ -120,7 +120,7 @@ impl Scraped {
         registry.register("policies", "Policies in force", self.policies.clone());
         registry.register(
             "policies_refused",
-            "Policies beyond the budgets of their namespaces",
+            "Policies beyond the budgets of their namespaces, or the first one too many for a pod",
             self.refused.clone(),
         );
         registry.register(

@@ -35,6 +35,8 @@ pub struct TableSettings {
     pub cluster_cidrs: Vec<IpNet>,
     /// Whether a pod's traffic to its own node is judged (`--own-node`).
     pub own_node: OwnNode,
+    /// The node that is enforced on (`--node`).
+    pub node: String,
 }
 
 /// The answer of [`Table::judge`].
@@ -331,7 +333,11 @@ impl Table {
         let now = unsettled.clone().unwrap_or_else(|| self.unsettled());
         let changes: Vec<(IpAddr, Option<Arc<Endpoint>>)> = touched
             .iter()
-            .map(|&address| (address, now.shown(address, cluster.endpoint(address))))
+            .map(|&address| {
+                let is_a_nodes = cluster.is_a_nodes_for(&self.settings.node, address);
+                let endpoint = (!is_a_nodes).then(|| cluster.endpoint(address)).flatten();
+                (address, now.shown(address, endpoint))
+            })
             .collect();
 
         // What is replaced is freed after the swap: readers wait while the sequence is odd.

@@ -135,7 +135,7 @@ async fn enforce(
     kept: Option<Estate>,
 ) -> anyhow::Result<Ended> {
     let node: Arc<str> = args.node()?.into();
-    let table = table(args);
+    let table = table(args, &node);
     let pods = LocalPods::new(Arc::clone(&table), Arc::clone(&node), args.pod_cidr.clone());
     let vacancies = Vacancies::new(Arc::clone(&table));
     let readiness = Readiness::new(source.status());
@@ -238,10 +238,11 @@ async fn open_admin(
     Ok(tokio::spawn(serving))
 }
 
-fn table(args: &RunArgs) -> Arc<Table> {
+fn table(args: &RunArgs, node: &str) -> Arc<Table> {
     Table::new(TableSettings {
         cluster_cidrs: args.cluster_cidr.clone(),
         own_node: args.own_node.into(),
+        node: node.to_owned(),
     })
 }
 

@@ -221,6 +221,40 @@ fn a_node_cannot_claim_another_nodes_pod_addresses() {
     assert_eq!(unknown(&table, "10.0.1.9", A), None, "of its own");
 }
 
+/// A pod of another node claims a Node's address and isolates itself: that closes the address for nobody.
+#[test]
+fn a_claim_closes_no_nodes_address() {
+    const NODE: &str = "192.0.2.7";
+    let claimed_on = |on: &str| {
+        let table = Table::new(TableSettings {
+            node: "n1".into(),
+            ..TableSettings::default()
+        });
+        let mut index = Index::new(Arc::clone(&table));
+        let Object::Pod(claimant) = pod("claimant", NODE) else {
+            panic!("a pod")
+        };
+        let claimant = Object::from(Pod {
+            node: on.into(),
+            ..(*claimant).clone()
+        });
+        index.apply(batch(vec![
+            Event::Upsert(node("n2", "10.0.2.0/24", NODE)),
+            Event::Upsert(claimant),
+            deny(),
+        ]));
+        match table.judge(ip("198.51.100.1"), ip(NODE), Some(80), Protocol::Tcp) {
+            Judgement::Settled { verdict, .. } => (verdict.allowed(), table.holder(ip(NODE))),
+            other => panic!("{other:?}"),
+        }
+    };
+    for on in ["n2", "n3"] {
+        assert!(matches!(claimed_on(on), (true, Holder::Node)), "{on}");
+    }
+    // It may be a pod of this node, and the Node object be an old one.
+    assert!(matches!(claimed_on("n1"), (false, Holder::Pod(_))));
+}
+
 #[test]
 fn an_address_is_pod_node_unknown_or_outside() {
     let table = Table::new(TableSettings {

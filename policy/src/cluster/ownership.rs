@@ -14,13 +14,14 @@
 //! - If that does not decide, the address is contested: it gets only the rights that all possible
 //!   holders have, and nothing is allowed in a direction in which any claimant is isolated.
 //! - If the address is also a Node's, and lies in the pod CIDRs of no claimant's node, no rule
-//!   allows anything for it either.
+//!   allows anything for it either. That is for the nodes of the claimants: for all others it
+//!   stays the Node's ([`Cluster::is_a_nodes_for`]).
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::Touched;
 use super::pod_state::PodState;
+use super::{Cluster, Touched};
 use crate::endpoint::Endpoint;
 use crate::isolation::Isolation;
 use crate::matches::MatchSet;
@@ -171,6 +172,18 @@ impl Ownership {
             },
         );
         changed
+    }
+}
+
+impl Cluster {
+    /// Whether `address` is a Node's, and no pod that claims it runs on `node`, or on a node with the address in its pod
+    /// CIDRs. Then `node` takes it for the Node's: claims must close it for nobody.
+    pub fn is_a_nodes_for(&self, node: &str, address: IpAddr) -> bool {
+        let slot = self.ownership.slots.get(&address);
+        let claimants = slot.into_iter().flat_map(|slot| &slot.claimants);
+        let mut claimants = claimants.filter_map(|key| self.pods.get(key));
+        self.ownership.nodes.contains_key(&address)
+            && !claimants.any(|claimant| is_home(claimant, address) || *claimant.pod.node == *node)
     }
 }
 

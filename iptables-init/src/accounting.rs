@@ -2,6 +2,7 @@
 //!
 //! A network namespace counts for the flows that begin after it was switched on. What cannot be
 //! switched on costs records their bytes and nothing else: `inspect` names it.
+use kernel::command::{self, CommandError, Program};
 use kernel::names::TABLE;
 use kernel::sets::{self, SetsError};
 use kernel::sysctl;
@@ -35,6 +36,16 @@ pub(crate) fn switch_on(was_on: bool) -> Result<bool, SetsError> {
         return Ok(false);
     }
     Ok(true)
+}
+
+/// Switches counting on where the sysctl cannot be written, as in a container: by the check of a rule (see [`is_on`]).
+///
+/// # Errors
+/// If `nft` is missing or refuses.
+pub(crate) fn switch_on_again() -> Result<(), CommandError> {
+    let rule =
+        format!("table inet {TABLE}_counting {{ chain counting {{ ct original packets 0; }}; }}");
+    command::run(Program::Nft, &["-c", "-f", "-"], &rule).map(drop)
 }
 
 /// What [`switch_on`] does, for `print`.

@@ -10,6 +10,7 @@ use kernel::elements;
 use kernel::names::TABLE;
 use kernel::nf_tables;
 
+use crate::accounting;
 use crate::contents::Contents;
 use crate::inspect::{Finding, breaking_sysctls, interfaces, validates_by_mark};
 use crate::lookup;
@@ -20,8 +21,10 @@ use crate::settings::Settings;
 use crate::table::{Loaded, Stamp};
 
 const NET: &str = "/proc/sys/net";
-/// Links whose sysctls are read at one look.
+/// Links whose sysctls are read at one look, unless there are more than [`LOOKS`] times as many.
 const LINKS: usize = 64;
+/// Looks in which the sysctls of all links are read. With one every half second, none is wrong for two seconds.
+const LOOKS: usize = 3;
 /// Settings that apply to all links; read at every look.
 const ALWAYS: [&str; 2] = ["all", "default"];
 
@@ -89,6 +92,8 @@ pub struct Found {
     pub damages: Vec<Damage>,
     /// The tables were installed again: their sets have to be filled.
     pub installed_again: bool,
+    /// Conntrack's counting of bytes was off, and is on again.
+    pub counts_again: bool,
 }
 
 /// Why a look or a repair failed.
@@ -117,8 +122,11 @@ pub struct Watch {
     generation: Option<u32>,
     /// The last look found an installation in progress.
     unfinished: bool,
-    /// The links whose sysctls are still to be read in this round.
+    /// Whether conntrack counted when this began.
+    counts: bool,
+    /// The links whose sysctls are still to be read in this round, and how many of them at a look.
     links: Vec<String>,
+    at_a_look: usize,
     /// Those whose sysctls break the redirect.
     broken: Vec<String>,
 }
@@ -139,12 +147,14 @@ impl Watch {
             checked: false,
             generation: None,
             unfinished: false,
+            counts: accounting::is_on(),
             links: Vec::new(),
+            at_a_look: LINKS,
             broken: Vec::new(),
         })
     }
 
-    /// Looks at everything, but at each look only at the sysctls of [`LINKS`] links. Blocks: see above.
+    /// Looks at everything, but at each look only at the sysctls of some links. Blocks: see above.
     ///
     /// # Errors
     /// If the kernel, `nft` or `ip` cannot be asked.
@@ -158,6 +168,11 @@ impl Watch {
             found.damages.iter_mut().for_each(|it| it.ours = false);
         }
         self.sysctls(&mut found);
+        if self.counts && !accounting::is_on() {
+            accounting::switch_on_again()?;
+            self.counts = accounting::is_on();
+            found.counts_again = self.counts;
+        }
         Ok(found)
     }
 
@@ -216,8 +231,9 @@ impl Watch {
         let net = Path::new(NET);
         if self.links.is_empty() {
             self.links = interfaces(net);
+            self.at_a_look = self.links.len().div_ceil(LOOKS).max(LINKS);
         }
-        let rest = self.links.len().saturating_sub(LINKS);
+        let rest = self.links.len().saturating_sub(self.at_a_look);
         let mut links = self.links.split_off(rest);
         links.extend(ALWAYS.map(str::to_owned));
         // A link that was wrong is read at every look until it is right.

@@ -43,6 +43,8 @@ fn main() -> ExitCode {
         installing_again_changes_nothing,
         every_partial_state_is_mended_and_can_be_taken_out,
         what_is_damaged_before_the_first_look_is_found,
+        a_wrong_sysctl_of_many_links_is_soon_found,
+        counting_that_was_switched_off_is_on_again,
         what_install_switched_on_uninstall_switches_off_and_nothing_else,
         other_flags_take_the_place_of_the_table_and_the_sets_keep_their_elements,
         bridges_look_into_packets_again_after_uninstall_only_if_they_did_before,
@@ -227,6 +229,51 @@ fn what_is_damaged_before_the_first_look_is_found() {
         watched.unwrap();
         init(&netns, "check").ok();
     }
+}
+
+/// One look each half second, and two seconds to find it.
+fn a_wrong_sysctl_of_many_links_is_soon_found() {
+    let netns = counting_namespace();
+    init(&netns, "install").ok();
+    sh(
+        &netns,
+        "seq 150 | sed 's/.*/link add many& type veth peer name other&/' | ip -batch -",
+    );
+    let settings = Line::parse_from(["x"]).settings;
+    let watched = netns.run(|| {
+        let kernel = iptables_init::probe_kernel().unwrap();
+        let mut watch = Watch::begin(&settings, kernel).unwrap();
+        for link in ["many1", "many75", "other150"] {
+            let name = format!("/proc/sys/net/ipv4/conf/{link}/src_valid_mark");
+            fs::write(&name, "1").unwrap();
+            let found = (0..4).any(|_| {
+                let damages = watch.look().unwrap().damages;
+                damages.iter().any(|it| it.what.contains(link))
+            });
+            assert!(found, "{link}");
+            fs::write(&name, "0").unwrap();
+            assert_eq!(watch.look().unwrap().damages, []);
+        }
+    });
+    watched.unwrap();
+}
+
+fn counting_that_was_switched_off_is_on_again() {
+    let netns = counting_namespace();
+    init(&netns, "install").ok();
+    let settings = Line::parse_from(["x"]).settings;
+    let looks = netns.run(|| {
+        let kernel = iptables_init::probe_kernel().unwrap();
+        let mut watch = Watch::begin(&settings, kernel).unwrap();
+        ["1", "0"].map(|value| {
+            fs::write("/proc/sys/net/netfilter/nf_conntrack_acct", value).unwrap();
+            watch.look().unwrap().counts_again
+        })
+    });
+    assert_eq!(looks.unwrap(), [false, true]);
+    let counts = sh(&netns, "sysctl -n net.netfilter.nf_conntrack_acct");
+    assert_eq!(counts, "1\n");
+    init(&netns, "check").ok();
 }
 
 fn other_flags_take_the_place_of_the_table_and_the_sets_keep_their_elements() {

@@ -14,6 +14,7 @@ use tracing::warn;
 
 use super::readiness::Readiness;
 use crate::enforcer::Enforcer;
+use crate::telemetry::occasional::warn_occasionally;
 
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// The pause before a second look for a missing table, rule or route: between the steps of `iptables-init uninstall` a
@@ -86,7 +87,14 @@ impl Redirect {
         let Found {
             damages,
             installed_again,
+            counts_again,
         } = found;
+        if counts_again {
+            enforcer.metrics.redirect_fault(Part::Sysctl);
+            warn_occasionally!(
+                "sysctl net.netfilter.nf_conntrack_acct was set to 0, so records would lack bytes; this daemon has set it to 1 again: find out which software changes it"
+            );
+        }
         if installed_again {
             warn!("the redirect was installed again; this daemon fills its sets");
             self.renewed.send_replace(());

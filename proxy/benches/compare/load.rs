@@ -29,11 +29,11 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const SINK: u16 = 7001;
 const ECHO: u16 = 7002;
 /// Says which peer it sees.
-const WHO: u16 = 7003;
+pub(crate) const WHO: u16 = 7003;
 /// New connections spread over so many ports, each with its own: none of the ends runs out of
 /// ports while ended connections are still in TIME_WAIT.
 const SPREAD: u16 = 8;
-pub(crate) const SERVER_CLOSES: u16 = 7100;
+const SERVER_CLOSES: u16 = 7100;
 const CLIENT_CLOSES: u16 = 7200;
 /// Threads that accept on each of those ports: one more than clients that dial it.
 const ACCEPTORS: u16 = CLIENTS / SPREAD + 1;

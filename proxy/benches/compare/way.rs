@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use crate::collector::Collector;
 use crate::flood::{Flood, Targets};
-use crate::load::{Load, SERVER_CLOSES, Servers};
+use crate::load::{Load, Servers, WHO};
 use crate::machine::cpu_time;
 
 pub(crate) const BARE: &str = "bare";
@@ -262,11 +262,12 @@ impl Way {
             return Ok(None);
         };
         let from = self.cluster.pod("bench/flood");
-        let server = self.cluster.pod("bench/near").addr_v4(SERVER_CLOSES);
+        // Another port than that of the connects, whose threads would wait for the flood's requests.
+        let server = self.cluster.pod("bench/near").addr_v4(WHO);
         // So its link's neighbour is known.
         from.connect(server, READY_WITHIN)?;
         let targets = Targets {
-            denied: self.client.addr_v4(SERVER_CLOSES),
+            denied: self.client.addr_v4(WHO),
             server,
             silent: self.cluster.blackhole(80)[0],
         };

@@ -230,9 +230,7 @@ async fn one_way(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> io::Result
         empty(&pipe, to, side).await?;
     }
     loop {
-        if most < BUFFER {
-            most = side.most();
-        }
+        most = if most < BUFFER { side.most() } else { most };
         // After a read that left room this still says yes, and the next read hears EAGAIN. To trust the
         // short read instead would strand what is behind urgent data, where a read stops too.
         let ready = from.ready(Interest::READABLE | Interest::ERROR).await?;

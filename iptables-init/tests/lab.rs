@@ -852,7 +852,7 @@ fn when_sources_fill_the_set_destinations_count() {
     for _ in 0..3 {
         let _unanswered = lab.a.ask_udp(SocketAddr::new(b.into(), 90), b"?", SOON);
     }
-    let flood = || sh(node, "nft list counter inet portreeve flood");
+    let flood = || sh(node, "nft list counter inet portreeve rate_limited");
     assert!(flood().contains("packets 2 "), "{}", flood());
     // The other family has room.
     let v6 = SocketAddr::new(lab.b.ipv6().into(), 90);

@@ -19,9 +19,9 @@ const NFTA_COUNTER_PACKETS: u16 = 2;
 pub const NAMES: [&str; 9] = [
     "no_daemon",
     "spoofed",
-    "stray",
-    "flood",
-    "bridged",
+    "out_of_state",
+    "rate_limited",
+    "bridge_drop",
     "frame",
     "link_local",
     "martian",

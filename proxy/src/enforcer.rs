@@ -18,7 +18,7 @@ use crate::limits::{Asking, Connections, Party, Pending, Place, ShareUsedUp, Sou
 use crate::tcp::connections::{Flow, FlowKey, Flows, StageName};
 use crate::tcp::unread::Unread;
 use crate::telemetry::decision::{Decision, Severance, Way};
-use crate::telemetry::metrics::{Cause, Metrics};
+use crate::telemetry::metrics::{DropReason, Metrics};
 use crate::telemetry::record::{Outcome, Subject};
 use crate::telemetry::recorder::Recorder;
 
@@ -132,7 +132,7 @@ impl Enforcer {
         if let Some(other) = gave_way.and_then(|other| other.upgrade())
             && let Some(stage) = self.flows.give_way(&other)
         {
-            self.metrics.refused(Cause::HalfOpenGaveWay);
+            self.metrics.dropped(DropReason::HalfOpenGaveWay);
             if stage == StageName::Admitted {
                 self.ended(&other, other.why_unanswered());
             }

@@ -26,7 +26,7 @@ use crate::limits::{LONGEST_WAITING, ShareUsedUp};
 use crate::tcp::connect::{self, ConnectError, Leg};
 use crate::tcp::connections::{Arrival, Flow, FlowKey};
 use crate::telemetry::decision::Decision;
-use crate::telemetry::metrics::Cause;
+use crate::telemetry::metrics::DropReason;
 use crate::telemetry::occasional::warn_occasionally;
 use crate::telemetry::record::Outcome;
 use crate::telemetry::timeline::{Moment, Trail};
@@ -129,16 +129,16 @@ impl Gate {
                 self.flow(id, length, syn.into());
             }
             // The kernel keeps whole packets while they wait, also for the server.
-            Packet::Syn(_) if length > LONGEST_WAITING => self.refuse(id, Cause::TooLong),
+            Packet::Syn(_) if length > LONGEST_WAITING => self.refuse(id, DropReason::TooLong),
             Packet::Syn(syn) => self.syn(id, syn),
             Packet::Reset(reset) if came.mark & self.enforcer.marks.divert() != 0 => {
                 self.reset(id, reset);
             }
-            Packet::Reset(reset) if !reset.acknowledges => self.refuse(id, Cause::Odd),
+            Packet::Reset(reset) if !reset.acknowledges => self.refuse(id, DropReason::Odd),
             Packet::Reset(reset) => self.flow(id, length, judged(reset.into())),
             Packet::Flow(packet) => self.flow(id, length, judged(packet)),
-            Packet::Odd => self.refuse(id, Cause::Odd),
-            Packet::Unreadable => self.refuse(id, Cause::Unreadable),
+            Packet::Odd => self.refuse(id, DropReason::Odd),
+            Packet::Unreadable => self.refuse(id, DropReason::Unreadable),
         }
     }
 
@@ -251,7 +251,7 @@ impl Gate {
         let opens = self.enforcer.opens(flow);
         if opens.is_err() {
             self.enforcer.flows.remove(flow);
-            self.refuse(id, Cause::HalfOpenLimit);
+            self.refuse(id, DropReason::HalfOpenLimit);
         }
         opens.is_ok()
     }
@@ -265,7 +265,7 @@ impl Gate {
             }
             Err(ShareUsedUp) => {
                 self.enforcer.flows.remove(&flow);
-                self.refuse(id, Cause::WaitingLimit);
+                self.refuse(id, DropReason::WaitingLimit);
             }
         }
     }
@@ -292,10 +292,10 @@ impl Gate {
             }
             tokio::select! {
                 biased;
-                () = flow.cut_off() => break Cause::UnknownPod,
-                () = waiting.gives_way() => break Cause::WaitingLimit,
-                changed = changed.changed() => if changed.is_err() { break Cause::UnknownPod },
-                () = tokio::time::sleep_until(deadline) => break Cause::UnknownPod,
+                () = flow.cut_off() => break DropReason::UnknownPod,
+                () = waiting.gives_way() => break DropReason::WaitingLimit,
+                changed = changed.changed() => if changed.is_err() { break DropReason::UnknownPod },
+                () = tokio::time::sleep_until(deadline) => break DropReason::UnknownPod,
             }
         };
         self.enforcer.flows.remove(&flow);
@@ -343,12 +343,12 @@ impl Gate {
             // A client that uses up its ports does so by the thousand: counted, not logged.
             Some(Err(ConnectError::NoPort { .. })) => {
                 enforcer.flows.remove(&flow);
-                self.refuse(id, Cause::NoPort);
+                self.refuse(id, DropReason::NoPort);
             }
             Some(Err(error @ ConnectError::Refused { .. })) => {
                 warn_occasionally!(error = %format!("{:#}", anyhow::Error::from(error)), "connection refused");
                 enforcer.flows.remove(&flow);
-                self.refuse(id, Cause::Internal);
+                self.refuse(id, DropReason::Internal);
             }
         }
         self.flush();
@@ -369,9 +369,9 @@ impl Gate {
     }
 
     /// Drops a packet for another reason than policy, which has a count of its own.
-    fn refuse(&self, id: PacketId, cause: Cause) {
+    fn refuse(&self, id: PacketId, cause: DropReason) {
         self.queue.rule(id, Ruling::Drop);
-        self.enforcer.metrics.refused(cause);
+        self.enforcer.metrics.dropped(cause);
     }
 
     /// The packet loses the marks of others: by kube-proxy's, a pod would go on hidden behind this node, and
@@ -388,7 +388,7 @@ impl Gate {
     fn flush(&self) {
         if let Err(error) = self.queue.flush() {
             warn_occasionally!(%error, "failed to send NFQUEUE verdicts; the packets stay queued");
-            self.enforcer.metrics.refused(Cause::Internal);
+            self.enforcer.metrics.dropped(DropReason::Internal);
         }
     }
 }

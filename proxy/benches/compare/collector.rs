@@ -118,7 +118,7 @@ impl Collector {
                     .sum()
             };
             spans.sent += sum("portreeve_spans_sent_total");
-            spans.lost += sum("portreeve_spans_lost_total");
+            spans.lost += sum("portreeve_spans_dropped_total");
         }
         Ok(spans)
     }

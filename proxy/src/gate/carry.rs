@@ -14,7 +14,7 @@ use super::{Deny, Gate};
 use crate::enforcer::Waiting;
 use crate::limits::{LONGEST_WAITING, ShareUsedUp};
 use crate::telemetry::decision::Way;
-use crate::telemetry::metrics::Cause;
+use crate::telemetry::metrics::DropReason;
 use crate::telemetry::record::Subject;
 
 impl Gate {
@@ -26,10 +26,10 @@ impl Gate {
             return;
         }
         if length > LONGEST_WAITING {
-            return self.refuse(id, Cause::TooLong);
+            return self.refuse(id, DropReason::TooLong);
         }
         match self.enforcer.waits(packet.client.ip(), packet.server.ip()) {
-            Err(ShareUsedUp) => self.refuse(id, Cause::WaitingLimit),
+            Err(ShareUsedUp) => self.refuse(id, DropReason::WaitingLimit),
             Ok(waiting) => {
                 let gate = Rc::clone(self);
                 tokio::task::spawn_local(async move {
@@ -58,8 +58,8 @@ impl Gate {
         };
         let refused = tokio::select! {
             biased;
-            () = waiting.gives_way() => Some(Cause::WaitingLimit),
-            known = tokio::time::timeout(self.enforcer.hold, known) => known.err().map(|_| Cause::UnknownPod),
+            () = waiting.gives_way() => Some(DropReason::WaitingLimit),
+            known = tokio::time::timeout(self.enforcer.hold, known) => known.err().map(|_| DropReason::UnknownPod),
         };
         if let Some(cause) = refused {
             self.refuse(id, cause);

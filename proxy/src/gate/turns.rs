@@ -10,7 +10,7 @@ use super::backlog::{Backlog, User};
 use super::packet::Packet;
 use super::{Came, Gate};
 use crate::limits::{LONGEST_WAITING, Source};
-use crate::telemetry::metrics::Cause;
+use crate::telemetry::metrics::DropReason;
 
 /// Messages that are read from the kernel's queue at once.
 const BATCH: usize = 128;
@@ -49,7 +49,7 @@ impl Gate {
         let user = self.user(client.ip(), server.ip());
         let is_long = came.length > LONGEST_WAITING;
         if let Err(came) = backlog.push(user, came, is_long) {
-            self.refuse(came.id, Cause::Crowded);
+            self.refuse(came.id, DropReason::Crowded);
         }
     }
 

@@ -91,15 +91,15 @@ pub(crate) enum Ground {
 }
 
 impl Ground {
-    /// The value of the label `cause` of a decision.
+    /// The value of the label `reason` of a decision.
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Self::Open => "open",
+            Self::Open => "no_policy",
             Self::Rule => "rule",
             Self::Exempt => "exempt",
             Self::NoRule => "no_rule",
-            Self::Contested => "contested",
-            Self::Replaced => "replaced",
+            Self::Contested => "duplicate_ip",
+            Self::Replaced => "endpoint_replaced",
         }
     }
 }

@@ -30,7 +30,7 @@ use scraped::Scraped;
 
 /// Why a packet or connection was refused, when it was not policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Cause {
+pub(crate) enum DropReason {
     /// Its source has as many connections as one source may have, or as are still free.
     SourceLimit,
     /// Its server has as many connections as are still free.
@@ -63,7 +63,7 @@ pub(crate) enum Cause {
     Internal,
 }
 
-impl From<Full> for Cause {
+impl From<Full> for DropReason {
     fn from(full: Full) -> Self {
         match full {
             Full::Source => Self::SourceLimit,
@@ -74,7 +74,7 @@ impl From<Full> for Cause {
     }
 }
 
-impl Cause {
+impl DropReason {
     /// Every one of them, in the order in which they are declared.
     const ALL: [Self; 14] = [
         Self::SourceLimit,
@@ -93,7 +93,7 @@ impl Cause {
         Self::Internal,
     ];
 
-    /// The value of the label `cause`.
+    /// The value of the label `reason`.
     fn label(self) -> &'static str {
         match self {
             Self::SourceLimit => "source_limit",
@@ -107,16 +107,16 @@ impl Cause {
             Self::Crowded => "crowded",
             Self::UnknownPod => "unknown_pod",
             Self::NoPort => "no_port",
-            Self::Odd => "odd",
-            Self::Unreadable => "unreadable",
+            Self::Odd => "invalid",
+            Self::Unreadable => "malformed",
             Self::Internal => "internal",
         }
     }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct CauseLabel {
-    cause: &'static str,
+struct ReasonLabel {
+    reason: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -129,8 +129,8 @@ struct BytesLabels {
 pub(crate) struct Metrics {
     registry: Registry,
     decisions: Decisions,
-    /// In the order of [`Cause::ALL`].
-    refusals: Vec<Counter>,
+    /// In the order of [`DropReason::ALL`].
+    dropped: Vec<Counter>,
     /// By way, then sent and received.
     bytes: [[Counter; 2]; 2],
     verdict: Histogram,
@@ -155,7 +155,7 @@ impl Metrics {
             "What this daemon was built from",
             Info::new(build.to_vec()),
         );
-        let (decisions, refusals, bytes) = counted(&mut registry);
+        let (decisions, dropped, bytes) = counted(&mut registry);
         let [verdict, connect, change] = timed(&mut registry);
         let enforced = Gauge::default();
         registry.register(
@@ -169,7 +169,7 @@ impl Metrics {
             "Relayed connections taken over from the daemon before",
             taken_over.clone(),
         );
-        let redirect = Family::<CauseLabel, Counter>::default();
+        let redirect = Family::<ReasonLabel, Counter>::default();
         registry.register(
             "redirect_faults",
             "Faults of the redirect: a part was missing or changed",
@@ -189,12 +189,12 @@ impl Metrics {
         );
         Self {
             redirect: Part::ALL.map(|part| {
-                redirect.get_or_create_owned(&CauseLabel {
-                    cause: part.label(),
+                redirect.get_or_create_owned(&ReasonLabel {
+                    reason: part.label(),
                 })
             }),
             decisions,
-            refusals,
+            dropped,
             bytes,
             verdict,
             connect,
@@ -224,9 +224,9 @@ impl Metrics {
         self.decisions.count(Word::Sever, severance, way);
     }
 
-    /// Counts a packet refused for another reason.
-    pub(crate) fn refused(&self, cause: Cause) {
-        if let Some(counter) = self.refusals.get(cause as usize) {
+    /// Counts a packet that was dropped for another reason than policy.
+    pub(crate) fn dropped(&self, reason: DropReason) {
+        if let Some(counter) = self.dropped.get(reason as usize) {
             counter.inc();
         }
     }
@@ -296,16 +296,20 @@ fn whole(n: u64) -> i64 {
 
 fn counted(registry: &mut Registry) -> (Decisions, Vec<Counter>, [[Counter; 2]; 2]) {
     let (decisions, family) = Decisions::new();
-    registry.register("decisions", "Connections judged by policy", family);
-    let refusals = Family::<CauseLabel, Counter>::default();
     registry.register(
-        "refusals",
-        "Packets refused for another reason than policy",
-        refusals.clone(),
+        "policy_verdicts",
+        "First packets that policy allowed or denied, and connections that it severed",
+        family,
     );
-    let by_cause = Cause::ALL.map(|cause| {
-        refusals.get_or_create_owned(&CauseLabel {
-            cause: cause.label(),
+    let dropped = Family::<ReasonLabel, Counter>::default();
+    registry.register(
+        "dropped_packets",
+        "Packets dropped for another reason than policy",
+        dropped.clone(),
+    );
+    let by_reason = DropReason::ALL.map(|reason| {
+        dropped.get_or_create_owned(&ReasonLabel {
+            reason: reason.label(),
         })
     });
     let bytes = Family::<BytesLabels, Counter>::default();
@@ -322,7 +326,7 @@ fn counted(registry: &mut Registry) -> (Decisions, Vec<Counter>, [[Counter; 2]; 
             })
         })
     });
-    (decisions, by_cause.into(), by_way)
+    (decisions, by_reason.into(), by_way)
 }
 
 /// Verdict, connect, change.
@@ -335,19 +339,19 @@ fn timed(registry: &mut Registry) -> [Histogram; 3] {
     ]);
     let change = Histogram::new([1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1.0, 5.0]);
     registry.register_with_unit(
-        "verdict",
+        "verdict_duration",
         "From a connection's first packet to its verdict",
         Unit::Seconds,
         verdict.clone(),
     );
     registry.register_with_unit(
-        "connect",
+        "upstream_connect_duration",
         "From a connection's first packet to the server's answer",
         Unit::Seconds,
         connect.clone(),
     );
     registry.register_with_unit(
-        "change",
+        "policy_sync_duration",
         "From the arrival of a change of the cluster to its being in force",
         Unit::Seconds,
         change.clone(),

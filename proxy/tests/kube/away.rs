@@ -93,13 +93,13 @@ fn a_restart_without_the_api_server_goes_on_with_the_kept_state() {
     let (a, b, d) = (lab.pod("x/a"), lab.pod("x/b"), lab.pod("x/d"));
     is_kept_from(&a, &b);
     reaches(&a, &d);
-    assert_eq!(metric(&lab.node(0), "portreeve_watch_restored"), 1);
+    assert_eq!(metric(&lab.node(0), "portreeve_state_from_snapshot"), 1);
 
     daemons.control.join(lab).unwrap();
     daemons.apply(&[deny_ingress("d")]);
     reaches(&a, &b);
     is_kept_from(&a, &d);
-    assert_eq!(metric(&lab.node(0), "portreeve_watch_restored"), 0);
+    assert_eq!(metric(&lab.node(0), "portreeve_state_from_snapshot"), 0);
 }
 
 fn a_first_start_without_the_api_server_releases_nothing() {
@@ -148,7 +148,7 @@ fn what_was_deleted_while_the_server_forgot_us_is_found_out() {
         !sets.contains(&address),
         "{address} of a pod that is gone\n{sets}"
     );
-    let expired = metric(&node, "portreeve_watch_errors_total{cause=\"expired\"}");
+    let expired = metric(&node, "portreeve_watch_errors_total{reason=\"expired\"}");
     let lists = metric(&node, "portreeve_watch_lists_total");
     assert!(
         expired > 0 && lists > 4,

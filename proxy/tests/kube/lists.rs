@@ -50,7 +50,7 @@ fn a_state_of_many_pages_is_listed_anew_when_etcd_has_forgotten_the_changes() {
     let mark = daemons.publish(&[namespace, deny_ingress("d")]);
     daemons.control.compact().unwrap();
     daemons.control.join(&daemons.bed.lab).unwrap();
-    let expired = "portreeve_watch_errors_total{cause=\"expired\"}";
+    let expired = "portreeve_watch_errors_total{reason=\"expired\"}";
     wait_until(PATIENCE, "410", || metric(&node, expired) > 0).unwrap();
     wait_until(PATIENCE, "the new state", || in_force(&node, &mark)).unwrap();
     daemons.says(0, 200, &["ready"]);

@@ -221,20 +221,23 @@ fn the_admin_port_tells_of_health_metrics_and_policies() {
     );
     let decisions = |verdict: &str, cause: &str| {
         format!(
-            "portreeve_decisions_total{{verdict=\"{verdict}\",direction=\"ingress\",path=\"spliced\",cause=\"{cause}\"}}"
+            "portreeve_policy_verdicts_total{{verdict=\"{verdict}\",direction=\"ingress\",path=\"spliced\",reason=\"{cause}\"}}"
         )
     };
     for (at, name) in [
         (0, "portreeve_ready".to_owned()),
         (0, "portreeve_table_generation".to_owned()),
-        (0, "portreeve_table_addresses".to_owned()),
+        (0, "portreeve_endpoints".to_owned()),
         (0, "portreeve_policies".to_owned()),
-        (0, "portreeve_verdict_seconds_count".to_owned()),
-        (0, "portreeve_change_seconds_count".to_owned()),
+        (0, "portreeve_verdict_duration_seconds_count".to_owned()),
+        (0, "portreeve_policy_sync_duration_seconds_count".to_owned()),
         (0, decisions("deny", "no_rule")),
         // x/a is released: only the server's node judges what goes there.
         (1, decisions("allow", "rule")),
-        (1, "portreeve_connect_seconds_count".to_owned()),
+        (
+            1,
+            "portreeve_upstream_connect_duration_seconds_count".to_owned(),
+        ),
     ] {
         let value = metric(&bed.lab.node(at), &name);
         assert!(value >= 1, "{name} of node {at}\n{}", metrics.body);

@@ -73,7 +73,7 @@ fn a_syn_flood_of_a_denied_pod_amid_changes_does_not_stop_its_neighbour() {
     });
     let denied = metric(
         &node,
-        "portreeve_decisions_total{verdict=\"deny\",direction=\"egress\"}",
+        "portreeve_policy_verdicts_total{verdict=\"deny\",direction=\"egress\"}",
     );
     assert!(
         usize::try_from(denied).unwrap() >= FLOOD / 10,
@@ -139,8 +139,8 @@ fn syn(from: (IpAddr, u16), to: (IpAddr, u16), sequence: u32) -> [u8; 20] {
     segment
 }
 
-const SOURCE_LIMIT: &str = "portreeve_refusals_total{cause=\"source_limit\"}";
-const NODE_LIMIT: &str = "portreeve_refusals_total{cause=\"node_limit\"}";
+const SOURCE_LIMIT: &str = "portreeve_dropped_packets_total{reason=\"source_limit\"}";
+const NODE_LIMIT: &str = "portreeve_dropped_packets_total{reason=\"node_limit\"}";
 
 fn a_pod_over_its_bound_is_refused_and_its_neighbour_is_not() {
     let bed = Bed::enforced(&["--max-connections-per-source", "5"], &[allow_all()]);
@@ -303,7 +303,10 @@ fn unfinished_handshakes_of_two_pods_harm_nobody() {
     are_unharmed(&pairs, MEASURED, attack, || {
         from.iter().map(|(_, syns)| syns.sent()).sum::<usize>() > ALL
     });
-    let refused = metric(&node, "portreeve_refusals_total{cause=\"half_open_limit\"}");
+    let refused = metric(
+        &node,
+        "portreeve_dropped_packets_total{reason=\"half_open_limit\"}",
+    );
     assert!(refused > HALF_OPEN, "the bound was not met");
 }
 
@@ -344,7 +347,10 @@ fn syns_to_silent_addresses_harm_nobody() {
         (&o, n.addr_v4(80)),
     ];
     are_unharmed(&pairs, MEASURED, attack, || syns.sent() > ALL);
-    let refused = metric(&node, "portreeve_refusals_total{cause=\"half_open_limit\"}");
+    let refused = metric(
+        &node,
+        "portreeve_dropped_packets_total{reason=\"half_open_limit\"}",
+    );
     assert!(refused > HALF_OPEN, "the bound was not met");
 }
 
@@ -378,7 +384,7 @@ fn packets_to_unknown_addresses_harm_nobody() {
     ];
     let most = AtomicU64::new(0);
     let is_felt = || {
-        most.fetch_max(metric(&node, "portreeve_held_packets"), Ordering::Relaxed);
+        most.fetch_max(metric(&node, "portreeve_queued_packets"), Ordering::Relaxed);
         syns.sent() > 2 * ALL
     };
     are_unharmed(&pairs, MEASURED, attack, is_felt);
@@ -388,7 +394,7 @@ fn packets_to_unknown_addresses_harm_nobody() {
     for cause in ["waiting_limit", "too_long"] {
         let refused = metric(
             &node,
-            &format!("portreeve_refusals_total{{cause=\"{cause}\"}}"),
+            &format!("portreeve_dropped_packets_total{{reason=\"{cause}\"}}"),
         );
         assert!(refused > 0, "{cause}");
     }
@@ -417,7 +423,10 @@ fn names_that_nobody_has_harm_nobody_on_a_bridge() {
     are_unharmed(&pairs, MEASURED, attack, || {
         sent.load(Ordering::Relaxed) > ALL
     });
-    let refused = metric(&node, "portreeve_refusals_total{cause=\"waiting_limit\"}");
+    let refused = metric(
+        &node,
+        "portreeve_dropped_packets_total{reason=\"waiting_limit\"}",
+    );
     assert!(refused > 0, "the bound was not met");
 }
 
@@ -464,14 +473,14 @@ fn a_flood_beyond_the_gates_pace_delays_itself() {
 
 /// First packets that were dropped since as many of the same user waited.
 fn crowded(node: &Host) -> u64 {
-    metric(node, "portreeve_refusals_total{cause=\"crowded\"}")
+    metric(node, "portreeve_dropped_packets_total{reason=\"crowded\"}")
 }
 
 /// How many half-open connections were ended for another one.
 fn gave_way(node: &Host) -> u64 {
     metric(
         node,
-        "portreeve_refusals_total{cause=\"half_open_gave_way\"}",
+        "portreeve_dropped_packets_total{reason=\"half_open_gave_way\"}",
     )
 }
 

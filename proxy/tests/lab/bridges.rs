@@ -117,7 +117,7 @@ fn two_pods_that_come_while_no_daemon_runs_are_kept_apart_by_pods_addresses_only
         bed.lab.add_pod(pod).unwrap()
     });
     let (node, tap, port) = (bed.lab.node(0), Tap::new(&f), link_address(&f));
-    let dropped = || counter_of(&node, "bridge", "bridged");
+    let dropped = || counter_of(&node, "bridge", "bridge_drop");
     let send = |pairs: &[(IpAddr, IpAddr)]| {
         let link = e.injector().unwrap().towards(port);
         for &(from, to) in pairs {
@@ -247,7 +247,7 @@ fn nothing_of_an_isolated_pod_passes_its_bridge() {
     .unwrap();
 
     bed.apply(&[deny_egress("a")]);
-    let dropped = || counter_of(&node, "bridge", "bridged");
+    let dropped = || counter_of(&node, "bridge", "bridge_drop");
     let before = dropped();
     let frames = frames(&a, &b);
     for to in [port, EVERYBODY, ALL_NODES] {
@@ -402,7 +402,10 @@ fn a_tagged_frame_carries_no_other_pods_address() {
     assert_eq!(neighbour(&node, &victim), link_address(&victim));
     assert_eq!(counter_of(&node, "bridge", "frame"), sent);
     assert_eq!(
-        metric(&node, "portreeve_rule_drops_total{cause=\"frame\"}"),
+        metric(
+            &node,
+            "portreeve_nft_dropped_packets_total{reason=\"frame\"}"
+        ),
         sent
     );
 }
@@ -634,9 +637,9 @@ fn a_ports_free_addresses_share_one_packet_rate() {
         nft(format!(
             "add element inet portreeve held_links '{{ {spent} }}'"
         ));
-        let before = counter(&node, "flood");
+        let before = counter(&node, "rate_limited");
         (1..=20).for_each(send);
-        let dropped = || counter(&node, "flood") >= before + 19;
+        let dropped = || counter(&node, "rate_limited") >= before + 19;
         wait_until(DEADLINE, "the port's packets to be dropped", dropped).unwrap();
         // Another port's still pass.
         greeted(&bed.lab.pod("x/d"), b.addr_v6(80));

@@ -109,7 +109,7 @@ fn datagrams_are_judged_in_both_directions_and_on_both_nodes() {
     assert!(
         metric(
             &bed.lab.node(0),
-            r#"portreeve_decisions_total{verdict="deny",direction="egress",path="kernel"}"#
+            r#"portreeve_policy_verdicts_total{verdict="deny",direction="egress",path="kernel"}"#
         ) > 0
     );
 }
@@ -381,7 +381,7 @@ fn pings(from: &Host, to: IpAddr) -> bool {
 fn a_stream_that_has_ended_is_not_reported_as_cut() {
     let bed = bed(&[], &[]);
     let (a, node) = (bed.lab.pod("x/a"), bed.lab.node(0));
-    let severed = r#"portreeve_decisions_total{verdict="sever",path="kernel"}"#;
+    let severed = r#"portreeve_policy_verdicts_total{verdict="sever",path="kernel"}"#;
     let to = bed.lab.pod("x/b").addr_v4(80);
     let live = connected(&a, to);
     let mut ended = connected(&a, to);
@@ -401,7 +401,7 @@ fn a_stream_that_has_ended_is_not_reported_as_cut() {
 fn what_another_node_has_denied_is_not_reported_as_cut() {
     let bed = bed(&[], &[deny_ingress("c")]);
     let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
-    let severed = r#"portreeve_decisions_total{verdict="sever",path="kernel"}"#;
+    let severed = r#"portreeve_policy_verdicts_total{verdict="sever",path="kernel"}"#;
     // Its own node lets it go, so conntrack there knows it, and the server's does not let it in.
     for to in bed.lab.pod("x/c").addrs(80) {
         assert_eq!(a.connect(to, SOON).unwrap().kind(), Kind::TimedOut);
@@ -488,7 +488,7 @@ fn a_flow_of_datagrams_is_recorded_at_its_end_with_what_it_moved() {
         }
     }
     let node = bed.lab.node(0);
-    assert_eq!(metric(&node, "portreeve_carried_flows"), 0);
+    assert_eq!(metric(&node, "portreeve_kernel_flows"), 0);
     let sent = "portreeve_bytes_total{path=\"kernel\",direction=\"sent\"}";
     let both = bed
         .lab
@@ -534,7 +534,7 @@ fn a_restarted_daemon_knows_what_the_kernel_carries() {
     bed.start(0, &[]);
     let node = bed.lab.node(0);
     wait_until(DEADLINE, "the flows to be known", || {
-        metric(&node, "portreeve_carried_flows") == 2
+        metric(&node, "portreeve_kernel_flows") == 2
     })
     .unwrap();
     assert!(flows.iter().all(goes_on));

@@ -122,7 +122,7 @@ fn a_half_written_file_keeps_the_last_good_state() {
     )
     .unwrap();
     denied();
-    assert!(metric(&node, "portreeve_problems") > 0);
+    assert!(metric(&node, "portreeve_config_problems") > 0);
     // Now it is whole.
     let mark = bed.mark();
     let mut whole = allow_all();
@@ -214,7 +214,7 @@ fn a_pod_that_nobody_knows_is_refused_after_the_hold() {
     }
     let refused = metric(
         &bed.lab.node(0),
-        "portreeve_refusals_total{cause=\"unknown_pod\"}",
+        "portreeve_dropped_packets_total{reason=\"unknown_pod\"}",
     );
     assert!(refused >= 3, "{refused}");
 }

@@ -167,7 +167,7 @@ impl Observer {
 /// Waits until so many read.
 fn observers(node: &Host, number: u64) {
     wait_until(DEADLINE, format!("{number} observers"), || {
-        metric(node, "portreeve_observers") == number
+        metric(node, "portreeve_observe_clients") == number
     })
     .unwrap();
 }

@@ -132,7 +132,7 @@ fn anothers_flood_of_datagrams_delays_no_change() {
     flood(&node, address(&a), FLOOD);
     bed.start(0, &[]);
     wait_until(DEADLINE, "the flood to be known", || {
-        metric(&node, "portreeve_carried_flows") >= SHARE
+        metric(&node, "portreeve_kernel_flows") >= SHARE
     })
     .unwrap();
     let to = b.addr_v4(53);
@@ -161,7 +161,7 @@ fn a_flooding_pods_flows_are_all_cut() {
     flood(&node, address(&a), 16_384);
     bed.start(0, &[]);
     wait_until(DEADLINE, "the flood to be known", || {
-        metric(&node, "portreeve_carried_flows") == SHARE
+        metric(&node, "portreeve_kernel_flows") == SHARE
     })
     .unwrap();
     assert!(carried(&node) > usize::try_from(SHARE).unwrap());
@@ -195,14 +195,14 @@ fn memory_comes_back_after_a_flood_of_datagrams() {
     flood(&node, address(&a), LARGE);
     bed.start(0, &[]);
     wait_until(DEADLINE, "the flood to be known", || {
-        metric(&node, "portreeve_carried_flows") >= SHARE
+        metric(&node, "portreeve_kernel_flows") >= SHARE
     })
     .unwrap();
     let flooded = memory(&mut bed, "VmHWM");
     // All cut, which also ends them for the list.
     bed.apply(&[egress("a", Some("198.18.0.0/15"))]);
     wait_until(DEADLINE, "the last flow to be gone", || {
-        metric(&node, "portreeve_carried_flows") == 0 && carried(&node) == 0
+        metric(&node, "portreeve_kernel_flows") == 0 && carried(&node) == 0
     })
     .unwrap();
     let highest = memory(&mut bed, "VmHWM");

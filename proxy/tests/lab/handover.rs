@@ -217,7 +217,7 @@ fn a_daemon_takes_over_every_stream_and_none_loses_a_byte() {
     let none_lost = waited.iter().all(|it| *it < SOON);
     assert!(none_lost, "{waited:?}");
     assert_eq!(capture.syn_acks_from(d.addr_v4(80)), 0);
-    for lost in ["no_daemon", "stray"] {
+    for lost in ["no_daemon", "out_of_state"] {
         assert_eq!(counter(&node, lost), 0, "{lost}");
     }
     let taken_over = metric(&node, "portreeve_handover_connections_total");

@@ -58,13 +58,16 @@ fn a_link_local_source_stays_on_its_link() {
         settle(&d, &b, &capture);
         let near = |it: &lab::Packet| it.source.ip() == NEAR && it.protocol != 58;
         assert_eq!(capture.count(near), 0, "{gateway:?}");
-        let allowed = metric(&node, "portreeve_decisions_total{verdict=\"allow\"}");
+        let allowed = metric(&node, "portreeve_policy_verdicts_total{verdict=\"allow\"}");
         assert_eq!(allowed, 2, "{gateway:?}: of {sent}, and the sentinels");
         let log = bed.daemon(0).log();
         assert!(!log.contains("connection denied"), "{gateway:?}: {log}");
         // From outside the kernel itself may refuse them first.
         assert!(counter(&node, "link_local") >= sent / 2, "{gateway:?}");
-        let told = metric(&node, "portreeve_rule_drops_total{cause=\"link_local\"}");
+        let told = metric(
+            &node,
+            "portreeve_nft_dropped_packets_total{reason=\"link_local\"}",
+        );
         assert_eq!(told, counter(&node, "link_local"), "{gateway:?}");
     }
 }

@@ -36,7 +36,8 @@ fn a_datagram_in_fragments_is_judged_once_and_whole() {
     bed.enforce(&[]);
     let (a, node) = (bed.lab.pod("x/a"), bed.lab.node(0));
     let decided = |verdict: &str| {
-        let name = format!(r#"portreeve_decisions_total{{verdict="{verdict}",path="kernel"}}"#);
+        let name =
+            format!(r#"portreeve_policy_verdicts_total{{verdict="{verdict}",path="kernel"}}"#);
         metric(&node, &name)
     };
     // More than two fragments of an Ethernet's size.
@@ -69,7 +70,7 @@ fn nonsense_is_dropped_and_counted() {
     let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
     let capture = b.capture().unwrap();
     let injector = a.injector().unwrap();
-    let before = counter(&node, "stray");
+    let before = counter(&node, "out_of_state");
     let nonsense = [
         ("SYN with FIN", SYN | FIN),
         ("SYN with RST", SYN | RST),
@@ -87,12 +88,15 @@ fn nonsense_is_dropped_and_counted() {
             injector.send(&craft::tcp(from, to, flags, 1, &[])).unwrap();
             sent += 1;
             let counted = wait_until(DEADLINE, "it to be counted", || {
-                counter(&node, "stray") == before + sent
+                counter(&node, "out_of_state") == before + sent
             });
             assert!(counted.is_ok(), "{what}, {to}");
         }
     }
-    let told = metric(&node, "portreeve_rule_drops_total{cause=\"stray\"}");
+    let told = metric(
+        &node,
+        "portreeve_nft_dropped_packets_total{reason=\"out_of_state\"}",
+    );
     assert_eq!(told, before + sent);
     assert_eq!(capture.count(|it| it.source.port() == 1000), 0);
     for to in b.addrs(80) {

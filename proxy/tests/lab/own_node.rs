@@ -121,7 +121,7 @@ fn a_dns_cache_on_the_node_that_nobody_tracks_answers_its_pods() {
         assert!(is_answered(&a, cache));
         echoes(&connected(&a, cache), "the same by TCP");
     }
-    assert_eq!(counter(&own, "stray"), 0);
+    assert_eq!(counter(&own, "out_of_state"), 0);
 }
 
 /// Lets one pod go to TCP 80 and UDP 53 of these addresses.
@@ -163,10 +163,11 @@ fn judged_the_own_node_is_one_more_destination_of_a_pod() {
     for to in a.addrs(80) {
         assert_eq!(greeted(&node, to).server, "x/a");
     }
-    let allowed = r#"portreeve_decisions_total{verdict="allow",direction="egress",path="kernel"}"#;
+    let allowed =
+        r#"portreeve_policy_verdicts_total{verdict="allow",direction="egress",path="kernel"}"#;
     assert!(metric(&node, allowed) > 0);
     assert_eq!(
-        metric(&node, r#"portreeve_decisions_total{path="spliced"}"#),
+        metric(&node, r#"portreeve_policy_verdicts_total{path="spliced"}"#),
         0
     );
 }
@@ -188,7 +189,7 @@ fn judged_a_change_stops_what_a_pod_has_with_its_node() {
         let heard = stream.read(&mut [0; 16]);
         assert!(heard.is_err(), "{:?}: {heard:?}", stream.peer_addr());
     }
-    assert!(counter(&node, "stray") > 0, "without a beginning");
+    assert!(counter(&node, "out_of_state") > 0, "without a beginning");
 }
 
 /// Once conntrack has forgotten the stream, what the node repeats would begin one of its own, as a node may.
@@ -212,7 +213,7 @@ fn judged_a_node_that_goes_on_sending_keeps_no_stream_open_that_a_change_denies(
         let heard = (&mut &*server).read(&mut [0; 16]);
         assert!(heard.is_err(), "{:?}: {heard:?}", server.local_addr());
     }
-    assert!(counter(&node, "stray") > 0, "without a beginning");
+    assert!(counter(&node, "out_of_state") > 0, "without a beginning");
 }
 
 /// By TCP and UDP between link-local addresses, and between one of them and a global one; with broadcasts in nobody's name.
@@ -409,7 +410,7 @@ fn a_pod_reaches_itself_and_by_its_own_service_whatever_policy_says() {
     wait_until(DEADLINE, "what b tried to be counted", || {
         metric(
             &bed.lab.node(0),
-            r#"portreeve_decisions_total{verdict="deny",direction="ingress"}"#,
+            r#"portreeve_policy_verdicts_total{verdict="deny",direction="ingress"}"#,
         ) > 0
     })
     .unwrap();

@@ -172,7 +172,7 @@ fn names_that_are_html_are_shown_as_text() {
     bed.write("evil.json", &pod("x", NAME, "10.244.0.200"));
     let node = bed.lab.node(0);
     wait_until(DEADLINE, "the fault", || {
-        metric(&node, "portreeve_problems") > 0
+        metric(&node, "portreeve_config_problems") > 0
     })
     .unwrap();
     let denied = bed

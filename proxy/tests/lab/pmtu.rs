@@ -69,7 +69,7 @@ fn bulk_data_finds_the_mtu_of_its_path_on_both_legs() {
             "{to}: nothing was too big"
         );
     }
-    let relayed = r#"portreeve_decisions_total{verdict="allow",path="spliced"}"#;
+    let relayed = r#"portreeve_policy_verdicts_total{verdict="allow",path="spliced"}"#;
     assert_eq!([&node, &other].map(|node| metric(node, relayed)), [2, 2]);
 }
 

@@ -226,12 +226,12 @@ fn a_stale_upstream_entry_exposes_no_listener() {
             Ipv6Addr::UNSPECIFIED.into()
         };
         let _listener = node.listen((any, to.port()).into()).unwrap();
-        let before = counter(&node, "stray");
+        let before = counter(&node, "out_of_state");
         way.send(&craft::tcp(from, to, SYN, 1, &[])).unwrap();
         // One honest packet, which comes back after it.
         let _pong = node.connect(b.addrs(80)[at], DEADLINE).unwrap();
         assert_eq!(capture.syn_acks_from(to), 0, "{to}");
-        assert_eq!(counter(&node, "stray"), before + 1, "{to}");
+        assert_eq!(counter(&node, "out_of_state"), before + 1, "{to}");
     }
 }
 

@@ -50,7 +50,7 @@ fn sh(node: &Host, line: &str) {
 fn faults(node: &Host, cause: &str) -> u64 {
     metric(
         node,
-        &format!("portreeve_redirect_faults_total{{cause=\"{cause}\"}}"),
+        &format!("portreeve_redirect_faults_total{{reason=\"{cause}\"}}"),
     )
 }
 

@@ -80,7 +80,7 @@ fn ten_thousand_pods_on_reused_addresses_have_their_own_rights_and_no_others() {
     let waited = wait_until(DEADLINE, "a record of every flow", || {
         lines(records.path()) >= expected.len()
     });
-    let lost = metric(&bed.lab.node(0), "portreeve_records_lost_total");
+    let lost = metric(&bed.lab.node(0), "portreeve_records_dropped_total");
     let seen = verdicts(records.path());
     let wrong = expected
         .iter()

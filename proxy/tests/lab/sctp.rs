@@ -52,7 +52,7 @@ impl<'a> Attempt<'a> {
         let of = |node: Host| {
             metric(
                 &node,
-                r#"portreeve_decisions_total{verdict="deny",path="kernel"}"#,
+                r#"portreeve_policy_verdicts_total{verdict="deny",path="kernel"}"#,
             )
         };
         self.bed.lab.nodes().map(of).sum()

@@ -340,7 +340,10 @@ fn a_collector_that_proves_itself_gets_spans_over_tls_and_no_impostor_does() {
         let before = jaeger.spans("deny").len();
         bed.start(0, &["--otlp-endpoint", &to, "--deny", "reject"]);
         assert!(a.connect(b, DEADLINE).unwrap().into_stream().is_err());
-        let gone = ["portreeve_spans_lost_total", "portreeve_spans_sent_total"];
+        let gone = [
+            "portreeve_spans_dropped_total",
+            "portreeve_spans_sent_total",
+        ];
         let counts = if warned.is_none() { [0, 1] } else { [1, 0] };
         wait_until(DEADLINE * 2, format!("{case}: a span to go"), || {
             gone.map(|name| metric(&host, name)) == counts
@@ -392,14 +395,14 @@ fn no_collector_however_bad_delays_a_packet_and_every_lost_span_is_counted() {
             assert!(began.elapsed() < SOON, "{cause}: {:?}", began.elapsed());
         }
         let host = bed.lab.node(0);
-        let lost = |labels: &str| metric(&host, &format!("portreeve_spans_lost_total{labels}"));
+        let lost = |labels: &str| metric(&host, &format!("portreeve_spans_dropped_total{labels}"));
         wait_until(
             DEADLINE * 2,
             format!("{cause}: every span to be lost"),
             || lost("") == CONNECTIONS,
         )
         .unwrap_or_else(|error| panic!("{error}: {}\n{}", lost(""), bed.logs()));
-        assert!(lost(&format!("{{cause=\"{cause}\"}}")) > 0, "{cause}");
+        assert!(lost(&format!("{{reason=\"{cause}\"}}")) > 0, "{cause}");
         assert_eq!(metric(&host, "portreeve_spans_sent_total"), 0);
         let daemon = bed.daemon(0);
         let said = daemon.log();

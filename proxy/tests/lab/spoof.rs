@@ -75,7 +75,10 @@ fn a_pod_that_sends_in_anothers_name_is_refused_by_its_link() {
         assert_eq!(forged, 0, "{gateway:?}");
         let refused = counter(&node, "spoofed");
         assert_eq!(refused, 14, "only the lies, {gateway:?}");
-        let told = metric(&node, "portreeve_rule_drops_total{cause=\"spoofed\"}");
+        let told = metric(
+            &node,
+            "portreeve_nft_dropped_packets_total{reason=\"spoofed\"}",
+        );
         assert_eq!(told, refused, "{gateway:?}");
     }
 }

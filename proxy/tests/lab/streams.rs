@@ -454,10 +454,13 @@ fn a_thousand_connects_at_once_succeed_and_lose_no_syn() {
         }
     }
     for node in bed.lab.nodes() {
-        for lost in ["portreeve_queue_drops_total", "portreeve_refusals_total"] {
+        for lost in [
+            "portreeve_queue_drops_total",
+            "portreeve_dropped_packets_total",
+        ] {
             assert_eq!(metric(&node, lost), 0, "{lost} on {}", node.name());
         }
-        for lost in ["flood", "no_daemon", "stray", "spoofed"] {
+        for lost in ["rate_limited", "no_daemon", "out_of_state", "spoofed"] {
             assert_eq!(counter(&node, lost), 0, "{lost} on {}", node.name());
         }
     }

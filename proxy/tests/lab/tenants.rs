@@ -47,7 +47,7 @@ fn first_packets_cost_the_same_under_many_rules() {
     let denied = || {
         metric(
             &node,
-            "portreeve_decisions_total{verdict=\"deny\",direction=\"egress\"}",
+            "portreeve_policy_verdicts_total{verdict=\"deny\",direction=\"egress\"}",
         )
     };
     let (stop, sent) = (AtomicBool::new(false), AtomicUsize::new(0));

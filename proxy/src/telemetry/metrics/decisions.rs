@@ -22,7 +22,7 @@ pub(super) struct Labels {
     verdict: &'static str,
     direction: &'static str,
     path: &'static str,
-    cause: &'static str,
+    reason: &'static str,
 }
 
 /// Every counter of a decision, in the order of [`place`].
@@ -42,7 +42,7 @@ impl Decisions {
                                 verdict: word.name(),
                                 direction: spoke.name(),
                                 path: way.name(),
-                                cause: ground.name(),
+                                reason: ground.name(),
                             })
                         } else {
                             Counter::default()

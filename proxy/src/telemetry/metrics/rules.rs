@@ -6,7 +6,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
-use super::CauseLabel;
+use super::ReasonLabel;
 
 /// A counter for each of the rules', in the order of [`NAMES`].
 #[derive(Default)]
@@ -15,13 +15,13 @@ pub(super) struct Rules([Counter; NAMES.len()]);
 impl Rules {
     /// In `registry`.
     pub(super) fn registered(registry: &mut Registry) -> Self {
-        let drops = Family::<CauseLabel, Counter>::default();
+        let drops = Family::<ReasonLabel, Counter>::default();
         registry.register(
-            "rule_drops",
+            "nft_dropped_packets",
             "Packets that the redirect's rules dropped before anybody judged them",
             drops.clone(),
         );
-        Self(NAMES.map(|cause| drops.get_or_create_owned(&CauseLabel { cause })))
+        Self(NAMES.map(|reason| drops.get_or_create_owned(&ReasonLabel { reason })))
     }
 
     /// As the kernel has counted; if it does not say, as before.

@@ -72,18 +72,18 @@ impl Scraped {
             all.connections.clone(),
         );
         registry.register(
-            "carried_flows",
+            "kernel_flows",
             "Flows that the kernel carries",
             all.carried.clone(),
         );
         registry.register(
-            "held_packets",
+            "queued_packets",
             "Packets that wait in the kernel's queues",
             all.held.clone(),
         );
         all.register_state(registry);
         registry.register(
-            "records_lost",
+            "records_dropped",
             "Records lost to a slow or full disk",
             all.records_lost.clone(),
         );
@@ -93,7 +93,7 @@ impl Scraped {
             all.queue_drops.clone(),
         );
         registry.register(
-            "observers",
+            "observe_clients",
             "Readers of the stream of decisions",
             all.observers.clone(),
         );
@@ -113,7 +113,7 @@ impl Scraped {
             self.generation.clone(),
         );
         registry.register(
-            "table_addresses",
+            "endpoints",
             "Pod addresses in the policy table",
             self.addresses.clone(),
         );
@@ -124,7 +124,7 @@ impl Scraped {
             self.refused.clone(),
         );
         registry.register(
-            "problems",
+            "config_problems",
             "Faults of the cluster's objects that stand now",
             self.problems.clone(),
         );

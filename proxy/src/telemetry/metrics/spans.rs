@@ -5,14 +5,14 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
-use super::CauseLabel;
+use super::ReasonLabel;
 use crate::telemetry::spans::SpanCounts;
 
 /// The metrics about spans; all at zero if none are sent.
 #[derive(Default)]
 pub(super) struct Spans {
     sent: Counter,
-    lost: Family<CauseLabel, Counter>,
+    lost: Family<ReasonLabel, Counter>,
 }
 
 impl Spans {
@@ -25,7 +25,7 @@ impl Spans {
             all.sent.clone(),
         );
         registry.register(
-            "spans_lost",
+            "spans_dropped",
             "Spans that did not reach the collector",
             all.lost.clone(),
         );
@@ -40,8 +40,8 @@ impl Spans {
             ("refused", counts.refused),
             ("timeout", counts.timed_out),
         ];
-        for (cause, count) in lost {
-            let counter = self.lost.get_or_create(&CauseLabel { cause });
+        for (reason, count) in lost {
+            let counter = self.lost.get_or_create(&ReasonLabel { reason });
             counter.inner().store(count, Ordering::Relaxed);
         }
     }

@@ -6,13 +6,13 @@ use super::*;
 #[test]
 fn every_cause_has_the_counter_of_its_name() {
     let metrics = Metrics::new();
-    for (cause, times) in Cause::ALL.into_iter().zip(1..) {
-        (0..times).for_each(|_| metrics.refused(cause));
+    for (cause, times) in DropReason::ALL.into_iter().zip(1..) {
+        (0..times).for_each(|_| metrics.dropped(cause));
     }
     let text = metrics.render(&Readings::default()).unwrap();
-    for (cause, times) in Cause::ALL.into_iter().zip(1..) {
+    for (cause, times) in DropReason::ALL.into_iter().zip(1..) {
         let line = format!(
-            "portreeve_refusals_total{{cause=\"{}\"}} {times}\n",
+            "portreeve_dropped_packets_total{{reason=\"{}\"}} {times}\n",
             cause.label()
         );
         assert!(text.contains(&line), "{line} is not in\n{text}");

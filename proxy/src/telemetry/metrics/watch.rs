@@ -42,7 +42,7 @@ impl Collector for WatchMetrics {
                 .encode_gauge(&i64::from(kind.connected))?;
         }
         let mut family = encoder.encode_descriptor(
-            "watch_since_timestamp",
+            "watch_last_transition_timestamp",
             "Since when that is so, in Unix time",
             Some(&Unit::Seconds),
             MetricType::Gauge,
@@ -71,14 +71,14 @@ impl Collector for WatchMetrics {
             MetricType::Counter,
         )?;
         for kind in &kinds {
-            for cause in ApiError::CAUSES {
-                let errors = kind.errors.get(cause).copied().unwrap_or_default();
-                let labels = [("resource", kind.resource), ("cause", cause)];
+            for reason in ApiError::CAUSES {
+                let errors = kind.errors.get(reason).copied().unwrap_or_default();
+                let labels = [("resource", kind.resource), ("reason", reason)];
                 count(family.encode_family(&labels)?, errors)?;
             }
         }
         let restored = encoder.encode_descriptor(
-            "watch_restored",
+            "state_from_snapshot",
             "1 if the state in force is one from disk, which the API server has not confirmed yet",
             None,
             MetricType::Gauge,

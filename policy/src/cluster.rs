@@ -236,20 +236,12 @@ impl Cluster {
     /// Adds a policy, or replaces the one of that key.
     pub fn upsert_policy(&mut self, policy: impl Into<Arc<NetworkPolicy>>) -> Touched {
         let policy = policy.into();
-        let key = policy.key().clone();
-        if self
-            .policies
-            .get(&key)
-            .is_some_and(|state| state.policy == policy)
-        {
-            return Touched::default();
-        }
-        self.change_policy(&key, Some(policy))
+        self.change_policies([(policy.key().clone(), Some(policy))].into())
     }
 
     /// Removes a policy, if it is there.
     pub fn remove_policy(&mut self, key: &PolicyKey) -> Touched {
-        self.change_policy(key, None)
+        self.change_policies([(key.clone(), None)].into())
     }
 
     /// Who owns this address now: a pod that is neither finished nor hostNetwork.

@@ -22,7 +22,8 @@ use serde_json::{Value, json};
 
 use support::arbitrary::{all_addresses, changes, policies, worlds};
 use support::cluster::{
-    as_answer, change, check_against_oracle, cluster, judge, key_of, pairs, protocol, touched_by,
+    as_answer, change, check_against_oracle, cluster, judge, key_of, network_policy, pairs,
+    protocol, touched_by,
 };
 use support::oracle::{Answer, Question, Side, answer};
 use support::world::addresses;
@@ -246,6 +247,44 @@ proptest! {
         for (asked, allowed) in allowed(&grown) {
             prop_assert!(!allowed || whole[&asked], "{asked:?} is open by a budget");
         }
+    }
+
+    #[test]
+    fn policies_that_change_together_mean_the_same(
+        world in worlds(),
+        steps in proptest::collection::vec(changes(true), 1..12),
+        bound in 0_u64..12,
+    ) {
+        let budget = Budget::default().with(Resource::Rules, bound);
+        let (mut one, mut other) = (Cluster::with_budget(budget), Cluster::with_budget(budget));
+        let mut world = world;
+        let mut policies: BTreeMap<_, _> = world
+            .policies
+            .keys()
+            .map(|key| (key_of(key), None))
+            .collect();
+        for step in world.changes() {
+            change(&mut one, &step);
+            change(&mut other, &step);
+        }
+        for step in &steps {
+            world.apply(step);
+            change(&mut one, step);
+            if !matches!(step, Change::Policy(_) | Change::NoPolicy(_)) {
+                change(&mut other, step);
+            }
+        }
+        for policy in world.policies.values() {
+            let policy = Arc::new(network_policy(policy));
+            policies.insert(policy.key().clone(), Some(policy));
+        }
+        let held = endpoints(&other);
+        let touched = other.change_policies(policies);
+        let (holds, mut changed) = (endpoints(&other), all_addresses());
+        changed.retain(|address| held.get(address) != holds.get(address));
+        prop_assert_eq!(changed, touched.addresses);
+        prop_assert!(one.refused().eq(other.refused()));
+        prop_assert_eq!(difference(&truth(&one), &truth(&other)), None);
     }
 
     #[test]

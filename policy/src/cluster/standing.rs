@@ -101,56 +101,65 @@ impl Ledger {
 }
 
 impl Cluster {
-    /// Adds or removes a policy, and updates how each policy of its namespace is in force.
-    pub(super) fn change_policy(
+    /// Adds, replaces (`Some`) and removes policies. Those of one namespace change together: what
+    /// selects each pod is worked out once for all of them, so that their cost is bounded by the
+    /// namespace's budget, not by their number.
+    pub fn change_policies(
         &mut self,
-        key: &PolicyKey,
-        policy: Option<Arc<NetworkPolicy>>,
+        mut changes: BTreeMap<PolicyKey, Option<Arc<NetworkPolicy>>>,
     ) -> Touched {
         let mut touched = Touched::default();
-        self.settle_policy(key, policy, &mut touched);
+        changes.retain(|key, policy| {
+            let known = self.policies.get(key).map(|state| &state.policy);
+            known != policy.as_ref()
+        });
+        while let Some((first, _)) = changes.first_key_value() {
+            let namespace = first.namespace.clone();
+            let own = changes.extract_if(.., |key, _| key.namespace == namespace);
+            let own = own.collect();
+            self.settle_policies(&namespace, own, &mut touched);
+        }
         // Frees their merged entries for other policies.
         self.selections.collect();
         touched
     }
 
-    fn settle_policy(
+    fn settle_policies(
         &mut self,
-        key: &PolicyKey,
-        policy: Option<Arc<NetworkPolicy>>,
+        namespace: &Arc<str>,
+        changes: Vec<(PolicyKey, Option<Arc<NetworkPolicy>>)>,
         touched: &mut Touched,
     ) {
-        let usage = policy.as_deref().map(Usage::of);
-        let known = self.policies.get(key).map(|state| state.usage);
-        self.ledger
-            .account(&key.namespace, usage.as_ref(), known.as_ref());
-        match (policy, usage) {
-            (Some(policy), Some(usage)) => {
+        let (mut others, mut gone) = (Vec::new(), Vec::new());
+        for (key, policy) in changes {
+            let usage = policy.as_deref().map(Usage::of);
+            let known = self.policies.get(&key).map(|state| state.usage);
+            self.ledger
+                .account(namespace, usage.as_ref(), known.as_ref());
+            if let (Some(policy), Some(usage)) = (policy, usage) {
                 let state = self.policies.entry(key.clone());
                 let state = state.or_insert_with(|| PolicyState::new(policy.clone()));
                 (state.policy, state.usage, state.standing) = (policy, usage, None);
-            }
-            _ => {
-                self.ledger.set(key, None);
-                let Some(removed) = self.policies.remove(key) else {
-                    return;
-                };
-                self.reselect(removed.compiled.as_ref(), None, touched);
-                self.release_selectors(&removed.selectors, touched);
+                others.push((key, Standing::Whole));
+            } else {
+                self.ledger.set(&key, None);
+                gone.extend(self.policies.remove(&key));
             }
         }
-        if self.ledger.all_stand(&key.namespace) {
-            return self.stand(key, Standing::Whole, touched);
+        if !self.ledger.all_stand(namespace) {
+            others = self.standings(namespace);
         }
-        let mut others = self.standings(&key.namespace);
         others.retain(|(key, standing)| {
             let known = self.policies.get(key);
             known.is_some_and(|state| state.standing != Some(*standing))
         });
-        match &others[..] {
-            [(key, standing)] => self.stand(key, *standing, touched),
-            _ => self.stand_together(&key.namespace, &others, touched),
+        match (&others[..], &gone[..]) {
+            ([(key, standing)], []) => self.stand(key, *standing, touched),
+            ([], [removed]) => self.reselect(removed.compiled.as_ref(), None, touched),
+            _ => self.stand_together(namespace, &others, touched),
         }
+        let held: Vec<SelectorId> = gone.iter().flat_map(|it| it.selectors.clone()).collect();
+        self.release_selectors(&held, touched);
     }
 
     /// How each policy of a namespace has to be in force.
@@ -187,16 +196,11 @@ impl Cluster {
 
     /// Updates how one policy is in force.
     fn stand(&mut self, key: &PolicyKey, standing: Standing, touched: &mut Touched) {
-        let Some(state) = self.policies.get(key) else {
-            return;
-        };
-        if state.standing == Some(standing) {
-            return;
-        }
-        let was = state.compiled.clone();
-        let held = self.take_in(key, standing, touched);
-        let compiled = self.policies.get(key).and_then(|it| it.compiled.clone());
-        self.reselect(was.as_ref(), compiled.as_ref(), touched);
+        let compiled = |of: &Self| of.policies.get(key).and_then(|it| it.compiled.clone());
+        let was = compiled(self);
+        let held = self.take_in(&[(key.clone(), standing)], touched);
+        let is = compiled(self);
+        self.reselect(was.as_ref(), is.as_ref(), touched);
         self.release_selectors(&held, touched);
     }
 
@@ -207,39 +211,44 @@ impl Cluster {
         standings: &[(PolicyKey, Standing)],
         touched: &mut Touched,
     ) {
-        let mut held = Vec::new();
-        for (key, standing) in standings {
-            held.extend(self.take_in(key, *standing, touched));
-        }
+        let held = self.take_in(standings, touched);
         self.reselect_all(namespace, touched);
         self.release_selectors(&held, touched);
     }
 
-    /// Compiles a policy as it is to stand, for [`Self::reselect`]. Returns the selectors that it held before.
+    /// Compiles policies as they are to stand, for [`Self::reselect`]. Returns the selectors that they
+    /// held before.
     fn take_in(
         &mut self,
-        key: &PolicyKey,
-        standing: Standing,
+        standings: &[(PolicyKey, Standing)],
         touched: &mut Touched,
     ) -> Vec<SelectorId> {
-        let Some(state) = self.policies.get_mut(key) else {
-            return Vec::new();
-        };
-        state.standing = Some(standing);
-        let policy = match standing {
-            Standing::Whole => Some(state.policy.clone()),
-            Standing::Closed => Some(Arc::new(state.policy.closed())),
-            Standing::ClosedToAll => Some(Arc::new(state.policy.closed_to_all())),
-            Standing::Nothing => None,
-        };
-        let held = std::mem::take(&mut state.selectors);
+        let known = self.selectors.next_id();
+        let (mut held, mut taken) = (Vec::new(), Vec::new());
+        for (key, standing) in standings {
+            let Some(state) = self.policies.get_mut(key) else {
+                continue;
+            };
+            state.standing = Some(*standing);
+            held.append(&mut state.selectors);
+            let policy = match standing {
+                Standing::Whole => Some(state.policy.clone()),
+                Standing::Closed => Some(Arc::new(state.policy.closed())),
+                Standing::ClosedToAll => Some(Arc::new(state.policy.closed_to_all())),
+                Standing::Nothing => None,
+            };
+            let selectors = policy.as_deref().map(|it| self.hold_selectors(it));
+            taken.push((key, policy, selectors.unwrap_or_default()));
+        }
         // The pods' new matches come before the rules that use them.
-        let selectors = policy.as_deref().map(|it| self.hold_selectors(it, touched));
-        let compiled = policy.as_deref().map(|it| Arc::new(self.compile(it)));
-        if let Some(state) = self.policies.get_mut(key) {
-            state.selectors = selectors.unwrap_or_default();
-            state.compiled = compiled;
-            state.pods = policy.map(|policy| policy.pods.clone());
+        self.match_new(known, touched);
+        for (key, policy, selectors) in taken {
+            let compiled = policy.as_deref().map(|it| Arc::new(self.compile(it)));
+            if let Some(state) = self.policies.get_mut(key) {
+                state.selectors = selectors;
+                state.compiled = compiled;
+                state.pods = policy.map(|policy| policy.pods.clone());
+            }
         }
         held
     }

@@ -228,28 +228,22 @@ impl Cluster {
         self.ownership.settle(key, &addresses, &self.pods, touched);
     }
 
-    /// Holds every peer selector of `policy`, and lets the pods know the new ones.
-    pub(super) fn hold_selectors(
-        &mut self,
-        policy: &NetworkPolicy,
-        touched: &mut Touched,
-    ) -> Vec<SelectorId> {
-        let known = self.selectors.next_id();
+    /// Holds every peer selector of `policy`; [`Self::match_new`] lets the pods know the new ones.
+    pub(super) fn hold_selectors(&mut self, policy: &NetworkPolicy) -> Vec<SelectorId> {
         let selectors = policy.peer_selectors().map(|selector| {
             self.selectors
                 .intern(selector, &self.pods_by_label, &self.namespaces_by_label)
         });
         let selectors: BTreeSet<SelectorId> = selectors.collect();
         self.selectors.hold(&selectors);
-        let new = selectors.range(known..).copied();
-        let new = self.selectors.named(new);
-        self.match_new(&new, touched);
         selectors.into_iter().collect()
     }
 
-    /// `new` ids are greater than all others, so that appending keeps every set sorted.
-    fn match_new(&mut self, new: &[Named], touched: &mut Touched) {
-        let changes = self.matched_by(new);
+    /// Lets the pods know the selectors with ids from `known` on. They are greater than all others,
+    /// so that appending keeps every set sorted.
+    pub(super) fn match_new(&mut self, known: SelectorId, touched: &mut Touched) {
+        let new = self.selectors.named(known..self.selectors.next_id());
+        let changes = self.matched_by(&new);
         self.rematch_with(changes, |had, new| [had, new].concat(), touched);
     }
 

@@ -7,6 +7,7 @@ use policy::{
     Cluster, Exempt, NetworkPolicy, OwnNode, Party, PodKey, PodPort, PolicyKey, Protocol,
 };
 use policy::{Side, Touched, Verdict};
+use serde_json::Value;
 
 use super::oracle::{self, Answer, Question};
 use super::world::{Change, Key, Labels, Node, Pod, World, policy_key};
@@ -37,15 +38,20 @@ pub(crate) fn touched_by(cluster: &mut Cluster, change: &Change) -> Touched {
         Change::NoNode(name) => cluster.remove_node(name),
         Change::Pod(written) => cluster.upsert_pod(pod(written)),
         Change::NoPod(key) => cluster.remove_pod(&pod_key(key)),
-        Change::Policy(object) => {
-            let spec = serde_json::from_value(object["spec"].clone())
-                .unwrap_or_else(|error| panic!("{object}: {error}"));
-            let valid = NetworkPolicy::new(key_of(&policy_key(object)), spec)
-                .unwrap_or_else(|faults| panic!("{object}: {faults:?}"));
-            cluster.upsert_policy(valid)
-        }
+        Change::Policy(object) => cluster.upsert_policy(network_policy(object)),
         Change::NoPolicy(key) => cluster.remove_policy(&key_of(key)),
     }
+}
+
+/// A valid policy.
+///
+/// # Panics
+/// When it is not valid.
+pub(crate) fn network_policy(object: &Value) -> NetworkPolicy {
+    let spec = serde_json::from_value(object["spec"].clone())
+        .unwrap_or_else(|error| panic!("{object}: {error}"));
+    NetworkPolicy::new(key_of(&policy_key(object)), spec)
+        .unwrap_or_else(|faults| panic!("{object}: {faults:?}"))
 }
 
 /// Asks the crate.

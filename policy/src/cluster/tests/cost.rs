@@ -132,3 +132,33 @@ fn policies_that_change_together_select_each_pod_once() {
         assert!(made <= 2, "{made} for ten pods that are selected alike");
     }
 }
+
+#[test]
+fn many_edits_of_a_namespace_are_settled_once() {
+    let mut cluster = Cluster::default();
+    for number in 0..10 {
+        let _ = cluster.upsert_pod(one_of_many(number));
+    }
+    let edits = |spec: Option<&str>| {
+        let names = (0..40).map(|number| format!("n0/p{number}"));
+        let edit = |name: String| {
+            (
+                policy_key(&name),
+                spec.map(|spec| Arc::new(policy(&name, spec))),
+            )
+        };
+        names.map(edit).collect::<BTreeMap<_, _>>()
+    };
+    for (spec, count) in [
+        (Some("ingress: [{from: [{podSelector: {}}]}]"), 10),
+        (Some("ingress: [{}]"), 10),
+        (Some("ingress: [{}]"), 0),
+        (None, 10),
+        (None, 0),
+    ] {
+        let before = cluster.selections.made;
+        let touched = cluster.change_policies(edits(spec));
+        assert_eq!(touched.addresses.len(), count, "{spec:?}");
+        assert!(cluster.selections.made <= before + 1, "{spec:?}");
+    }
+}

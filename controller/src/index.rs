@@ -39,17 +39,16 @@ impl Index {
     /// problems stand all the same.
     pub fn apply(&mut self, batch: Batch) -> BTreeSet<IpAddr> {
         let mut cluster = self.table.cluster();
-        let mut touched = Touched::default();
         let (mut nodes, mut others) = (false, false);
-        for event in batch.events {
-            match &event {
+        for event in &batch.events {
+            match event {
                 Event::Upsert(Object::Node(_)) | Event::Delete(ObjectKey::Node(_)) => nodes = true,
                 Event::Upsert(Object::NetworkPolicy(_))
                 | Event::Delete(ObjectKey::NetworkPolicy(_)) => others = true,
                 Event::Upsert(_) | Event::Delete(_) => {}
             }
-            touched.merge(apply_to(&mut cluster, event));
         }
+        let touched = apply_to(&mut cluster, batch.events);
         let stated = Some((batch.problems, cluster.doubts()));
         if self.stated != stated {
             let of_source = stated
@@ -69,18 +68,29 @@ impl Index {
 /// How many refused policies of one namespace are named one by one.
 const REFUSALS: usize = 20;
 
-/// Makes one change to a cluster.
-pub(crate) fn apply_to(cluster: &mut Cluster, event: Event) -> Touched {
-    match event {
-        Event::Upsert(Object::Namespace(namespace)) => cluster.upsert_namespace(namespace),
-        Event::Upsert(Object::Pod(pod)) => cluster.upsert_pod(pod),
-        Event::Upsert(Object::Node(node)) => cluster.upsert_node(node),
-        Event::Upsert(Object::NetworkPolicy(policy)) => cluster.upsert_policy(policy),
-        Event::Delete(ObjectKey::Namespace(name)) => cluster.remove_namespace(&name),
-        Event::Delete(ObjectKey::Pod(key)) => cluster.remove_pod(&key),
-        Event::Delete(ObjectKey::Node(name)) => cluster.remove_node(&name),
-        Event::Delete(ObjectKey::NetworkPolicy(key)) => cluster.remove_policy(&key),
+/// Makes changes to a cluster; those of policies come last, together.
+pub(crate) fn apply_to(cluster: &mut Cluster, events: Vec<Event>) -> Touched {
+    let (mut touched, mut policies) = (Touched::default(), BTreeMap::new());
+    for event in events {
+        touched.merge(match event {
+            Event::Upsert(Object::Namespace(namespace)) => cluster.upsert_namespace(namespace),
+            Event::Upsert(Object::Pod(pod)) => cluster.upsert_pod(pod),
+            Event::Upsert(Object::Node(node)) => cluster.upsert_node(node),
+            Event::Upsert(Object::NetworkPolicy(policy)) => {
+                policies.insert(policy.key().clone(), Some(policy));
+                continue;
+            }
+            Event::Delete(ObjectKey::Namespace(name)) => cluster.remove_namespace(&name),
+            Event::Delete(ObjectKey::Pod(key)) => cluster.remove_pod(&key),
+            Event::Delete(ObjectKey::Node(name)) => cluster.remove_node(&name),
+            Event::Delete(ObjectKey::NetworkPolicy(key)) => {
+                policies.insert(key, None);
+                continue;
+            }
+        });
     }
+    touched.merge(cluster.change_policies(policies));
+    touched
 }
 
 /// What is questionable about a cluster as a whole.

@@ -18,9 +18,7 @@ impl Loaded {
     /// The cluster of a first batch.
     pub(crate) fn of(full: Batch) -> Self {
         let mut cluster = Cluster::default();
-        for event in full.events {
-            let _touched = apply_to(&mut cluster, event);
-        }
+        let _touched = apply_to(&mut cluster, full.events);
         let mut problems = full.problems.to_vec();
         problems.extend(findings(&cluster));
         Self { cluster, problems }

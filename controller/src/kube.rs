@@ -14,6 +14,7 @@ mod state;
 mod status;
 mod taint;
 mod told;
+mod turns;
 mod watch;
 
 use std::path::PathBuf;
@@ -46,6 +47,8 @@ const FIRST_WITHIN: Duration = Duration::from_secs(5);
 const WRITE_EVERY: Duration = Duration::from_secs(5);
 /// ... and, since a large cluster changes all the time, not faster than this on average.
 const WRITE_BYTES_A_SECOND: u32 = 100_000;
+/// For how long news that is there already is read before what is known comes into force.
+const READ_FOR: Duration = Duration::from_millis(20);
 /// News that may wait; a watch that is faster is slowed down.
 const NEWS: usize = 1024;
 
@@ -139,6 +142,14 @@ impl KubeSource {
     /// API server's follows then as a change.
     pub async fn next(&mut self) -> Batch {
         loop {
+            let now = Instant::now();
+            // What is there already comes into force together, but does not wait for all that is
+            // still to be read.
+            while now.elapsed() < READ_FOR
+                && let Ok((kind, news)) = self.news.try_recv()
+            {
+                self.state.take(kind, news, now);
+            }
             if let Some(batch) = self.ready() {
                 return batch;
             }
@@ -152,10 +163,6 @@ impl KubeSource {
                         return std::future::pending().await;
                     };
                     self.state.take(kind, news, now);
-                    // What is there already comes into force together.
-                    while let Ok((kind, news)) = self.news.try_recv() {
-                        self.state.take(kind, news, now);
-                    }
                 }
                 () = sleep_until(due.unwrap_or(now)), if due.is_some() => {}
             }

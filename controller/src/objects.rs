@@ -37,6 +37,16 @@ pub(crate) enum Kind {
 impl Kind {
     pub(crate) const ALL: [Self; 4] = [Self::Namespace, Self::Pod, Self::Node, Self::NetworkPolicy];
 
+    /// The kind of the object with this key.
+    pub(crate) fn of(key: &ObjectKey) -> Self {
+        match key {
+            ObjectKey::Node(_) => Self::Node,
+            ObjectKey::Namespace(_) => Self::Namespace,
+            ObjectKey::NetworkPolicy(_) => Self::NetworkPolicy,
+            ObjectKey::Pod(_) => Self::Pod,
+        }
+    }
+
     /// `kind` as the API writes it.
     pub(crate) fn name(self) -> &'static str {
         match self {

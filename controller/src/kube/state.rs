@@ -12,6 +12,7 @@ use policy::PolicyKey;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use super::turns::Turns;
 use super::watch::News;
 use crate::objects::{self, Fault, Kind};
 use crate::{Batch, Event, Object, ObjectKey, Problem};
@@ -28,6 +29,9 @@ pub(super) struct State {
     sent: BTreeMap<ObjectKey, Object>,
     /// What is to be sent; `None`: the object is gone.
     waiting: BTreeMap<ObjectKey, Option<Object>>,
+    turns: Turns,
+    /// A kind was lost: what comes next comes into force together.
+    together: bool,
     policies: BTreeMap<PolicyKey, Written>,
     faults: BTreeMap<ObjectKey, Vec<Problem>>,
     /// The list of problems has to be rebuilt.
@@ -105,7 +109,7 @@ impl State {
         match news {
             News::Lost => {
                 (progress.lost, progress.list) = (true, None);
-                self.restate = true;
+                (self.restate, self.together) = (true, true);
             }
             News::Resumed => self.back(kind, now),
             News::ListBegins => {
@@ -150,10 +154,12 @@ impl State {
                 let _ = self.upsert(kind, value);
             }
         }
-        self.difference().unwrap_or_default()
+        let waiting = mem::take(&mut self.waiting);
+        self.send(waiting).unwrap_or_default()
     }
 
-    /// What has changed since the last call, or `None` if nothing has or it must wait.
+    /// What has changed since the last call, or as much of it as has its turn; `None` if nothing has
+    /// or it must wait.
     pub(super) fn changes(&mut self, now: Instant) -> Option<Batch> {
         if !self.progress.iter().all(|kind| kind.listed) {
             return None;
@@ -162,7 +168,14 @@ impl State {
             return None;
         }
         let first = !mem::replace(&mut self.complete, true);
-        self.difference().or_else(|| first.then(Batch::default))
+        let waiting = if first || self.together {
+            self.together = self.progress.iter().any(|kind| kind.lost);
+            mem::take(&mut self.waiting)
+        } else {
+            let spec = |key: &PolicyKey| self.policies.get(key).map_or(0, |it| it.spec.len());
+            self.turns.next(&mut self.waiting, spec)
+        };
+        self.send(waiting).or_else(|| first.then(Batch::default))
     }
 
     /// When what waits is due even if nothing more comes.
@@ -196,8 +209,7 @@ impl State {
         kept.collect()
     }
 
-    fn difference(&mut self) -> Option<Batch> {
-        let waiting = mem::take(&mut self.waiting);
+    fn send(&mut self, waiting: BTreeMap<ObjectKey, Option<Object>>) -> Option<Batch> {
         let mut events = Vec::with_capacity(waiting.len());
         for (key, object) in waiting {
             match object {
@@ -349,7 +361,7 @@ impl State {
                 .keys()
                 .chain(self.waiting.keys())
                 .chain(self.faults.keys());
-            let gone = known.filter(|key| kind_of(key) == kind && !seen.contains(*key));
+            let gone = known.filter(|key| Kind::of(key) == kind && !seen.contains(*key));
             for key in gone.cloned().collect::<Vec<_>>() {
                 self.remove(key);
             }
@@ -365,15 +377,6 @@ impl State {
         } else if was_lost {
             self.hold.get_or_insert(now + TOGETHER);
         }
-    }
-}
-
-fn kind_of(key: &ObjectKey) -> Kind {
-    match key {
-        ObjectKey::Node(_) => Kind::Node,
-        ObjectKey::Namespace(_) => Kind::Namespace,
-        ObjectKey::NetworkPolicy(_) => Kind::NetworkPolicy,
-        ObjectKey::Pod(_) => Kind::Pod,
     }
 }
 

@@ -234,3 +234,39 @@ fn the_kept_objects_give_the_same_state_again() {
         "the API server has said nothing yet"
     );
 }
+
+#[test]
+fn a_neighbours_change_precedes_many_large_ones() {
+    let now = Instant::now();
+    let mut state = listed(now);
+    let values: Vec<String> = (0..1000).map(|number| format!("v{number}")).collect();
+    let large = json!({"podSelector": {"matchExpressions": [{"key": "a", "operator": "NotIn", "values": values}]}});
+    for number in 0..40 {
+        let changed = policy(&format!("p{number}"), large.clone());
+        state.take(Kind::NetworkPolicy, News::Changed(changed), now);
+    }
+    let mut neighbour = policy("p", json!({"podSelector": {}}));
+    neighbour["metadata"]["namespace"] = "y".into();
+    state.take(Kind::NetworkPolicy, News::Changed(neighbour), now);
+    let counts = |state: &mut State| state.changes(now).map_or(0, |it| it.events.len());
+    let found = [0; 3].map(|_| counts(&mut state));
+    assert_eq!(found, [1, 40, 0], "the neighbour, then all others together");
+    // After an outage there are no turns.
+    lose_all(&mut state, now);
+    for number in 0..40 {
+        let name = format!("p{number}");
+        state.take(
+            Kind::NetworkPolicy,
+            News::Changed(policy(&name, json!({"podSelector": {}}))),
+            now,
+        );
+    }
+    for number in 0..300 {
+        state.take(Kind::Pod, News::Changed(pod(&format!("p{number}"))), now);
+    }
+    for kind in Kind::ALL {
+        state.take(kind, News::Resumed, now);
+    }
+    let batch = state.changes(now).expect("all of them");
+    assert_eq!(batch.events.len(), 340);
+}

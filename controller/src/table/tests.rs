@@ -157,7 +157,7 @@ fn a_vacated_address_gives_a_pod_no_rights() {
     let (table, mut index) = two_pods();
     let holder = table.endpoint(ip(A)).unwrap().identity.clone();
     let left = Unsettled {
-        vacant: [(ip(A), holder)].into(),
+        vacant: [(ip(A), vec![holder])].into(),
         ..Unsettled::default()
     };
     let before = table.generation();

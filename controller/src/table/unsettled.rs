@@ -10,9 +10,9 @@ use policy::{Endpoint, Identity};
 /// Addresses that are unknown until the API names another pod for them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Unsettled {
-    /// The pod that the API names here has left its link. Neither it nor the next pod at this address has rights there
-    /// until the API names another pod.
-    pub vacant: BTreeMap<IpAddr, Arc<Identity>>,
+    /// These pods have left their link, among them the one that the API names here. Neither it nor the next pod at this
+    /// address has rights there until the API names another pod.
+    pub vacant: BTreeMap<IpAddr, Vec<Arc<Identity>>>,
     /// A link leads to this address, which lies in no pod CIDR, and the API names no pod for it.
     pub awaited: BTreeSet<IpAddr>,
 }
@@ -29,8 +29,8 @@ impl Unsettled {
 
     /// Whether this pod has left the address.
     pub(super) fn has_left(&self, address: IpAddr, endpoint: &Endpoint) -> bool {
-        let left = self.vacant.get(&address);
-        left.is_some_and(|left| left.is_same_pod(&endpoint.identity))
+        let mut left = self.vacant.get(&address).into_iter().flatten();
+        left.any(|left| left.is_same_pod(&endpoint.identity))
     }
 
     /// Whether a packet of this address has to wait if no pod is known there.

@@ -36,6 +36,8 @@ struct Seat {
     link: Option<u32>,
     /// Since when the address has been at another link.
     moved: Option<Instant>,
+    /// The first other link that the address was at: the next pod's, even if that has left it before the API names it.
+    next: Option<u32>,
 }
 
 /// The state of links and API at a look.
@@ -85,13 +87,17 @@ impl Occupancy {
         // An old state may name a pod whose end the previous daemon has seen.
         let unknown = (!before.is_empty() && !links.heard).then_some(NO_LINK);
         for pod in pods {
-            let seat = seats.remove(&pod.address);
-            let mut seat = match seat.filter(|seat| seat.pod.is_same_pod(&pod.identity)) {
-                Some(seat) => seat,
-                None => Seat {
+            let last = seats.remove(&pod.address);
+            let mut seat = match last {
+                Some(seat) if seat.pod.is_same_pod(&pod.identity) => seat,
+                last => Seat {
                     pod: Arc::clone(&pod.identity),
-                    link: before.get(&pod.address).copied().or(unknown),
+                    link: last
+                        .and_then(|last| last.next)
+                        .or_else(|| before.get(&pod.address).copied())
+                        .or(unknown),
                     moved: None,
+                    next: None,
                 },
             };
             let link = links.at.get(&pod.address).copied();
@@ -99,12 +105,13 @@ impl Occupancy {
             if seat.link.is_none() || link.is_none() && seat.link == unknown {
                 seat.link = link;
             }
+            seat.next = seat.next.or(link).filter(|_| seat.link != link);
             if seat.link == link {
                 seat.moved = None;
             } else if link.is_none() || !links.heard || (links.ending)(pod) {
                 seat.moved = link.map(|_| now);
             } else if now >= *seat.moved.get_or_insert(now) + CONFIRMED {
-                (seat.link, seat.moved) = (link, None);
+                (seat.link, seat.moved, seat.next) = (link, None, None);
             }
             if seat.link != link {
                 look.vacant.insert(pod.address, Arc::clone(&seat.pod));
@@ -181,10 +188,13 @@ impl Vacancies {
 
     /// Under the lock, so that the table gets concurrent results in order.
     fn publish(&self, mut found: MutexGuard<'_, Found>) {
-        let all = found.vacant.values().flatten();
-        let vacant = all.map(|(address, pod)| (*address, Arc::clone(pod)));
+        // One looker may know an older pod of an address than the other.
+        let mut vacant: BTreeMap<IpAddr, Vec<Arc<Identity>>> = BTreeMap::new();
+        for (address, pod) in found.vacant.values().flatten() {
+            vacant.entry(*address).or_default().push(Arc::clone(pod));
+        }
         let unsettled = Unsettled {
-            vacant: vacant.collect(),
+            vacant,
             awaited: found.awaited.clone(),
         };
         let touched = self.table.set_unsettled(unsettled);
@@ -202,6 +212,7 @@ impl Vacancies {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use controller::TableSettings;
     use policy::PodKey;
 
     fn at() -> IpAddr {
@@ -279,6 +290,17 @@ mod tests {
                 ],
                 &[false, true, false],
                 "another link, then another pod",
+            ),
+            (
+                &[
+                    (0, "1", Some(7), true, false),
+                    (1, "1", Some(9), true, false),
+                    (2, "1", Some(11), true, false),
+                    (3, "2", Some(11), true, false),
+                    (4, "3", Some(11), true, false),
+                ],
+                &[false, true, true, true, false],
+                "two other links, then the pod of the first, which has left, then that of the second",
             ),
             (
                 &[
@@ -371,6 +393,16 @@ mod tests {
             let look = occupancy.look(&[pod("1")], &seen, Instant::now());
             assert_eq!(!look.vacant.is_empty(), expected, "{why}");
         }
+    }
+
+    #[test]
+    fn no_lookers_vacancy_hides_anothers() {
+        let table = Table::new(TableSettings::default());
+        let pod = |uid: &str| pod(uid).identity;
+        let vacancies = Vacancies::new(Arc::clone(&table));
+        vacancies.left(Looker::Routes, [(at(), pod("new"))].into());
+        vacancies.left(Looker::Bridges, [(at(), pod("old"))].into());
+        assert_eq!(table.unsettled().vacant[&at()], [pod("new"), pod("old")]);
     }
 
     #[test]

@@ -153,7 +153,7 @@ impl RunArgs {
         told.filter(|uid| !uid.is_empty() && !uid.contains(char::is_whitespace))
     }
 
-    /// The bounds by the descriptor limit of this process, after raising it to the maximum.
+    /// The bounds by the limits of this process: of descriptors, after raising it to the maximum, and of memory.
     pub(crate) fn bounds(&self) -> anyhow::Result<Bounds> {
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
         let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
@@ -167,6 +167,7 @@ impl RunArgs {
                 .ok()
                 .and_then(|text| text.trim().parse().ok())
                 .unwrap_or(4096),
+            [Bounds::memory(), self.max_unread.saturating_mul(1 << 20)],
             self.max_connections,
             self.max_connections_per_source,
         ))

@@ -1,6 +1,6 @@
-//! The one language in which every source of cluster state speaks to the index.
+//! The events that every source of cluster state sends to the index.
 //!
-//! Knows nothing of where objects come from: manifests today, the API server's watch tomorrow.
+//! Knows nothing of where objects come from: manifests or the API server.
 use std::fmt;
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use policy::{PodKey, PolicyKey};
 
 use crate::Problem;
 
-/// An object that policy looks at. A source keeps what it has sent; what a cluster has many of is
+/// An object that policy uses. A source keeps what it has sent; numerous objects are
 /// shared with it, not copied.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Object {
@@ -35,7 +35,7 @@ impl From<policy::NetworkPolicy> for Object {
 }
 
 impl Object {
-    /// What identifies the object among all others.
+    /// The key of the object.
     #[must_use]
     pub fn key(&self) -> ObjectKey {
         match self {
@@ -81,13 +81,13 @@ pub enum Event {
     Delete(ObjectKey),
 }
 
-/// Changes that come into force together.
+/// Changes that are applied together.
 ///
 /// The first batch of a source is its full state.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
-    /// The changes; real ones only, an object that stayed the same is not among them.
+    /// The changes, without objects that stayed the same.
     pub events: Vec<Event>,
-    /// Every problem that stands now, not only new ones.
+    /// All present problems, not only new ones.
     pub problems: Arc<Vec<Problem>>,
 }

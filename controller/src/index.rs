@@ -1,7 +1,7 @@
-//! The one owner of the cluster's state: takes batches in, publishes what they changed.
+//! Owns the cluster's state: applies batches and publishes what they changed.
 //!
-//! Synchronous and without clock or I/O. A batch comes into force as a whole: nobody who reads the
-//! table sees half of it.
+//! Synchronous and without clock or I/O. A batch is applied as a whole: no reader of the
+//! table sees a part of it.
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use crate::{Batch, Event, Object, ObjectKey, Problem};
 
 /// Applies batches to a cluster and publishes them in a [`Table`].
 ///
-/// There is one index to a table. It also finds what no single object shows: addresses that two
-/// pods claim, policies on pods that no policy can reach.
+/// A table has one index. It also finds what no single object shows: addresses that two
+/// pods claim, and policies that select hostNetwork pods.
 #[derive(Debug)]
 pub struct Index {
     table: Arc<Table>,
@@ -36,7 +36,7 @@ impl Index {
     /// whose endpoint changed.
     ///
     /// A batch that changes nothing for policy publishes no generation, except the first; its
-    /// problems stand all the same.
+    /// problems are published all the same.
     pub fn apply(&mut self, batch: Batch) -> BTreeSet<IpAddr> {
         let mut cluster = self.table.cluster();
         let (mut nodes, mut others) = (false, false);
@@ -93,10 +93,10 @@ pub(crate) fn apply_to(cluster: &mut Cluster, events: Vec<Event>) -> Touched {
     touched
 }
 
-/// What is questionable about a cluster as a whole.
+/// The problems of a cluster as a whole.
 pub(crate) fn findings(cluster: &Cluster) -> Vec<Problem> {
     let claims = cluster.claims().map(|claim| claimed(&claim));
-    // The API leaves open what policy means for a hostNetwork pod; here, as nearly everywhere, none.
+    // The API does not define policy for hostNetwork pods; here, as nearly everywhere, it has no effect.
     let out_of_reach = cluster.out_of_reach();
     let out_of_reach = out_of_reach.filter_map(|(policy, pods)| not_isolated(policy, pods));
     claims

@@ -1,8 +1,8 @@
 //! The Kubernetes API server as a source of cluster state.
 //!
-//! Pods, Namespaces, NetworkPolicies and Nodes are watched; what they mean is read by the same code as
-//! from manifests. While the API server is away the last known state stays in force; after a restart
-//! meanwhile, the state that was kept on disk is, and is said to be.
+//! Watches Pods, Namespaces, NetworkPolicies and Nodes, and parses them with the same code as
+//! manifests. While the API server is unreachable the last known state stays applied; after a restart
+//! meanwhile, the state on disk is applied, and a log line reports that.
 mod backoff;
 mod connect;
 mod error;
@@ -49,10 +49,10 @@ const WRITE_EVERY: Duration = Duration::from_secs(5);
 const WRITE_BYTES_A_SECOND: u32 = 100_000;
 /// For how long news that is there already is read before what is known comes into force.
 const READ_FOR: Duration = Duration::from_millis(20);
-/// News that may wait; a watch that is faster is slowed down.
+/// How many events may wait; a faster watch is slowed down.
 const NEWS: usize = 1024;
 
-/// What an operator decides about the source.
+/// The operator's settings of the source.
 #[derive(Clone, Debug)]
 pub struct KubeSettings {
     /// `metadata.name` of this Node.
@@ -79,12 +79,12 @@ pub struct KubeSource {
 }
 
 impl KubeSource {
-    /// Begins to watch. The first batch is the full state, and may be long in coming.
+    /// Begins to watch. The first batch is the full state, and may take long.
     ///
     /// Must be called on a runtime of tokio.
     ///
     /// # Errors
-    /// If there is no usable client configuration. That the API server is away is no error.
+    /// If there is no usable client configuration. An unreachable API server is not an error.
     pub async fn start(settings: KubeSettings) -> Result<Self, ApiError> {
         Self::start_with(settings, Connector::Found, Patience::default()).await
     }
@@ -130,7 +130,7 @@ impl KubeSource {
         })
     }
 
-    /// How the watches are doing.
+    /// The state of the watches.
     #[must_use]
     pub fn status(&self) -> Arc<WatchStatus> {
         Arc::clone(&self.status)
@@ -159,7 +159,7 @@ impl KubeSource {
             tokio::select! {
                 news = self.news.recv() => {
                     let Some((kind, news)) = news else {
-                        // Every watch has panicked. What is in force stays so.
+                        // Every watch has panicked. The applied state stays.
                         return std::future::pending().await;
                     };
                     self.state.take(kind, news, now);
@@ -169,9 +169,9 @@ impl KubeSource {
         }
     }
 
-    /// Puts an Event on each policy that one of `problems` is about, once.
+    /// Creates an Event, once, on each policy that one of `problems` is about.
     pub fn tell(&mut self, problems: &[Problem]) {
-        // What is known from disk only may be mended long since.
+        // Problems that are known from disk only may be fixed already.
         if self.state.is_complete() {
             self.teller.tell(problems, |key| self.state.written(key));
         }
@@ -202,7 +202,7 @@ impl KubeSource {
     }
 }
 
-/// Keeps the state on disk, not too often, and never on the runtime's thread.
+/// Writes the state to disk, at a limited rate and never on the runtime's thread.
 #[derive(Debug)]
 struct Keeper {
     snapshot: Arc<Snapshot>,
@@ -258,14 +258,14 @@ impl Keeper {
             status.set_unkept(written.err().map(|error| {
                 let path = snapshot.path();
                 format!(
-                    "the state cannot be kept in {}, a restart while the API server is away would find none: {error}; make the directory writable, or choose another by --state-dir",
+                    "cannot save the state in {}, so a restart while the API server is unreachable would find none: {error}; make the directory writable, or choose another with --state-dir",
                     path.display()
                 )
             }));
         }));
     }
 
-    /// The state on disk, if it can be used; says so in the log either way.
+    /// The state on disk, if it can be used; logs either case.
     fn kept(&self) -> Option<(Vec<serde_json::Value>, SystemTime)> {
         let path = self.snapshot.path();
         match self.snapshot.read(SystemTime::now()) {
@@ -282,13 +282,13 @@ impl Keeper {
             }
             Err(Unusable::Missing) => {
                 info!(
-                    "there is no kept state in {}: until the API server answers, pods within --pod-cidr are closed unless an earlier daemon released them; other pods stay as that daemon left them, and on a new node they are open",
+                    "there is no saved state in {}: until the API server answers, pods within --pod-cidr are isolated unless an earlier daemon made them non-isolated; other pods stay as that daemon left them, and on a new node they are non-isolated",
                     path.display()
                 );
                 None
             }
             Err(reason) => {
-                warn!("the state kept in {} is not used: {reason}", path.display());
+                warn!("ignoring the state in {}: {reason}", path.display());
                 None
             }
         }

@@ -4,7 +4,7 @@ use policy::Cluster;
 use crate::index::{apply_to, findings};
 use crate::{Batch, Problem};
 
-/// A cluster as its source describes it, with what is questionable about it.
+/// A cluster as its source describes it, with the problems found.
 #[derive(Debug)]
 pub struct Loaded {
     /// The cluster.

@@ -23,7 +23,7 @@ use state::State;
 
 pub use watch::ManifestSource;
 
-/// The manifests cannot be taken as they are.
+/// The manifests are not valid.
 ///
 /// `Display` is one line per problem, errors and warnings.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -45,8 +45,8 @@ impl fmt::Display for LoadError {
 /// Reads `path`, a manifest file or a directory of them, once.
 ///
 /// # Errors
-/// Every problem of every file, if there is anything in them that cannot be taken as it is, or if
-/// there is nothing in them.
+/// Every problem of every file, if anything in them is not valid, or if
+/// they are empty.
 pub fn load(path: &Path) -> Result<Loaded, LoadError> {
     let mut state = State::default();
     let listing = files::list(path).map_err(|problem| LoadError::of(*problem))?;

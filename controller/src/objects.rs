@@ -166,7 +166,7 @@ pub(crate) fn key_of(kind: Kind, value: &Value) -> Result<ObjectKey, Fault> {
 /// Reads `value` as the object that `key` names.
 ///
 /// # Errors
-/// Every fault that can be told apart.
+/// Every fault that was found.
 pub(crate) fn read(key: &ObjectKey, value: Value) -> Result<Object, Vec<Fault>> {
     match key {
         ObjectKey::Namespace(name) => namespace(name, value).map_err(|fault| vec![fault]),
@@ -320,7 +320,7 @@ fn push_address(into: &mut Vec<IpAddr>, faults: &mut Vec<Fault>, field: String, 
     }
 }
 
-/// Deserializes, and on failure says at which field below `prefix`, and what to do.
+/// Deserializes; an error names the field below `prefix` and the remedy.
 fn typed<T: DeserializeOwned>(resource: &str, prefix: &str, value: Value) -> Result<T, Fault> {
     serde_path_to_error::deserialize(value).map_err(|error| {
         let path = error.path().to_string();

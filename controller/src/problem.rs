@@ -10,9 +10,9 @@ use serde::Serialize;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
-    /// The object or file is not in force; its last good state is, if there was one.
+    /// The object or file is not applied; its last good state is, if there was one.
     Error,
-    /// It is in force, but probably not as its author meant.
+    /// It is applied, but probably not as its author meant.
     Warning,
 }
 
@@ -107,7 +107,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Control characters out of a manifest must not forge log lines or drive a terminal.
+/// Control characters in a manifest must not forge log lines or control a terminal.
 fn one_line(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { ' ' } else { c })

@@ -1,8 +1,8 @@
-//! The published table: who is behind an address, and may two of them talk. Read on the packet path.
+//! The published table: which pod has an address, and whether two may connect. Read on the packet path.
 //!
 //! A verdict reads several entries, which must belong together; a map alone cannot promise that. So
-//! a sequence number stands beside the map, odd while entries are being swapped: who read under an
-//! odd or a changed number reads again. Writing is map operations only, everything is built before.
+//! a sequence number belongs to the map, odd while entries are being swapped: a reader that saw an
+//! odd or a changed number reads again. Writing is map operations only; everything is built before.
 //! No guard of the map leaves this module. Knows nothing of sources, files or Kubernetes objects.
 mod holder;
 mod surroundings;
@@ -28,10 +28,10 @@ pub use holder::Holder;
 use surroundings::Surroundings;
 pub use unsettled::Unsettled;
 
-/// What an operator decides about the table.
+/// The operator's settings of the table.
 #[derive(Clone, Debug, Default)]
 pub struct TableSettings {
-    /// Which addresses are pods at all (`--cluster-cidr`); empty: the pod CIDRs of all nodes.
+    /// The networks of all pods (`--cluster-cidr`); empty: the pod CIDRs of all nodes.
     pub cluster_cidrs: Vec<IpNet>,
     /// Whether a pod's traffic to its own node is judged (`--own-node`).
     pub own_node: OwnNode,
@@ -51,7 +51,7 @@ pub enum Judgement {
         /// The pod behind the destination address, if it is one.
         to: Option<Arc<Endpoint>>,
     },
-    /// This address lies in the cluster, but nobody has said yet whose it is: ask again when the
+    /// This address lies in the cluster, but its owner is not known yet: ask again when the
     /// table has [`changed`](Table::changed).
     Unknown(IpAddr),
 }
@@ -96,7 +96,7 @@ pub struct Table {
     sequence: AtomicU64,
     generation: watch::Sender<u64>,
     problems: RwLock<Arc<Vec<Problem>>>,
-    /// Held for the whole of a batch, publishing included: who holds it sees what is published.
+    /// Held for the whole of a batch, publishing included: its holder sees the published state.
     cluster: Mutex<Cluster>,
 }
 
@@ -118,7 +118,7 @@ impl Table {
         })
     }
 
-    /// May `from` open a connection to `port` of `to`? Both ends are read of one generation.
+    /// Whether `from` may open a connection to `port` of `to`. Both ends are read from one generation.
     ///
     /// The addresses are those of the packet after DNAT, IPv4-mapped ones unmapped; `port` is
     /// `None` for protocols without ports. If both ends are unknown, the source is named.
@@ -190,7 +190,7 @@ impl Table {
         cluster.refused().len() + cluster.surplus().count()
     }
 
-    /// How many batches have come into force; 0 before the first.
+    /// How many batches have been applied; 0 before the first.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.sequence.load(Ordering::Acquire) / 2
@@ -228,7 +228,7 @@ impl Table {
         found.map(|node| node.pod_cidrs.clone()).unwrap_or_default()
     }
 
-    /// Which addresses are pods at all: as few CIDRs as say it, in no order.
+    /// The networks of all pods: as few CIDRs as possible, in no order.
     #[must_use]
     pub fn cluster_cidrs(&self) -> Arc<[IpNet]> {
         read_lock(&self.surroundings).cidrs()
@@ -260,18 +260,18 @@ impl Table {
         found.map(|node| node.addresses.clone()).unwrap_or_default()
     }
 
-    /// Lets `look` see the cluster that the table in force was made of. Changes wait meanwhile.
+    /// Calls `look` with the cluster of the published table. Changes wait meanwhile.
     pub fn with_cluster<T>(&self, look: impl FnOnce(&Cluster) -> T) -> T {
         look(&self.cluster())
     }
 
-    /// What an operator decided about the table.
+    /// The settings of the table.
     #[must_use]
     pub fn settings(&self) -> &TableSettings {
         &self.settings
     }
 
-    /// Every problem that stands now.
+    /// All present problems.
     #[must_use]
     pub fn problems(&self) -> Arc<Vec<Problem>> {
         Arc::clone(&read_lock(&self.problems))
@@ -297,7 +297,7 @@ impl Table {
         self.cluster.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says which addresses in the cluster's CIDRs are this host's own, and so no pod's.
+    /// Sets which addresses in the cluster's CIDRs belong to this host, and so to no pod.
     pub fn set_gateways(&self, gateways: BTreeSet<IpAddr>) {
         *write_lock(&self.gateways) = Arc::new(gateways);
     }

@@ -28,7 +28,7 @@ const NAMES: Key = 4 << PROTOCOL_SHIFT;
 const PROTOCOL_SHIFT: u32 = 17;
 /// A port has 17 prefixes, from none of its bits to all.
 const PREFIXES: usize = 17;
-/// Names of a pod's port that count; see [`crate::endpoint::Endpoint::port_names`].
+/// How many names of a pod's port are used; see [`crate::endpoint::Endpoint::port_names`].
 pub(crate) const NAMES_OF_A_PORT: usize = 16;
 /// If a pod matches more selectors than this, and the rules have more too, their intersection is
 /// cached.
@@ -37,7 +37,7 @@ const FEW: usize = 16;
 /// Everything that one or several lists of rules allow.
 #[derive(Debug, Default)]
 pub(crate) struct Access {
-    /// Whether there is anything at [`ANY`].
+    /// Whether any rule has the key [`ANY`].
     any: bool,
     /// Of TCP, UDP and SCTP: bit n is set if there is anything at prefixes of n bits.
     lengths: [u32; 3],

@@ -39,7 +39,7 @@ const RESOURCES: usize = 9;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Usage([u64; RESOURCES]);
 
-/// What a namespace may have of each [`Resource`].
+/// The limits of a namespace for each [`Resource`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget([u64; RESOURCES]);
 
@@ -50,7 +50,7 @@ pub struct Excess {
     pub resource: Resource,
     /// How much of it the policy uses.
     pub own: u64,
-    /// The sum with the namespace's policies in force whose names come before.
+    /// The sum with the namespace's enforced policies whose names sort before it.
     pub count: u64,
     /// How much a namespace may have.
     pub bound: u64,

@@ -1,9 +1,9 @@
-//! The cluster as policy sees it: objects in, one by one and in any order, endpoints out.
+//! The state of the cluster: takes objects one by one, in any order, and returns endpoints.
 //!
 //! Incremental and synchronous. A pod event recomputes that pod; a namespace relabel its pods; a
 //! policy event the pods that it selects and those that match its new peer selectors. Each returns
-//! the addresses whose endpoint changed, and none where nothing that matters did. Knows neither
-//! where events come from nor who is told.
+//! the addresses whose endpoint changed; none if nothing relevant changed. Knows neither
+//! the source of events nor the readers of its state.
 mod doubts;
 mod intern;
 mod labels;
@@ -41,7 +41,7 @@ use crate::verdict::Party;
 
 /// The addresses whose endpoint changed, came or went.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[must_use = "what was touched has to be published"]
+#[must_use = "the changed addresses have to be published"]
 pub struct Touched {
     /// Ask [`Cluster::endpoint`] what is there now.
     pub addresses: BTreeSet<IpAddr>,
@@ -80,7 +80,7 @@ struct NamespaceState {
 
 #[derive(Debug)]
 struct PolicyState {
-    /// As it was given.
+    /// The policy as it was added.
     policy: Arc<NetworkPolicy>,
     usage: Usage,
     /// `None` if it has to be rebuilt.
@@ -112,7 +112,7 @@ impl PolicyState {
 }
 
 impl Touched {
-    /// Adds what another event touched.
+    /// Adds the changed addresses of another event.
     pub fn merge(&mut self, other: Self) {
         self.addresses.extend(other.addresses);
     }
@@ -244,7 +244,7 @@ impl Cluster {
         self.change_policies([(key.clone(), None)].into())
     }
 
-    /// Who owns this address now: a pod that is neither finished nor hostNetwork.
+    /// The endpoint of the pod that owns this address now; never a finished or hostNetwork pod.
     pub fn endpoint(&self, address: IpAddr) -> Option<Arc<Endpoint>> {
         let endpoint = self.ownership.endpoint(address)?;
         endpoint.prepare();
@@ -275,7 +275,7 @@ impl Cluster {
     }
 
     /// The addresses that pods of this node own, each with its endpoint, in no order: one that is
-    /// contested comes once for each claimant.
+    /// contested is listed once for each claimant.
     pub fn endpoints_on(&self, node: &str) -> impl Iterator<Item = (IpAddr, &Arc<Endpoint>)> {
         let pods = self.on_node.get(node).into_iter().flatten();
         let addresses = pods
@@ -313,7 +313,7 @@ impl Cluster {
             .collect()
     }
 
-    /// The pods that a policy applies to, sorted: hostNetwork and finished pods are none of them.
+    /// The pods that a policy applies to, sorted, without hostNetwork and finished pods.
     /// Empty if there is no such policy.
     pub fn selected_by(&self, key: &PolicyKey) -> Vec<PodKey> {
         let state = self.policies.get(key);
@@ -330,7 +330,7 @@ impl Cluster {
         keys
     }
 
-    /// The addresses of which it cannot be told which running pod holds them, with those that claim
+    /// The addresses whose holder among the running pods is unknown, with the pods that claim
     /// them; sorted.
     pub fn contested(&self) -> Vec<(IpAddr, Vec<PodKey>)> {
         let undecided = self.claims().filter(|claim| claim.holder.is_none());
@@ -349,7 +349,7 @@ impl Cluster {
 
     /// The policies that are refused because they exceed their namespace's budget; sorted. Each
     /// isolates the pods that it selects and allows nothing. If there are too many policies, the
-    /// first one too many isolates every pod of the namespace, for all that follow.
+    /// first one over the limit isolates every pod of the namespace and replaces all later ones.
     pub fn refused(&self) -> impl ExactSizeIterator<Item = (&PolicyKey, &Excess)> {
         self.ledger.refused()
     }

@@ -1,6 +1,6 @@
-//! Rules in the form in which they are asked: ids, ranges and sorted slices; nothing allocates.
+//! Rules in the form for evaluation: ids, ranges and sorted slices; evaluation does not allocate.
 //!
-//! Knows neither which pods match an id nor who is isolated by what.
+//! Knows neither which pods match an id nor which policies isolate a pod.
 use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use crate::network_policy::{Peer, Port, PortNumbers, Rule};
 use crate::ranges::AddressSet;
 use crate::selector::PeerSelector;
 
-/// Stands for one distinct [`PeerSelector`]; never reused in the life of a cluster.
+/// Identifies one distinct [`PeerSelector`]; a cluster never reuses it.
 pub(crate) type SelectorId = u32;
 
 /// One state of one policy; the next state has another id.

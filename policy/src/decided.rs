@@ -1,4 +1,4 @@
-//! A verdict without its reason: a packet waits for no more. The reason can be derived later from
+//! A verdict without its reason, which a held packet does not need. The reason can be derived later from
 //! the same endpoints.
 use std::net::IpAddr;
 

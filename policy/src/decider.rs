@@ -10,7 +10,7 @@ use crate::compile::{Question, Rules};
 /// Beyond it, further sets of policies are evaluated policy by policy.
 const MERGED: usize = 1_200_000;
 
-/// Evaluates lists of rules, which it is given when it is asked first.
+/// Evaluates lists of rules, which the first query passes to it.
 #[derive(Debug, Default)]
 pub(crate) struct Decider {
     /// The number of merged entries of the namespace.

@@ -1,4 +1,4 @@
-//! What stands behind a pod's address: who it is, which selectors it matches, what isolates it.
+//! The pod at an address: its identity, the selectors that it matches, the policies that isolate it.
 //!
 //! An endpoint is immutable; [`crate::Cluster`] makes a new one when something changes. Knows
 //! nothing of how selectors and rules came to be, nor of verdicts.
@@ -9,7 +9,7 @@ use crate::isolation::Isolation;
 use crate::matches::MatchSet;
 use crate::model::{Direction, Node, PodKey, PolicyKey, Protocol};
 
-/// The pod at an address, as traces and people know it.
+/// The pod at an address, as traces and logs name it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// Namespace and name.
@@ -47,14 +47,14 @@ pub(crate) struct NamedPort {
 }
 
 impl Identity {
-    /// Whether both are one and the same pod: another uid is another pod, whatever its name.
+    /// Whether both are the same pod: with another uid it is another pod, whatever its name.
     pub fn is_same_pod(&self, other: &Self) -> bool {
         self.uid == other.uid && self.key == other.key
     }
 }
 
 impl Endpoint {
-    /// One of which nothing is known but whose it is: to be named, not to be judged.
+    /// An endpoint of which only the identity is known: for names, not for verdicts.
     pub fn bare(identity: Identity) -> Self {
         Self {
             own_node: identity.node.clone(),
@@ -103,7 +103,7 @@ impl Endpoint {
             .map_or(&[], |isolation| isolation.names())
     }
 
-    /// Whether more than one running pod claims the address and it cannot be told which of them
+    /// Whether more than one running pod claims the address and it is unknown which of them
     /// holds it. Nothing is allowed then in a direction in which any claimant is isolated, and no
     /// rule but one for all claimants matches the address as a peer.
     pub fn contested(&self) -> bool {

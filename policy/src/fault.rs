@@ -9,7 +9,7 @@ use std::fmt;
 pub struct InvalidPolicy {
     /// Where, as a path into the object: `spec.ingress[0].from[1].ipBlock.cidr`.
     pub field: String,
-    /// What is wrong there, with the value that is.
+    /// What is wrong there, with the value.
     pub problem: String,
     /// What to write instead.
     pub remedy: String,
@@ -43,7 +43,7 @@ impl Faults {
         });
     }
 
-    /// `value` if nothing was found, else everything that was.
+    /// `value` if there are no faults, else all of them.
     pub(crate) fn or<T>(mut self, value: T) -> Result<T, Vec<InvalidPolicy>> {
         if self.named.is_empty() {
             return Ok(value);

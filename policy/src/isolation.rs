@@ -15,7 +15,7 @@ pub(crate) struct Isolation {
     direction: Direction,
     /// All that select the pod, sorted by key; empty if no rule may open its address.
     selecting: Arc<[Arc<CompiledPolicy>]>,
-    /// How many of them count as written. One that follows isolates in both directions and allows
+    /// How many of them are enforced as written. A further one isolates in both directions and allows
     /// nothing.
     in_force: usize,
     decider: Decider,
@@ -23,7 +23,7 @@ pub(crate) struct Isolation {
 }
 
 impl Isolation {
-    /// That of a pod by the policies that select it, if any of them isolates it. The namespace has
+    /// The isolation of a pod by the policies that select it, if any isolates it. The namespace has
     /// `taken` merged entries now.
     pub(crate) fn new(
         direction: Direction,

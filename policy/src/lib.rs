@@ -2,7 +2,7 @@
 //!
 //! Pure: no clock, socket, file, log or async. [`NetworkPolicy::new`] validates, [`Cluster`] takes
 //! the objects one by one and gives out an [`Endpoint`] per pod address, [`judge`] takes the two
-//! ends of a connection and says whether it may be, and why.
+//! ends of a connection and returns whether it is allowed, and why.
 //!
 //! ```text
 //! v1::NetworkPolicySpec --validate--> NetworkPolicy --compile--> Rules (peer selectors as ids)
@@ -12,9 +12,9 @@
 //!                                     judge(from, to, port, protocol) --> Verdict
 //! ```
 //!
-//! Two invariants hold everywhere. What is not understood never widens access: it is refused by
-//! name. And the cost of a verdict is that of the rules on the pods at its two ends, whatever the
-//! size of the cluster: who matches which selector is settled before, when an object changes.
+//! Two invariants hold everywhere. Invalid input never widens access: it is rejected with its
+//! name. And the cost of a verdict depends on the rules of the pods at its two ends, not on the
+//! size of the cluster: selectors are matched in advance, when an object changes.
 mod access;
 mod budget;
 mod cluster;

@@ -88,7 +88,7 @@ pub struct Pod {
     pub labels: Labels,
     /// `spec.nodeName`; empty while unscheduled.
     pub node: Arc<str>,
-    /// `spec.hostNetwork`: the pod is its node as far as policy can see, and owns no address.
+    /// `spec.hostNetwork`: the pod has its node's addresses, and owns none.
     pub host_network: bool,
     /// Ports of all containers and init sidecars.
     pub ports: Vec<PodPort>,
@@ -185,7 +185,7 @@ impl FromStr for Protocol {
 
 impl Pod {
     /// The addresses that are this pod's own: none for a hostNetwork pod, which is its node, and
-    /// none for a finished one, whose address may be another pod's by now.
+    /// none for a finished one, whose address another pod may have.
     pub fn owned_addresses(&self) -> &[IpAddr] {
         if self.is_policed() {
             &self.addresses

@@ -1,7 +1,7 @@
-//! A NetworkPolicy that is valid by construction, and the rules by which one is refused.
+//! A NetworkPolicy that is valid by construction, and its validation.
 //!
 //! Validation and defaulting are the API server's (`pkg/apis/networking`), stricter only where a
-//! value could not mean what it says. Knows nothing of pods, nor how rules are evaluated.
+//! value could not have the intended effect. Knows nothing of pods, nor how rules are evaluated.
 mod closed;
 
 use std::sync::Arc;
@@ -139,7 +139,7 @@ fn check_key(key: &PolicyKey, faults: &mut Faults) {
     }
 }
 
-/// `policyTypes`, or what the API server makes of its absence: Ingress always, Egress only where
+/// `policyTypes`, or the API server's default: Ingress always, Egress only where
 /// there is an egress rule.
 fn directions(spec: &v1::NetworkPolicySpec, faults: &mut Faults) -> Vec<Direction> {
     if spec.policy_types.is_empty() {
@@ -170,7 +170,7 @@ fn directions(spec: &v1::NetworkPolicySpec, faults: &mut Faults) -> Vec<Directio
 }
 
 struct Validator<'a> {
-    /// The policy's own, which a peer without `namespaceSelector` means.
+    /// The policy's own namespace, for peers without `namespaceSelector`.
     namespace: &'a Arc<str>,
     faults: &'a mut Faults,
 }
@@ -207,7 +207,7 @@ impl Validator<'_> {
             if !selects {
                 self.faults.push(
                     path,
-                    "the peer names nobody",
+                    "the peer is empty",
                     "give it a podSelector, a namespaceSelector or an ipBlock",
                 );
                 return None;
@@ -225,7 +225,7 @@ impl Validator<'_> {
             self.faults.push(
                 path,
                 "the peer has an ipBlock together with a selector",
-                "make them two peers of the list",
+                "split it into two peers",
             );
         }
         self.block(raw_block, &format!("{path}.ipBlock"))
@@ -276,7 +276,7 @@ impl Validator<'_> {
             // an exception it would except nothing.
             self.faults.push(
                 field,
-                format!("{text} is an IPv4 block in IPv6 clothes"),
+                format!("{text} is an IPv4-mapped IPv6 block"),
                 "write it as an IPv4 block",
             );
             return None;
@@ -358,7 +358,7 @@ impl Validator<'_> {
         if valid.is_none() {
             self.faults.push(
                 field,
-                format!("{number} is no port"),
+                format!("{number} is not a port"),
                 "use a number from 1 to 65535",
             );
         }

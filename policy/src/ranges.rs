@@ -1,7 +1,7 @@
 //! A set of addresses as sorted ranges: the ipBlocks of one rule with their exceptions cut out.
 //!
 //! The blocks of a rule are alternatives and an exception concerns its own block only, so the union
-//! of "block minus its exceptions" is exactly what the rule matches, and one binary search asks it.
+//! of "block minus its exceptions" is exactly what the rule matches, and one binary search looks it up.
 use std::net::IpAddr;
 
 use ipnet::IpNet;

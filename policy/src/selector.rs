@@ -1,6 +1,6 @@
-//! Label selectors: validated, normalised, and asked of labels.
+//! Label selectors: validated, normalised, and evaluated on labels.
 //!
-//! Two selectors that say the same in another order or spelling are equal, so that they share one
+//! Two selectors with the same meaning in another order or spelling are equal, so that they share one
 //! id in the cluster. Knows no pods: labels only.
 use std::sync::Arc;
 
@@ -8,21 +8,21 @@ use crate::fault::Faults;
 use crate::model::Labels;
 use crate::{syntax, v1};
 
-/// A `meta/v1` LabelSelector; all requirements must hold, so that without any everything matches.
+/// A `meta/v1` LabelSelector; all requirements must hold; without any, everything matches.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct LabelSelector {
     /// Sorted and without duplicates.
     requirements: Box<[Requirement]>,
 }
 
-/// The pods that one peer of a rule stands for.
+/// The pods that one peer of a rule selects.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct PeerSelector {
     pub(crate) namespaces: NamespaceScope,
     pub(crate) pods: LabelSelector,
 }
 
-/// The namespaces whose pods a peer looks at.
+/// The namespaces whose pods a peer selects from.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum NamespaceScope {
     /// The policy's own: the peer has no `namespaceSelector`.
@@ -149,7 +149,7 @@ impl Requirement {
 }
 
 impl Test {
-    /// A label that is not there is in no set: `NotIn` and `DoesNotExist` hold for it.
+    /// `NotIn` and `DoesNotExist` hold for a missing label.
     pub(crate) fn holds(&self, value: Option<&Arc<str>>) -> bool {
         #[cfg(test)]
         asked::ONE.with(|asked| asked.set(asked.get() + 1));

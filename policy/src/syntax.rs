@@ -58,7 +58,7 @@ pub(crate) fn dns_subdomain_fault(name: &str) -> Option<&'static str> {
     } else if name.len() > 253 {
         Some("is longer than 253 characters")
     } else if !name.split('.').all(is_dns_word) {
-        Some("is no DNS subdomain (parts of a-z, 0-9 and -, joined by dots)")
+        Some("is not a DNS subdomain (parts of a-z, 0-9 and -, joined by dots)")
     } else {
         None
     }
@@ -71,7 +71,7 @@ pub(crate) fn dns_label_fault(name: &str) -> Option<&'static str> {
     } else if name.len() > 63 {
         Some("is longer than 63 characters")
     } else if !is_dns_word(name) {
-        Some("is no DNS label (a-z, 0-9 and -, not at either end)")
+        Some("is not a DNS label (a-z, 0-9 and -, not at either end)")
     } else {
         None
     }

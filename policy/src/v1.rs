@@ -2,7 +2,7 @@
 //!
 //! Exactly the API's JSON shape. `null` reads as missing, as in the API server. A field that the
 //! API does not have is an error: a restriction that was misspelt must not be lost. Whether the
-//! values make sense is for [`crate::NetworkPolicy::new`] to say.
+//! values are valid is checked by [`crate::NetworkPolicy::new`].
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -192,7 +192,7 @@ impl Visitor<'_> for IntOrStringVisitor {
     }
 
     fn visit_u64<E: de::Error>(self, number: u64) -> Result<IntOrString, E> {
-        // What does not fit is no port either way; validation names the fault with its path.
+        // A number that does not fit is not a port either; validation reports it with its path.
         Ok(IntOrString::Int(i64::try_from(number).unwrap_or(i64::MAX)))
     }
 

@@ -1,6 +1,6 @@
-//! The question "may X talk to Y?" and its answer with its reason.
+//! Decides whether X may connect to Y, and gives the reason.
 //!
-//! Reads endpoints, changes nothing, and asks only the rules on the two ends.
+//! Reads endpoints, changes nothing, and evaluates only the rules of the two ends.
 use std::fmt::{self, Display};
 use std::net::IpAddr;
 
@@ -11,10 +11,10 @@ use crate::decided::DecidedSide;
 use crate::endpoint::Endpoint;
 use crate::model::{Direction, Node, PolicyKey, Protocol};
 
-/// What policy has to say about traffic between a pod and the node that it runs on.
+/// How policies apply to traffic between a pod and the node that it runs on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OwnNode {
-    /// Nothing: it is always allowed, as Kubernetes documents it.
+    /// Not at all: it is always allowed, as Kubernetes documents it.
     #[default]
     Allow,
     /// A pod's traffic to its node is judged by the pod's egress policies; the node's traffic to its
@@ -51,12 +51,12 @@ pub struct RuleRef {
     pub index: usize,
 }
 
-/// What one end says: the source about its egress, the destination about its ingress.
+/// The result for one end: for the source by its egress policies, for the destination by its ingress policies.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Side {
     /// Whether any policy isolates this end in this direction.
     pub isolated: bool,
-    /// Whether this end lets the connection be; always so if it is not isolated.
+    /// Whether this end allows the connection; always so if it is not isolated.
     pub allowed: bool,
     /// Those that allow if it is allowed, those that isolate if it is not; sorted, unique, and
     /// empty if the end is not isolated.
@@ -69,18 +69,18 @@ pub struct Side {
     pub contested: bool,
 }
 
-/// The answer: both ends must allow, unless the connection is exempt.
+/// The verdict: both ends must allow, unless the connection is exempt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Verdict {
-    /// What the source's egress policies say.
+    /// The result for the source, by its egress policies.
     pub egress: Side,
-    /// What the destination's ingress policies say.
+    /// The result for the destination, by its ingress policies.
     pub ingress: Side,
-    /// Allowed whatever the two sides say.
+    /// Allowed, whatever the results of the two sides.
     pub exempt: Option<Exempt>,
 }
 
-/// Decides a connection and says why. `port` is the destination's after DNAT; `None` stands for a
+/// Decides a connection and gives the reason. `port` is the destination's after DNAT; `None` stands for a
 /// protocol without ports, which only rules without ports allow.
 ///
 /// Both sides are filled in even where the connection is exempt.
@@ -123,7 +123,7 @@ pub fn allows(
 }
 
 impl Verdict {
-    /// Whether the connection may be.
+    /// Whether the connection is allowed.
     pub fn allowed(&self) -> bool {
         self.exempt.is_some() || (self.egress.allowed && self.ingress.allowed)
     }
@@ -229,7 +229,7 @@ const SHOWN: usize = 32;
 const EXPLAINED: usize = 4096;
 
 impl<'a> Ends<'a> {
-    /// The end whose policies count in `direction`, and the question to its rules.
+    /// The end whose policies apply in `direction`, and the query for its rules.
     fn question(&self, direction: Direction) -> (Option<&'a Endpoint>, Question<'a>) {
         let (own, peer) = match direction {
             Direction::Egress => (self.from, self.to),
@@ -337,8 +337,8 @@ impl<'a> Ends<'a> {
         (to_own_node || runs_on(self.to, self.from)).then_some(Exempt::Node)
     }
 
-    /// One address is one pod, whoever claims it. Two addresses of one pod are that pod only if
-    /// nobody else claims either.
+    /// The same address is the same pod, whichever pods claim it. Two addresses of a pod are the same only if
+    /// no other pod claims either.
     fn is_self(&self) -> bool {
         let (Some(from), Some(to)) = (self.from.endpoint, self.to.endpoint) else {
             return false;

@@ -1,4 +1,4 @@
-//! How long to wait before the next try: doubling, bounded, and never in step with other nodes.
+//! Exponential backoff between retries: bounded, and with jitter, so that nodes do not retry together.
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ impl Backoff {
         }
     }
 
-    /// The next wait: between the half and the whole of what is due.
+    /// The next wait: a random time between half of the backoff and all of it.
     pub(super) fn next(&mut self) -> Duration {
         let due = self
             .first
@@ -33,7 +33,7 @@ impl Backoff {
         half + half.mul_f64((random % 1024) as f64 / 1024.0)
     }
 
-    /// It has worked for a while.
+    /// Starts again with the first wait, after it has worked for a while.
     pub(super) fn reset(&mut self) {
         self.tries = 0;
     }

@@ -1,8 +1,8 @@
-//! How the API server is reached: the client configuration, read anew for each client, and the client.
+//! Connects to the API server: reads the client configuration for each client, and makes the client.
 //!
-//! A token, certificate or kubeconfig that was replaced on disk is therefore in use at the next try.
-//! Dead connections are found out by TCP itself, so that a watch never hangs on a server that is gone
-//! for minutes. Knows nothing of watches.
+//! The next retry therefore uses a token, certificate or kubeconfig that was replaced on disk.
+//! TCP keepalive detects dead connections, so that no watch waits for minutes for a server that is
+//! gone. Knows nothing of watches.
 use std::error::Error;
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -21,17 +21,17 @@ use super::error::ApiError;
 
 /// How long a TCP handshake may take.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
-/// A connection on which nothing came for this long is asked whether it is still there ...
+/// TCP keepalive: an idle connection is probed after this time ...
 const KEEPALIVE: Duration = Duration::from_secs(15);
-/// ... again after each of these ...
+/// ... again after each such interval ...
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(5);
-/// ... and given up after this many without an answer.
+/// ... and closed after this many probes without an answer.
 const KEEPALIVE_TRIES: u32 = 3;
 
 /// Where the client configuration comes from.
 #[derive(Clone, Debug, Default)]
 pub(super) enum Connector {
-    /// `KUBECONFIG` or `~/.kube/config` if there is one, else what a pod is given.
+    /// `KUBECONFIG` or `~/.kube/config` if there is one, else the in-cluster configuration.
     #[default]
     Found,
     /// This server, by plain HTTP and without credentials.
@@ -39,7 +39,7 @@ pub(super) enum Connector {
     Plain(std::net::SocketAddr),
 }
 
-/// What tells one cluster from another while its API server is away.
+/// What identifies a cluster while its API server is unreachable.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ClusterIdentity {
     pub(super) server: String,
@@ -48,7 +48,7 @@ pub(super) struct ClusterIdentity {
 }
 
 impl ClusterIdentity {
-    /// Clusters differ in their authorities. Where there are none the address has to do.
+    /// Compares the certificate authorities, or the addresses where there are none.
     pub(super) fn is_same(&self, other: &Self) -> bool {
         if self.authorities.is_empty() && other.authorities.is_empty() {
             return self.server == other.server;
@@ -99,7 +99,7 @@ pub(super) fn fingerprint(bytes: &[u8]) -> String {
     })
 }
 
-/// As `kubectl` does: a kubeconfig, if there is one, goes before the pod's own.
+/// As in `kubectl`, a kubeconfig has precedence over the in-cluster configuration.
 async fn found() -> Result<Config, ApiError> {
     let given = std::env::var_os("KUBECONFIG").is_some_and(|paths| !paths.is_empty());
     let at_home = std::env::home_dir().is_some_and(|home| home.join(".kube/config").exists());

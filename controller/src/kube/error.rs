@@ -1,4 +1,4 @@
-//! Why the API server did not give what was asked of it, and what to do about that.
+//! Errors of requests to the API server, with remedies.
 //!
 //! Knows the client's errors and the API's status codes (Kubernetes API conventions, "HTTP Status
 //! codes"); nothing of what happens next.
@@ -9,25 +9,25 @@ use crate::objects::Kind;
 /// A request to the API server, or the stream that it opened, has failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ApiError {
-    /// Neither a kubeconfig nor the variables and files of a pod say where the API server is.
+    /// There is neither a kubeconfig nor an in-cluster configuration.
     #[error(
         "no usable client configuration: {0}; run in a pod with a service account, or set KUBECONFIG to a file with a server, its CA and credentials"
     )]
     Config(String),
     /// No connection, or it broke.
     #[error(
-        "the API server cannot be reached: {0}; check that it runs and that this node's network leads to it"
+        "the API server cannot be reached: {0}; check that it runs and that this node has a route to it"
     )]
     Unreachable(String),
     /// It accepts requests, and does not answer them.
-    #[error("the API server does not answer: nothing came for {0} s; check its load and its log")]
+    #[error("the API server does not answer: no data for {0} s; check its load and its log")]
     Silent(u64),
     /// One side does not accept the other's certificate.
     #[error("no TLS with the API server: {problem}; {remedy}")]
     Tls {
-        /// The library's words.
+        /// The library's message.
         problem: String,
-        /// Which of clock, name and authority to look at.
+        /// Whether to check the clock, the name or the CA.
         remedy: &'static str,
     },
     /// 401.
@@ -50,10 +50,10 @@ pub enum ApiError {
         message: String,
     },
     /// 410: the resource version is no longer known.
-    #[error("the API server no longer knows where we were (410 {0}); everything is listed anew")]
+    #[error("the resource version has expired (410 {0}); listing everything again")]
     Expired(String),
     /// Any other status.
-    #[error("the API server refuses ({code} {message}); see its log")]
+    #[error("the API server rejected the request ({code} {message}); see its log")]
     Refused {
         /// HTTP status.
         code: u16,
@@ -62,12 +62,12 @@ pub enum ApiError {
     },
     /// Not JSON, or not of the API's shape.
     #[error(
-        "what the API server sent cannot be read: {0}; check that the address is that of a Kubernetes API server"
+        "cannot parse the API server's response: {0}; check that the address is that of a Kubernetes API server"
     )]
     Malformed(String),
 }
 
-/// What was being asked when something failed.
+/// The request that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Asked {
     pub(super) verb: &'static str,
@@ -174,7 +174,7 @@ impl ApiError {
 
     fn from_transport(error: &(dyn Error + 'static)) -> Self {
         let text = chain(error);
-        // The library's error types are private to it or several layers down; its words are stable.
+        // The library's error types are private to it or several layers down; its messages are stable.
         let remedy = if text.contains("not valid yet") || text.contains("certificate expired") {
             "compare this node's clock with the certificate's dates"
         } else if text.contains("not valid for") || text.contains("NotValidForName") {
@@ -191,7 +191,7 @@ impl ApiError {
     }
 }
 
-/// An error with its causes, each said once.
+/// An error with its causes, without repetition.
 fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut next = error.source();

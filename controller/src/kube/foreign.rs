@@ -21,7 +21,7 @@ const EVERY: Duration = Duration::from_secs(600);
 /// When to look again if the API server did not answer.
 const RETRY: Duration = Duration::from_secs(60);
 
-/// Looks again and again, without end.
+/// Repeats the check without end.
 pub(super) async fn watch(connector: Connector) {
     let mut said = BTreeSet::new();
     loop {

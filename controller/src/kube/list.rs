@@ -29,7 +29,7 @@ pub(super) struct Pages<'a> {
     params: Option<ListParams>,
 }
 
-/// One of them.
+/// One page of a list.
 pub(super) struct Page {
     pub(super) objects: Vec<Value>,
     /// The resource version of the list; empty if the server gives none.

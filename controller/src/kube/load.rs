@@ -13,8 +13,8 @@ use crate::objects::Kind;
 
 /// Lists all objects of every kind once.
 ///
-/// An object that cannot be taken as it is is a problem of the answer, not an error: its stand-in
-/// counts, as in a daemon that starts.
+/// An invalid object is a problem of the result, not an error: its replacement
+/// is used, as when a daemon starts.
 ///
 /// # Errors
 /// If there is no usable client configuration, or the API server does not answer every list.

@@ -1,6 +1,6 @@
 //! The last good state on disk, for a start while the API server is away.
 //!
-//! One file: a comment line that says whose it is and how to tell that it is whole, then a `kind: List`
+//! One file: a comment line with its owner, length and checksum, then a `kind: List`
 //! of the objects, reduced to what is read; `portreeve check --cluster dir:FILE` reads it too. Whole or
 //! ignored: it replaces its predecessor by a rename. Knows no network; time is passed in.
 use std::fs::{self, File};
@@ -14,11 +14,11 @@ use serde_json::Value;
 
 use super::connect::{ClusterIdentity, fingerprint};
 
-/// Of the form of the file; a daemon reads its own only.
+/// The version of the file format; a daemon reads only its own.
 const VERSION: u32 = 1;
 const FILE: &str = "state.yaml";
 const MARK: &str = "# portreeve ";
-/// No state of a cluster is larger; a file that is was not written by us.
+/// The largest state of a cluster; a larger file was not written by Portreeve.
 const LIMIT: u64 = 512 << 20;
 
 /// Why a state on disk is not used.
@@ -30,11 +30,11 @@ pub(super) enum Unusable {
     Unreadable(#[source] io::Error),
     #[error("it is damaged: {0}; remove it")]
     Damaged(&'static str),
-    #[error("it is of version {0} of the file's form, not {VERSION}; it will be replaced")]
+    #[error("it has format version {0}, not {VERSION}; it will be replaced")]
     Version(u32),
-    #[error("it is of node {0}; give every node a state directory of its own")]
+    #[error("it belongs to node {0}; give every node its own state directory")]
     OtherNode(String),
-    #[error("it is of another cluster, {0}; it will be replaced")]
+    #[error("it belongs to another cluster, {0}; it will be replaced")]
     OtherCluster(String),
     #[error("it is {} old, more than --state-max-age; it will be replaced", humantime::format_duration(Duration::from_secs(.0.as_secs())))]
     TooOld(Duration),
@@ -53,7 +53,7 @@ struct Header {
     sha256: String,
 }
 
-/// Where a node's state is kept, and whose it must be.
+/// Where a node's state is saved, and the owner that it must have.
 #[derive(Clone, Debug)]
 pub(super) struct Snapshot {
     pub(super) folder: PathBuf,
@@ -81,7 +81,7 @@ impl Snapshot {
             .ok_or(Unusable::Damaged("it has no header"))?;
         // Another version may have another header: its number goes first.
         let header: Value =
-            serde_json::from_str(header).map_err(|_| Unusable::Damaged("its header is no JSON"))?;
+            serde_json::from_str(header).map_err(|_| Unusable::Damaged("header is not JSON"))?;
         let version = header["version"]
             .as_u64()
             .and_then(|n| u32::try_from(n).ok());
@@ -97,10 +97,10 @@ impl Snapshot {
         }
         let written = self.check(&header, now)?;
         let mut list: Value =
-            serde_json::from_str(body).map_err(|_| Unusable::Damaged("it is no JSON"))?;
+            serde_json::from_str(body).map_err(|_| Unusable::Damaged("it is not JSON"))?;
         match list.get_mut("items").map(Value::take) {
             Some(Value::Array(items)) => Ok((items, written)),
-            _ => Err(Unusable::Damaged("it is no list")),
+            _ => Err(Unusable::Damaged("it is not a list")),
         }
     }
 
@@ -138,7 +138,7 @@ impl Snapshot {
     fn text(&self) -> Result<String, Unusable> {
         let unreadable = |error: io::Error| match error.kind() {
             io::ErrorKind::NotFound => Unusable::Missing,
-            io::ErrorKind::InvalidData => Unusable::Damaged("it is no text"),
+            io::ErrorKind::InvalidData => Unusable::Damaged("it is not text"),
             _ => Unusable::Unreadable(error),
         };
         let file = File::open(self.path()).map_err(unreadable)?;
@@ -149,7 +149,7 @@ impl Snapshot {
         Ok(text)
     }
 
-    /// Whether it is ours and fresh; returns when it was written.
+    /// Checks that it belongs to this node and is recent; returns when it was written.
     fn check(&self, header: &Header, now: SystemTime) -> Result<SystemTime, Unusable> {
         if header.node != self.node {
             return Err(Unusable::OtherNode(header.node.clone()));
@@ -159,7 +159,7 @@ impl Snapshot {
         }
         let written = humantime::parse_rfc3339(&header.written)
             .map_err(|_| Unusable::Damaged("its header has no time"))?;
-        // A clock that was set back since makes it seem to be of the future: as good as of now.
+        // If the clock was set back, its time may be in the future: it counts as new.
         let age = now.duration_since(written).unwrap_or_default();
         if age > self.max_age {
             return Err(Unusable::TooOld(age));

@@ -1,8 +1,8 @@
 //! The last good state of every object of the API server, and how it differs from what was sent.
 //!
 //! The invariants: nothing leaves the state because it could not be read or listed; nothing is sent
-//! before every kind was listed in full; after an outage the kinds come into force together, since
-//! pods of now under policies of then are a state that never was. Knows no network; time is passed in.
+//! before every kind was listed in full; after an outage the kinds are applied together, since
+//! present pods under old policies are a state that never existed. Knows no network; time is passed in.
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::{Batch, Event, Object, ObjectKey, Problem};
 /// How long after an outage the first kinds that are back wait for the others.
 const TOGETHER: Duration = Duration::from_secs(10);
 
-/// What the API server says, and what of it was sent.
+/// The state of the API server, and what of it was sent.
 #[derive(Debug, Default)]
 pub(super) struct State {
     /// The Node that we run on.
@@ -37,13 +37,13 @@ pub(super) struct State {
     /// The list of problems has to be rebuilt.
     restate: bool,
     problems: Arc<Vec<Problem>>,
-    /// Until when what is back waits for what is not.
+    /// Until when the kinds that are back wait for the others.
     hold: Option<Instant>,
     /// The first full state was sent.
     complete: bool,
 }
 
-/// How far one kind is.
+/// The progress of one kind.
 #[derive(Debug, Default)]
 struct Progress {
     listed: bool,
@@ -55,7 +55,7 @@ struct Progress {
 #[derive(Debug, Default)]
 struct List {
     seen: BTreeSet<ObjectKey>,
-    /// Something in it could not be named, so what is missing may be in it.
+    /// An object in it has no valid name, so a missing object may be in it.
     nameless: bool,
     problems: Vec<Problem>,
 }
@@ -67,7 +67,7 @@ pub(super) struct Written {
     pub(super) resource_version: String,
     /// `spec` as JSON, of the state that is in force.
     spec: Arc<str>,
-    /// What is in force is not the policy but what stands for it.
+    /// Not the policy but its replacement is applied.
     stand_in: bool,
 }
 
@@ -130,7 +130,7 @@ impl State {
             }
             News::ListEnds => self.list_ends(kind, now),
             News::Changed(value) => {
-                // What cannot be named cannot be kept either; the next list says it again.
+                // An object without a valid name cannot be stored; the next list reports it again.
                 if let Err(problem) = self.upsert(kind, value) {
                     tracing::warn!(%problem, "invalid object from the API server");
                 }
@@ -150,7 +150,7 @@ impl State {
                 .into_iter()
                 .find(|kind| value["kind"] == kind.name());
             if let Some(kind) = kind {
-                // What cannot be named is not ours: we have named it ourselves.
+                // Every object that we wrote has a name.
                 let _ = self.upsert(kind, value);
             }
         }
@@ -178,7 +178,7 @@ impl State {
         self.send(waiting).or_else(|| first.then(Batch::default))
     }
 
-    /// When what waits is due even if nothing more comes.
+    /// When waiting changes are due, even without further events.
     pub(super) fn due(&self, now: Instant) -> Option<Instant> {
         let waits = !self.waiting.is_empty() && self.complete;
         self.hold.filter(|until| waits && *until > now)
@@ -289,8 +289,8 @@ impl State {
         }
     }
 
-    /// As [`Self::plain`]; a policy that never was good is not left out, which would widen what its
-    /// author meant to narrow, but closed.
+    /// As [`Self::plain`]; a policy that never was valid is not left out, which would widen access,
+    /// but replaced by one that allows nothing.
     fn policy(&mut self, key: &PolicyKey, value: Value) -> Option<Object> {
         let metadata = |field: &str| {
             value["metadata"][field]
@@ -349,7 +349,7 @@ impl State {
         }
     }
 
-    /// What was not listed is gone, unless something in the list had no name.
+    /// Objects that were not listed are gone, unless an object in the list had no name.
     fn list_ends(&mut self, kind: Kind, now: Instant) {
         let progress = &mut self.progress[kind as usize];
         progress.listed = true;
@@ -369,7 +369,7 @@ impl State {
         self.back(kind, now);
     }
 
-    /// The kind is heard again: it waits for the others, but not for ever.
+    /// The kind's watch works again: it waits for the others, but not for ever.
     fn back(&mut self, kind: Kind, now: Instant) {
         let was_lost = mem::take(&mut self.progress[kind as usize].lost);
         if self.progress.iter().all(|kind| !kind.lost) {

@@ -1,6 +1,6 @@
-//! How the watches are doing, for readiness and metrics: written by each watch, read by anyone.
+//! The state of the watches, for readiness and metrics: written by each watch, read by anyone.
 //!
-//! Says each change once in the log. Knows nothing of objects.
+//! Logs each change once. Knows nothing of objects.
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
@@ -32,7 +32,7 @@ pub struct KindStatus {
     pub connected: bool,
     /// Since when that is so.
     pub since: SystemTime,
-    /// Full lists that came to their end.
+    /// The number of complete lists.
     pub lists: u64,
     /// Failures by [`ApiError::cause`].
     pub errors: BTreeMap<&'static str, u64>,
@@ -79,7 +79,7 @@ impl WatchStatus {
         self.lock().unkept.clone()
     }
 
-    /// Since when, and why, the API server has not been heard in full; `None` while all is well or
+    /// Since when, and why, a watch of the API server is down; `None` while all work or
     /// nothing has failed yet.
     #[must_use]
     pub fn away(&self) -> Option<(SystemTime, ApiError)> {
@@ -108,7 +108,7 @@ impl WatchStatus {
         self.lock().of(kind).lists += 1;
     }
 
-    /// Notes a failure that the next request mends: the watch is as good as connected.
+    /// Records a failure that the next request repairs: the watch counts as connected.
     pub(super) fn expired(&self, kind: Kind, error: &ApiError) {
         info!(resource = kind.resource(), "{error}");
         let mut inner = self.lock();

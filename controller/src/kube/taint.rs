@@ -1,4 +1,4 @@
-//! Takes the start-up taint off this node's Node object.
+//! Removes the start-up taint from this node's Node object.
 //!
 //! kubelet registers a new node with the taint, so that no pod starts there before the daemon
 //! enforces. Knows nothing of when that is.
@@ -17,7 +17,7 @@ use super::error::{ApiError, Asked};
 /// Between tries: the API server may be away.
 const WAITS: (Duration, Duration) = (Duration::from_millis(800), Duration::from_secs(30));
 
-/// Takes every taint with `key` off the Node `node`; tries until that is done.
+/// Removes every taint with `key` from the Node `node`; retries until that succeeds.
 ///
 /// Must be called on a runtime of tokio. A Node that has no such taint is left alone.
 pub async fn lift_taint(node: &str, key: &str) {

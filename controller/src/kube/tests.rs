@@ -1,4 +1,4 @@
-//! The source against an API server that does what a real one may do, and worse.
+//! The source with an API server that fails in all the ways of a real one, and more.
 mod faults;
 mod server;
 

@@ -1,7 +1,7 @@
-//! Tells the authors of policies what is wrong with them: a Kubernetes Event on the object, once.
+//! Reports faults to the authors of policies: one Kubernetes Event on the object.
 //!
 //! The Event's name is made of the policy's uid and version and of the fault's kind, so every node
-//! arrives at the same one and all but the first are told that it exists. Knows nothing of how faults
+//! computes the same one, and the API server rejects all but the first. Knows nothing of how faults
 //! are found.
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,7 +19,7 @@ use super::state::Written;
 use crate::objects::Kind;
 use crate::{Problem, Severity};
 
-/// Events that wait for the API server; more are told at the next change.
+/// How many Events may wait for the API server; more are sent at the next change.
 const WAITING: usize = 256;
 /// What the API allows for a note (`events.k8s.io/v1` Event, `note`).
 const NOTE_BYTES: usize = 1024;
@@ -48,7 +48,7 @@ impl Teller {
         (teller, send(waiting, connector))
     }
 
-    /// Tells what stands against policies that the API server has; `written` finds them.
+    /// Reports the problems of policies that the API server has; `written` finds them.
     pub(super) fn tell<'a>(
         &mut self,
         problems: &[Problem],
@@ -138,7 +138,7 @@ fn event(name: &str, key: &PolicyKey, written: &Written, problem: &Problem, node
 
 async fn send(mut events: mpsc::Receiver<Value>, connector: Connector) {
     let mut client = None;
-    // A missing permission is said once, not for each Event.
+    // A missing permission is logged once, not for each Event.
     let mut last = None;
     while let Some(event) = events.recv().await {
         let sent = send_one(&mut client, &connector, &event).await;
@@ -149,7 +149,7 @@ async fn send(mut events: mpsc::Receiver<Value>, connector: Connector) {
                 client = None;
                 if last != cause {
                     warn!(
-                        "an Event could not be sent, the policy's fault stands in the log only: {error}"
+                        "cannot send an Event, so the policy's fault is only in the log: {error}"
                     );
                 }
             }

@@ -2,7 +2,7 @@
 //!
 //! The list is streamed where the server can (`sendInitialEvents`, KEP-3157); where that fails, it is read in pages.
 //! Both are reads of the newest state, so that a relist never goes back in time. A watch that ends or breaks is resumed
-//! where it was, unless the server was away for longer: what a resumed watch brings has no end mark, a list has one.
+//! where it was, unless the server was away for longer: a list has an end mark, a resumed watch has none.
 //! Knows nothing of what the objects mean.
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,15 +22,15 @@ use super::list::{Pages, requests, within};
 use super::status::WatchStatus;
 use crate::objects::{Kind, Trimmed};
 
-/// A watch that ends sooner without a word counts as a failure, so that it is not asked for at once.
+/// A watch that ends sooner without an event counts as a failure, so that it is not retried at once.
 const TOO_SHORT: Duration = Duration::from_secs(1);
 
-/// What a watch has to tell, in the order in which it happened.
+/// The events of a watch, in their order.
 #[derive(Debug)]
 pub(super) enum News {
-    /// The server is not heard any more.
+    /// The watch has lost the server.
     Lost,
-    /// It is heard again, from where it was lost.
+    /// The watch continues from where it was lost.
     Resumed,
     /// A full list begins.
     ListBegins,
@@ -44,7 +44,7 @@ pub(super) enum News {
     Gone(Value),
 }
 
-/// How patient a watch is.
+/// The timeouts of a watch.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Patience {
     /// Before the first retry, before the last.
@@ -68,7 +68,7 @@ impl Default for Patience {
     }
 }
 
-/// Nobody listens to the news any more.
+/// The receiver of the events is gone.
 struct Unheard;
 
 /// Why a round ended.
@@ -100,11 +100,11 @@ pub(super) struct Watch {
     pub(super) patience: Patience,
 }
 
-/// Where a watch stands.
+/// The position of a watch.
 struct Position {
     /// The resource version to go on from; `None`: a list is needed.
     version: Option<String>,
-    /// A watch has begun there. A list whose version is refused at once is no way forward.
+    /// A watch has begun there. Listing again does not help if its version is rejected at once.
     proven: bool,
     /// Whether the server is thought to stream lists.
     streams: bool,
@@ -118,7 +118,7 @@ struct Position {
 }
 
 impl Watch {
-    /// Follows until nobody listens any more.
+    /// Follows until the receiver is gone.
     pub(super) async fn run(self) {
         let mut backoff = Backoff::new(self.patience.retry);
         let mut position = Position {
@@ -215,7 +215,7 @@ impl Watch {
             self.change(event, position).await?;
         }
         if began.elapsed() < TOO_SHORT && position.version.as_ref() == Some(&version) {
-            return Err(ApiError::Unreachable("a watch ended as it began".to_owned()).into());
+            return Err(ApiError::Unreachable("a watch ended immediately".to_owned()).into());
         }
         Ok(())
     }

@@ -66,7 +66,7 @@ impl Contents {
         contents
     }
 
-    /// Keeps a mangled file from filling logs: the first faults are the telling ones.
+    /// Keeps a mangled file from filling logs: the first faults are enough.
     fn shorten(&mut self, file: &Path) {
         const SHOWN: usize = 100;
         let Some(more) = self
@@ -139,7 +139,7 @@ impl Reader<'_> {
             return self.unidentified(
                 &field,
                 "missing",
-                "say what it is, as `kind: NetworkPolicy`",
+                "add its kind, such as `kind: NetworkPolicy`",
             );
         };
         let Some(api_version) = api_version.filter(|version| !version.is_empty()) else {
@@ -286,11 +286,11 @@ fn group(api_version: &str) -> &str {
 /// What to do with an object of some `apiVersion` and `kind`.
 enum Selected {
     Read(Kind),
-    /// Means nothing to policy.
+    /// Not relevant for policy.
     PassedOver,
-    /// A policy of another system: its absence could surprise, but it is not ours to read.
+    /// A policy of another system: not read, but users may expect it to be enforced.
     Foreign,
-    /// Meant for us, but not in a form that is understood.
+    /// Relevant for policy, but in an unsupported form.
     Refused {
         problem: String,
         remedy: String,
@@ -322,7 +322,7 @@ fn select(TypeMeta { api_version, kind }: TypeMeta<'_>) -> Selected {
     }
 }
 
-/// A kind that is not read is passed over, unless it stands where only a mistyped policy can.
+/// An unknown kind is ignored, unless it can only be a mistyped policy.
 fn unknown_kind(group: &str, api_version: &str, kind: &str) -> Selected {
     const NETWORKING: [&str; 6] = [
         "Ingress",

@@ -1,7 +1,7 @@
 //! Text of one manifest file -> its documents as JSON values.
 //!
 //! YAML is read as kubectl reads it: documents are cut at lines that begin with `---`, so that a
-//! document which does not parse says nothing about the others, and its number is the one that a
+//! document which does not parse does not affect the others, and its number is the one that a
 //! person counts. Stricter than kubectl in one point: a key given twice is an error, not "the last
 //! one wins". Knows nothing of Kubernetes objects.
 use std::thread;
@@ -28,8 +28,8 @@ const MAX_DEPTH: usize = 100;
 
 /// Cuts `text` into documents and parses each. Never panics.
 ///
-/// The parsers are foreign code on hostile input, so they run on a thread of their own: a panic of
-/// theirs is one more way of not being a manifest.
+/// The parsers are third-party code on hostile input, so they run on a thread of their own: a panic of
+/// theirs is reported like a syntax error.
 pub(super) fn documents(text: &str) -> Vec<Document> {
     thread::scope(|scope| {
         let parser = thread::Builder::new()
@@ -45,7 +45,7 @@ pub(super) fn documents(text: &str) -> Vec<Document> {
                 "look for binary or mangled text in it, and report this as a bug",
             ),
             Err(error) => Problem::error(
-                format!("cannot be parsed: no thread is to be had ({error})"),
+                format!("cannot be parsed: no thread could be started ({error})"),
                 "raise the limit of processes and threads",
             ),
         };

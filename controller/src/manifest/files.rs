@@ -102,7 +102,7 @@ pub(super) fn list(root: &Path) -> Result<Listing, Box<Problem>> {
             continue;
         }
         let path = entry.path();
-        // What vanished since its name was read is looked at as a file, and found missing later.
+        // An entry that vanished after its name was read counts as a file, which is found missing later.
         let link = entry.file_type().is_ok_and(|kind| kind.is_symlink());
         let metadata = fs::metadata(&path);
         if metadata.as_ref().is_ok_and(Metadata::is_dir) {

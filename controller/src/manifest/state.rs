@@ -12,7 +12,7 @@ use super::contents::{Contents, Entry};
 use super::files::Name;
 use crate::{Batch, Event, Object, ObjectKey, Problem, Severity};
 
-/// What the files say, and what of it was sent.
+/// The state of the files, and what of it was sent.
 #[derive(Debug, Default)]
 pub(super) struct State {
     /// The objects of each file, in the order in which they stand there.
@@ -24,7 +24,7 @@ pub(super) struct State {
     repeated: BTreeSet<ObjectKey>,
     faults: BTreeMap<Name, Vec<Problem>>,
     notes: Vec<Problem>,
-    /// The problems have to be put together anew.
+    /// The list of problems has to be rebuilt.
     restate: bool,
     problems: Arc<Vec<Problem>>,
 }
@@ -46,7 +46,7 @@ struct Place {
 }
 
 impl State {
-    /// Takes in what was read of a file. If a fault hides what the file means, its objects stay as
+    /// Applies the contents of a file. If a fault makes them incomplete, its objects stay as
     /// they were, all of them.
     pub(super) fn update(&mut self, file: &Name, contents: Contents) {
         if !contents.incomplete {
@@ -72,7 +72,7 @@ impl State {
         self.notes = notes;
     }
 
-    /// Whether anything that was read is not in force.
+    /// Whether anything that was read is not applied.
     pub(super) fn faulty(&self) -> bool {
         let mut all = self.faults.values().flatten();
         all.any(|problem| problem.severity == Severity::Error)
@@ -174,7 +174,7 @@ impl State {
         changed
     }
 
-    /// Of an object that is given more than once the last one counts; each later one is a warning.
+    /// The last definition of an object applies; each later one is a warning.
     fn duplicates(&self) -> Vec<Problem> {
         let mut duplicates = Vec::new();
         for key in &self.repeated {
@@ -205,8 +205,8 @@ impl State {
 }
 
 impl Known {
-    /// The object as it has to be sent, if it has. One that is not valid keeps its last good state:
-    /// what was sent stays sent.
+    /// The object to send, if it has changed. An invalid one keeps its last good state:
+    /// nothing is sent.
     fn settle(&mut self) -> Option<Object> {
         let object = &mut self.places.last_mut()?.object;
         if object.is_none() {

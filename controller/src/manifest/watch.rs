@@ -1,6 +1,6 @@
 //! A manifest source that follows its files: what changes on disk becomes a batch.
 //!
-//! A thread of its own does it, so that no runtime ever waits for a disk or a parser; what it does
+//! Runs on its own thread, so that no runtime ever waits for a disk or a parser; the thread's code
 //! is `watch/follower.rs`.
 mod follower;
 mod notify;
@@ -31,7 +31,7 @@ impl ManifestSource {
     /// valid one, with a warning.
     ///
     /// # Errors
-    /// Every problem of every file, if there is anything that cannot be taken as it is.
+    /// Every problem of every file, if anything is not valid.
     pub fn open(path: &Path) -> Result<(Self, Batch), LoadError> {
         let mut follower = Follower::new(path)?;
         let batch = follower.first()?;
@@ -64,14 +64,14 @@ impl ManifestSource {
             self.last = Some(Arc::clone(&batch.problems));
             return batch;
         }
-        // The thread has panicked. What is in force stays so, and that is said once.
+        // The thread has panicked. The applied state stays, which is reported once.
         let Some(last) = self.last.take() else {
             return std::future::pending().await;
         };
         let mut problems = last.to_vec();
         problems.push(
             Problem::error(
-                "is not watched any more: its thread has died",
+                "is no longer watched: its thread has died",
                 "restart, and report this as a bug",
             )
             .in_file(&self.path),

@@ -1,4 +1,4 @@
-//! A `networking.k8s.io/v1` NetworkPolicy as its author wrote it, and what stands for one that cannot be
+//! A `networking.k8s.io/v1` NetworkPolicy as its author wrote it, and the replacement for one that cannot be
 //! read.
 //!
 //! Knows nothing of the other kinds, nor what a policy means.
@@ -42,7 +42,7 @@ pub(super) fn read(key: &PolicyKey, mut value: Value) -> Result<Object, Vec<Faul
     Err(faults)
 }
 
-/// What stands for a policy that cannot be read and has no last good state: it isolates the pods that
+/// The replacement for a policy that cannot be read and has no last good state: it isolates the pods that
 /// it selects in its directions, and allows nothing.
 ///
 /// A part that cannot be read either is taken at its widest: every pod of the namespace, both ways.

@@ -1,4 +1,4 @@
-//! What is taken over of each object.
+//! The fields that are read of each object.
 use policy::{PodPort, Protocol};
 use serde_json::json;
 

@@ -1,6 +1,6 @@
 //! A JSON value without the parts of a Kubernetes object that nobody reads.
 //!
-//! They are dropped while parsing, so a dump of a cluster or a page of its pods never stands in memory
+//! They are dropped while parsing, so a dump of a cluster or a page of its pods is never in memory
 //! whole. Knows nothing of where the text comes from, nor of what an object means.
 use std::fmt;
 

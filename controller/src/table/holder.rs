@@ -1,4 +1,4 @@
-//! Who has an address, without judging anything.
+//! Which pod or node has an address, without a verdict.
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use policy::Endpoint;
 
 use super::{Table, read_lock};
 
-/// What stands behind an address.
+/// What has an address.
 #[derive(Clone, Debug)]
 pub enum Holder {
     /// This pod.
@@ -15,12 +15,12 @@ pub enum Holder {
     Node,
     /// No pod and no node is known to have the address, and it lies in the cluster's CIDRs, or its holder is uncertain.
     Unknown,
-    /// Nobody in the cluster.
+    /// Not in the cluster.
     Outside,
 }
 
 impl Table {
-    /// Who has `address` now, by one generation of the table.
+    /// What has `address` now, by one generation of the table.
     #[must_use]
     pub fn holder(&self, address: IpAddr) -> Holder {
         self.consistent(|| {

@@ -95,7 +95,7 @@ fn no_reader_sees_two_generations_in_one_verdict() {
     assert!(table.generation() > FLIPS as u64);
 }
 
-/// A pod moves to another address in every batch: never do both own one, never is it gone.
+/// A pod moves to another address in every batch: exactly one of the two owns it at any time.
 #[test]
 fn a_listener_finds_the_new_entries_when_the_generation_arrives() {
     let table = Table::new(TableSettings::default());

@@ -1,8 +1,8 @@
-//! Pods for which a policy does not do what it says, kept up with every change.
+//! Pods on which a policy does not have its full effect, updated with every change.
 //!
-//! Policies are about pods with addresses of their own; one that selects a hostNetwork pod does
-//! nothing for it. Of the policies that select a pod a bounded number counts. Neither is to be seen
-//! from a single object. Knows nothing of what is done about it.
+//! Policies apply to pods with their own addresses; one that selects a hostNetwork pod has no
+//! effect on it. Of the policies that select a pod a bounded number is enforced. No single object
+//! shows either. Does not report them.
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -14,9 +14,9 @@ use crate::model::{Pod, PodKey, PolicyKey};
 
 #[derive(Debug, Default)]
 pub(super) struct Doubts {
-    /// Pods that the policy selects in vain.
+    /// Pods that the policy selects without effect.
     out_of_reach: PodsOfPolicies,
-    /// Pods of which the policy is the first one too many.
+    /// Pods for which the policy is the first one over the limit.
     surplus: PodsOfPolicies,
     /// Changes whenever one of them does.
     pub(super) changes: u64,
@@ -25,7 +25,7 @@ pub(super) struct Doubts {
 /// Pods by policy; no set is empty.
 type PodsOfPolicies = BTreeMap<PolicyKey, BTreeSet<PodKey>>;
 
-/// The policies that select a pod in vain, and the first one too many.
+/// The policies that select a pod without effect, and the first one over the limit.
 type OfPod<'a> = (&'a [Arc<CompiledPolicy>], &'a [Arc<CompiledPolicy>]);
 
 impl Cluster {
@@ -35,14 +35,14 @@ impl Cluster {
         self.doubts.out_of_reach.iter()
     }
 
-    /// The policies that are the first one too many for pods that more policies select than count
+    /// The policies that are the first one over the limit for pods that too many policies select
     /// ([`Resource::OfAPod`]), with these pods; sorted. Such a policy isolates these pods in both
     /// directions and allows nothing, for all that come after it in the order of names.
     pub fn surplus(&self) -> impl Iterator<Item = (&PolicyKey, &BTreeSet<PodKey>)> {
         self.doubts.surplus.iter()
     }
 
-    /// Notes what a pod is to be, and by which policies selected, instead of what it is by now.
+    /// Records a pod's next state, and the policies that select it, in place of the present ones.
     pub(super) fn settle_doubts(&mut self, key: &PodKey, after: Option<(&Pod, &Selection)>) {
         let before = self.pods.get(key);
         let before = before.map(|state| (&*state.pod, &*state.selection));

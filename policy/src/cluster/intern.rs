@@ -3,7 +3,7 @@ use std::collections::HashSet;
 use std::hash::Hash;
 use std::sync::Arc;
 
-/// Values that only the interner still holds are let go when their number may have doubled.
+/// Values that only the interner still holds are freed when their number may have doubled.
 #[derive(Debug)]
 pub(super) struct Interner<T> {
     values: HashSet<Arc<T>>,

@@ -1,5 +1,5 @@
-//! An index of pods and namespaces by their labels: finding the pods of a selector costs as much as
-//! there are matches, not a look at every pod.
+//! An index of pods and namespaces by their labels: the cost of finding a selector's pods is the
+//! number of matches, not of all pods.
 //!
 //! Each thing has a slot, a small number that is reused after the thing is gone, so that large sets
 //! can be bitmaps. Knows neither selectors' ids nor the effects of a match.

@@ -1,4 +1,4 @@
-//! Who owns which address, and what stands for an address that several pods claim.
+//! Which pod owns which address, and the endpoint of an address that several pods claim.
 //!
 //! A pod that claims an address may not have it: every user who can write pods/status can make a
 //! pod claim it. So a claim can take rights from another pod, but never policies:
@@ -85,7 +85,7 @@ impl Ownership {
         })
     }
 
-    /// Brings `addresses`, which `key` owns or owned, in line with `pods`.
+    /// Updates the owners of `addresses`, which `key` owns or owned, from `pods`.
     pub(super) fn settle(
         &mut self,
         key: &PodKey,
@@ -110,7 +110,7 @@ impl Ownership {
         }
     }
 
-    /// Notes that a Node has the addresses `now`, and no longer those of `before`.
+    /// Records that a Node has the addresses `now` instead of those of `before`.
     pub(super) fn settle_node(
         &mut self,
         name: &Arc<str>,
@@ -208,7 +208,7 @@ fn holders(mut rivals: Vec<&PodState>) -> Vec<&PodState> {
         rivals.retain(|state| !state.pod.terminating);
     }
     let starts = || rivals.iter().map(|state| &state.pod.started);
-    // Who does not say when it started may have done so at any time.
+    // A pod without a start time may have started at any time.
     if let Some(latest) = starts().max().cloned()
         && starts().all(|start| !start.is_empty())
     {
@@ -286,7 +286,7 @@ fn common(first: &PodState, others: &[&PodState], rivals: &[&PodState]) -> Endpo
     }
 }
 
-/// Isolation by all policies of all claimants, which nothing opens.
+/// Isolation by all policies of all claimants, without rules that allow anything.
 fn closed<'a>(
     claimants: impl Iterator<Item = &'a Endpoint>,
     direction: Direction,

@@ -1,4 +1,4 @@
-//! One pod with all that follows from the other objects, and the endpoint made of it.
+//! One pod with the state derived from other objects, and its endpoint.
 use std::sync::Arc;
 
 use super::labels::Slot;
@@ -57,7 +57,7 @@ impl PodState {
         });
     }
 
-    /// Makes the endpoint anew, after a change of the other fields.
+    /// Rebuilds the endpoint after a change of the other fields.
     pub(super) fn rebuild(&mut self) {
         let endpoint = endpoint(
             &self.identity,
@@ -71,7 +71,7 @@ impl PodState {
     }
 }
 
-/// Those of the policies that select a pod which can do nothing for it: all, if it runs on its node's
+/// The policies that select a pod but have no effect on it: all of them, if it uses its node's
 /// network.
 pub(super) fn in_vain<'a>(pod: &Pod, selection: &'a Selection) -> &'a [Arc<CompiledPolicy>] {
     if pod.host_network && !pod.finished {

@@ -54,7 +54,7 @@ pub(super) struct Selections {
     next: PolicyId,
     /// The number of merged entries of each namespace.
     merged: HashMap<Arc<str>, Arc<AtomicUsize>>,
-    /// How many selections were put together, so that tests can say what an event costs.
+    /// How many selections were built, so that tests can check the cost of an event.
     #[cfg(test)]
     pub(super) made: usize,
 }

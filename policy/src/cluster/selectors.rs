@@ -1,7 +1,7 @@
 //! Every distinct peer selector of the policies, each with its id.
 //!
-//! An id is never given twice: a pod's set or a rule that still has an old one can never mean
-//! another selector by it. Selectors are listed under a label that a pod must have to match, so
+//! An id is never reused: an old id in a pod's set or in a rule can never refer to
+//! another selector. Selectors are listed under a label that a pod must have to match, so
 //! that for a new pod only the selectors under its own and its namespace's labels are checked.
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -59,7 +59,7 @@ impl Selectors {
     /// `pods` and `namespaces` show which of the labels that it needs is the rarest now.
     ///
     /// # Panics
-    /// After four billion distinct selectors; to stop is better than to mistake one for another.
+    /// After four billion distinct selectors: a panic is better than an ambiguous id.
     pub(super) fn intern(
         &mut self,
         selector: &PeerSelector,
@@ -150,7 +150,7 @@ impl Selectors {
         }
     }
 
-    /// Takes back one [`Self::hold`] of each.
+    /// Undoes one [`Self::hold`] of each.
     pub(super) fn release(&mut self, ids: &[SelectorId]) {
         for id in ids {
             if let Some(entry) = self.entries.get_mut(id) {

@@ -2,9 +2,9 @@
 //!
 //! A namespace's policies are counted in the order of their names. A policy that exceeds the budget
 //! is refused; later ones that still fit are in force. A refused policy isolates the pods that it
-//! selects and allows nothing. If there are too many policies, the first one too many isolates
-//! every pod of the namespace, for all that follow. So nothing is allowed that would not be allowed
-//! if all were in force, and the order of their arrival does not matter.
+//! selects and allows nothing. If there are too many policies, the first one over the limit isolates
+//! every pod of the namespace and replaces all later ones. So nothing is allowed that would not be
+//! allowed if all were enforced, and the order of their arrival does not matter.
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -21,9 +21,9 @@ pub(super) enum Standing {
     Whole,
     /// It isolates the pods that it selects, and allows nothing.
     Closed,
-    /// The first policy beyond the number of policies: it isolates every pod, for all that follow.
+    /// The first policy over the maximum number: it isolates every pod and replaces all later ones.
     ClosedToAll,
-    /// The first one too many stands for it.
+    /// The first policy over the maximum number replaces it.
     Nothing,
 }
 
@@ -204,7 +204,7 @@ impl Cluster {
         self.release_selectors(&held, touched);
     }
 
-    /// The same of many policies of one namespace: what selects a pod is worked out once for all of them.
+    /// The same for many policies of one namespace: each pod's selection is computed once for all of them.
     fn stand_together(
         &mut self,
         namespace: &Arc<str>,
@@ -240,7 +240,7 @@ impl Cluster {
             let selectors = policy.as_deref().map(|it| self.hold_selectors(it));
             taken.push((key, policy, selectors.unwrap_or_default()));
         }
-        // The pods' new matches come before the rules that use them.
+        // The pods get their new matches before the rules that use them.
         self.match_new(known, touched);
         for (key, policy, selectors) in taken {
             let compiled = policy.as_deref().map(|it| Arc::new(self.compile(it)));

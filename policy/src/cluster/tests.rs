@@ -1,4 +1,4 @@
-//! How the cluster publishes: what each event touches.
+//! Which addresses each event changes.
 mod addresses;
 mod budget;
 mod claims;

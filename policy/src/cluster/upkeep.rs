@@ -1,6 +1,6 @@
-//! Keeping pods, selectors and policies in step: who matches what, and who is selected by whom.
+//! Keeps pods, selectors and policies in sync: which pods match which selectors and policies.
 //!
-//! The other half of [`Cluster`]: its events decide what has changed, this carries it through to the
+//! The other half of [`Cluster`]: its events determine what has changed, this module updates the
 //! endpoints.
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -192,7 +192,7 @@ impl Cluster {
         touched
     }
 
-    /// Notes which node a pod is to run on, instead of the one that it runs on by now.
+    /// Records the node that a pod will run on, in place of its present one.
     pub(super) fn settle_on_node(&mut self, key: &PodKey, node: Option<&Arc<str>>) {
         let known = self.pods.get(key).map(|state| &state.pod.node);
         if known == node {
@@ -247,8 +247,8 @@ impl Cluster {
         self.rematch_with(changes, |had, new| [had, new].concat(), touched);
     }
 
-    /// Lets go of a policy's selectors. Those that nobody holds stay known for a while, since a
-    /// policy often comes back; when they pile up, they are forgotten everywhere.
+    /// Releases a policy's selectors. Those that no policy holds are kept for a while, since a
+    /// policy often comes back; when there are many, they are removed everywhere.
     pub(super) fn release_selectors(&mut self, selectors: &[SelectorId], touched: &mut Touched) {
         self.selectors.release(selectors);
         let mut gone = self.selectors.sweep();
@@ -274,7 +274,7 @@ impl Cluster {
             .policy(policy.key().clone(), egress, ingress)
     }
 
-    /// Puts `added` in the place of `replaced` on the pods that either selects. Both are of one
+    /// Replaces `replaced` with `added` on the pods that either selects. Both have the same
     /// key.
     pub(super) fn reselect(
         &mut self,
@@ -293,7 +293,7 @@ impl Cluster {
         });
         let (bound, mut all) = (self.ledger.of_a_pod(), false);
         let mut changes: Vec<(PodKey, Arc<Selection>)> = Vec::new();
-        // Most pods share their selection with others; each distinct one is worked out once.
+        // Most pods share their selection with others; each distinct one is computed once.
         let mut done: HashMap<(*const Selection, bool), Arc<Selection>> = HashMap::new();
         for (pod_key, pod) in pods_of(&self.pods, &key.namespace) {
             let had = replaced.is_some_and(|policy| pod.selection.contains(policy));
@@ -321,7 +321,7 @@ impl Cluster {
         }
     }
 
-    /// Works out again which policies select each pod of a namespace.
+    /// Recomputes which policies select each pod of a namespace.
     pub(super) fn reselect_all(&mut self, namespace: &Arc<str>, touched: &mut Touched) {
         let scope = self.within(namespace);
         let mut search = Search::new(&self.pods_by_label);

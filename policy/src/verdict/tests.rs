@@ -1,4 +1,4 @@
-//! What rules allow at their edges, what is exempt, and the words of a reason.
+//! Edge cases of rules, exempt traffic, and the wording of reasons.
 use super::*;
 use crate::{Cluster, Labels, Namespace, NetworkPolicy, Pod, PodKey, PodPort};
 

@@ -1,4 +1,4 @@
-//! What a kept state must withstand.
+//! Damage that must be detected in a saved state.
 use serde_json::json;
 use tempfile::TempDir;
 

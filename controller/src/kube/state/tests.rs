@@ -1,4 +1,4 @@
-//! When what comes into force, with time in the test's hands.
+//! When changes are applied, with a clock that the test controls.
 use serde_json::json;
 
 use super::*;

@@ -1,4 +1,4 @@
-//! What YAML and JSON texts mean, kubectl being the measure, and that no bytes do harm.
+//! YAML and JSON mean the same as to kubectl, and no input does harm.
 use serde_json::json;
 
 use super::*;

@@ -1,10 +1,10 @@
-//! From what happens to files to what is taken in of them, and when.
+//! Decides, by file events, which files are read, and when.
 //!
-//! inotify says which files have changed, and only those are looked at. Everything is looked at when
-//! events were lost or the directory is another one, and every now and then besides: network file
+//! inotify reports which files have changed, and only those are checked. All files are checked when
+//! events were lost or the directory was replaced, and also at intervals: network file
 //! systems and symbolic links to elsewhere send no events, and nothing may stay stale for ever.
 //!
-//! Three things on disk must not be mistaken for a change of mind: a file that is still being
+//! Three things on disk must not be mistaken for a change: a file that is still being
 //! written, a file that is missing for a moment because an editor replaces it, and a directory that
 //! cannot be listed. Each leaves the last good state in force.
 use std::collections::{BTreeSet, HashMap};
@@ -24,18 +24,18 @@ use crate::manifest::files::{self, Found, Listing, Look, Name, Stamp};
 use crate::manifest::state::State;
 use crate::{Batch, Problem};
 
-/// How long between two looks at all files, for each thousand of them that have begun.
+/// The time between two checks of all files, for each started thousand of them.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// A burst of events is over when none has come for this long ...
 const QUIET: Duration = Duration::from_millis(5);
 /// ... or after this long at the latest.
 const BURST: Duration = Duration::from_millis(50);
-/// How long a change that no event declared complete must have stood still before it is read.
+/// How long a file must stay unchanged before it is read, if no event reported it complete.
 const SETTLE: Duration = Duration::from_millis(100);
-/// How long a file must be missing before its objects are. Who replaces a file in two steps (vim,
-/// git, tar) takes milliseconds.
+/// How long a file must be missing before its objects are deleted. Replacing a file in two steps (vim,
+/// git, tar) takes some milliseconds.
 const GRACE: Duration = Duration::from_millis(250);
-/// The same if its objects are all pods: to be wrong about these cuts connections, but opens nothing.
+/// The same if its objects are all pods: a wrong deletion severs connections, but allows nothing.
 const GRACE_FOR_PODS: Duration = Duration::from_millis(50);
 /// How long a file may be written to before that is reported.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -46,17 +46,17 @@ pub(super) struct Follower {
     notify: Notify,
     state: State,
     tracked: HashMap<Name, Tracked, ahash::RandomState>,
-    /// Files to which something has happened that is not settled yet.
+    /// Files with changes that are not read yet.
     open: BTreeSet<Name>,
     /// Files that may change without an event of their own.
     links: BTreeSet<Name>,
-    /// What the last look at everything found questionable.
+    /// The warnings of the last check of all files.
     warnings: Vec<Problem>,
-    /// There was no file when everything was looked at last.
+    /// The last check of all files found none.
     bare: bool,
     /// Events do not tell what has changed.
     lost: bool,
-    /// When to look at everything again, whatever events say.
+    /// When to check all files again, regardless of events.
     all_at: Instant,
     /// When to look again because something was not ready yet.
     again: Option<Instant>,
@@ -101,7 +101,7 @@ impl Follower {
     /// The full state.
     ///
     /// # Errors
-    /// Every problem, if there is anything that cannot be taken as it is.
+    /// Every problem, if anything is not valid.
     pub(super) fn first(&mut self) -> Result<Batch, LoadError> {
         let batch = self.state.full();
         if self.state.faulty() {
@@ -151,7 +151,7 @@ impl Follower {
         for change in self.notify.take() {
             match &change {
                 Change::Lost => self.lose_track(),
-                // One that is seen is warned of.
+                // A subdirectory that is not hidden causes a warning.
                 Change::Directory(name) if !files::is_hidden(name) => self.lost = true,
                 Change::Directory(_) => self.open.extend(self.links.iter().cloned()),
                 Change::Created(name)
@@ -195,7 +195,7 @@ impl Follower {
                 self.look_at(&file, now);
             }
         }
-        // That there is no file is a warning, which comes and goes with the look at all.
+        // The warning that there is no file is updated by the check of all files only.
         if self.lost || self.bare || self.tracked.is_empty() {
             self.look_at_all(now);
         }
@@ -204,7 +204,7 @@ impl Follower {
     fn look_at(&mut self, file: &Name, now: Instant) {
         match files::look_at(file) {
             Ok(Look::File(found)) => self.present(file, found, now),
-            // A file of a directory that is not there says nothing.
+            // A file that is missing with its whole directory is not deleted.
             Ok(Look::Nothing) if !self.notify.follow(&self.root) => self.absent(file, now),
             Ok(Look::Nothing | Look::Directory) | Err(_) => self.lost = true,
         }
@@ -214,7 +214,7 @@ impl Follower {
         let Listing { files, warnings } = match files::list(&self.root) {
             Ok(listing) => listing,
             Err(problem) => {
-                // Nothing is deleted because nothing can be seen.
+                // A directory that cannot be listed deletes nothing.
                 let remedy = format!(
                     "{}; until then its last good state stays in force",
                     problem.remedy
@@ -285,7 +285,7 @@ impl Follower {
     fn take_in(&mut self, file: &Name, stamp: Option<Stamp>, now: Instant) {
         let (read, contents) = read(file, stamp);
         self.take_events(now);
-        // These may be about other files, and nothing else will say so again.
+        // These events may be about other files, and do not come again.
         self.again = Some(now);
         let written = |tracked: &Tracked| tracked.written_since.is_some() || tracked.complete;
         if self.tracked.get(file).is_some_and(written)

@@ -1,7 +1,7 @@
-//! inotify, as far as it tells whether a file of one directory is complete.
+//! inotify events about the completeness of the files of one directory.
 //!
-//! Where it is not to be had (limits, exotic file systems) there are no events, a problem says so,
-//! and the regular look has to do.
+//! Where inotify is unavailable (limits, exotic file systems) there are no events, a problem reports that,
+//! and only the regular check finds changes.
 use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -25,11 +25,11 @@ pub(super) enum Change {
     Complete(OsString),
     /// It was deleted or renamed away.
     Gone(OsString),
-    /// Its attributes are others: who may read it, when it was written.
+    /// Its attributes changed: permissions or times.
     Touched(OsString),
     /// Something happened to a directory of this name.
     Directory(OsString),
-    /// Events were lost, or the directory is another one now.
+    /// Events were lost, or the directory was replaced.
     Lost,
 }
 
@@ -183,7 +183,7 @@ fn change(mask: AddWatchFlags, name: OsString) -> Change {
 fn slower(root: &Path, error: Errno) -> Problem {
     Problem::warning(
         format!(
-            "changes are noticed up to half a second later: inotify is not to be had ({error})"
+            "changes are noticed up to half a second later: inotify is not available ({error})"
         ),
         "raise the sysctls fs.inotify.max_user_instances and fs.inotify.max_user_watches",
     )

@@ -1,4 +1,4 @@
-//! What happens on disk, and what becomes of it. Each waits for a batch, none for a time to pass.
+//! Changes on disk and the resulting batches. Each test waits for a batch, none for a time to pass.
 use std::fs::{File, OpenOptions, create_dir, remove_dir_all, remove_file, rename, write};
 use std::io::Write;
 use std::os::unix::fs::symlink;

@@ -1,4 +1,4 @@
-//! How far one file is on its way from the disk into the state.
+//! The progress of one file from the disk into the state.
 //!
 //! Knows neither the disk nor when anything is due.
 use std::time::Instant;
@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::notify::Change;
 use crate::manifest::files::Stamp;
 
-/// What is known of one file's way from the disk into the state.
+/// The progress of one file.
 #[derive(Debug, Default)]
 pub(super) struct Tracked {
     /// What was last read.
@@ -16,9 +16,9 @@ pub(super) struct Tracked {
     pub(super) missing_since: Option<Instant>,
     /// Since when somebody has it open for writing.
     pub(super) written_since: Option<Instant>,
-    /// An event has said that it is complete as it is.
+    /// An event has reported it complete.
     pub(super) complete: bool,
-    /// It is new, and its creator has not said yet that it is complete.
+    /// It is new, and no event has reported it complete yet.
     pub(super) created: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Whose an address is: reused, contested, a node's, and pods with two.
+//! Address owners: reused and contested addresses, those of nodes, and pods with two.
 use super::*;
 
 #[test]
@@ -122,7 +122,7 @@ fn a_pod_that_comes_back_under_its_name_is_another_pod() {
         uid: "second".into(),
         ..pod("x/a", A)
     };
-    // Its end was not told: one event takes the other's place.
+    // No event reported its deletion: the new pod replaces it in one event.
     assert_touched(&cluster.upsert_pod(again), &[A]);
     let uid = cluster.endpoint(address(A)).unwrap().identity.uid.clone();
     assert_eq!(&*uid, "second");
@@ -263,7 +263,7 @@ fn a_pod_with_two_addresses_is_one_pod() {
     let six = "2001:db8::1";
     let mut dual = pod("x/a", A);
     dual.addresses.extend([address(six), address(six)]);
-    // What is at the first address is what it was.
+    // The endpoint at the first address is unchanged.
     assert_touched(&cluster.upsert_pod(dual), &[six]);
     let (four, six) = (
         cluster.endpoint(address(A)).unwrap(),

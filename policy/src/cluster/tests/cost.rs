@@ -1,4 +1,4 @@
-//! What an event costs, in comparisons of labels and in selections: it grows with what the event concerns, not with the
+//! The cost of an event, in comparisons of labels and in selections: it grows with the objects affected, not with the
 //! size of the cluster.
 use serde_json::json;
 

@@ -1,7 +1,7 @@
-//! Conntrack's counting of bytes, which the records of what the kernel carries show.
+//! Conntrack's byte counters, which the records of kernel flows show.
 //!
-//! A network namespace counts for the flows that begin after it was switched on. What cannot be
-//! switched on costs records their bytes and nothing else: `inspect` names it.
+//! A network namespace counts for the flows that begin after it was switched on. If it cannot be
+//! switched on, records have no bytes, and `inspect` reports it.
 use kernel::command::{self, CommandError, Program};
 use kernel::names::TABLE;
 use kernel::sets::{self, SetsError};
@@ -65,7 +65,7 @@ pub(crate) fn leave_as(was_on: bool) {
 /// Undoes [`switch_on`], as `loaded` has it noted.
 pub(crate) fn switch_off_again(loaded: &Loaded) {
     if loaded.strings("inet", SWITCHED_ON).any(|it| it == NOTED) {
-        // Who counts needlessly loses next to nothing; to stay installed for it would be worse.
+        // Needless counting costs next to nothing; a failed uninstall would be worse.
         let _ = sysctl::write(SYSCTL, "0");
     }
 }

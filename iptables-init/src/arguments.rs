@@ -7,9 +7,9 @@ use std::ffi::OsStr;
 use clap::builder::{OsStr as Name, Resettable};
 use clap::{Command, Parser};
 
-/// Reads this process's arguments; if they are wrong, or ask for help, says so and ends the process.
+/// Parses this process's arguments; on an error or a request for help, prints it and ends the process.
 ///
-/// An empty variable is as if it were not there, since a ConfigMap can empty one but not take it away.
+/// An empty variable counts as unset, since a ConfigMap can empty a variable but not unset it.
 #[must_use]
 pub fn parse<P: Parser>() -> P {
     let mut command = without_empty_variables(P::command());

@@ -1,6 +1,6 @@
-//! Finds out whether the redirect is in place and whether this network namespace can carry it.
+//! Checks whether the redirect is installed and whether this network namespace supports it.
 //!
-//! Only looks: it changes nothing, sysctls least of all.
+//! Changes nothing, not even sysctls.
 mod sysctls;
 
 use std::fmt;
@@ -24,14 +24,14 @@ pub use sysctls::without_timestamps;
 pub(crate) use sysctls::{breaking_sysctls, interfaces, validates_by_mark};
 use sysctls::{is_on, timestamps_off};
 
-/// Something that is wrong, or worth knowing, and what to do about it.
+/// A problem or a hint, and its remedy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
     /// What is the matter.
     pub problem: String,
     /// What to do about it.
     pub remedy: String,
-    /// Whether the redirect does not work with it; else it is a hint.
+    /// Whether it breaks the redirect; else it is a hint.
     pub fatal: bool,
 }
 
@@ -45,7 +45,7 @@ impl fmt::Display for Finding {
 
 /// Looks at programs, kernel, table, routing and sysctls of this network namespace.
 ///
-/// Empty, or without a fatal finding: packets of pods come to the gate. Runs `nft` and `ip` about a
+/// If there is no fatal finding, packets of pods reach the gate. Runs `nft` and `ip` about a
 /// dozen times; blocks for some tens of milliseconds.
 #[must_use]
 pub fn inspect(settings: &Settings) -> Vec<Finding> {
@@ -67,7 +67,7 @@ pub fn inspect(settings: &Settings) -> Vec<Finding> {
 
 /// Whether Services are translated by IPVS in this network namespace. By it a Service's address is one of the
 /// node's own, and is translated where packets for the node itself arrive (linux net/netfilter/ipvs, hook
-/// `LOCAL_IN`): what goes there is never taken. Looks at two files.
+/// `LOCAL_IN`): packets to it are never intercepted. Reads two files.
 #[must_use]
 pub fn ipvs() -> Option<Finding> {
     let links = Path::new("/proc/sys/net/ipv4/conf");
@@ -75,8 +75,8 @@ pub fn ipvs() -> Option<Finding> {
     let mut known = ["kube-ipvs0", "kube-dummy-if"].into_iter();
     let link = known.find(|link| links.join(link).exists())?;
     Some(Finding {
-        problem: format!("Services are translated by IPVS (there is a link {link}): what pods send to them passes by the redirect, so policies do not hold for it"),
-        remedy: "give kube-proxy the mode nftables or iptables, and take away what the old one left (`kube-proxy --cleanup`)".to_owned(),
+        problem: format!("Services are translated by IPVS (there is a link {link}): what pods send to them bypasses the redirect, so policies are not enforced on it"),
+        remedy: "give kube-proxy the mode nftables or iptables, and remove the rules of the old one (`kube-proxy --cleanup`)".to_owned(),
         fatal: true,
     })
 }
@@ -106,11 +106,11 @@ impl Findings {
         self.fatal(problem, remedy);
     }
 
-    /// Whether our tables are there, if `nft` can be asked; else all questions to it would fail alike.
+    /// Whether our tables exist, if `nft` works; else all further calls of it would fail too.
     fn nft_works(&mut self) -> Option<bool> {
         match Loaded::read() {
             Ok(loaded) => Some(loaded.is_some()),
-            // A listing that fails for another reason is told by the probes that follow.
+            // The probes that follow report a listing that fails for another reason.
             Err(CommandError::Refused { .. }) => Some(false),
             Err(error) => {
                 self.error(error);
@@ -140,7 +140,7 @@ impl Findings {
     }
 
     fn lacks(&mut self, feature: &Feature, message: &str) {
-        // What nft itself does not understand, it does not ask the kernel.
+        // nft does not send to the kernel what it cannot parse itself.
         if !message.contains("Could not process rule") {
             return self.fatal(
                 format!("`nft` does not know {}: {message}", feature.name),
@@ -231,11 +231,11 @@ impl Findings {
         };
         self.fatal(
             format!("{what} was changed after the installation"),
-            format!("find out who changes foreign tables, and {INSTALL}"),
+            format!("find the software that changes other software's tables, and {INSTALL}"),
         );
     }
 
-    /// What must be for pods on a Linux bridge, where there are any.
+    /// The requirements of pods on a Linux bridge, where there are any.
     fn bridges(&mut self, settings: &Settings, kernel: Kernel, loaded: Option<&Loaded>) {
         if !kernel.bridges {
             let (problem, remedy) = split(BridgeError::NoFamily);
@@ -250,7 +250,7 @@ impl Findings {
         }
         for sysctl in bridges::switched_on() {
             self.fatal(
-                format!("sysctl {sysctl} is 1: the bridge takes intercepted packets from their sockets, so connections of policed pods time out"),
+                format!("sysctl {sysctl} is 1: intercepted packets lose their sockets on the bridge, so connections of isolated pods time out"),
                 format!("run `iptables-init install --bridge NAME`, or `sysctl -w {sysctl}=0`"),
             );
         }
@@ -281,7 +281,7 @@ impl Findings {
             if !family.enabled() {
                 self.note(
                     format!("{} is disabled in this network namespace", family.name()),
-                    "nothing to do: its packets go nowhere, so none is policed",
+                    "nothing to do: the node does not forward its packets",
                 );
                 continue;
             }
@@ -314,12 +314,12 @@ impl Findings {
         }
     }
 
-    /// conntrack shows its knowledge of a protocol by the timeouts that it has for it.
+    /// conntrack has timeouts for each protocol that it knows.
     fn sctp(&mut self, net: &Path) {
         let timeouts = net.join("netfilter/nf_conntrack_sctp_timeout_established");
         if net.join("netfilter/nf_conntrack_max").exists() && !timeouts.exists() {
             self.note(
-                "connection tracking does not know SCTP (CONFIG_NF_CT_PROTO_SCTP): its packets are judged one by one in user space, and answers are told by addresses only",
+                "connection tracking does not know SCTP (CONFIG_NF_CT_PROTO_SCTP): each packet gets a verdict in user space, and replies are recognised by addresses only",
                 "use a kernel with it where pods speak SCTP",
             );
         }
@@ -338,20 +338,20 @@ impl Findings {
         }
         if !is_on("ipv4/ip_forward") {
             self.note(
-                "sysctl net.ipv4.ip_forward is 0: what the proxy does not carry, released pods' packets too, goes nowhere",
+                "sysctl net.ipv4.ip_forward is 0: packets that the proxy does not relay, such as those of non-isolated pods, are not forwarded",
                 "`sysctl -w net.ipv4.ip_forward=1`, as every CNI plugin with routed pods does",
             );
         }
         self.0.extend(timestamps_off(net));
         if !is_on("netfilter/nf_conntrack_acct") {
             self.note(
-                "sysctl net.netfilter.nf_conntrack_acct is 0: records of flows that the kernel carries (path: kernel) have no bytes",
+                "sysctl net.netfilter.nf_conntrack_acct is 0: records of kernel flows (path: kernel) have no bytes",
                 "`sysctl -w net.netfilter.nf_conntrack_acct=1`; it counts for flows that begin after it",
             );
         }
         if !is_on("netfilter/nf_conntrack_events") {
             self.note(
-                "sysctl net.netfilter.nf_conntrack_events is 0: records of flows that the kernel carries come late and without the last bytes",
+                "sysctl net.netfilter.nf_conntrack_events is 0: records of kernel flows come late and without the last bytes",
                 "`sysctl -w net.netfilter.nf_conntrack_events=2`, the kernel's default",
             );
         }

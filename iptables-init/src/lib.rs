@@ -1,6 +1,6 @@
-//! The redirect: what the node's kernel must hold so that pods' packets come to the gate.
+//! The redirect: the state in the node's kernel that brings pods' packets to the gate.
 //!
-//! The init step puts it in and takes it out; the daemon changes its sets. Knows no policies.
+//! The init step installs and removes it; the daemon changes its sets. Knows no policies.
 mod accounting;
 pub mod arguments;
 pub mod contents;

@@ -1,5 +1,5 @@
 //! Asks the kernel by a route lookup (rtnetlink(7), `RTM_GETROUTE`) whether packets with the divert mark come to this
-//! host. So every cause for which they do not is found.
+//! host. That detects any cause for which they do not.
 //!
 //! One request and its answer, so that it can be repeated often. Changes nothing.
 use std::io;

@@ -1,5 +1,5 @@
-//! The one-shot init step: puts the redirect into the network namespace it is started in, or takes
-//! it out. All that is worth testing is in the library.
+//! The one-shot init step: installs the redirect in the network namespace it is started in, or removes
+//! it. All that is worth testing is in the library.
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -10,7 +10,7 @@ use iptables_init::redirect::{self, Families, Outcome};
 use iptables_init::ruleset::{Kernel, QueueRule};
 use iptables_init::settings::Settings;
 
-/// Puts Portreeve's redirect into this network namespace, or takes it out.
+/// Installs Portreeve's redirect in this network namespace, or removes it.
 #[derive(Parser)]
 #[command(name = "iptables-init", version)]
 struct Arguments {
@@ -20,9 +20,9 @@ struct Arguments {
 
 #[derive(clap::Subcommand)]
 enum Call {
-    /// Put everything in; running it again changes nothing and disturbs no packet.
+    /// Install the redirect; running it again changes nothing and affects no packet.
     Install(Settings),
-    /// Take out all that `install` put in, and nothing else.
+    /// Remove what `install` created, and nothing else.
     Uninstall(Settings),
     /// Print what `install` would load; needs no privilege, touches nothing.
     Print(Settings),

@@ -1,9 +1,9 @@
-//! What this kernel's netfilter can do, found out by asking it: `nft -c` sends the rules and breaks
-//! the transaction off, so nothing changes.
+//! Probes this kernel's netfilter features: `nft -c` sends the rules and aborts
+//! the transaction, so nothing changes.
 //!
 //! To take out a hook, or a rule that sets a zone, the kernel drops all packets that wait in any queue of the
 //! network namespace (linux net/netfilter, `nf_queue_nf_hook_drop`), after a trial too. So chains have no hook
-//! where they can do without, and what has to be tried so is not where packets of ours may wait.
+//! where possible, and rules that need one are not probed while packets of ours may wait.
 use std::io;
 
 use kernel::command::{self, CommandError, Program};
@@ -24,9 +24,9 @@ pub(crate) struct Feature {
     /// The family of the table that it is tried in, and the rule.
     family: &'static str,
     rule: &'static str,
-    /// What hooks the chain, for what can be tried in no other.
+    /// The chain's hook, for rules that are valid only with one.
     hook: Option<&'static str>,
-    /// To try it drops what waits in a queue.
+    /// Probing it drops queued packets.
     pub(crate) disturbs: bool,
 }
 

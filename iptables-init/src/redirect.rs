@@ -1,7 +1,7 @@
-//! Puts the redirect into this network namespace, takes it out, prints it.
+//! Installs the redirect in this network namespace, uninstalls it, prints it.
 //!
 //! Order matters: routing first, then the table, then the rule that queues. At no time does a
-//! packet pass that should be held: without its queue the table drops what it would hold.
+//! packet pass that should be held: without the queue rule the table drops it.
 use std::fmt::Write;
 use std::io;
 
@@ -20,10 +20,10 @@ use crate::settings::Settings;
 pub use crate::table::UnknownElement;
 use crate::table::{self, Loaded, Stamp};
 
-/// Why the redirect could not be put in or taken out.
+/// Why the redirect could not be installed or uninstalled.
 #[derive(Debug, thiserror::Error)]
 pub enum RedirectError {
-    /// The bridge of `--bridge` cannot be policed.
+    /// Policies cannot be enforced on the bridge of `--bridge`.
     #[error(transparent)]
     Bridge(#[from] BridgeError),
     /// The last queue number would not fit into 16 bits.
@@ -40,12 +40,12 @@ pub enum RedirectError {
     /// What is in the sets of the loaded table cannot be carried over.
     #[error(transparent)]
     UnknownElement(#[from] UnknownElement),
-    /// What was switched on could not be noted down.
+    /// The previous setting could not be recorded.
     #[error(transparent)]
     Sets(#[from] SetsError),
     /// Routes over `lo` need it.
     #[error(
-        "`lo` is down in this network namespace, and what the proxy takes goes by it; run `ip link set lo up`"
+        "`lo` is down in this network namespace, and intercepted packets need it; run `ip link set lo up`"
     )]
     LoopbackDown,
     /// `nft` or `ip` refused.
@@ -58,7 +58,7 @@ pub enum RedirectError {
     Contents(#[source] io::Error),
     /// The kernel refused the rule that queues.
     #[error(
-        "the kernel refused the NFQUEUE rule in chain {QUEUE_CHAIN} of nft table inet {TABLE}; what it would hold is dropped: see `iptables-init check`, or take all out with `iptables-init uninstall`"
+        "the kernel refused the NFQUEUE rule in chain {QUEUE_CHAIN} of nft table inet {TABLE}; packets for the queue are dropped: see `iptables-init check`, or remove the redirect with `iptables-init uninstall`"
     )]
     QueueTarget(#[source] io::Error),
 }
@@ -72,13 +72,13 @@ pub enum Outcome {
     Unchanged,
 }
 
-/// Puts everything in; changes nothing and touches no packet where it is in already.
+/// Installs everything; changes nothing and affects no packet if it is installed already.
 ///
-/// Other settings than before take the place of the old in one transaction, and the elements of
+/// Changed settings replace the old ones in one transaction, and the elements of
 /// the sets stay.
 ///
 /// # Errors
-/// [`RedirectError`]; what was put in until then stays and is closed, never open.
+/// [`RedirectError`]; what was installed until then stays, and drops packets rather than passing them.
 pub fn install(settings: &Settings) -> Result<Outcome, RedirectError> {
     validate(settings)?;
     let kernel = probe_kernel()?;
@@ -100,10 +100,10 @@ pub fn install(settings: &Settings) -> Result<Outcome, RedirectError> {
     })
 }
 
-/// Takes out all that [`install`] put in, with whatever settings, and nothing else.
+/// Removes what [`install`] created, with any settings, and nothing else.
 ///
 /// # Errors
-/// [`RedirectError`]; running it again goes on where it stopped.
+/// [`RedirectError`]; another run continues where it stopped.
 pub fn uninstall() -> Result<Outcome, RedirectError> {
     let mut changed = false;
     let loaded = Loaded::read()?;
@@ -131,7 +131,7 @@ pub fn uninstall() -> Result<Outcome, RedirectError> {
     })
 }
 
-/// What [`install`] loads where nothing is, as a shell script.
+/// What [`install`] loads on a node without a redirect, as a shell script.
 #[must_use]
 pub fn script(settings: &Settings, kernel: Kernel, families: Families) -> String {
     let ruleset = Ruleset::new(settings, kernel);
@@ -177,7 +177,7 @@ pub enum Families {
 }
 
 impl Families {
-    /// Those that this network namespace speaks.
+    /// The families that are enabled in this network namespace.
     #[must_use]
     pub fn here() -> Self {
         if Family::V6.enabled() {
@@ -198,7 +198,7 @@ pub(crate) fn queue_target(ruleset: &Ruleset) -> Option<QueueTarget> {
     })
 }
 
-/// Whether `settings` ask for something that can be.
+/// Checks that `settings` can be installed.
 pub(crate) fn validate(settings: &Settings) -> Result<(), RedirectError> {
     let (first, count) = (settings.queue, settings.queue_count());
     if first.checked_add(count - 1).is_none() {
@@ -216,7 +216,7 @@ pub(crate) fn install_routes(settings: &Settings) -> Result<bool, RedirectError>
     Ok(changed)
 }
 
-/// What it means that `ip` refuses our routes.
+/// Explains why `ip` rejected our routes.
 fn of_routes(error: CommandError) -> RedirectError {
     match error {
         CommandError::Refused { message, .. } if message.contains("device is not up") => {

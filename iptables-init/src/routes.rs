@@ -1,6 +1,6 @@
 //! Policy routing: packets that carry the divert mark belong to this host.
 //!
-//! One rule and one route a family, told from other people's by routing protocol number 177.
+//! One rule and one route per family, identified by routing protocol number 177.
 //! Speaks to the kernel through `ip` (iproute2).
 use serde_json::Value;
 
@@ -85,7 +85,7 @@ pub(crate) fn add_route(family: Family) -> Vec<String> {
     ])
 }
 
-/// What of ours a family has.
+/// Our rules and our route of a family.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct State {
     /// The rules' `fwmark/fwmask` and preference, as `ip` prints them.
@@ -141,10 +141,10 @@ pub(crate) fn shadowed(family: Family) -> (String, String) {
     )
 }
 
-/// Makes a family's rule and route as wanted; whether anything was to be done.
+/// Installs a family's rule and route; returns whether anything changed.
 pub(crate) fn install(family: Family, marks: Marks) -> Result<bool, CommandError> {
     let state = State::read(family)?;
-    // The new rule comes first, so that diverted packets find a way all the time.
+    // The new rule is added first, so that diverted packets always have a route.
     if !state.rules.contains(&wanted_rule(marks)) {
         ip(&add_rule(family, marks))?;
     }
@@ -161,7 +161,7 @@ pub(crate) fn install(family: Family, marks: Marks) -> Result<bool, CommandError
     Ok(!(state.route && state.has_rule(marks)))
 }
 
-/// Takes out a family's rules and route, whatever marks they were made for; whether there were any.
+/// Removes a family's rules and route, for any marks; returns whether there were any.
 pub(crate) fn uninstall(family: Family) -> Result<bool, CommandError> {
     let state = State::read(family)?;
     for rule in &state.rules {

@@ -26,7 +26,7 @@ pub enum QueueRule {
     Target,
 }
 
-/// What this kernel can do, of what kernels differ in.
+/// The features of this kernel that not all kernels have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kernel {
     /// Its way to hand packets to user space.
@@ -143,7 +143,7 @@ impl Ruleset {
         write!(out, "{mark:#x}")
     }
 
-    /// What becomes of a SYN without a listener.
+    /// The verdict on a SYN without a listener.
     fn no_daemon(&self) -> &'static str {
         match self.fail {
             Fail::Open => "accept",

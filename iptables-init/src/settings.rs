@@ -4,14 +4,14 @@ use kernel::marks::Marks;
 /// What happens to pods' new connections while no daemon runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Fail {
-    /// They go through unjudged.
+    /// They pass without a verdict.
     Open,
-    /// They are dropped, but for those of released pods.
+    /// They are dropped, except those of non-isolated pods.
     #[default]
     Closed,
 }
 
-/// Flags that `iptables-init` and `portreeve run` must be given alike.
+/// Flags that must be the same for `iptables-init` and `portreeve run`.
 #[derive(Clone, Debug, PartialEq, Eq, clap::Args)]
 pub struct Settings {
     /// Port of the transparent listener.
@@ -25,7 +25,7 @@ pub struct Settings {
         env = "PORTREEVE_QUEUE"
     )]
     pub queue: u16,
-    /// How many NFQUEUEs [default: one a core].
+    /// How many NFQUEUEs [default: one per core].
     #[arg(long, value_name = "COUNT", env = "PORTREEVE_QUEUES", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub queues: Option<u16>,
     /// Bits of the packet mark to use; at least 4, which no other software uses.
@@ -46,7 +46,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// How many queues there are: as told, else one a core that is online.
+    /// The number of queues: as configured, else one per online core.
     ///
     /// Read from sysfs and not from this process's own limits: the init step and the daemon, in
     /// containers with limits of their own, must come to the same number.
@@ -74,7 +74,7 @@ fn link_name(text: &str) -> Result<String, String> {
     if (1..16).contains(&text.len()) && !matches!(text, "." | "..") && !text.contains(odd) {
         return Ok(text.to_owned());
     }
-    Err("no link has such a name; see `ip link show type bridge`".to_owned())
+    Err("not a valid interface name; see `ip link show type bridge`".to_owned())
 }
 
 /// How many numbers a kernel list like `0-3,6` names.

@@ -1,6 +1,6 @@
-//! The nft tables in the kernel: which are there, and how others take their place.
+//! The nft tables in the kernel: reads and replaces them.
 //!
-//! A chain with one commented rule tells what was loaded, so that loading it again can be left out.
+//! A rule's comment records what was loaded, so that it is not loaded again.
 use kernel::command::{self, CommandError, Program};
 use kernel::names::{FAMILIES, TABLE};
 use kernel::sets::{PINNED, elements};
@@ -118,7 +118,7 @@ impl Loaded {
         }))
     }
 
-    /// The chain, with its table's family, that has other than as many rules as in `ruleset`; the
+    /// A chain, with its table's family, whose number of rules differs from `ruleset`; the
     /// queue chain apart.
     pub(crate) fn tampered_chain(&self, ruleset: &Ruleset) -> Option<(String, String)> {
         let text = ruleset.to_string();
@@ -133,7 +133,7 @@ impl Loaded {
             })
     }
 
-    /// The nft script that takes all out.
+    /// The nft script that removes all tables.
     pub(crate) fn delete_script(&self) -> String {
         let delete = |family: &&str| format!("delete table {family} {TABLE}\n");
         self.families.iter().map(delete).collect()
@@ -198,7 +198,7 @@ pub(crate) fn leaving_script() -> String {
     format!("flush chain {chain}\nadd rule {chain} return comment \"{LEAVING}\"\n")
 }
 
-/// The nft script that puts `ruleset` in the place of `loaded`, in one transaction. The sets keep their elements, but
+/// The nft script that replaces `loaded` with `ruleset` in one transaction. The sets keep their elements, but
 /// for those that time out: counts of the last seconds start at zero. `now` is the kernel's present state: if chains
 /// and sets are unchanged, no chain is created again.
 ///
@@ -221,7 +221,7 @@ pub(crate) fn replace_script(
     {
         return Ok(swap_rules(loaded, ruleset) + &new);
     }
-    // The daemon may change a set between the listing and this; it fills its sets anew when it
+    // The daemon may change a set between the listing and this; it fills its sets again when it
     // starts, which an upgrade that changes the layout calls for anyway.
     let mut script = loaded.delete_script() + &new;
     let declared = sets_by_table(&new);
@@ -231,7 +231,7 @@ pub(crate) fn replace_script(
             .find(|set| set.is_object());
         let Some(name) = set
             .filter(|set| set["timeout"].is_null())
-            // Only spares a look at the routes, and the daemon fills it anew.
+            // Only saves a route lookup, and the daemon fills it again.
             .filter(|set| {
                 !set["name"]
                     .as_str()
@@ -256,7 +256,7 @@ pub(crate) fn replace_script(
                 };
                 let element = element(value).ok_or_else(unknown)?;
                 let types = set["type"].as_array().map(Vec::as_slice);
-                // A name can be a word of the language.
+                // A name can be an nft keyword.
                 Ok(match types.unwrap_or_default().last() {
                     _ if set["type"] == LINK_NAMES => quoted(&element),
                     Some(last) if last == LINK_NAMES => last_quoted(&element),

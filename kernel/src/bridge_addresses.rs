@@ -1,4 +1,4 @@
-//! Whose addresses are whose on a bridge: what was found behind one port comes from no other.
+//! Which bridge port owns each address: no other port may send with it.
 //!
 //! Pure: values in, a script out. Knows no pods, only ports and addresses.
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,8 +34,8 @@ pub struct Owners {
 }
 
 impl Owners {
-    /// Who owns what now. Where two ends have the same address it is the bridge's, or stays with the
-    /// one that had it before, or is the one's that comes first.
+    /// The present owners. An address that two ends have belongs to the bridge, or stays with the
+    /// previous owner, or goes to the first of the two.
     #[must_use]
     pub fn now(&self, bridges: &[Bridge], ends: &[End]) -> Self {
         let mut new = Self::default();

@@ -1,4 +1,4 @@
-//! Linux bridges that pods hang on: which there are, and what must be off for them.
+//! Finds the Linux bridges that pods are attached to, and switches off what breaks the redirect there.
 //!
 //! A bridge that looks into IP packets itself (`br_netfilter`) runs the prerouting chains below IP,
 //! and IP does not run them again: an intercepted packet would lose its socket on the way up. Knows
@@ -26,12 +26,12 @@ pub const KEPT_FROM_LEARNING: &str = "kept_from_learning";
 /// The bridge's own parameter, as `ip` names it.
 const NO_LEARNING: &str = "no_linklocal_learn";
 
-/// Why pods on a bridge cannot be policed.
+/// Why policies cannot be enforced for pods on a bridge.
 #[derive(Debug, thiserror::Error)]
 pub enum BridgeError {
     /// The kernel has no nft for bridges.
     #[error(
-        "the kernel lacks {BRIDGE_FAMILY} ({BRIDGE_OPTION}), so pods on a Linux bridge cannot be policed; install the kernel's full set of modules ({MODULE_PACKAGES})"
+        "the kernel lacks {BRIDGE_FAMILY} ({BRIDGE_OPTION}), so policies cannot be enforced for pods on a Linux bridge; install the kernel's full set of modules ({MODULE_PACKAGES})"
     )]
     NoFamily,
     /// The sysctl cannot be written.
@@ -45,12 +45,12 @@ pub enum BridgeError {
         /// What the kernel answered.
         source: io::Error,
     },
-    /// What was switched off could not be noted down.
+    /// The previous settings could not be recorded.
     #[error(transparent)]
     Sets(#[from] SetsError),
 }
 
-/// A bridge, as links and addresses tell.
+/// A bridge, as its links and addresses describe it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bridge {
     /// Its name.
@@ -64,8 +64,8 @@ pub struct Bridge {
     /// Whether the bridge itself is told to look into IP packets (`nf_call_iptables`,
     /// `nf_call_ip6tables`), whatever the sysctls say.
     pub looks_into_ip: bool,
-    /// Whether it takes who is behind a port from frames to the groups that it keeps for itself (IEEE 802.1Q,
-    /// table 8-1), and can be kept from it (`no_linklocal_learn`, Linux 5.0 and iproute2 5.0).
+    /// Whether it learns addresses from frames to the reserved group addresses (IEEE 802.1Q,
+    /// table 8-1), and that can be switched off (`no_linklocal_learn`, Linux 5.0 and iproute2 5.0).
     pub learns_unseen: bool,
 }
 
@@ -78,11 +78,11 @@ pub struct Port {
     pub index: u32,
     /// Its own address (IEEE 802), as `ip` writes it.
     pub address: String,
-    /// Where its other end is, if that is in another network namespace.
+    /// Its veth peer, if that is in another network namespace.
     pub peer: Option<Peer>,
 }
 
-/// The other end of a veth, as this network namespace numbers it.
+/// The peer of a veth, by the numbers of this network namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
     /// The number of its network namespace (`IFLA_LINK_NETNSID`).
@@ -158,7 +158,7 @@ fn overlap(one: &IpNet, other: &IpNet) -> bool {
     one.contains(other) || other.contains(one)
 }
 
-/// One nft transaction after which the table knows these bridges' ports and no others.
+/// One nft transaction that makes these bridges' ports the only ones in the table.
 #[must_use]
 pub fn ports_script(bridges: &[Bridge]) -> String {
     let ports: BTreeMap<&str, &str> = bridges
@@ -167,7 +167,7 @@ pub fn ports_script(bridges: &[Bridge]) -> String {
             let ports = bridge.ports.iter();
             ports.map(|port| (&*port.name, &*port.address))
         })
-        // What cannot be written stays unknown, so its pod is cut off.
+        // A port name that nft cannot parse is left out, so its pod has no connectivity.
         .filter(|(port, _)| sets::is_plain(port))
         .collect();
     let mut script = String::new();
@@ -176,7 +176,7 @@ pub fn ports_script(bridges: &[Bridge]) -> String {
     let above = ports
         .iter()
         .map(|(port, address)| format!("\"{port}\" : {address}"));
-    // A map is flushed as a set is, by another word.
+    // Flushing a map takes another keyword than flushing a set.
     let map = format!("{BRIDGE} {TABLE} above");
     script += &format!("flush map {map}\n");
     sets::elements(&mut script, "add", &map, above);
@@ -211,11 +211,11 @@ fn is_on(switch: &str) -> bool {
     sysctl::is_on(&under_net(switch))
 }
 
-/// Stops bridges from looking into IP packets, and notes in the table what `uninstall` is to switch
-/// on again; whether there was anything to be done.
+/// Stops bridges from looking into IP packets, and records in the table what `uninstall` has to switch
+/// on again. Returns whether anything changed.
 ///
 /// # Errors
-/// [`BridgeError`]; running it again goes on where it stopped.
+/// [`BridgeError`]; another run continues where it stopped.
 pub fn switch_off() -> Result<bool, BridgeError> {
     let on: Vec<_> = SWITCHES
         .into_iter()
@@ -237,8 +237,8 @@ pub fn switch_off() -> Result<bool, BridgeError> {
     Ok(true)
 }
 
-/// Keeps a bridge that [learns from frames which no table sees](Bridge::learns_unseen) from it: by one a pod would
-/// draw what is for another to its own port. Notes it in the table for `uninstall`.
+/// Keeps a bridge that [learns from frames which no table sees](Bridge::learns_unseen) from it: with one, a pod could
+/// attract another pod's packets to its own port. Records it in the table for `uninstall`.
 ///
 /// # Errors
 /// If `nft` or `ip` is missing or refuses.
@@ -278,7 +278,7 @@ pub fn switch_on_again<'a>(
     kept_from_learning: impl Iterator<Item = &'a str>,
 ) -> Result<(), BridgeError> {
     for bridge in kept_from_learning {
-        // One that is gone refuses.
+        // `ip` fails for a bridge that is gone.
         let _ = set_no_learning(bridge, "0");
     }
     let noted: Vec<_> = switched_off.collect();

@@ -1,6 +1,6 @@
 //! Runs `nft` and `ip`, and turns their failures into errors with a remedy.
 //!
-//! Knows how to call the two programs, not what they are told.
+//! Knows how to call the two programs, not their input.
 use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -16,7 +16,7 @@ pub enum Program {
     Ip,
 }
 
-/// Why a program did not do what it was told.
+/// Why a program failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
     /// Not in `PATH`, nor where distributions put it.
@@ -118,7 +118,7 @@ pub fn run<A: AsRef<OsStr>>(
         .map_err(cannot_run)?;
     if let Some(mut stdin) = child.stdin.take() {
         match stdin.write_all(input.as_bytes()) {
-            // It gave up before the end of its input; its exit status tells why.
+            // It stopped reading before the end of its input; its exit status shows why.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
             result => result.map_err(cannot_run)?,
         }
@@ -142,7 +142,7 @@ pub fn run<A: AsRef<OsStr>>(
     })
 }
 
-/// The first line of `stderr` that tells something, without the place in a script that no one sees.
+/// The first meaningful line of `stderr`, without the position in a script that no one sees.
 fn complaint(stderr: &str) -> String {
     let error = stderr
         .lines()

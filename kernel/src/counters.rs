@@ -1,6 +1,6 @@
-//! What the rules count by themselves: packets that end before anybody judges them.
+//! The counters of the rules: packets that they drop before any verdict.
 //!
-//! Asks the kernel directly: one question and its answer, so that it may be asked often. Changes nothing.
+//! Asks the kernel directly: one request and its response, so it may be called often. Changes nothing.
 use std::io;
 
 use crate::names::TABLE;
@@ -31,7 +31,7 @@ pub const NAMES: [&str; 9] = [
 /// Packets by counter, in the order of [`NAMES`], since the tables were loaded.
 pub type Packets = [u64; NAMES.len()];
 
-/// What they say in this network namespace; zero where there is no such table. Blocks for some
+/// Their values in this network namespace; zero where there is no such table. Blocks for some
 /// microseconds.
 ///
 /// # Errors
@@ -50,7 +50,7 @@ pub fn read() -> io::Result<Packets> {
     Ok(all)
 }
 
-/// Name and packets of a counter of our table. A kernel that leaves our question's filter aside tells of
+/// Name and packets of a counter of our table. A kernel that ignores our request's filter lists those of
 /// other tables too.
 fn counter(object: &[u8]) -> Option<(&[u8], u64)> {
     let text = |kind| find(object, kind)?.value.strip_suffix(&[0]);

@@ -16,7 +16,7 @@ pub struct Marks {
     bits: [u32; 4],
 }
 
-/// The gate's word on a held packet when that word is not "drop"; travels as the packet's mark.
+/// The gate's verdict on a held packet, other than "drop"; set as the packet's mark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
     /// Let the packet go on to its socket.
@@ -29,11 +29,11 @@ pub enum Answer {
     NetUnreachable,
     /// ICMP communication administratively prohibited.
     Prohibited,
-    /// Let the packet go on, and the rest of its flow without being asked again.
+    /// Accept the packet, and the rest of its flow without further verdicts.
     Carry,
 }
 
-/// A `--mark-mask` that cannot serve.
+/// An invalid `--mark-mask`.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum MarkMaskError {
     /// Not a number.
@@ -79,7 +79,7 @@ impl Marks {
         self.bits[0]
     }
 
-    /// Packet: hold in the queue until the gate has spoken.
+    /// Packet: hold in the queue until the gate's verdict.
     #[must_use]
     pub fn hold(self) -> u32 {
         self.bits[1]
@@ -91,7 +91,7 @@ impl Marks {
         self.bits[2]
     }
 
-    /// Packet in the queue: it goes against the direction of its flow, which is to be judged.
+    /// Packet in the queue: it is a reply; the verdict is for its flow.
     #[must_use]
     pub fn answering(self) -> u32 {
         self.bits[2]
@@ -108,14 +108,14 @@ impl Marks {
         self.bits[0]
     }
 
-    /// Conntrack: a flow that was judged at its first packet and that the kernel carries.
+    /// Conntrack: a kernel flow, which was allowed at its first packet.
     #[must_use]
     pub fn carried(self) -> u32 {
         self.bits[1]
     }
 
-    /// Conntrack: a flow that a change has cut. Resets of TCP still pass, of other protocols nothing that is not
-    /// judged anew.
+    /// Conntrack: a severed flow. TCP resets still pass; each packet of other protocols needs a new
+    /// verdict.
     #[must_use]
     pub fn cut(self) -> u32 {
         self.bits[3]

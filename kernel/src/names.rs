@@ -19,8 +19,8 @@ pub const BRIDGE_OPTION: &str = "CONFIG_NF_TABLES_BRIDGE";
 /// Where distributions put netfilter modules that their small kernels lack.
 pub const MODULE_PACKAGES: &str = "Ubuntu: linux-modules-extra-$(uname -r); Debian: linux-image-amd64 instead of the cloud kernel";
 
-/// The source ports that upstream connections have. By them an error that this host itself sends is
-/// told from one for the pod.
+/// The source ports of upstream connections. By them, an error that this host itself sends is
+/// distinguished from one for the pod.
 pub const UPSTREAM_PORTS: RangeInclusive<u16> = 2048..=29999;
 
 /// Those of connections to pods of this node.

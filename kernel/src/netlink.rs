@@ -1,7 +1,7 @@
-//! The little of netlink that netfilter's subsystems share: messages and their attributes
+//! The part of netlink that netfilter's subsystems share: messages and their attributes
 //! (linux/netlink.h, linux/netfilter/nfnetlink.h).
 //!
-//! Writing cannot fail; reading trusts nothing to be whole. Knows no subsystem; [`asking`] is all that
+//! Writing cannot fail; reading expects truncated input. Knows no subsystem; [`asking`] is all that
 //! it knows of sockets.
 use std::os::fd::OwnedFd;
 use std::{io, iter};
@@ -12,9 +12,9 @@ use nix::sys::time::TimeVal;
 
 /// `NLM_F_REQUEST`.
 pub const REQUEST: u16 = 0x1;
-/// `NLM_F_ACK`: answer even if all went well.
+/// `NLM_F_ACK`: acknowledge success too.
 pub const ACK: u16 = 0x4;
-/// `NLM_F_DUMP_INTR`: what is dumped changed meanwhile.
+/// `NLM_F_DUMP_INTR`: the objects changed during the dump.
 pub const DUMP_INTERRUPTED: u16 = 0x10;
 /// `NLM_F_DUMP`: list everything.
 pub const DUMP: u16 = 0x300;
@@ -22,14 +22,14 @@ pub const DUMP: u16 = 0x300;
 pub const CREATE: u16 = 0x400;
 /// `NLM_F_APPEND`.
 pub const APPEND: u16 = 0x800;
-/// `NLMSG_ERROR`, which also says that all went well.
+/// `NLMSG_ERROR`, which also acknowledges success.
 pub const ERROR: u16 = 2;
 /// `NLMSG_DONE`: the end of a dump.
 pub const DONE: u16 = 3;
 
 /// `NLA_F_NESTED`.
 const NESTED: u16 = 0x8000;
-/// Of an attribute's type, what is no flag.
+/// The bits of an attribute's type without flags.
 const TYPE: u16 = 0x3fff;
 /// How long the kernel may take to answer, in seconds.
 const PATIENCE: i64 = 2;
@@ -57,7 +57,7 @@ pub struct Header {
     pub kind: u16,
     /// Like [`REQUEST`] and [`ACK`].
     pub flags: u16,
-    /// Tells whose answer an answer is.
+    /// Matches responses to requests.
     pub sequence: u32,
     /// `NFPROTO_*`; 0 where it does not matter.
     pub family: u8,
@@ -90,7 +90,7 @@ impl Attributes<'_> {
         self.attribute(kind, |out| out.0.extend_from_slice(value));
     }
 
-    /// One with this text and a zero behind it.
+    /// Writes an attribute with this NUL-terminated text.
     pub fn string(&mut self, kind: u16, value: &str) {
         self.attribute(kind, |out| {
             out.0.extend_from_slice(value.as_bytes());
@@ -128,7 +128,7 @@ pub struct Message<'a> {
     pub flags: u16,
     /// That of the request.
     pub sequence: u32,
-    /// All behind `nlmsghdr`.
+    /// The bytes after `nlmsghdr`.
     body: &'a [u8],
 }
 
@@ -162,7 +162,7 @@ impl<'a> Message<'a> {
     /// Whether it is the last answer to a request that wants an acknowledgement or a list.
     ///
     /// # Errors
-    /// The refusal that it carries, if it does.
+    /// The error that it carries, if any.
     pub fn is_last(&self) -> io::Result<bool> {
         match (self.kind, self.errno()) {
             (ERROR | DONE, Some(errno)) if errno != 0 => Err(io::Error::from_raw_os_error(errno)),
@@ -170,7 +170,7 @@ impl<'a> Message<'a> {
         }
     }
 
-    /// What stands behind `nfgenmsg`.
+    /// The bytes after `nfgenmsg`.
     #[must_use]
     pub fn attributes(&self) -> &'a [u8] {
         self.body.get(NETFILTER_HEADER..).unwrap_or_default()
@@ -197,7 +197,7 @@ pub struct Attribute<'a> {
     pub whole: &'a [u8],
 }
 
-/// Splits attributes; what follows a bent one cannot be found.
+/// Splits attributes; stops at a malformed one.
 pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = Attribute<'_>> {
     iter::from_fn(move || {
         let length = usize::from(u16::from_ne_bytes(chunk(bytes, 0)?));

@@ -1,6 +1,6 @@
-//! Messages to nf_tables: batches that it takes or refuses together, and questions.
+//! Messages to nf_tables: atomic batches, and requests.
 //!
-//! linux/netfilter/nfnetlink.h, nf_tables.h. Speaks to the network namespace of the calling thread; must
+//! linux/netfilter/nfnetlink.h, nf_tables.h. Uses the network namespace of the calling thread; must
 //! not know what tables hold.
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -70,7 +70,7 @@ pub fn generation() -> io::Result<u32> {
     }
 }
 
-/// Netlink messages that the kernel takes or refuses together.
+/// Netlink messages that the kernel applies or rejects together.
 #[derive(Debug, Default)]
 pub struct Batch {
     bytes: Vec<u8>,

@@ -1,6 +1,6 @@
-//! Which of the node's links pods hang on: those that the routing table names for pods' addresses.
+//! Finds the node's interfaces for pods: those to which the routing table routes pods' addresses.
 //!
-//! Whoever sends on such a link must have an address that is routed to it. Knows addresses only.
+//! A packet from such a link must have a source address that is routed to it. Knows addresses only.
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -12,16 +12,16 @@ use crate::command::{self, CommandError, Program};
 
 use crate::sets;
 
-/// What the routing table says of pods' addresses.
+/// The routes to pods' addresses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Links {
     /// The links that routes to pods lead to, without those of the node itself: the ones with a
     /// default route or with one of its addresses.
     pub pods: BTreeSet<String>,
-    /// Addresses among the pods' that are this host's own: what its pods have as their gateway.
+    /// Addresses of this host within the pods' networks: its pods' gateways.
     pub gateways: BTreeSet<IpAddr>,
-    /// Pods' addresses that the main table routes to one of these links, on their own and nowhere else,
-    /// after the link's index: that is never given to another link, as its name may be.
+    /// Pod addresses that have a host route in the main table to one of these links and to no other,
+    /// with the link's index, which is never reused, unlike its name.
     pub pinned: BTreeSet<(u32, IpAddr)>,
     /// All addresses of this host.
     pub own: BTreeSet<IpAddr>,
@@ -77,7 +77,7 @@ fn ask(question: &[&str]) -> Result<Vec<Value>, CommandError> {
     })
 }
 
-/// `ip` says nothing at all where a family is switched off.
+/// `ip` prints nothing if the family is disabled.
 fn parse(listing: &str) -> Result<Vec<Value>, serde_json::Error> {
     if listing.trim().is_empty() {
         return Ok(Vec::new());
@@ -109,7 +109,7 @@ fn choose(
         .filter(to_pods)
         .flat_map(links)
         .filter(|link| !of_node.contains(link))
-        // Nothing that makes links for pods calls them so, and nft could not be told.
+        // No CNI plugin uses such names for pods' links, and nft cannot parse them.
         .filter(|link| !link.contains('"'));
     let links: BTreeSet<_> = links.map(str::to_owned).collect();
     let own = routes.iter().filter(|route| kind(route) == "local");
@@ -181,18 +181,18 @@ fn leads_out(route: &Value) -> bool {
     route["dst"] == "default" && kind(route) == "unicast"
 }
 
-/// Whether it says that one of these addresses is this host's.
+/// Whether it is a local route for one of these addresses.
 fn holds(route: &Value, node: &[IpAddr]) -> bool {
     let address = route["dst"].as_str().and_then(|text| text.parse().ok());
     kind(route) == "local" && address.is_some_and(|address: IpAddr| node.contains(&address))
 }
 
-/// `ip` leaves the usual type away.
+/// `ip` omits the default type.
 fn kind(route: &Value) -> &str {
     route["type"].as_str().unwrap_or("unicast")
 }
 
-/// A host has no prefix length in what `ip` says.
+/// `ip` prints a host address without prefix length.
 fn destination(route: &Value) -> Option<IpNet> {
     let text = route["dst"].as_str()?;
     text.parse()
@@ -206,7 +206,7 @@ fn host(route: &Value) -> Option<IpAddr> {
     (net.prefix_len() == net.max_prefix_len()).then(|| net.addr())
 }
 
-/// One, or those of a route with several ways.
+/// Its link, or the links of a multipath route.
 fn links(route: &Value) -> impl Iterator<Item = &str> {
     let several = route["nexthops"].as_array().into_iter().flatten();
     several.chain([route]).filter_map(|way| way["dev"].as_str())

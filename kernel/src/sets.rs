@@ -1,4 +1,4 @@
-//! The table's sets: which addresses are this node's pods, and which of them go unjudged.
+//! The table's sets: the addresses of this node's pods, and which of these are non-isolated.
 //!
 //! Scripts are pure text; [`load`] is the one way in which the daemon changes the kernel. Knows
 //! neither pods nor policies, only addresses.
@@ -19,12 +19,12 @@ use crate::pod_links::Links;
 /// Elements in one `add element`, so that no line of a script grows without bound.
 const CHUNK: usize = 512;
 
-/// What the sets of the table shall hold, of both families.
+/// The elements that the table's sets should have, for both families.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sets {
     /// Which addresses are this node's pods; bits beyond the prefix do not count.
     pub pods: BTreeSet<IpNet>,
-    /// Which addresses are pods of any node; may lag behind, since nothing is let through by it.
+    /// Which addresses are pods of any node; may lag behind, since no packet is accepted by it.
     pub cluster: Arc<[IpNet]>,
     /// Pods that are known and not isolated for egress.
     pub egress_released: BTreeSet<IpAddr>,
@@ -34,7 +34,7 @@ pub struct Sets {
     pub selves: BTreeSet<IpAddr>,
     /// Whether what a pod sends to its own node is judged (`--own-node judge`).
     pub own_node_judged: bool,
-    /// What the table for bridges shall hold; `None` where the kernel has no such table.
+    /// The wanted state of the table for bridges; `None` where the kernel has no such table.
     pub bridged: Option<Groups>,
 }
 
@@ -43,11 +43,11 @@ pub struct Sets {
 pub enum Groups {
     /// Pass as on any bridge.
     Pass,
-    /// Are dropped: who hears them cannot be told, so they cannot be judged.
+    /// Are dropped: their receivers are unknown, so there can be no verdict.
     Stay,
 }
 
-/// One nft transaction after which `links` are those that pods hang on, and no others.
+/// One nft transaction that makes `links` the only pod interfaces.
 #[must_use]
 pub fn pod_links_script(links: &Links) -> String {
     let quoted = links.pods.iter().map(|link| format!("\"{link}\""));
@@ -80,13 +80,13 @@ pub enum SetsError {
         /// What nft said.
         message: String,
     },
-    /// nft did not take the script.
+    /// nft rejected the script.
     #[error(transparent)]
     Command(#[from] CommandError),
 }
 
 impl Sets {
-    /// One nft transaction after which the sets hold exactly this, whatever they held.
+    /// One nft transaction that gives the sets exactly these elements.
     #[must_use]
     pub fn replace_script(&self) -> String {
         let mut script = String::new();
@@ -194,7 +194,7 @@ fn run(script: &str) -> Result<(), SetsError> {
 /// The elements of a set with concatenated keys, for both families, as nft lists them. `name` has no family number.
 ///
 /// # Errors
-/// If there is no such set, or nft says something else.
+/// If there is no such set, or on unexpected output of nft.
 pub(crate) fn pairs(table: &str, name: &str) -> Result<Vec<[String; 2]>, CommandError> {
     let mut all = Vec::new();
     for (number, _) in FAMILIES {
@@ -243,7 +243,7 @@ pub const PINNED: &str = "pinned";
 type IsFamily = fn(&IpAddr) -> bool;
 const FAMILIES: [(&str, IsFamily); 2] = [("4", IpAddr::is_ipv4), ("6", IpAddr::is_ipv6)];
 
-/// Whether a link's name can stand in quotes: nft would read others as no name, or as many.
+/// Whether nft can parse a link's name in quotes.
 pub(crate) fn is_plain(link: &str) -> bool {
     !link.contains(['"', '*', '\\'])
 }

@@ -47,7 +47,7 @@ pub struct Cluster {
     services: BTreeMap<String, ServiceState>,
     gateway: Gateway,
     between: Between,
-    /// How many pods there ever were; names links and uids.
+    /// How many pods were ever added; numbers links and uids.
     links: u32,
 }
 
@@ -163,13 +163,13 @@ impl Cluster {
         }
     }
 
-    /// The node's interface that a pod hangs on; `None` with `hostNetwork` or without such a pod.
+    /// The node's interface of a pod; `None` with `hostNetwork` or without such a pod.
     #[must_use]
     pub fn link_of(&self, key: &str) -> Option<String> {
         self.pods.get(key)?.link.clone()
     }
 
-    /// The host beyond the nodes: pods reach it behind their node's address, it reaches pods by
+    /// The host outside of the cluster: pods reach it with their node's source address, it reaches pods by
     /// theirs.
     #[must_use]
     pub fn outside(&self) -> Host {
@@ -198,7 +198,7 @@ impl Cluster {
         plan::UNREACHABLE_HOSTS.map(|host| (host, port).into())
     }
 
-    /// Addresses behind the fabric that swallow everything, IPv4 first.
+    /// Addresses behind the fabric that drop everything, IPv4 first.
     #[must_use]
     pub fn blackhole(&self, port: u16) -> [SocketAddr; 2] {
         plan::BLACKHOLE_HOSTS.map(|host| (host, port).into())

@@ -60,7 +60,7 @@ pub struct ControlPlane {
     programs: Programs,
     api: Api,
     state: Mutex<state::State>,
-    // In the order in which they are ended: nobody waits for somebody who is gone.
+    // In drop order: no program waits for one that has ended.
     _gateway: Child,
     server: Mutex<Option<Child>>,
     _etcd: Child,
@@ -120,14 +120,14 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// Takes the API server off the nodes' network: for them it is away, without a word.
+    /// Removes the API server from the nodes' network without closing connections.
     ///
     /// # Errors
     /// If the link does not go.
     pub fn leave(&self) -> Result<(), KubernetesError> {
         let linked = || self.netns.run(|| if_nametoindex(LINK).is_ok());
         if linked()? {
-            // The link also goes by itself, some time after the cluster that it led to.
+            // The kernel also removes the link, some time after its cluster.
             let _ = tools::ip(&self.netns, &format!("link del {LINK}\n"));
         }
         wait_until(GONE, "the link to the last cluster to go", || {
@@ -305,8 +305,8 @@ impl ControlPlane {
         start::tail(&self.directory, start::SERVER)
     }
 
-    /// Has etcd forget all states but the present one, as the API server has it do every few minutes:
-    /// who goes on from an earlier one hears 410 Gone.
+    /// Compacts etcd to the present revision, as the API server does every few minutes:
+    /// a watch from an earlier one gets 410 Gone.
     ///
     /// # Errors
     /// If etcd does not do it.
@@ -335,7 +335,7 @@ impl ControlPlane {
     }
 }
 
-/// The value is whole after a panic too: it is what was done so far.
+/// The value is consistent after a panic too: it is what was done so far.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,6 +1,6 @@
 //! Network namespaces that are held by a descriptor only.
 //!
-//! A thread that enters one is thrown away afterwards, so no thread is ever in the wrong place.
+//! A thread that enters one ends afterwards, so no thread is ever in the wrong namespace.
 //! Knows nothing of addresses or links.
 
 use std::fs::{self, File};
@@ -19,7 +19,7 @@ use crate::process::{Command, Keeper, ProcessError};
 /// What went wrong with a namespace.
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
-    /// The kernel made none.
+    /// The kernel did not create one.
     #[error(
         "no network namespace could be made; call lab::enter first, and see user.max_net_namespaces"
     )]
@@ -42,7 +42,7 @@ pub enum NetnsError {
     },
 }
 
-/// A network namespace; clones mean the same one.
+/// A network namespace; clones refer to the same one.
 ///
 /// It has no name. The kernel takes it apart when the last clone, and the last socket and process
 /// in it, are gone.

@@ -91,7 +91,7 @@ pub fn enter() -> Result<Entered, PrivilegeError> {
     Ok(entered)
 }
 
-/// Mounts nothing of which can travel back to the machine, then an empty `/run`.
+/// Stops mount propagation to the machine, then mounts an empty `/run`.
 ///
 /// Tools keep locks and state there (`/run/xtables.lock`).
 pub(crate) fn hide_run() -> io::Result<()> {

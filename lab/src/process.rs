@@ -24,7 +24,7 @@ use crate::netns::Netns;
 use crate::privilege::hide_run;
 use crate::wait::{WaitTimedOut, wait_for};
 
-/// A parent that dies before the signal is set sends none; the shell then finds itself adopted.
+/// A parent that dies before the signal is set sends none; the shell then has another parent.
 const UNLESS_ORPHANED: &str = r#"test "$PPID" = "$0" && exec "$@""#;
 
 /// What went wrong with a program.
@@ -49,7 +49,7 @@ pub enum ProcessError {
     #[error("no thread could be set up to start programs in a namespace; call lab::enter first")]
     Keeper(#[source] io::Error),
     /// Waiting for the program failed.
-    #[error("the end of {program} could not be awaited; do not reap the lab's children elsewhere")]
+    #[error("cannot wait for the end of {program}; do not reap the lab's children elsewhere")]
     Wait {
         /// As it was asked for.
         program: PathBuf,

@@ -1,6 +1,6 @@
 //! A test runner for tests that need [`crate::enter`] before any thread runs.
 //!
-//! Speaks libtest's command line and output as far as `cargo test` and people use them. Tests are
+//! Supports libtest's command line and output as far as `cargo test` and people use them. Tests are
 //! named functions; a panic fails the one that it happens in. Output is not captured.
 
 use std::any::Any;
@@ -25,7 +25,7 @@ pub struct Test {
     pub run: fn(),
 }
 
-/// Makes a list of [`Test`](crate::runner::Test)s of functions, named as they are.
+/// Makes a list of [`Test`](crate::runner::Test)s from functions, with the functions' names.
 ///
 /// ```
 /// fn two_and_two_is_four() {}
@@ -40,7 +40,7 @@ macro_rules! tests {
 }
 
 thread_local! {
-    /// What the panic of this thread's test said; `None` outside of a test.
+    /// The panic message of this thread's test; `None` outside of a test.
     static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
@@ -238,12 +238,12 @@ impl Args {
         while let Some(arg) = args.next() {
             let mut value = || {
                 args.next()
-                    .ok_or_else(|| format!("{arg} wants a value; see --test-threads 4"))
+                    .ok_or_else(|| format!("{arg} needs a value, as in --test-threads 4"))
             };
             match arg.as_str() {
                 "--test-threads" => {
                     let threads = value()?.parse().ok().filter(|threads| *threads > 0);
-                    parsed.threads = threads.ok_or("--test-threads wants a number from 1 on")?;
+                    parsed.threads = threads.ok_or("--test-threads needs a number above 0")?;
                 }
                 "--skip" => parsed.skip.push(value()?),
                 "--format" => parsed.terse = value()? == "terse",

@@ -1,4 +1,4 @@
-//! What hosts send each other, and what they see of it.
+//! Traffic between hosts, and what they observe of it.
 //!
 //! Sockets are made inside a host's namespace and used from anywhere. The outcome of a dial keeps
 //! what the kernel said, so that dropped, refused and unreachable stay apart.

@@ -225,7 +225,7 @@ fn a_check_in_words_says_who_and_because_of_which_policy_and_rule() {
     assert!(ask("y/b", "y/b", "1").contains("a pod always reaches itself"));
 }
 
-/// What the manifests of [`CLUSTER`] are warned of.
+/// The warnings about the manifests of [`CLUSTER`].
 fn warnings() -> String {
     ["allow-foo", "default-deny"]
         .map(|policy| {

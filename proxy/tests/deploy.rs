@@ -1,5 +1,5 @@
-//! What `deploy/` holds, as far as it can be told without a cluster: kustomize and Helm build it and
-//! build the same, its settings are flags of the programs, its containers have no more than they say.
+//! The contents of `deploy/`, checked without a cluster: kustomize and Helm build it with the same
+//! result, its settings are flags of the programs, its containers have only the declared privileges.
 //!
 //! Needs `make tools`: kubectl and helm.
 #![expect(clippy::unwrap_used, reason = "a panic is how a test helper fails")]

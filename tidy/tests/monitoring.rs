@@ -1,4 +1,4 @@
-//! The alert rules and the dashboard: they hold together with docs/metrics.md, and promtool agrees.
+//! The alert rules and the dashboard: they match docs/metrics.md, and promtool accepts them.
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! The repository's own rules: every file says what it is, none grows too long, each crate keeps
-//! its fence, unsafe code stands where it may, every metric is documented.
+//! The repository's own rules: every file has a `//!` line and a size limit, each crate has
+//! its allowed dependencies, unsafe code is confined, every metric is documented.
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 /// Lines of a file before its tests.
 const FILE_BUDGET: usize = 400;
 
-/// Where `unsafe` may stand.
+/// The files that may contain `unsafe`.
 const UNSAFE: &[&str] = &["kernel/src/sys.rs"];
 
-/// What each crate may depend on among ours, and what the pure one may use at all.
+/// Which of our crates each crate may depend on, and all that the pure one may use.
 const FENCES: &[(&str, &[&str])] = &[
     ("policy", &[]),
     ("controller", &["policy"]),
@@ -196,7 +196,7 @@ fn uses() -> BTreeMap<String, BTreeSet<String>> {
 fn modules_of_the_daemon_use_each_other_in_one_direction() {
     let mut uses = uses();
     assert!(uses.len() > 10, "found only {:?}", uses.keys());
-    // Takes away, again and again, what uses nothing that is left.
+    // Repeatedly removes what uses none of the remaining modules.
     while let Some((lowest, _)) = uses.iter().find(|(_, used)| used.is_empty()) {
         let lowest = lowest.clone();
         uses.remove(&lowest);

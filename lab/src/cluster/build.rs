@@ -90,7 +90,7 @@ impl Builder {
         self
     }
 
-    /// What pods hang on and have as their gateway (default [`Gateway::LinkLocal`]).
+    /// How pods are attached, and their gateway (default [`Gateway::LinkLocal`]).
     #[must_use]
     pub fn gateway(mut self, gateway: Gateway) -> Self {
         self.gateway = gateway;

@@ -1,4 +1,4 @@
-//! What can be wrong with a cluster that is asked for, or fail while it is built.
+//! Errors in a cluster's description, and failures while it is built.
 
 use std::io;
 use std::net::IpAddr;
@@ -17,7 +17,7 @@ pub enum ClusterError {
     #[error(transparent)]
     Tool(#[from] ToolError),
     /// A server could not be started.
-    #[error("{host} could not serve; see whether the port is in use there")]
+    #[error("{host} could not start a server; see whether the port is in use there")]
     Serve {
         /// Who.
         host: String,
@@ -61,7 +61,7 @@ pub enum ClusterError {
         name: String,
     },
     /// A pod asks for an address that another pod of its node has.
-    #[error("pod {pod} is to have {address}, which {holder} has on the same node; choose another")]
+    #[error("pod {pod} requests {address}, which {holder} has on the same node; choose another")]
     AddressTaken {
         /// The pod.
         pod: String,
@@ -71,7 +71,7 @@ pub enum ClusterError {
         holder: String,
     },
     /// A pod asks for an address that is no pod's.
-    #[error("pod {pod} is to have {address}, which is outside of the pod CIDR {cluster}")]
+    #[error("pod {pod} requests {address}, which is outside of the pod CIDR {cluster}")]
     AddressOutside {
         /// The pod.
         pod: String,

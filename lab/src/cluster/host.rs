@@ -1,6 +1,6 @@
-//! A host of the lab, be it pod, node or the outside: where it is and what it does.
+//! A host of the lab (pod, node or the outside host): its addresses, servers and dials.
 //!
-//! The verbs read as a story: `a.serve(&[80])`, `b.connect(a.addr_v4(80), limit)`. How a connection
+//! The methods read as a script: `a.serve(&[80])`, `b.connect(a.addr_v4(80), limit)`. How a connection
 //! is made is `traffic`'s business.
 
 use std::io;
@@ -16,7 +16,7 @@ use crate::process::Command;
 use crate::traffic::server::Server;
 use crate::traffic::{self, Capture, Dial, Injector, Outcome, Serve, UdpOutcome};
 
-/// A pod, a node or the outside host; clones mean the same one.
+/// A pod, a node or the outside host; clones refer to the same one.
 #[derive(Debug, Clone)]
 pub struct Host(Arc<Inner>);
 
@@ -173,7 +173,7 @@ impl Host {
         Capture::start(&self.0.netns, interface)
     }
 
-    /// A way to put made packets on `eth0`, to the neighbour that this host knows there: a pod has
+    /// Sends crafted packets on `eth0`, to the neighbour that this host knows there: a pod has
     /// one, its gateway.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! Where everything is: the address plan of a cluster, and the `ip` scripts that build it.
+//! The address plan of a cluster, and the `ip` scripts that build it.
 //!
 //! Pure: values in, text out. Every cluster lives in namespaces of its own, so all use the same
 //! plan.
@@ -34,7 +34,7 @@ pub(super) const BLACKHOLE_HOSTS: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(198, 51, 100, 135)),
     IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0x51, 0xb, 0, 0, 0, 7)),
 ];
-/// Of every host side of a pod's link, as Calico has it: the links are no common segment.
+/// The MAC address of every pod link's host side, as in Calico: the links do not share a segment.
 const GATEWAY_MAC: &str = "ee:ee:ee:ee:ee:ee";
 const GATEWAY_LINK_LOCAL: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 const GATEWAY_V6: &str = "fe80::1";
@@ -165,8 +165,8 @@ pub(super) fn node(own: &NodePlan) -> String {
     )
 }
 
-/// An address of the node that no pod has must not travel back to the fabric, as Calico has it. On a
-/// bridge it has a place of its own.
+/// Packets to an unused address of the node's pod CIDR must not go back to the fabric, as in Calico. A
+/// bridge has a route of its own for it.
 pub(super) fn own_pods(own: &NodePlan, gateway: Gateway) -> String {
     match gateway {
         Gateway::Bridge { .. } => String::new(),
@@ -237,7 +237,7 @@ pub(super) fn tunnel_ends(others: &[&NodePlan]) -> String {
     out
 }
 
-/// The bridge that a node's pods hang on. Its own address is fixed, or it would change with its
+/// The bridge of a node's pods. Its own address is fixed, or it would change with its
 /// ports; CNI plugins do the same. A router solicits its neighbours from a link-local address.
 pub(super) fn bridge(node: &NodePlan) -> String {
     let (v4, v6) = node.first();
@@ -325,7 +325,7 @@ pub(super) fn pod(
     out
 }
 
-/// What leaves the pods' network takes the node's address, as CNI plugins have it.
+/// Masquerades packets that leave the pods' network, as CNI plugins do.
 pub(super) fn masquerade() -> String {
     let mut out = String::new();
     for (family, cluster) in [("ip", CLUSTER_V4), ("ip6", CLUSTER_V6)] {

@@ -1,4 +1,4 @@
-//! How pods get their place in a cluster: node, addresses, link, and their part in Services.
+//! Adds pods to a cluster: node, addresses, link, and endpoints of Services.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -22,7 +22,7 @@ const LINKS_UP: Duration = Duration::from_secs(10);
 const MAX_PODS: usize = 253;
 
 impl Cluster {
-    /// Finds a pod its place and addresses and makes its namespace; it has no link yet.
+    /// Chooses a pod's node and addresses and makes its namespace; it has no link yet.
     pub(super) fn admit(&mut self, spec: PodSpec) -> Result<String, ClusterError> {
         let key = spec.key();
         if self.pods.contains_key(&key) {
@@ -208,7 +208,7 @@ fn has_bridge(node: &Netns) -> Result<bool, ClusterError> {
 }
 
 /// Kernel parameters of a host, to be set before it has links. Duplicate address detection is
-/// off: there is nobody to ask, and it takes a second.
+/// off: there are no other hosts, and it takes a second.
 pub(super) fn sysctls(forwards: bool, rp_filter: RpFilter) -> [(&'static str, &'static str); 12] {
     let forwarding = if forwards { "1" } else { "0" };
     let rp_filter = rp_filter.value();

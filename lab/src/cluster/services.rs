@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::spec::Protocol;
 
-/// kube-proxy's mark for connections whose source must be hidden.
+/// kube-proxy's mark for connections to masquerade.
 const MASQUERADE_MARK: &str = "0x4000";
 
 /// One port of a Service with the pods behind it, of both families.
@@ -109,7 +109,7 @@ fn table(out: &mut String, family: &str, address: &str, entries: &[Entry<'_>]) {
 }
 
 /// The chain of one Service port, and one for each endpoint: chosen at random, a pod that reaches
-/// itself is hidden behind the node's address, or it would see its own address come in.
+/// itself is masqueraded, or it would receive packets from its own address.
 fn backends(out: &mut String, family: &str, forward: &Forward, endpoints: &[IpAddr]) {
     let name = chain(forward);
     let protocol = forward.protocol.keyword();

@@ -1,4 +1,4 @@
-//! What a cluster is asked to be: pods and Services as values, before anything exists.
+//! The description of a cluster: pods and Services as values, before anything exists.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -72,7 +72,7 @@ impl fmt::Display for NodeRef {
     }
 }
 
-/// What pods hang on, and what they see as their gateway.
+/// How pods are attached, and what they have as their gateway.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Gateway {
     /// 169.254.1.1, answered by proxy ARP, as Calico does. The node has no address in the pod CIDR.

@@ -1,4 +1,4 @@
-//! Many objects at once: as many requests under way as the API server can use.
+//! Creates many objects with as many concurrent requests as the API server can use.
 //!
 //! Knows no order among the objects.
 
@@ -11,7 +11,7 @@ use super::api::Api;
 use super::error::KubernetesError;
 use super::{objects, state};
 
-/// Requests under way; more of them make the API server no faster.
+/// Concurrent requests; more do not make the API server faster.
 const AT_ONCE: usize = 8;
 
 pub(super) fn create(api: &Api, objects: &[Value]) -> Result<(), KubernetesError> {

@@ -1,4 +1,4 @@
-//! The controllers and the scheduler that a real node needs: what an object means to become.
+//! The controllers and the scheduler that a real node needs.
 //!
 //! Knows none of the objects.
 
@@ -34,7 +34,7 @@ pub(super) fn start(
     let mut scheduler = netns.command(&programs.scheduler);
     for command in [&mut manager, &mut scheduler] {
         command.arg(format!("--kubeconfig={}", kubeconfig.display()));
-        // There is one of each, and nobody asks them anything.
+        // There is one of each, and it has no clients.
         command.args(["--leader-elect=false", "--secure-port=0"]);
     }
     Ok(Controllers {

@@ -8,7 +8,7 @@ use crate::process::ProcessError;
 use crate::tools::{NotBuilt, ToolError};
 use crate::wait::WaitTimedOut;
 
-/// Why the control plane did not start, or did not do what it was asked for.
+/// Why the control plane did not start, or failed a request.
 #[derive(Debug, thiserror::Error)]
 pub enum KubernetesError {
     /// The environment asks for a release that there is not.
@@ -52,7 +52,7 @@ pub enum KubernetesError {
         source: io::Error,
     },
     /// The gateway to the API server is gone or speaks no HTTP.
-    #[error("the API server gives no answer to {request}; see gateway.log and apiserver.log")]
+    #[error("the API server does not answer {request}; see gateway.log and apiserver.log")]
     NoAnswer {
         /// Method and path.
         request: String,
@@ -80,7 +80,7 @@ pub enum KubernetesError {
     },
     /// A cgroup could not be made or used.
     #[error(
-        "no cgroups of the lab's own below {path}; run as root, where /sys/fs/cgroup is mounted and writable (docker run --privileged --cgroupns=host -v /sys/fs/cgroup:/sys/fs/cgroup)"
+        "cannot create cgroups below {path}; run as root, where /sys/fs/cgroup is mounted and writable (docker run --privileged --cgroupns=host -v /sys/fs/cgroup:/sys/fs/cgroup)"
     )]
     Cgroups {
         /// Where.

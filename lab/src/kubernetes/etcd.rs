@@ -1,4 +1,4 @@
-//! What is asked of etcd itself, over its JSON gateway.
+//! Requests to etcd itself, over its JSON gateway.
 //!
 //! Knows nothing of Kubernetes.
 
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::api::{ANSWERED, exchange};
 use super::error::KubernetesError;
 
-/// Where its clients find it, in the control plane's namespace.
+/// Its client address, in the control plane's namespace.
 pub(super) const CLIENTS: &str = "127.0.0.1:2379";
 
 /// Forgets every state before `revision`. Must be called in the control plane's namespace.

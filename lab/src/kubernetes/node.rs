@@ -36,7 +36,7 @@ const PLUGINS: &str = "/usr/lib/cni";
 /// Where containerd looks for networks, in the node's directory.
 const NETWORKS: &str = "cni";
 const TAKEN_IN: Duration = Duration::from_secs(10);
-/// What containerd says for debugging as it does.
+/// containerd's debug message when it reloads its networks.
 const TAKES_IN: &str = "receiving change event from cni conf dir";
 
 /// A node that runs containers. Dropping it ends them all.
@@ -45,14 +45,14 @@ pub struct Node {
     host: Host,
     pod_cidrs: Value,
     directory: PathBuf,
-    // In the order in which they are ended: the room takes all that is in it along.
+    // In drop order: all processes in the room end with it.
     room: Child,
     kubelet: Child,
     cgroups: Cgroups,
 }
 
 impl Node {
-    /// Makes a node a real one that `manifests` has, and waits until the API has it as ready.
+    /// Starts kubelet and containerd on a node of `manifests`, and waits until the node is ready.
     pub(super) fn start(
         control: &ControlPlane,
         host: &Host,
@@ -62,7 +62,7 @@ impl Node {
         let mut objects = manifests["items"].as_array().into_iter().flatten();
         let object = objects.find(|it| it["kind"] == "Node" && it["metadata"]["name"] == name);
         let object = object.cloned().unwrap_or_default();
-        // The pods' networks are the cluster's to give; the rest kubelet adds.
+        // The cluster assigns the pod CIDRs; kubelet adds the rest.
         control.apply(&object)?;
         let directory = control.directory.join(name);
         let cni = directory.join(NETWORKS);
@@ -88,7 +88,7 @@ impl Node {
         Ok(node)
     }
 
-    /// Gives the node an image, which no registry needs to have then.
+    /// Imports an image into the node, so that it needs no registry.
     ///
     /// # Errors
     /// If the archive cannot be made, or containerd refuses it.
@@ -195,7 +195,7 @@ impl Node {
                 name,
                 root: &root,
                 environment: &["PATH=/bin"],
-                // What a sandbox does: until it is killed, nothing.
+                // A sandbox does nothing until it is killed.
                 command: &["sleep", "2147483647"],
             })
         })
@@ -212,8 +212,8 @@ impl Node {
     }
 }
 
-/// Makes `network` the only one that there is. containerd looks again when a file goes, not when a
-/// whole one comes.
+/// Makes `network` the only one. containerd reloads when a file is removed, not when a
+/// complete one appears.
 fn write_network(
     directory: &Path,
     network: Network,
@@ -245,7 +245,7 @@ fn room(host: &Host, directory: &Path, cgroups: &Cgroups) -> Result<Child, Kuber
     let script = write(directory.join("room.sh"), ROOM)?;
     let (stdin, mut go) = io::pipe().map_err(|source| file_error(directory, source))?;
     let mut command = host.command("sh");
-    // It is to be in its cgroups before it has a namespace of them.
+    // It must be in its cgroups before it enters a cgroup namespace.
     let unshare = "unshare --mount --pid --cgroup --fork --kill-child";
     command.args(["-c", &format!("read go && exec {unshare} sh \"$@\"")]);
     command.arg("sh").arg(script).arg(directory).arg(containerd);
@@ -280,7 +280,7 @@ fn kubelet(
     mut kubelet: Command,
 ) -> Result<Child, KubernetesError> {
     let name = host.name();
-    // Nobody's names can be asked for.
+    // There is no name server.
     let resolver = write(directory.join("resolv.conf"), "")?;
     let configuration = configuration::kubelet(&resolver).to_string();
     let configuration = write(directory.join("kubelet.json"), &configuration)?;

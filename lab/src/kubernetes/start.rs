@@ -19,7 +19,7 @@ pub(super) const SERVER: &str = "apiserver";
 pub(super) const GATEWAY: &str = "gateway.sock";
 /// How long a program may take until it serves. On two busy cores the API server took 20 s.
 const STARTED: Duration = Duration::from_secs(120);
-/// Who authenticates with which static token: token, user, uid, groups.
+/// The static tokens: token, user, uid, groups.
 const TOKENS: &str = "lab,lab,lab,system:masters\nkube-proxy,system:kube-proxy,system:kube-proxy\n\
     node-0,system:node:node-0,system:node:node-0,system:nodes\n";
 /// The token of `system:kube-proxy`, which RBAC's defaults let do a kube-proxy's work.
@@ -74,7 +74,7 @@ pub(super) fn etcd(
 ) -> Result<Child, KubernetesError> {
     let mut etcd = netns.command(&programs.etcd);
     etcd.arg("--data-dir").arg(directory.join("etcd"));
-    // A crash of the machine may cost what a test wrote.
+    // A crash of the machine may lose a test's data.
     etcd.args(["--unsafe-no-fsync", "--log-level=warn"]);
     let clients = format!("http://{}", etcd::CLIENTS);
     etcd.args(["--listen-client-urls", &clients]);
@@ -103,7 +103,7 @@ pub(super) fn server(
     server.arg(format!("--token-auth-file={}", tokens.display()));
     server.args([
         "--authorization-mode=Node,RBAC",
-        // Nobody resolves a node's name.
+        // Node names cannot be resolved.
         "--kubelet-preferred-address-types=InternalIP",
         "--allow-privileged=true",
         "--profiling=false",

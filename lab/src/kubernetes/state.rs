@@ -1,4 +1,4 @@
-//! What the lab has in the API, and how it becomes something else: only differences are sent.
+//! The lab's objects in the API, and how they are updated: only differences are sent.
 //!
 //! Knows the order that the API asks for: a namespace and its ServiceAccount before a pod.
 
@@ -13,7 +13,7 @@ use super::objects;
 /// Namespaces that the API server keeps for itself.
 const OWN: [&str; 4] = ["default", "kube-system", "kube-public", "kube-node-lease"];
 
-/// When an object's turn comes, and its path.
+/// An object's position in the order of writes, and its path.
 type Place = (u8, String);
 
 /// Objects by place, as they were written last.
@@ -78,7 +78,7 @@ impl State {
         if namespace && OWN.contains(&name) {
             return Ok(());
         }
-        // At once, as after a kubelet's last word.
+        // At once, as after a kubelet's confirmation.
         let options = json!({ "gracePeriodSeconds": 0 });
         match api.request("DELETE", &place.1, Some(&options)) {
             Err(KubernetesError::Refused { status: 404, .. }) => return Ok(()),

@@ -1,4 +1,4 @@
-//! Bulk data that proves itself: every byte follows from its offset.
+//! Bulk data that the receiver can verify: every byte follows from its offset.
 //!
 //! The pattern repeats after a prime number of bytes, so a lost, doubled or swapped buffer of any
 //! usual size shows at its first byte.

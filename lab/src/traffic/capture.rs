@@ -147,7 +147,7 @@ impl Capture {
         self.tap.drain().clone()
     }
 
-    /// How many packets up to now are such.
+    /// How many packets up to now match.
     #[must_use]
     pub fn count(&self, such: impl Fn(&Packet) -> bool) -> usize {
         self.tap
@@ -169,7 +169,7 @@ impl Capture {
         self.count(|packet| packet.is_syn_ack_from(from))
     }
 
-    /// Waits until `count` packets are such.
+    /// Waits until `count` packets match.
     ///
     /// # Errors
     /// [`WaitTimedOut`] after `limit`, naming `what`.

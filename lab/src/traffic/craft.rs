@@ -1,7 +1,7 @@
-//! Packets made byte by byte, for what no socket sends.
+//! Packets crafted byte by byte, which no socket sends.
 //!
 //! Pure: values in, bytes out, from the IP header on. Lengths and checksums are right; a test that
-//! wants them wrong bends the bytes.
+//! needs wrong ones changes the bytes.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -231,7 +231,7 @@ fn finish(from: IpAddr, to: IpAddr, protocol: u8, mut payload: Vec<u8>, at: usiz
     ip(from, to, protocol, &payload)
 }
 
-/// Writes the header's checksum anew, if it has one.
+/// Recomputes the header's checksum, if it has one.
 fn seal(packet: &mut [u8]) {
     if packet[0] >> 4 == 4 {
         let header = usize::from(packet[0] & 0xf) * 4;

@@ -1,4 +1,4 @@
-//! TCP dials, hundreds at once in one poll loop, and what became of them.
+//! TCP dials, hundreds at once in one poll loop, and their outcomes.
 
 use std::fmt;
 use std::io::{self, Read};
@@ -78,7 +78,7 @@ impl Dial {
     }
 }
 
-/// What became of a dial.
+/// The outcome of a dial.
 #[derive(Debug)]
 pub enum Outcome {
     /// The handshake was finished.
@@ -335,7 +335,7 @@ impl Greeting {
         format!("{server} {client}\n")
     }
 
-    /// Understands what a server said; `None` if it is no greeting.
+    /// Parses what a server sent; `None` if it is not a greeting.
     #[must_use]
     pub fn parse(said: &[u8]) -> Option<Self> {
         let line = str::from_utf8(said).ok()?;
@@ -364,7 +364,7 @@ pub fn greeting(stream: &TcpStream, limit: Duration) -> io::Result<Greeting> {
     stream.set_read_timeout(before)?;
     Greeting::parse(&line).ok_or_else(|| {
         let line = String::from_utf8_lossy(&line);
-        let text = format!("{line:?} is no greeting; is this port served by Serve::Echo?");
+        let text = format!("{line:?} is not a greeting; is this port served by Serve::Echo?");
         io::Error::new(io::ErrorKind::InvalidData, text)
     })
 }

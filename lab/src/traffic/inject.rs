@@ -1,4 +1,4 @@
-//! Puts made packets on a host's link, past its own IP stack, which would mend or refuse them.
+//! Sends crafted packets on a host's link, past its IP stack, which would correct or reject them.
 
 use std::fs;
 use std::io;
@@ -11,7 +11,7 @@ use socket2::{Domain, Socket, Type};
 use crate::cluster::host::io_error;
 use crate::netns::Netns;
 
-/// A way onto a link, to the host's neighbour there.
+/// A packet socket on a link, to the host's neighbour there.
 #[derive(Debug)]
 pub struct Injector {
     socket: Socket,
@@ -39,14 +39,14 @@ impl Injector {
         })
     }
 
-    /// The same way to another neighbour, or to a group of them: an address of IEEE 802.
+    /// The same link, with another destination: the MAC address of a neighbour or a group.
     #[must_use]
     pub fn towards(mut self, neighbour: [u8; 6]) -> Self {
         self.addresses[..6].copy_from_slice(&neighbour);
         self
     }
 
-    /// The same way in another's name: an address of IEEE 802.
+    /// The same link, with another source MAC address.
     #[must_use]
     pub fn in_the_name_of(mut self, link: [u8; 6]) -> Self {
         self.addresses[6..].copy_from_slice(&link);

@@ -1,4 +1,4 @@
-//! As much of SCTP as asks and answers, by raw sockets: INIT and INIT ACK (RFC 9260, 5.1), with a
+//! The first two packets of SCTP, by raw sockets: INIT and INIT ACK (RFC 9260, 5.1), with a
 //! greeting as the state cookie. For machines whose kernel has no SCTP.
 
 use std::io::{self, PipeReader};

@@ -25,7 +25,7 @@ const BUFFER: usize = 64 * 1024;
 /// What a TCP server does with a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Serve {
-    /// Says one line, `NAME CLIENT-ADDRESS`, then sends back what it gets, and closes after the
+    /// Sends one line, `NAME CLIENT-ADDRESS`, then echoes what it receives, and closes after the
     /// client has.
     Echo,
     /// Takes [`super::bulk`] data until the client closes its side, then answers with one line,
@@ -35,7 +35,7 @@ pub enum Serve {
     Source(u64),
     /// Resets the connection at once.
     Reset,
-    /// Says nothing and keeps the connection open.
+    /// Sends nothing and keeps the connection open.
     Hold,
 }
 

@@ -14,7 +14,7 @@ use super::dial::{Greeting, errno_of, timeout};
 use crate::cluster::host::io_error;
 use crate::netns::Netns;
 
-/// What became of a datagram.
+/// The outcome of a datagram.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum UdpOutcome {
     /// An answer came from the address that was asked.

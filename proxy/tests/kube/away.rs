@@ -1,4 +1,4 @@
-//! When the API server is away, forbids, forgets or comes back: what stays in force, and what is said.
+//! The API server is unreachable, denies access, is compacted or comes back: what stays applied, and what is logged.
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::process::Command;

@@ -13,7 +13,7 @@ struct Shared {
 
 static SHARED: Mutex<Option<Shared>> = Mutex::new(None);
 
-/// The control plane with nothing of an earlier test in it, on the network of `cluster`.
+/// The control plane without objects of earlier tests, on the network of `cluster`.
 pub(crate) fn joined(cluster: &Cluster) -> Arc<ControlPlane> {
     let control = {
         let mut shared = shared();

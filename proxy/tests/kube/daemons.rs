@@ -71,7 +71,7 @@ impl Daemons {
         self.bed.start_command(node, command);
     }
 
-    /// Starts a node's daemon that cannot enforce yet, and waits until it says all of `words`.
+    /// Starts a node's daemon that cannot enforce yet, and waits until it reports all of `words`.
     pub(crate) fn start_waiting(&self, node: usize, words: &[&str]) -> Waiting {
         self.start_waiting_with(node, &[], words)
     }
@@ -106,8 +106,8 @@ impl Daemons {
         }
     }
 
-    /// Makes `policies` and the lab's objects of now what the API has, and waits until every daemon
-    /// has them in force.
+    /// Publishes `policies` and the lab's present objects, and waits until every daemon
+    /// has applied them.
     pub(crate) fn apply(&self, policies: &[Value]) {
         let mark = self.publish(policies);
         let named = format!("{mark}\"");
@@ -122,7 +122,7 @@ impl Daemons {
         self.bed.wait_in_force(&mark);
     }
 
-    /// Makes `policies` and the lab's objects of now what the API has; returns a policy that came with
+    /// Publishes `policies` and the lab's present objects; returns a policy that was published with
     /// them.
     pub(crate) fn publish(&self, policies: &[Value]) -> String {
         publish(&self.bed, &self.control, policies)

@@ -168,8 +168,8 @@ fn tried(control: &ControlPlane, of: &str, object: &Value) {
     assert!(said.contains("(server dry run)"), "{of}: {said}");
 }
 
-/// The pod that a controller makes of an object: what admission says of it, the controller hears
-/// and not who applies.
+/// The pod that a controller creates from an object: admission errors go to the controller,
+/// not to the user who applies the object.
 fn pod(object: &Value, name: &str) -> Value {
     let spec = &object["spec"]["template"]["spec"];
     let metadata = json!({ "namespace": NAMESPACE, "name": name });
@@ -245,7 +245,7 @@ fn without(objects: &[Value], missing: &Permission) -> Vec<Value> {
     objects
 }
 
-/// Waits until the API server goes by the roles as they are.
+/// Waits until the API server applies the present roles.
 fn wait_for_permissions(control: &ControlPlane, all: &[Permission], missing: Option<&Permission>) {
     for permission in all {
         let review = json!({
@@ -296,7 +296,7 @@ struct Daemon {
 }
 
 impl Daemon {
-    /// Starts it as the first there: with nothing kept from an earlier one.
+    /// Starts it without saved state from an earlier daemon.
     fn start(bed: &Bed, control: &ControlPlane, token: &str) -> Self {
         let mark = bed.mark();
         let log = bed.file(&format!("{mark}.log"));
@@ -314,7 +314,7 @@ impl Daemon {
         fs::read_to_string(&self.log).unwrap()
     }
 
-    /// Waits until something is so, for which the log may be looked at.
+    /// Waits until a condition holds, which may read the log.
     fn wait(&self, what: &str, so: impl Fn(&str) -> bool) {
         let waited = wait_until(DEADLINE, what, || so(&self.log()));
         waited.unwrap_or_else(|error| panic!("{error}\n{}", self.log()));

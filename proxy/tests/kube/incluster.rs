@@ -1,4 +1,4 @@
-//! The configuration that a pod is given: the API server's address in variables, token and authority
+//! The in-cluster configuration: the API server's address in variables, token and CA
 //! in files that kubelet replaces.
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;

@@ -1,4 +1,4 @@
-//! Lists that come in pages, and an etcd that has forgotten: what only a real server shows.
+//! Paged lists and a compacted etcd, which only a real server has.
 use lab::runner::Test;
 use lab::wait_until;
 use serde_json::{Value, json};

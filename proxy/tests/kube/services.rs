@@ -1,4 +1,4 @@
-//! Services by the real kube-proxy: which source a policy sees, by every way that leads to a pod.
+//! Services by the real kube-proxy: which source a policy sees, by every path to a pod.
 //!
 //! The server is on node 0. A cell is a client and a way; what an ipBlock sees of it is in
 //! `docs/services.md`, cell by cell.
@@ -118,14 +118,14 @@ const CLIENTS: [Client; 6] = [
     Client::Outside,
 ];
 
-/// What policy makes of a cell.
+/// The effect of policy on a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Seen {
-    /// An ipBlock sees this one's address.
+    /// An ipBlock matches this one's address.
     As(Client),
     /// Allowed whatever policies say: the server itself, or its node.
     Exempt,
-    /// kube-proxy lets nobody through.
+    /// kube-proxy lets no client through.
     NoWay,
 }
 
@@ -242,7 +242,7 @@ impl Stage {
         }
     }
 
-    /// Allows one source to the server, and tells of the cells that this does not fit.
+    /// Allows one source to the server, and reports the cells with another outcome.
     fn wrong_cells(&self, source: Client, judged: bool) -> Vec<String> {
         let mut policies = vec![only_from(&self.host(source))];
         if judged {

@@ -149,9 +149,9 @@ impl Source for ApiServer {
     }
 }
 
-/// A Namespace, Pods and a NetworkPolicy that only together allow a question, which no step before
-/// this one allowed: who allows it has heard all that came before, of every kind. They are never
-/// taken back, as without the policy everything is allowed.
+/// A Namespace, Pods and a NetworkPolicy that only together allow a connection, which no step before
+/// this one allowed: a daemon that allows it has received all earlier changes of every kind. They are never
+/// deleted, as without the policy everything is allowed.
 fn mark(step: u16) -> Vec<Value> {
     let label = step.to_string();
     let namespace = json!({
@@ -184,7 +184,7 @@ fn mark(step: u16) -> Vec<Value> {
     vec![namespace, asker, asked, policy]
 }
 
-/// `key=value` for each label that is not as it was.
+/// `key=value` for each label that has changed.
 fn changed(before: Option<&Labels>, after: &Labels) -> Vec<String> {
     let known = |key: &String| before.and_then(|labels| labels.get(key));
     let new = after

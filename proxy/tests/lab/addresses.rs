@@ -1,4 +1,4 @@
-//! Holders of addresses: pods outside of their node's pod CIDRs, and addresses that pass to another pod before the API
+//! Address owners: pods outside of their node's pod CIDRs, and addresses that move to another pod before the API
 //! says so.
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
@@ -247,7 +247,7 @@ fn a_starting_daemon_passes_on_no_old_rights() {
 enum Last {
     Running,
     Terminating,
-    /// It runs by the API, and left while no daemon ran.
+    /// The API reports it running, but it left while no daemon ran.
     Unseen,
 }
 

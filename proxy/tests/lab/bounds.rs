@@ -1,4 +1,4 @@
-//! What one pod does to the daemon is not felt by its neighbours.
+//! Load from one pod does not affect its neighbours.
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -32,11 +32,11 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_flood_beyond_the_gates_pace_delays_itself,
 ];
 
-/// SYNs that must have met the gate for a flood to be one.
+/// How many SYNs must have reached the gate before they count as a flood.
 const FLOOD: usize = 20_000;
 /// Connections of the neighbour that must succeed meanwhile.
 const CONNECTS: usize = 200;
-/// Longer than a round trip, while the flood has the machine.
+/// Longer than a round trip during the flood.
 const BRIEF: Duration = Duration::from_millis(50);
 /// SYNs of the flood that wait for the gate at most. A daemon that gets little of a busy machine's time, and
 /// was built without optimisation, takes fewer than the 10,000 a second that the rules let through.
@@ -400,7 +400,7 @@ fn packets_to_unknown_addresses_harm_nobody() {
     }
 }
 
-/// On a bridge anybody can take an address that no pod has. What comes from there waits, in as many names as there are.
+/// On a bridge any pod can send from addresses that no pod has. Such packets wait, however many addresses there are.
 fn names_that_nobody_has_harm_nobody_on_a_bridge() {
     let bed = attacked_behind(BRIDGE);
     let [v, n, o, p] = ["x/v", "x/n", "x/o", "x/p"].map(|name| bed.lab.pod(name));
@@ -430,7 +430,7 @@ fn names_that_nobody_has_harm_nobody_on_a_bridge() {
     assert!(refused > 0, "the bound was not met");
 }
 
-/// From outside, from and to ever other addresses, those of the node's pods that no pod has.
+/// From outside, with changing sources and destinations: unassigned addresses of the node's pod CIDRs.
 fn a_flood_to_addresses_that_nobody_has_delays_itself() {
     let bed = attacked();
     let [n, o] = ["x/n", "x/o"].map(|name| bed.lab.pod(name));
@@ -471,7 +471,7 @@ fn a_flood_beyond_the_gates_pace_delays_itself() {
     are_unharmed(&pairs, MEASURED, attack, || crowded(&node) > 0);
 }
 
-/// First packets that were dropped since as many of the same user waited.
+/// First packets that were dropped because too many of the same user waited.
 fn crowded(node: &Host) -> u64 {
     metric(node, "portreeve_dropped_packets_total{reason=\"crowded\"}")
 }

@@ -1,4 +1,4 @@
-//! Pods on a Linux bridge: nothing passes from port to port unseen, whatever becomes of the bridge.
+//! Pods on a Linux bridge: no packet passes from port to port unchecked, whatever happens to the bridge.
 use std::io::{ErrorKind, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
 ];
 
 pub(crate) const BRIDGE: Gateway = Gateway::Bridge { hairpin: false };
-/// In every frame that is made by hand.
+/// Contained in every crafted frame.
 const MAGIC: &[u8] = b"by hand";
 const EVERYBODY: [u8; 6] = [0xff; 6];
 const ALL_NODES: [u8; 6] = [0x33, 0x33, 0, 0, 0, 1];
@@ -280,7 +280,7 @@ fn nothing_of_an_isolated_pod_passes_its_bridge() {
     assert_eq!(marked, 1, "of {} frames in six ways", frames.len());
 }
 
-/// By ARP, neighbour discovery, IP and IEEE 802; what is the victim's stays with it.
+/// By ARP, neighbour discovery, IP and MAC address; the victim keeps its traffic.
 fn a_pod_takes_no_other_pods_address_on_its_bridge() {
     let mut bed = Bed::bare(small().gateway(BRIDGE));
     bed.enforce(&[]);
@@ -472,7 +472,7 @@ fn before_ip(kind: u16) -> Vec<(u16, Vec<u8>)> {
     ]
 }
 
-/// Where the node's table says that a pod is.
+/// The MAC address of a pod in the node's neighbour table.
 fn neighbour(node: &Host, pod: &Host) -> [u8; 6] {
     let mut ip = node.command("ip");
     ip.args(["-j", "neigh", "show", &pod.ipv4().to_string()]);
@@ -484,7 +484,7 @@ fn neighbour(node: &Host, pod: &Host) -> [u8; 6] {
     bytes.collect::<Vec<_>>().try_into().unwrap()
 }
 
-/// One after the other: asked for every two seconds, they would take 16.
+/// One after the other: with a poll every two seconds, they would take 16 s.
 fn a_pods_new_address_is_its_own_at_once() {
     let mut bed = Bed::bare(small().gateway(BRIDGE));
     bed.enforce(&[]);
@@ -497,7 +497,7 @@ fn a_pods_new_address_is_its_own_at_once() {
     assert!(took < Duration::from_secs(4), "{took:?}");
 }
 
-/// Gives a pod an address more, and waits until nobody else on its bridge can have it.
+/// Gives a pod another address, and waits until no other pod on its bridge can use it.
 pub(crate) fn takes(pod: &Host, node: &Host, address: Ipv4Addr) {
     pod.ip(&format!("addr add {address}/32 dev eth0\n"))
         .unwrap();
@@ -507,7 +507,7 @@ pub(crate) fn takes(pod: &Host, node: &Host, address: Ipv4Addr) {
     .unwrap();
 }
 
-/// Frames by which `liar` takes what is the victim's or the gateway's, each with who sends it.
+/// Frames in which `liar` spoofs the victim or the gateway, each with its sender.
 fn lies(liar: &Host, victim: &Host, gateway: &str) -> Vec<(&'static str, [u8; 6], u16, Vec<u8>)> {
     const ARP: u16 = 0x0806;
     let (own, theirs) = (link_address(liar), link_address(victim));
@@ -581,7 +581,7 @@ fn listed(node: &Host, set: &str) -> String {
     String::from_utf8_lossy(&nft.output().unwrap().stdout).into_owned()
 }
 
-/// Whether the bridge of the pods takes nothing from frames to the groups that it keeps.
+/// Whether the pods' bridge learns nothing from frames to reserved groups.
 fn no_learning(node: &Host) -> u64 {
     let mut ip = node.command("ip");
     ip.args(["-j", "-d", "link", "show", "cni0"]);
@@ -674,7 +674,7 @@ fn frames(from: &Host, to: &Host) -> Vec<(u16, Vec<u8>)> {
     frames
 }
 
-/// Counts the frames that come to a host and were made by hand, whatever they are.
+/// Counts the crafted frames that a host receives, of any kind.
 struct Tap {
     socket: Socket,
     heard: std::cell::Cell<usize>,

@@ -1,4 +1,4 @@
-//! What is not a new TCP connection: judged at its first packet, then carried by the kernel.
+//! All but new TCP connections: decided at the first packet, then forwarded by the kernel.
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -38,8 +38,8 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
 
 /// Pairs of questions, each from a socket of its own.
 const PAIRS: usize = 2000;
-/// Those that wait for answers at a time where the two may go to two pods. Then the kernel forgets one after a
-/// second (nf_conntrack_core.c), so its answer must not stand behind too many others' on a busy machine.
+/// How many wait for replies at a time, where the two may go to two pods. Then the kernel forgets one after a
+/// second (nf_conntrack_core.c), so its reply must not queue behind too many others on a busy machine.
 const AT_ONCE: usize = 250;
 const ASK: Duration = Duration::from_millis(500);
 
@@ -159,8 +159,8 @@ fn a_change_stops_a_flow_of_datagrams_that_it_denies_and_no_other() {
     }
 }
 
-/// What the server sends after the cut would else begin a flow of its own, which policy allows, and in which
-/// what the client sends is an answer. Either node may be the one that cuts, and allows again.
+/// After severing, the server's packets would otherwise start a new flow, which policy allows, with
+/// the client's packets as replies. Either node may be the one that severs, and allows again.
 fn a_server_that_goes_on_sending_keeps_no_flow_open_that_a_change_denies() {
     let mut bed = bed(&[], &[]);
     let (a, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"));
@@ -193,7 +193,7 @@ fn a_server_that_goes_on_sending_keeps_no_flow_open_that_a_change_denies() {
     }
 }
 
-/// A server that sends to whoever asked last, a datagram a millisecond.
+/// A server that sends one datagram per millisecond to the last client.
 struct Ticker {
     at: SocketAddr,
     stop: Arc<AtomicBool>,
@@ -250,7 +250,7 @@ pub(crate) fn goes_on(flow: &UdpSocket) -> bool {
     flow.send(b"still?").is_ok() && flow.recv(&mut buffer).is_ok()
 }
 
-/// Takes what came before.
+/// Discards earlier datagrams.
 fn drain(flow: &UdpSocket) {
     flow.set_nonblocking(true).unwrap();
     while flow.recv(&mut [0; 16]).is_ok() {}
@@ -419,7 +419,7 @@ fn what_another_node_has_denied_is_not_reported_as_cut() {
     drop(live);
 }
 
-/// Has conntrack count, and forget UDP after `timeout` seconds.
+/// Enables conntrack accounting, and sets the UDP timeout to `timeout` seconds.
 pub(crate) fn accounting(bed: &Bed, timeout: &str) {
     for node in bed.lab.nodes() {
         let sysctls = [
@@ -431,7 +431,7 @@ pub(crate) fn accounting(bed: &Bed, timeout: &str) {
     }
 }
 
-/// The records so far of flows from a to a server that the kernel carried.
+/// The records so far of kernel flows from a to a server.
 fn carried_records(file: &Path, server: IpAddr) -> Vec<Value> {
     let text = fs::read_to_string(file).unwrap_or_default();
     let records = text

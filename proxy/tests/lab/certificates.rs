@@ -1,4 +1,4 @@
-//! Certificates for a test, made by openssl: two authorities, and whom the first vouches for.
+//! Certificates for a test, made by openssl: two CAs, and the certificates of the first.
 use std::fs;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use tempfile::TempDir;
 pub(crate) struct Certificates(TempDir);
 
 impl Certificates {
-    /// `ca`, who vouches for `server` at these addresses and for `client`, and `stranger`, who vouches for nobody.
+    /// `ca`, which signs `server` for these addresses and `client`, and `stranger`, which signs no other certificate.
     pub(crate) fn make(server: &[IpAddr]) -> Self {
         let made = Self(TempDir::new().unwrap());
         made.issue("ca", &[]);

@@ -164,7 +164,7 @@ impl Observer {
     }
 }
 
-/// Waits until so many read.
+/// Waits for this number of `portreeve observe` clients.
 fn observers(node: &Host, number: u64) {
     wait_until(DEADLINE, format!("{number} observers"), || {
         metric(node, "portreeve_observe_clients") == number

@@ -13,8 +13,8 @@ use socket2::{Domain, Socket, Type};
 use crate::cases::case::{Family, Grid};
 use crate::support::DEADLINE;
 
-/// How long what is denied may still turn out to be let through once all that is allowed stands:
-/// all was sent before the first of these was answered.
+/// How long denied connections may still succeed once all allowed ones are established:
+/// all were sent before the first of these was answered.
 const GRACE: Duration = Duration::from_millis(400);
 
 /// How a server is named.
@@ -41,7 +41,7 @@ pub(crate) struct Dial {
     pub(crate) server: Option<String>,
 }
 
-/// A dial that came through.
+/// A dial that succeeded.
 pub(crate) enum Reached {
     /// Its greeting waits to be read.
     Stream(TcpStream),
@@ -59,7 +59,7 @@ impl Reached {
 }
 
 impl Dial {
-    /// Says so if another server answered, or if it saw another client.
+    /// Returns an error if another server answered, or if it saw another client.
     pub(crate) fn misled(&self, reached: &Reached, grid: &Grid) -> Option<String> {
         let server = self.server.as_ref()?;
         let (from, to) = (&grid.parties[self.row], &grid.parties[self.column]);
@@ -119,8 +119,8 @@ fn socket(kind: Type, source: IpAddr) -> Socket {
     socket
 }
 
-/// Dials all at once; waits until all that are expected to come through have (or the deadline), and
-/// then a grace for those that must not. `None` is what did not.
+/// Dials all at once; waits until all expected ones have succeeded (or the deadline), and
+/// then a grace period for those that must not. `None` is a failure.
 pub(crate) fn dial_all(dials: &[Dial]) -> Vec<Option<Reached>> {
     let mut calls: Vec<Call> = Vec::with_capacity(dials.len());
     for group in dials.chunk_by(|one, other| one.netns.inode() == other.netns.inode()) {
@@ -158,7 +158,7 @@ impl Call {
         Some(PollFd::new(self.socket.as_ref()?.as_fd(), flags))
     }
 
-    /// Looks what has become of it; whether that is the end.
+    /// Checks its progress; returns whether it has ended.
     fn look(&mut self) -> bool {
         let Some(socket) = self.socket.take() else {
             return true;

@@ -1,7 +1,7 @@
-//! A pod on its way out, whatever the source that tells of it: until it is gone its rights and its
+//! A terminating pod, from any source of state: until it is gone its rights and its
 //! connections are those of any other.
 //!
-//! Of the small cluster's pods a may talk to c only, and only d to a.
+//! In the small cluster, a may connect to c only, and only d to a.
 use std::io::{ErrorKind, Read};
 use std::net::{SocketAddr, TcpStream};
 
@@ -20,7 +20,7 @@ pub(crate) fn bed() -> Bed {
     bed
 }
 
-/// What a may do, and what may be done to it.
+/// What a may connect to, and what may connect to it.
 pub(crate) fn policies() -> [Value; 2] {
     let pod = |name: &str| json!({ "podSelector": { "matchLabels": { "pod": name } } });
     let side = |kind: &str, key: &str, list: &str, peer: &str| {
@@ -62,7 +62,7 @@ impl Live {
     }
 }
 
-/// Tries what is allowed and what is not, all anew.
+/// Tries all allowed and denied connections again.
 #[track_caller]
 pub(crate) fn new_connections_have_their_rights(bed: &Bed, when: &str) {
     for (from, to) in ways(bed, 80, [("x/a", "x/c"), ("x/d", "x/a")]) {
@@ -76,7 +76,7 @@ pub(crate) fn new_connections_have_their_rights(bed: &Bed, when: &str) {
     refused(bed, [("x/a", "x/b"), ("x/c", "x/a")], when);
 }
 
-/// Nothing can be had from what was a's address, nor at it.
+/// No connection from or to a's former address succeeds.
 #[track_caller]
 pub(crate) fn it_is_gone(bed: &Bed) {
     refused(bed, [("x/a", "x/c"), ("x/d", "x/a")], "gone");

@@ -1,4 +1,4 @@
-//! From the very first packet: pods that talk before anybody knows them, addresses that go from pod to
+//! From the first packet: pods that connect before the daemon knows them, addresses that move from pod to
 //! pod, and changes that come while others dial.
 use std::collections::BTreeMap;
 use std::fs;
@@ -30,7 +30,7 @@ const PODS: usize = 30;
 /// The state of the cluster is late by at most this.
 const LATE: Duration = Duration::from_secs(2);
 const REUSES: usize = 16;
-/// How long a try that must not succeed is made.
+/// How long an attempt that must fail is repeated.
 const TRY: Duration = Duration::from_millis(200);
 /// How often a denial comes and goes ...
 const FLIPS: usize = 10;

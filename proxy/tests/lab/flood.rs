@@ -1,4 +1,4 @@
-//! One pod's many UDP flows, and their effect on its neighbours and on the daemon's memory.
+//! Many UDP flows of one pod, and their effect on its neighbours and on the daemon's memory.
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
@@ -20,7 +20,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
 
 /// Flows of the flooding pod.
 const FLOOD: u32 = 190_000;
-/// Fewer, that a debug build can cut within seconds.
+/// Fewer, which a debug build can sever within seconds.
 const LARGE: u32 = 50_000;
 /// A pod's share of the list.
 const SHARE: u64 = 4096;
@@ -113,7 +113,7 @@ fn answered(socket: &UdpSocket, to: SocketAddr) -> bool {
     socket.recv(&mut [0; 512]).is_ok()
 }
 
-/// How many entries of the node are still carried.
+/// How many of the node's entries still have the mark of kernel flows.
 fn carried(node: &Host) -> usize {
     let list = node.run(|| fs::read_to_string("/proc/thread-self/net/nf_conntrack"));
     let list = list.unwrap().unwrap();
@@ -174,7 +174,7 @@ fn a_flooding_pods_flows_are_all_cut() {
     println!("in force after {in_force:?}, all cut after {all:?}");
 }
 
-/// Bytes that the daemon has of what `/proc/PID/status` calls `key`.
+/// The value of `key` in the daemon's `/proc/PID/status`, in bytes.
 fn memory(bed: &mut Bed, key: &str) -> u64 {
     let id = bed.daemon(0).child.id();
     let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap();

@@ -1,4 +1,4 @@
-//! A daemon takes over from the one that runs: no stream ends, and nothing denied gets through.
+//! Handover to a new daemon: no stream ends, and nothing denied gets through.
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -32,9 +32,9 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     who_must_not_take_over_is_refused_and_disturbs_nothing,
 ];
 
-/// What a new daemon waits for the old one, with a while to start.
+/// How long a new daemon waits for the old one, including its start.
 const PATIENCE: Duration = Duration::from_secs(6);
-/// Bytes that no chain of socket buffers and pipes takes in.
+/// More bytes than all socket buffers and pipes of a stream can hold.
 const MORE_THAN_FITS: u64 = 64 << 20;
 
 /// Everything is allowed but what comes to d, and relayed on node 0 only, which so sees all clients' own ports.
@@ -74,7 +74,7 @@ fn streams(bed: &Bed, of_each: usize) -> Vec<Stream> {
 }
 
 impl Stream {
-    /// A word there and the same back.
+    /// Sends a word and reads its echo.
     fn talk(&mut self, word: &[u8; 8]) {
         let mut heard = [0; 8];
         self.client.write_all(word).unwrap();
@@ -391,14 +391,14 @@ fn relieve(bed: &mut Bed) -> Daemon {
     bed.relieve(0, &flags.each_ref().map(String::as_str))
 }
 
-/// What a daemon of a node asks.
+/// The first message of a new daemon on a node.
 pub(crate) fn terms_of(node: &Host) -> Value {
     let queues = thread::available_parallelism().unwrap();
     let settings = format!("--proxy-port 15001 --queue 100 --queues {queues} --mark-mask 0x3c00");
     json!({ "format": 3, "namespace": node.netns().inode(), "settings": settings })
 }
 
-/// Says this where the daemon of node 0 waits to be relieved.
+/// Sends this to the handover socket of node 0's daemon.
 pub(crate) fn asking(bed: &Bed, terms: &Value) -> Socket {
     let line = Socket::new(Domain::UNIX, Type::SEQPACKET, None).unwrap();
     let place = SockAddr::unix(bed.file("handover.sock")).unwrap();
@@ -422,7 +422,7 @@ pub(crate) fn end_of(mut stream: &TcpStream) -> ErrorKind {
     stream.read(&mut [0; 1]).unwrap_err().kind()
 }
 
-/// The small cluster; the daemon of node 0 lets itself be relieved, and writes records to the file returned.
+/// The small cluster; the daemon of node 0 allows a handover, and writes records to the file returned.
 fn bed() -> (Bed, PathBuf) {
     bed_with(&[])
 }
@@ -451,7 +451,7 @@ pub(crate) fn flags(bed: &Bed) -> [String; 4] {
     [handover, path("handover.sock"), trace_file, path("records")]
 }
 
-/// Says a last word, which is heard, and the end after it.
+/// Sends a last word and closes; the other end reads both.
 fn last_word(mut from: &TcpStream, mut to: &TcpStream) {
     from.write_all(b"last").unwrap();
     from.shutdown(Shutdown::Write).unwrap();
@@ -497,7 +497,7 @@ fn dialled_meanwhile(dials: &[(SystemTime, Duration)], log: &str) -> Vec<Duratio
     meanwhile.map(|(_, took)| *took).collect()
 }
 
-/// Waits until the daemon has taken of so many streams what nobody reads.
+/// Waits until the daemon has buffered unread data of this many streams.
 fn wait_until_full(node: &Host, full: usize) {
     let bytes = |it: &Value| ["bytes.sent", "bytes.received"].map(|key| it[key].as_u64().unwrap());
     wait_until(DEADLINE, "streams to fill", || {

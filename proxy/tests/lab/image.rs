@@ -138,7 +138,7 @@ fn every_capability_of_the_daemonset_is_needed() {
     }
 }
 
-/// The one that is for bridges only: without it pods' addresses are asked for, every two seconds.
+/// Needed for bridges only: without it the daemon polls pods' addresses every two seconds.
 fn a_capability_lets_the_daemon_hear_of_pods_addresses_on_bridges() {
     let image = Image::build("overlays/bridge");
     let mut bed = Bed::bare(small().gateway(BRIDGE));
@@ -172,7 +172,7 @@ fn refused(output: &Output) {
     assert!(said.contains("CAP_NET_ADMIN"), "{said}");
 }
 
-/// What a pod hears of a host to which no way leads.
+/// What a pod sees when it connects to a host without a route.
 fn unreachable(bed: &Bed, pod: &str) -> Errno {
     let [to, _] = bed.lab.unreachable(80);
     let outcome = bed.lab.pod(pod).connect(to, SEVERAL_SYNS).unwrap();
@@ -261,7 +261,7 @@ impl Image {
         command
     }
 
-    /// The probe by which a pod has started.
+    /// The startup probe.
     fn probe(&self, bed: &Bed, node: usize) -> lab::Command {
         let (name, probe) = ("portreeve", "startupProbe");
         let mut command = self.sandbox(bed, node, name, &self.granted(name));
@@ -276,7 +276,7 @@ impl Image {
         command
     }
 
-    /// What a container's programs run in; to be followed by one.
+    /// The sandbox command of a container; a program follows.
     fn sandbox(&self, bed: &Bed, node: usize, name: &str, capabilities: &[String]) -> lab::Command {
         let container = self.container(name);
         let context = &container["securityContext"];
@@ -413,7 +413,7 @@ struct Privilege {
 }
 
 impl Privilege {
-    /// These capabilities, and no way to others.
+    /// These capabilities, and no means to gain others.
     fn of(capabilities: &[String]) -> Self {
         let bit = |name: &String| CAPABILITIES.iter().find(|(it, _)| it == name).unwrap().1;
         let mask = capabilities.iter().map(|name| 1 << bit(name)).sum();

@@ -1,5 +1,5 @@
-//! The proof: of all that a fully isolated pod can send nothing arrives anywhere, and of all that
-//! can be sent to one nothing arrives there.
+//! No packet that a fully isolated pod can send arrives anywhere, and no packet that
+//! can be sent to one arrives there.
 //!
 //! Packets are put on the wire past the sender's IP stack and captured on the receiver's link. A
 //! leak is reported by its name.
@@ -18,7 +18,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     nothing_that_a_pod_or_a_stranger_can_send_arrives_at_an_isolated_pod,
 ];
 
-/// Tells that all before it has been through.
+/// Its arrival shows that all earlier packets were processed.
 const SENTINEL: u16 = 9999;
 
 fn nothing_that_an_isolated_pod_can_send_arrives_anywhere() {
@@ -41,7 +41,7 @@ fn nothing_that_a_pod_or_a_stranger_can_send_arrives_at_an_isolated_pod() {
     }
 }
 
-/// Addresses that nobody has explained are soon refused, and no reverse path filter helps.
+/// Packets from unknown addresses are dropped soon, without help from a reverse path filter.
 fn bed(policy: serde_json::Value) -> Bed {
     let mut bed = Bed::bare(small().rp_filter(RpFilter::Off));
     bed.write_policies(&[policy]);

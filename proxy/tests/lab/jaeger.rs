@@ -1,6 +1,6 @@
-//! A real Jaeger on a host of the lab, and what it was told.
+//! A real Jaeger on a host of the lab, and the spans that it received.
 //!
-//! Go's module of Jaeger has no page in it; `PORTREEVE_JAEGER_UI` is the directory of one that was built.
+//! Jaeger's Go module does not contain its UI; `PORTREEVE_JAEGER_UI` is the directory of one that was built.
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
@@ -47,7 +47,7 @@ impl Jaeger {
         Self::start_as(host, None)
     }
 
-    /// The same, but it takes spans over TLS only, as `server`, from those for whom `ca` vouches.
+    /// The same, but it accepts spans over TLS only, as `server`, from clients with a certificate of `ca`.
     pub(crate) fn start_with_tls(host: Host, certificates: &Certificates) -> Self {
         Self::start_as(host, Some(certificates))
     }

@@ -1,4 +1,4 @@
-//! A client cannot tell the gate from the network: what it gets is what it would have got.
+//! A client cannot distinguish the gate from the network: it gets the same results.
 use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -94,7 +94,7 @@ fn seen(what: String, to: SocketAddr, outcome: &Outcome, capture: &Capture) -> S
     }
 }
 
-/// Who is denied where: by ingress on the same node and across, and by its own egress.
+/// Denied connections: by ingress on the same node and across, and by egress.
 fn denied(bed: &Bed) -> Vec<(Host, Vec<SocketAddr>)> {
     let servers = ["x/b", "x/c"]
         .map(|key| [bed.lab.pod(key).addrs(80), bed.lab.service(key).addrs(80)].concat());

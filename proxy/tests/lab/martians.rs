@@ -21,7 +21,7 @@ const NEAR: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x98);
 /// The arrival of this packet shows that all earlier ones were processed.
 const SENTINEL: u16 = 9999;
 
-/// Sends an honest datagram in each family, and waits until it has come.
+/// Sends a valid datagram in each family, and waits until it arrives.
 fn settle(from: &Host, to: &Host, capture: &Capture) {
     for to in to.addrs(SENTINEL) {
         let such = |it: &lab::Packet| it.destination == to;

@@ -1,5 +1,5 @@
-//! Packets that few send: in fragments, with nonsense for flags, with data in the SYN, with options
-//! that a proxy does not speak.
+//! Unusual packets: fragments, invalid flags, data in the SYN, and options
+//! that a proxy does not support.
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;

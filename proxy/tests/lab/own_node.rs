@@ -32,7 +32,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_pod_reaches_itself_and_by_its_own_service_whatever_policy_says,
 ];
 
-/// A cut connection is forgotten after two seconds; both ends repeat what was lost until then after three and six.
+/// Conntrack forgets a severed connection after two seconds; both ends retransmit lost data after three and six.
 const PAST_FORGETTING: Duration = Duration::from_secs(8);
 const ASK: Duration = Duration::from_millis(400);
 
@@ -192,7 +192,7 @@ fn judged_a_change_stops_what_a_pod_has_with_its_node() {
     assert!(counter(&node, "out_of_state") > 0, "without a beginning");
 }
 
-/// Once conntrack has forgotten the stream, what the node repeats would begin one of its own, as a node may.
+/// Once conntrack has forgotten the stream, the node's retransmits would create a new entry, as a node may.
 fn judged_a_node_that_goes_on_sending_keeps_no_stream_open_that_a_change_denies() {
     let bed = bed(&["--own-node", "judge"], &[]);
     let (a, node) = (bed.lab.pod("x/a"), bed.lab.node(0));
@@ -216,7 +216,7 @@ fn judged_a_node_that_goes_on_sending_keeps_no_stream_open_that_a_change_denies(
     assert!(counter(&node, "out_of_state") > 0, "without a beginning");
 }
 
-/// By TCP and UDP between link-local addresses, and between one of them and a global one; with broadcasts in nobody's name.
+/// By TCP and UDP between link-local addresses, and between one of them and a global one; and broadcasts from 0.0.0.0.
 fn judged_link_local_senders_cannot_reach_the_node() {
     for gateway in [BRIDGE, Gateway::NodeAddress, Gateway::LinkLocal] {
         let mut bed = Bed::bare(small().gateway(gateway));

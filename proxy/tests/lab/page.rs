@@ -32,7 +32,7 @@ fn words(browser: &Browser, from: &str, to: &str) -> String {
     words.as_str().unwrap().to_owned()
 }
 
-/// A shop, who watches it and who builds it, on two nodes.
+/// A shop, its monitoring and its build pods, on two nodes.
 fn shop() -> Bed {
     let pod = |namespace: &str, name: &str, node: usize, port: u16| {
         PodSpec::new(namespace, name)

@@ -18,8 +18,8 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
 const SMALL: &str = "1300";
 const BULK: u64 = 2 << 20;
 
-/// The small cluster under policy, with a link to the outside host that takes less than all others,
-/// which that host does not let on.
+/// The small cluster under policy, whose link to the outside host has a smaller MTU than all others,
+/// which the MSS of that host does not show.
 fn bed() -> Bed {
     let bed = Bed::enforced(&[], &[allow_all()]);
     let mut narrow = bed.lab.fabric().command("ip");

@@ -35,7 +35,7 @@ fn what_the_known_suites_leave_out_holds_on_real_connections() {
     replay("more", 7);
 }
 
-/// Policy speaks of pods' addresses and ports, after the Service's translation.
+/// Policies match pods' addresses and ports, after DNAT of the Service.
 fn an_egress_rule_means_the_pod_behind_a_service_and_not_its_address() {
     let front = ServiceSpec::new("x", "front").selects("pod", "b");
     let front = front.port(8080, 80).port_of(5353, 53, Protocol::Udp);

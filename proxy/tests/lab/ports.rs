@@ -73,7 +73,7 @@ fn a_released_pod_on_the_proxys_own_upstream_ports_disturbs_nobody() {
 }
 
 /// Connects once, learns the port that the proxy used, and dials from that one and those around
-/// it, all at the same time: the proxy will want them for these very connections.
+/// it, all at the same time: the proxy needs these ports for the same connections.
 fn disturb(bed: &Bed, client: &str, what: &str, to: SocketAddr) {
     let client = bed.lab.pod(client);
     let first = client.connect(to, DEADLINE).unwrap().into_stream().unwrap();

@@ -1,4 +1,4 @@
-//! The end of a daemon, foreseen and not, and what stays of it.
+//! Planned and sudden ends of a daemon, and what remains.
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
@@ -140,7 +140,7 @@ fn ended_by(mut stream: &TcpStream) -> String {
     }
 }
 
-/// A stream that is cut in the middle and ends in order is taken for complete (RFC 9293, 3.6).
+/// A truncated stream that ends with a FIN looks complete (RFC 9293, 3.6).
 fn a_killed_daemon_resets_streams_and_completes_none() {
     const FLOWING: usize = 1 << 20;
     let mut bed = Bed::enforced(&[], &[allow_all()]);

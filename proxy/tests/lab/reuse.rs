@@ -1,5 +1,5 @@
-//! Addresses that go from pod to pod, ten thousand times: each holder has its own rights and none of
-//! the last one's, as packets see it and as the uids in the records say.
+//! Addresses that move from pod to pod, ten thousand times: each holder has its own rights and none of
+//! the previous one's, for packets and by the uids in the records.
 //!
 //! One network namespace has the addresses of all pods, so that a generation of pods is no more than
 //! a change of the cluster's state.
@@ -97,7 +97,7 @@ fn ten_thousand_pods_on_reused_addresses_have_their_own_rights_and_no_others() {
     );
 }
 
-/// A node whose pods' addresses are all in one namespace; who is denied hears so at once.
+/// A node whose pods' addresses are all in one namespace; denied clients get an error at once.
 fn crowded(flags: &[&str]) -> Bed {
     let [IpAddr::V4(v4), IpAddr::V6(v6)] = addresses(SERVER) else {
         panic!("an address of each family");
@@ -126,7 +126,7 @@ fn crowded(flags: &[&str]) -> Bed {
     bed
 }
 
-/// Makes the first `holders` addresses those of a generation's pods, and nobody's the rest.
+/// Assigns the first `holders` addresses to a generation's pods, and the rest to no pod.
 fn tell(bed: &Bed, generation: usize, holders: u8) -> String {
     let mut state = bed.lab.manifests();
     let items = state["items"].as_array_mut().unwrap();

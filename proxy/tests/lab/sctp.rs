@@ -1,4 +1,4 @@
-//! SCTP, judged by its ports. The machines that test have no SCTP sockets, so what both ends send is
+//! SCTP, decided by its ports. The test machines have no SCTP sockets, so the packets of both ends are
 //! made by hand.
 use std::fs;
 use std::net::SocketAddr;
@@ -19,7 +19,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
 /// The tag that an INIT asks its peer to use, as the lab makes it.
 const TAG: u32 = 7;
 
-/// The conformance suite's case: a rule for SCTP on port 80 and none else.
+/// The conformance suite's case: a rule for SCTP on port 80 and no other.
 fn only_sctp_80(pod: &str, direction: &str) -> Value {
     let ports = json!([{ "port": 80, "protocol": "SCTP" }]);
     let mut spec =
@@ -28,7 +28,7 @@ fn only_sctp_80(pod: &str, direction: &str) -> Value {
     policy(&format!("sctp-{direction}-{pod}").to_lowercase(), &spec)
 }
 
-/// An association that is to be, seen at its server.
+/// An association attempt, observed at its server.
 struct Attempt<'a> {
     bed: &'a Bed,
     client: Host,

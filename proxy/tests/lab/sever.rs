@@ -1,4 +1,4 @@
-//! Live connections that a change no longer allows are cut; the others lose nothing.
+//! Live connections that a change no longer allows are severed; the others lose no data.
 use std::fs;
 use std::io::{ErrorKind, Read};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
@@ -34,7 +34,7 @@ fn allow_access(pod: &str) -> Value {
     policy(&format!("access-{pod}"), &spec)
 }
 
-/// What the daemons are told, to be edited object by object.
+/// The cluster state for the daemons, edited object by object.
 #[derive(Clone)]
 struct Told {
     cluster: Value,
@@ -73,7 +73,7 @@ impl Told {
     }
 }
 
-/// What is changed, whose streams to c it cuts, and how. Those of a and d are allowed before.
+/// A change, and which streams to c it severs. Those of a and d are allowed before.
 type Change = (&'static str, &'static [&'static str], fn(&mut Told));
 
 const CHANGES: &[Change] = &[
@@ -237,8 +237,8 @@ fn a_severed_connection_is_recorded_with_the_policies_that_did_it() {
     assert_eq!(severed["destination.k8s.pod.name"], "c");
 }
 
-/// The client's node only carries the connection, from before its pod was under policy; the server's node
-/// relays it, and hears later of the change.
+/// The client's node only forwards the connection, since before its pod was isolated; the server's node
+/// relays it, and learns of the change later.
 fn the_clients_node_lets_a_reset_in_for_what_it_has_cut_before() {
     let records = tempfile::NamedTempFile::new().unwrap();
     let mut bed = open_bed(&["--trace-file", records.path().to_str().unwrap()]);

@@ -1,4 +1,4 @@
-//! What the daemon tells a real Jaeger, and what collectors cost that do not take it.
+//! The spans that the daemon sends to a real Jaeger, and the cost of collectors that do not accept them.
 //!
 //! `PORTREEVE_TRACE_PICTURE=FILE.png`, with `PORTREEVE_JAEGER_UI`, has the test of a connection that the second
 //! node denies take the picture that the documents show.
@@ -44,7 +44,7 @@ struct Told {
     policies: BTreeSet<String>,
 }
 
-/// What tells one denial from another: both ends with the pods' uids.
+/// What identifies a denial: both ends with the pods' uids.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Denial {
     client: (IpAddr, Option<String>),

@@ -1,5 +1,5 @@
-//! Whoever sends in another's name is refused by the link that it sits on, whatever rp_filter is;
-//! the node's own links are left alone.
+//! Packets with a spoofed source are dropped at the sender's link, whatever rp_filter is;
+//! the node's own links are not affected.
 use std::net::SocketAddr;
 
 use lab::runner::Test;
@@ -29,7 +29,7 @@ fn bed(gateway: Gateway) -> Bed {
     bed
 }
 
-/// Sends a datagram from `from` to `to` in the name of `source`.
+/// Sends a datagram from `from` to `to` with the source address of `source`.
 fn lie(from: &Host, source: SocketAddr, to: SocketAddr) {
     let packet = craft::udp(source, to, b"trust me");
     from.injector().unwrap().send(&packet).unwrap();
@@ -107,7 +107,7 @@ fn a_new_pods_link_is_known_at_once_and_without_any_policy() {
     wait_for_count(&node, "spoofed", 2);
 }
 
-/// The node's way to the sender leads elsewhere: asymmetric routing, which is no pod's.
+/// The node's route to the sender uses another link: asymmetric routing, which pods do not have.
 fn what_comes_back_another_way_than_it_went_is_no_lie_on_the_nodes_own_link() {
     let bed = bed(Gateway::LinkLocal);
     let (outside, node, b) = (bed.lab.outside(), bed.lab.node(0), bed.lab.pod("x/b"));
@@ -136,7 +136,7 @@ fn what_comes_back_another_way_than_it_went_is_no_lie_on_the_nodes_own_link() {
     drop(live);
 }
 
-/// A tunnel device cannot tell who wrapped a packet, and inside may stand another node's pod as sender.
+/// A tunnel device does not show who encapsulated a packet; its inner source may be another node's pod.
 fn what_a_pod_wraps_for_its_own_node_is_not_unwrapped() {
     let cluster = small().rp_filter(RpFilter::Off).between(Between::Vxlan);
     let mut bed = Bed::bare(cluster);
@@ -195,7 +195,7 @@ fn tunnel_address(node: &Host) -> [u8; 6] {
     bytes.try_into().unwrap()
 }
 
-/// Conntrack takes what has a flow's addresses and ports for a part of it, so its mark proves nothing.
+/// Conntrack assigns any packet with a flow's addresses and ports to it, so its mark proves nothing.
 fn a_pod_cannot_send_into_a_flow_that_another_has_with_leave() {
     for gateway in [Gateway::LinkLocal, Gateway::NodeAddress] {
         let mut bed = Bed::bare(small().rp_filter(RpFilter::Off).gateway(gateway));

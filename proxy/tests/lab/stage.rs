@@ -1,7 +1,7 @@
 //! A lab with a pod in every place of the cases' cluster: every pod to every pod, by address and
 //! through a ClusterIP, in both families, on one node and across.
 //!
-//! How the daemons come to know a case's state is a [`Source`]'s business.
+//! A [`Source`] provides a case's state to the daemons.
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::{IpAddr, SocketAddr, TcpListener};
@@ -19,7 +19,7 @@ use crate::support::Bed;
 /// Places for pods; the loader allows no more.
 const SLOTS: usize = 9;
 
-/// How the daemons come to know the state of a case. Each call returns once it is in force.
+/// Provides the state of a case to the daemons. Each call returns once it is applied.
 pub(crate) trait Source {
     /// Starts the daemon of a node.
     fn start(&self, bed: &mut Bed, node: usize) {
@@ -32,11 +32,11 @@ pub(crate) trait Source {
     /// Makes `world` the state: the one before with `changes`.
     fn step(&mut self, bed: &Bed, nodes: &[Value], world: &World, changes: &[Change]);
 
-    /// Hears of every connection that is to be refused, once it has been tried.
+    /// Called for every connection that must be denied, after the attempt.
     fn refused(&mut self, _: &World, _: Refused) {}
 }
 
-/// A connection that is to be refused.
+/// A connection that must be denied.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Refused {
     pub(crate) client: IpAddr,

@@ -1,5 +1,5 @@
-//! What keeps a daemon from starting: each cause is named with its remedy, and the exit code says
-//! whether the question or the node was wrong.
+//! Causes that keep a daemon from starting: each is reported with its remedy, and the exit code shows
+//! whether the arguments or the node were wrong.
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
@@ -28,7 +28,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     ipvs_that_begins_beside_a_daemon_is_reported,
 ];
 
-/// Expects a refusal with this exit code that names all of this.
+/// Expects a failure with this exit code and all of these texts.
 fn refused(command: Command, code: i32, parts: &[&str]) {
     let output: Output = command.output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();

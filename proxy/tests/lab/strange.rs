@@ -1,4 +1,4 @@
-//! Everything odd that can be put on a wire, each with its name.
+//! All kinds of unusual packets, each with a name.
 //!
 //! Pure: addresses in, packets out. Knows nothing of what becomes of them.
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -14,7 +14,7 @@ pub(crate) struct Case {
     pub(crate) ethertype: Option<u16>,
 }
 
-/// Who is around, in one family.
+/// The hosts' addresses, in one family.
 pub(crate) struct Neighbourhood {
     pub(crate) from: IpAddr,
     pub(crate) to: IpAddr,
@@ -137,7 +137,7 @@ fn messages(at: &Neighbourhood, all: &mut Vec<Case>) {
     }
 }
 
-/// ICMP errors about packets that nobody sent, and about a stranger's flow.
+/// ICMP errors about packets that were never sent, and about another pod's flow.
 fn errors(at: &Neighbourhood, all: &mut Vec<Case>) {
     let kinds: &[(u8, u8)] = if at.from.is_ipv4() {
         &[(3, 1), (3, 3), (3, 4), (4, 0), (5, 1), (11, 0), (12, 0)]
@@ -188,7 +188,7 @@ fn fragments(at: &Neighbourhood, all: &mut Vec<Case>) {
     }
 }
 
-/// IP in IP, GRE and VXLAN that hold a packet of a friend's.
+/// IP in IP, GRE and VXLAN around a packet of an allowed pod.
 fn tunnels(at: &Neighbourhood, all: &mut Vec<Case>) {
     let (friend, target) = ((at.friend, 40_000).into(), (at.to, 80).into());
     let inner = craft::udp(friend, target, b"data");

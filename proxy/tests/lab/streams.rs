@@ -1,4 +1,4 @@
-//! What flows through the proxy: every byte, every end of a stream, and what an idle one costs.
+//! Streams through the proxy: every byte, every way to close one, and the cost of an idle one.
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};
@@ -134,7 +134,7 @@ fn bulk_in_one_direction_arrives_whole_and_ends() {
     }
 }
 
-/// One way of ending a stream: what both ends do, and what they notice of it, in words.
+/// One way to close a stream: what both ends do, and what they observe, in words.
 type Ending = (&'static str, fn(TcpStream, TcpStream) -> Vec<String>);
 
 const ENDINGS: [Ending; 9] = [
@@ -261,7 +261,7 @@ fn reset_seen(stream: TcpStream, other: &TcpStream) -> Vec<String> {
     vec![read(other)]
 }
 
-/// Resets from the end that has said its last word; the other end notices when it writes.
+/// Resets from an end that has closed its sending side; the other end notices when it writes.
 fn reset_written(stream: TcpStream, mut other: &TcpStream) -> Vec<String> {
     reset(stream);
     let mut said = String::new();
@@ -420,7 +420,7 @@ fn two_thousand_idle_connections_cost_two_descriptors_each() {
 /// How long a client waits for an answer to its first SYN (RFC 6298).
 const FIRST_REPEAT: Duration = Duration::from_secs(1);
 
-/// On a machine that is too busy to answer within a second a client repeats its SYN, and rightly so; no
+/// On a machine that is too busy to answer within a second a client retransmits its SYN, as it should; no
 /// SYN may be lost on any.
 fn a_thousand_connects_at_once_succeed_and_lose_no_syn() {
     const AT_ONCE: u16 = 1000;

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 pub(crate) const PORTREEVE: &str = env!("CARGO_BIN_EXE_portreeve");
 /// Longer than a round trip in the lab by far, shorter than a SYN's first retransmit.
 pub(crate) const SOON: Duration = Duration::from_millis(900);
-/// What everything that does happen has happened in.
+/// The time within which every expected event happens.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
 /// A SYN and some retransmits fall within it, and its end is far from any of them: after 1, 2, 3
 /// and 4 seconds since Linux 6.5 (`tcp_syn_linear_timeouts`), after 1, 3 and 7 before (RFC 6298).
@@ -81,28 +81,28 @@ pub(crate) fn policy(name: &str, spec: &Value) -> Value {
     })
 }
 
-/// Puts every pod of namespace x under policy both ways and allows everything: all goes through
+/// Isolates every pod of namespace x both ways and allows everything: all goes through
 /// the proxy.
 pub(crate) fn allow_all() -> Value {
     let spec = json!({ "podSelector": {}, "policyTypes": ["Ingress", "Egress"], "ingress": [{}], "egress": [{}] });
     policy("allow-all", &spec)
 }
 
-/// Denies everything that comes to one pod.
+/// Denies all ingress of one pod.
 pub(crate) fn deny_ingress(pod: &str) -> Value {
     let spec =
         json!({ "podSelector": { "matchLabels": { "pod": pod } }, "policyTypes": ["Ingress"] });
     policy(&format!("deny-ingress-{pod}"), &spec)
 }
 
-/// Denies everything that one pod begins.
+/// Denies all egress of one pod.
 pub(crate) fn deny_egress(pod: &str) -> Value {
     let spec =
         json!({ "podSelector": { "matchLabels": { "pod": pod } }, "policyTypes": ["Egress"] });
     policy(&format!("deny-egress-{pod}"), &spec)
 }
 
-/// Allows everything that comes to one pod, through the proxy.
+/// Allows all ingress of one pod, through the proxy.
 pub(crate) fn allow_ingress(pod: &str) -> Value {
     let spec = json!({ "podSelector": { "matchLabels": { "pod": pod } }, "policyTypes": ["Ingress"], "ingress": [{}] });
     policy(&format!("allow-ingress-{pod}"), &spec)
@@ -264,7 +264,7 @@ impl Bed {
         daemon.child.wait(DEADLINE).unwrap();
     }
 
-    /// Makes `policies` the only ones, and waits until every daemon has them in force.
+    /// Makes `policies` the only ones, and waits until every daemon has applied them.
     pub(crate) fn apply(&self, policies: &[Value]) {
         let mark = self.write_policies(policies);
         self.wait_in_force(&mark);
@@ -300,7 +300,7 @@ impl Bed {
         self.write("cluster.json", &self.lab.manifests());
     }
 
-    /// Waits until every running daemon has the policy `mark` and the kernel's sets are in step.
+    /// Waits until every running daemon has the policy `mark` and the kernel's sets are in sync.
     pub(crate) fn wait_in_force(&self, mark: &str) {
         for (node, _) in self
             .daemons
@@ -395,7 +395,7 @@ impl Daemon {
         said.unwrap_or_else(|error| panic!("{error}\n{}", self.log()));
     }
 
-    /// Ends it as Kubernetes ends a pod; it must end well.
+    /// Stops it as Kubernetes stops a pod; it must exit with success.
     pub(crate) fn terminate(&mut self) {
         self.child.terminate();
         let status = self.child.wait(DEADLINE).unwrap();
@@ -431,7 +431,7 @@ pub(crate) fn marker(mark: &str) -> Value {
     marker
 }
 
-/// Whether a daemon has the policy `mark`, and the kernel what its table has.
+/// Whether a daemon has the policy `mark`, and the kernel's sets match its table.
 pub(crate) fn in_force(node: &Host, mark: &str) -> bool {
     let named = format!("{mark}\"");
     let Some(policies) = ask(node, "/policies").filter(|it| it.body.contains(&named)) else {
@@ -469,7 +469,7 @@ pub(crate) fn ask_by(node: &Host, method: &str, path: &str) -> Option<Answer> {
     ask_as(node, "localhost", method, path)
 }
 
-/// Asks by another name than the admin port's own.
+/// Sends a request with another Host header.
 pub(crate) fn ask_as(node: &Host, host: &str, method: &str, path: &str) -> Option<Answer> {
     let connect = || TcpStream::connect((Ipv4Addr::LOCALHOST, ADMIN));
     let mut stream = node.run(connect).unwrap().ok()?;
@@ -526,7 +526,7 @@ fn split_labels(series: &str) -> (&str, Vec<&str>) {
     }
 }
 
-/// Who answers at `to`, and whom it sees.
+/// The name of the server at `to`, and the client address that it sees.
 #[track_caller]
 pub(crate) fn greeted(from: &Host, to: SocketAddr) -> Greeting {
     let outcome = from.connect(to, DEADLINE).unwrap();

@@ -47,7 +47,7 @@ fn bed() -> Bed {
     bed
 }
 
-/// What the probe of a pod of node 0 says: its exit code and why.
+/// The probe's result for a pod of node 0: its exit code and reason.
 fn probe(bed: &Bed, uid: &str) -> (Option<i32>, String) {
     let mut command = bed.lab.node(0).command(PORTREEVE);
     command.arg("ready").env("POD_UID", uid);
@@ -194,7 +194,7 @@ fn a_handover_that_breaks_off_costs_nothing() {
     old.terminate();
 }
 
-/// The daemon that runs breaks the handover off, and ends a while later.
+/// The old daemon aborts the handover, and exits a while later.
 fn a_new_daemon_waits_for_the_old_one() {
     let mut bed = Bed::bare(small());
     bed.write_policies(&policies());
@@ -282,7 +282,7 @@ fn with_other_ports_the_new_daemon_gets_the_node_without_the_streams() {
     old.terminate();
 }
 
-/// An older version, and one whose place cannot be made.
+/// An older version, and a daemon whose socket path cannot be created.
 fn a_daemon_that_cannot_be_relieved_is_waited_for() {
     let mut bed = Bed::enforced(&[], &policies());
     let [a, b] = ["x/a", "x/b"].map(|name| bed.lab.pod(name));

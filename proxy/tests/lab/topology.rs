@@ -96,7 +96,7 @@ fn hold_on(cluster: Builder, looks_into_packets: &str) {
     a_new_pod_is_held_until_it_is_known(&mut bed);
 }
 
-/// Released pods, and a pod to itself by its Service.
+/// Non-isolated pods, and a pod to itself by its Service.
 fn everyone_reaches_everyone(bed: &Bed) {
     for from in bed.lab.pods() {
         for to in bed.ways(80) {
@@ -184,7 +184,7 @@ fn who_may_not_hears_nothing(bed: &Bed) {
     }
 }
 
-/// What a datagram by each of these ways comes to, all at once.
+/// The outcome of a datagram by each of these ways, all at once.
 fn asked(client: &Host, ways: Vec<Way>) -> Vec<(Way, UdpOutcome)> {
     thread::scope(|scope| {
         let asked = ways.into_iter().map(|way| {
@@ -214,7 +214,7 @@ fn hears_nothing(client: &Host, ways: &[Way]) {
     }
 }
 
-/// What no policy concerns: the policed pod's own connections, to itself too, its node, the world.
+/// Traffic outside of the policy: the isolated pod's egress, also to itself, its node, the world.
 fn the_rest_is_as_ever(bed: &Bed) {
     for server in ["x/b", "x/c"] {
         let from = bed.lab.pod(server);

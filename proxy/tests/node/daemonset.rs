@@ -1,4 +1,4 @@
-//! The DaemonSet as it is applied: what its containers are, what they may do, what they say.
+//! The applied DaemonSet: its containers, their privileges and their logs.
 use std::fs;
 use std::path::Path;
 

@@ -18,7 +18,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     what_a_pod_dials_as_its_first_act_is_judged,
 ];
 
-/// Those that may dial.
+/// The clients that policies allow.
 fn friends() -> Value {
     json!({ "pod": "friend" })
 }

@@ -1,4 +1,4 @@
-//! The variants of the DaemonSet that do something with the node; each ends with `base` in its place again.
+//! The overlays of the DaemonSet that change the node; each test applies `base` again at its end.
 use lab::runner::Test;
 
 use crate::enforcement::policed;

@@ -1,4 +1,4 @@
-//! Pods that kubelet starts, and what they are to each other.
+//! Pods that kubelet starts, and the connections between them.
 use lab::kubernetes::BUSYBOX;
 use lab::{Host, Outcome, wait_until};
 use serde_json::{Value, json};

@@ -125,7 +125,7 @@ impl Streams {
         }
     }
 
-    /// Uses them all the time while `act` acts, and lets `stranger` try what is denied.
+    /// Uses them all the time while `act` runs, and lets `stranger` try what is denied.
     fn go_on_while(&self, stranger: &Host, web: &Host, act: impl FnOnce()) {
         let stop = &AtomicBool::new(false);
         thread::scope(|scope| {

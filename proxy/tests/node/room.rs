@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use crate::support::in_force;
 
 pub(crate) const NAMESPACE: &str = "portreeve-system";
-/// What kubelet, scheduler and controllers do within on two busy cores.
+/// How long kubelet, scheduler and controllers may take on two busy cores.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A cluster of one real node.
@@ -90,7 +90,7 @@ impl Room {
         said.unwrap_or_else(|error| panic!("{error}"));
     }
 
-    /// Waits until the DaemonSet is what it says.
+    /// Waits until the DaemonSet's rollout is complete.
     pub(crate) fn rolled_out(&self) {
         let limit = format!("--timeout={}s", PATIENCE.as_secs());
         let args = [
@@ -164,7 +164,7 @@ impl Room {
         String::from_utf8(command.output().unwrap().stdout).unwrap()
     }
 
-    /// All that helps to see why something did not happen.
+    /// Diagnostics for a wait that failed.
     pub(crate) fn told(&self) -> String {
         let say = |args: &[&str]| match self.control.kubectl(args, "") {
             Ok(said) => said,

@@ -1,4 +1,4 @@
-//! Cgroups of a node's own, in every hierarchy that the machine has, gone with the value.
+//! The cgroups of a node, in every hierarchy that the machine has; removed on drop.
 //!
 //! Must be used by a process of the machine's mount namespace, whose `/sys/fs/cgroup` is the
 //! machine's. Knows nothing of what runs in them.
@@ -14,9 +14,9 @@ use crate::wait::wait_until;
 
 const MOUNTED: &str = "/sys/fs/cgroup";
 const PREFIX: &str = "portreeve-lab-";
-/// How long the kernel may take to end what was killed.
+/// How long the kernel may take to end killed processes.
 const EMPTY: Duration = Duration::from_secs(10);
-/// After this time without a process a cgroup is one that a killed lab has left.
+/// A cgroup that has had no process for this time was left by a killed lab.
 const LEFT: Duration = Duration::from_secs(60);
 
 /// A cgroup in each hierarchy. Dropping it removes them, with those below, once their processes
@@ -90,8 +90,8 @@ impl Drop for Cgroups {
     }
 }
 
-/// Where a cgroup of one's own can be made: in this process's own of each hierarchy of version 1, or
-/// at the root of the only one of version 2, as processes are to stand in leaves there.
+/// Where cgroups can be created: in this process's cgroup of each version 1 hierarchy, or
+/// at the root of the version 2 hierarchy, as processes must be in leaves there.
 fn parents() -> Vec<PathBuf> {
     let mounted = Path::new(MOUNTED);
     if mounted.join("cgroup.controllers").is_file() {
@@ -126,7 +126,7 @@ fn make(parent: &Path) -> io::Result<PathBuf> {
     unreachable!("numbers do not end")
 }
 
-/// Removes what a lab has left that was killed: nothing runs in it.
+/// Removes the cgroups that a killed lab has left: they have no processes.
 fn remove_left(parent: &Path) {
     let entries = fs::read_dir(parent).into_iter().flatten().flatten();
     for entry in entries {

@@ -1,4 +1,4 @@
-//! What containerd, the CNI plugins and kubelet of a node are told.
+//! The configuration of a node's containerd, CNI plugins and kubelet.
 //!
 //! Pure: values in, text out.
 
@@ -35,7 +35,7 @@ state = "/run/containerd"
     )
 }
 
-/// What a real node's pods hang on, by the CNI plugin that makes it.
+/// How a real node's pods are attached, by CNI plugin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Network {
     /// `ptp`: a veth each, behind an address of the node.
@@ -44,7 +44,7 @@ pub enum Network {
     Bridge,
 }
 
-/// The list of plugins that a pod's network is made by.
+/// The list of CNI plugins of a pod's network.
 pub(super) fn network(network: Network, pod_cidrs: &Value) -> Value {
     let ranges = pod_cidrs.as_array().into_iter().flatten();
     let ranges: Vec<_> = ranges.map(|subnet| json!([{ "subnet": subnet }])).collect();
@@ -61,7 +61,7 @@ pub(super) fn network(network: Network, pod_cidrs: &Value) -> Value {
     json!({ "cniVersion": "1.0.0", "name": "lab", "plugins": [first, ports] })
 }
 
-/// kubelet's. Only the API server's host reaches it, so it believes whoever asks.
+/// kubelet's. Only the API server's host reaches it, so it needs no authentication.
 pub(super) fn kubelet(resolver: &Path) -> Value {
     json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -74,7 +74,7 @@ pub(super) fn kubelet(resolver: &Path) -> Value {
         "authorization": { "mode": "AlwaysAllow" },
         "resolvConf": resolver,
         "volumePluginDir": "/var/lib/kubelet/volume-plugins",
-        // A full disk of the machine is not the lab's business.
+        // The lab ignores a full disk of the machine.
         "imageGCHighThresholdPercent": 100,
         "evictionHard": {
             "memory.available": "0%", "nodefs.available": "0%", "nodefs.inodesFree": "0%",

@@ -22,7 +22,7 @@ pub struct Image<'a> {
     pub root: &'a Path,
     /// Its variables, as `NAME=value`.
     pub environment: &'a [&'a str],
-    /// What a container runs that says nothing else.
+    /// The default command of a container.
     pub command: &'a [&'a str],
 }
 

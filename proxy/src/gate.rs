@@ -1,8 +1,8 @@
 //! Decides every new connection while its first packet waits in the kernel.
 //!
-//! A denied SYN is dropped or reset and never answered. An allowed one waits until the server has
-//! answered the connection that we make in the client's name, and hears the same: so a client
-//! cannot tell the gate from the network. Knows nothing of what flows afterwards.
+//! A denied SYN is dropped or answered with a reset. An allowed one waits until the server has
+//! answered the upstream connection from the client's address, and gets the same answer: so a client
+//! cannot distinguish the gate from the network. Knows nothing of the stream afterwards.
 mod backlog;
 mod carry;
 mod packet;
@@ -33,10 +33,10 @@ use crate::telemetry::timeline::{Moment, Trail};
 
 use packet::{Packet, Reset, Syn};
 
-/// Packets that are decided before their rulings are sent and other tasks of the thread run: enough to share a system
+/// Packets that are decided before their verdicts are sent and other tasks of the thread run: enough to share a system
 /// call, few enough to be prompt.
 const TURN: usize = 16;
-/// How long a connection may take to end whose client has taken its port again already.
+/// How long to wait for the end of a connection whose client already uses its port again.
 const SUCCESSION: Duration = Duration::from_millis(250);
 /// Bytes for one message of the queue, with room for attributes that newer kernels add.
 const MESSAGE: usize = 4096;
@@ -45,7 +45,7 @@ const MESSAGE: usize = 4096;
 pub(crate) struct Gate {
     queue: Queue,
     enforcer: Arc<Enforcer>,
-    /// Number of the core's worker, noted on what it connects.
+    /// Number of the core's worker, stored with its upstream connections.
     worker: usize,
 }
 
@@ -68,11 +68,11 @@ impl Came {
     }
 }
 
-/// What the table says of a connection.
+/// The result of evaluating a connection.
 enum Judged {
     Allowed(Leg),
     Denied,
-    /// One end lies in the cluster and nobody has told us about it yet.
+    /// One endpoint is in the cluster and not known yet.
     Unknown,
 }
 
@@ -94,7 +94,7 @@ impl Gate {
         let mut buffer = vec![0; MESSAGE];
         loop {
             let mut came = 0;
-            // Most come alone: their ruling does not wait for a look whether there is another.
+            // Most packets come alone: send the verdict before checking for another packet.
             for most in [1, TURN] {
                 let decide = |queued: Queued<'_>| self.decide(Came::of(&queued));
                 came = self.queue.receive(&mut buffer, most, decide).await?;
@@ -106,7 +106,7 @@ impl Gate {
         }
     }
 
-    /// Drops what is held and leaves the queue, whose number this returns, to whoever gets the socket. To be
+    /// Drops the held packets and returns the queue's number and socket, for another daemon. To be
     /// called after [`Self::serve`] has been dropped.
     ///
     /// # Errors
@@ -123,8 +123,8 @@ impl Gate {
             _ => packet.reversed(),
         };
         match came.packet {
-            // Only what the rules have handed to the listener can be relayed; to this node itself the
-            // kernel carries a connection.
+            // Only connections that the rules divert to the listener can be proxied; those to this node itself
+            // are kernel flows.
             Packet::Syn(syn) if came.mark & self.enforcer.marks.divert() == 0 => {
                 self.flow(id, length, syn.into());
             }
@@ -176,14 +176,14 @@ impl Gate {
         }
     }
 
-    /// Decides a SYN between the ends of a connection that we take to be live. Its socket may have
-    /// ended already (the client reset it, say) before we were told: then this is a new attempt, and
-    /// past the gate the listener itself would answer it. Else the socket answers as TCP wants it
+    /// Decides a SYN with the addresses and ports of a connection that is live in the table. Its socket may have
+    /// closed already without notice (for example, the client reset it): then this is a new attempt, and
+    /// without the gate the listener would answer it. Otherwise the socket answers as TCP requires
     /// (RFC 5961, section 4).
     async fn succeed(self: Rc<Self>, id: PacketId, syn: Syn, last: Arc<Flow>) {
         let over = last.over_within(SUCCESSION).await;
         if over && self.enforcer.draining.has_begun() {
-            // It is dropped with the rest, and comes again to whoever relieves this daemon.
+            // It is dropped with the rest; the client retransmits it to the new daemon.
             return;
         }
         if over {
@@ -209,7 +209,7 @@ impl Gate {
         self.answer(id, Answer::Accept);
     }
 
-    /// Judges a connection by the newest table and notes on it what it rests on.
+    /// Evaluates a connection by the newest table and stores the decision on it.
     fn judge(&self, flow: &Flow) -> Judged {
         let FlowKey { client, server } = flow.key;
         let (table, port) = (&self.enforcer.table, Some(server.port()));
@@ -224,7 +224,7 @@ impl Gate {
         }
     }
 
-    /// Notes a judgement on its connection.
+    /// Stores a judgement on its connection.
     fn note(&self, flow: &Flow, judged: Judgement) -> Judged {
         match judged {
             Judgement::Unknown(_) => Judged::Unknown,
@@ -303,7 +303,7 @@ impl Gate {
         self.flush();
     }
 
-    /// Connects to the server and lets the client hear what came of it.
+    /// Connects to the server and passes the result on to the client.
     async fn admit(self: Rc<Self>, id: PacketId, flow: Arc<Flow>, leg: Leg) {
         let FlowKey { client, server } = flow.key;
         let enforcer = &self.enforcer;
@@ -319,7 +319,7 @@ impl Gate {
                 if let Some(trail) = flow.trail.get() {
                     trail.note(Moment::Connected);
                 }
-                // First the table, then the kernel: the client may be through in no time.
+                // First the table, then the kernel: the client may complete its handshake at once.
                 if enforcer.flows.admit(&flow, upstream, self.worker) {
                     self.answer(id, Answer::Accept);
                 } else {
@@ -335,12 +335,12 @@ impl Gate {
                 enforcer.ended(&flow, Outcome::Unanswered(source.to_string()));
             }
             None if enforcer.draining.has_begun() => {
-                // The client repeats its SYN, to whoever relieves this daemon.
+                // The client retransmits its SYN to the new daemon.
                 self.queue.rule(id, Ruling::Drop);
                 enforcer.flows.remove(&flow);
             }
             Some(Err(ConnectError::Silent { .. })) | None => self.not_answered(id, &flow),
-            // A client that uses up its ports does so by the thousand: counted, not logged.
+            // A client that uses up its ports causes thousands of these: counted, not logged.
             Some(Err(ConnectError::NoPort { .. })) => {
                 enforcer.flows.remove(&flow);
                 self.refuse(id, DropReason::NoPort);
@@ -368,14 +368,14 @@ impl Gate {
         self.enforcer.denied(flow);
     }
 
-    /// Drops a packet for another reason than policy, which has a count of its own.
+    /// Drops a packet for a reason other than policy, and counts the reason.
     fn refuse(&self, id: PacketId, cause: DropReason) {
         self.queue.rule(id, Ruling::Drop);
         self.enforcer.metrics.dropped(cause);
     }
 
-    /// The packet loses the marks of others: by kube-proxy's, a pod would go on hidden behind this node, and
-    /// the next node would judge another than this one did.
+    /// Clears the marks of other programs: with kube-proxy's, the packet would be masqueraded to this node, and
+    /// the next node would evaluate another source.
     fn answer(&self, id: PacketId, answer: Answer) {
         self.queue.rule(
             id,

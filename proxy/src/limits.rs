@@ -5,8 +5,8 @@
 //!
 //! | resource | one source | in all | beyond |
 //! |---|---|---|---|
-//! | connections | as many as are still free: one alone half of all, two a third each; twice that for one server, of those who are no pods, and three times for one namespace | what descriptors and memory allow | a new one is refused; a live one never ends for it |
-//! | half-open ones among them | a pod of this node two thirds | [`Bounds::half_open`] | the oldest of the biggest user, by source or by server, ends; over its share a pod is refused |
+//! | connections | as many as are still free: one alone half of all, two a third each; twice that for one server, from clients that are not pods, and three times for one namespace | what descriptors and memory allow | a new one is dropped; live ones are never ended |
+//! | half-open ones among them | a pod of this node two thirds | [`Bounds::half_open`] | the oldest of the biggest user, by source or by server, ends; beyond its share a pod's new ones are dropped |
 //! | packets that wait for an unknown address | a pod of this node [`WAITING_OF_SOURCE`] | [`Bounds::waiting`] | the same |
 //! | length of a packet that waits | [`LONGEST_WAITING`] | | it is dropped |
 //! | pipes of bulk streams | | [`Bounds::pipes`] | the stream is copied, not spliced |
@@ -49,7 +49,7 @@ pub(crate) struct Bounds {
     pub(crate) total: usize,
     /// Connections whose client has not completed its handshake.
     pub(crate) half_open: usize,
-    /// Packets that wait for an address of which nobody has said yet whose it is. A SYN among them is a connection.
+    /// Packets that wait for an unknown address. A SYN among them counts as a connection.
     pub(crate) waiting: usize,
     /// Pipes of bulk streams.
     pub(crate) pipes: usize,
@@ -67,7 +67,7 @@ pub(crate) enum Full {
 impl Bounds {
     /// What `descriptors` allow: two for a connection, and an eighth of all for pipes, two each. Half-open may be
     /// half of all connections, with one descriptor each, and three quarters of the `backlog` of a listener. What waits
-    /// for unknown addresses comes in any number of names: an eighth, so that with half-open ones to the same server it is less
+    /// for unknown addresses can have any source: an eighth, so that with half-open ones to the same server it is less
     /// than that may have.
     ///
     /// Under a limit of `memory`, connections have what is left of it without `unread` bytes and an eighth for the rest.

@@ -23,9 +23,9 @@ use crate::tcp::connections::StageName;
 
 use accept::Relays;
 
-/// What connections may take to be reset when the daemon stops, or left when it is relieved.
+/// How long resetting connections may take when the daemon stops, or exporting them in a handover.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
-/// What servers that have been asked may take to answer before their clients have to ask again.
+/// How long a handover waits for pending upstream connects; the clients of the rest retransmit their SYNs.
 const ANSWER_WITHIN: Duration = Duration::from_millis(50);
 
 /// A worker whose queue is bound and that waits for its work.
@@ -34,7 +34,7 @@ pub(crate) struct Worker {
     thread: JoinHandle<io::Result<()>>,
 }
 
-/// What a worker begins with.
+/// The initial work of a worker.
 struct Work {
     listener: std::net::TcpListener,
     /// Connections that another daemon has left.
@@ -48,7 +48,7 @@ impl Worker {
     /// this socket already.
     ///
     /// # Errors
-    /// `EBUSY` if someone else has the queue, `EPERM` without `CAP_NET_ADMIN`; what a thread costs.
+    /// `EBUSY` if someone else has the queue, `EPERM` without `CAP_NET_ADMIN`; the errors of creating a thread.
     pub(crate) fn start(
         number: usize,
         workers: usize,
@@ -107,8 +107,8 @@ impl Worker {
     }
 }
 
-/// Keeps this thread to the cores whose packets come to its queue. So whoever sends on a core wakes the
-/// worker there: the packet is in that core's cache, and no other core must be called out of its sleep.
+/// Pins this thread to the cores whose packets come to its queue. So a sender on a core wakes the
+/// worker there: the packet is in that core's cache, and no other core has to wake up.
 fn keep_to_own_cores(number: usize, workers: usize) {
     let this_thread = Pid::from_raw(0);
     let Ok(allowed) = sched_getaffinity(this_thread) else {
@@ -121,7 +121,7 @@ fn keep_to_own_cores(number: usize, workers: usize) {
             let _ = own.set(core);
         }
     }
-    // Refused if there are none, as in a container that has been given other cores: it runs on any then.
+    // This fails if the container may use none of them: then the thread runs on any core.
     let _ = sched_setaffinity(this_thread, &own);
 }
 
@@ -130,14 +130,14 @@ fn cores_of_queue(number: usize, queues: usize) -> impl Iterator<Item = usize> {
     (number..CpuSet::count()).step_by(queues)
 }
 
-/// Asks for the connections whose SYN came up on core `number`: that core's queue is ours too, so
-/// the upstream waits in this very worker. Linux 6.2; without it any worker may get any connection.
+/// Prefers the connections whose SYN arrived on core `number`: this worker also has that core's queue, so
+/// the upstream waits in this worker. Linux 6.2; without it any worker may get any connection.
 fn prefer_own_core(listener: &std::net::TcpListener, number: usize) {
     let _ = SockRef::from(listener).set_cpu_affinity(number);
 }
 
-/// Runs until told to stop, then leaves what is live to the daemon that relieves this one; without one it resets
-/// it: a plain close would look like a complete stream.
+/// Runs until stopped, then hands live connections over to the new daemon; without one it resets
+/// them: a plain close would look like a complete stream.
 async fn serve(
     queue: Queue,
     work: oneshot::Receiver<Work>,
@@ -180,7 +180,7 @@ async fn serve(
     result
 }
 
-/// Leaves everything to the daemon that relieves this one.
+/// Hands everything over to the new daemon.
 async fn leave(gate: &Gate, listener: tokio::net::TcpListener, relays: &Relays) -> io::Result<()> {
     let Relays {
         enforcer, outgoing, ..

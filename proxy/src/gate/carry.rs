@@ -1,7 +1,7 @@
-//! Decides flows that the kernel carries: UDP, SCTP, ICMP and other protocols, and TCP streams that
-//! ran before their pod came under policy.
+//! Decides kernel flows: UDP, SCTP, ICMP and other protocols, and TCP streams that
+//! began before their pod was isolated.
 //!
-//! Their first packet is judged as a SYN is; if it may pass, conntrack remembers so for the flow.
+//! Their first packet is evaluated like a SYN; if it is allowed, the conntrack mark says so for the flow.
 use std::rc::Rc;
 use std::time::{Instant, SystemTime};
 
@@ -39,7 +39,7 @@ impl Gate {
         }
     }
 
-    /// Decides as soon as the table knows both ends; after `--hold` the packet is refused.
+    /// Decides as soon as the table knows both endpoints; after `--hold` the packet is dropped.
     async fn wait_and_settle(
         &self,
         id: PacketId,
@@ -89,7 +89,7 @@ impl Gate {
     }
 }
 
-/// What is known of a flow at its first packet: no byte of it has been counted.
+/// The record data of a flow at its first packet, before any bytes are counted.
 fn subject(packet: &FlowId, opened: SystemTime) -> Subject {
     Subject {
         client: packet.client,

@@ -1,4 +1,4 @@
-//! The few header fields of a held packet that a verdict rests on.
+//! Parses the header fields of a held packet that a verdict depends on.
 use std::net::{IpAddr, SocketAddr};
 
 use etherparse::{
@@ -22,8 +22,8 @@ pub(crate) enum Packet {
     Syn(Syn),
     /// A TCP reset.
     Reset(Reset),
-    /// In the original direction of a flow that the kernel carries once it is allowed: UDP, SCTP,
-    /// ICMP, another protocol, or TCP that ran before.
+    /// In the original direction of a flow that becomes a kernel flow if allowed: UDP, SCTP,
+    /// ICMP, another protocol, or TCP that began before.
     Flow(FlowId),
     /// A TCP segment that is neither a SYN nor part of a connection, a packet too short to judge, or a link-local
     /// source.
@@ -76,7 +76,7 @@ impl From<Syn> for FlowId {
 }
 
 impl Packet {
-    /// Reads a packet from its IP header on; it may be cut short behind its headers.
+    /// Parses a packet from its IP header on; it may be truncated after its headers.
     pub(crate) fn parse(bytes: &[u8]) -> Self {
         let Ok(sliced) = LaxSlicedPacket::from_ip(bytes) else {
             return Self::Unreadable;
@@ -90,11 +90,11 @@ impl Packet {
         else {
             return Self::Unreadable;
         };
-        // Beyond its link it identifies no sender, and cannot be answered.
+        // A link-local address identifies no sender beyond its link, and cannot be answered.
         if is_link_local(from) {
             return Self::Odd;
         }
-        // To the kernel it is a protocol of its own: what it wraps is no connection that we relay.
+        // The kernel treats AH as a separate protocol: TCP inside it cannot be proxied.
         let protocol = Protocol::from_ip_number(if authenticated {
             AUTHENTICATION
         } else {
@@ -152,7 +152,7 @@ fn is_link_local(address: IpAddr) -> bool {
     matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
-/// What the IP header and its extensions say.
+/// The fields of the IP header and its extensions.
 struct Network<'a> {
     from: IpAddr,
     to: IpAddr,

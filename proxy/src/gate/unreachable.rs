@@ -1,6 +1,6 @@
 //! Tells an IPv4 client that its server cannot be reached, as the last router would (RFC 792).
 //!
-//! The kernel cannot be asked to: its own ICMP answer to a diverted packet would come from the
+//! The kernel cannot do this: its own ICMP answer to a diverted packet would come from the
 //! server's address, which is not this host's, and is never sent. For a client behind a Service the
 //! message names the pod, not the Service, and is ignored: it runs into its timeout.
 use std::io;
@@ -14,7 +14,7 @@ use crate::checksum;
 
 const DESTINATION_UNREACHABLE: u8 = 3;
 
-/// Sends `answer` for the SYN with `sequence`. True if it is such an answer and was sent.
+/// Sends the ICMP message of `answer` for the SYN with `sequence`. True if there is one and it was sent.
 pub(super) fn tell(client: SocketAddr, server: SocketAddr, sequence: u32, answer: Answer) -> bool {
     let (SocketAddr::V4(client), SocketAddr::V4(server)) = (client, server) else {
         return false;

@@ -26,7 +26,7 @@ const OF_NAMESPACE: usize = 3;
 /// The same of one server: more than a source, so that no single source takes all of it.
 const OF_SERVER: usize = 2;
 
-/// The right to one connection; dropped, it is given back.
+/// A permit for one connection, released when dropped.
 pub(crate) struct Permit {
     connections: Arc<Connections>,
     source: Source,
@@ -53,7 +53,7 @@ impl Connections {
     /// may have three times as many.
     ///
     /// A pod's connection counts in its own namespace only: it must not use up what the server has, or the namespace
-    /// that this is in. Who is no pod may attack a server in any number of names, so a server may have from those
+    /// that this is in. Clients that are not pods can use any number of addresses, so a server may have from those
     /// twice as many as are still free, and they count in its namespace.
     ///
     /// # Errors

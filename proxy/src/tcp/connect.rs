@@ -2,7 +2,7 @@
 //!
 //! Its port comes from ranges that pods' own ports and NodePorts do not touch, one for servers on
 //! this node and one for the rest, since both nodes of a connection may have to relay it. If no
-//! port is to be had the attempt fails: another address would change the far node's decision.
+//! port is free, the attempt fails: another address would change the other node's decision.
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 
 use crate::telemetry::timeline::Trail;
 
-/// Ports tried for one connection before it is refused.
+/// Ports that are tried for one connection before it fails.
 const PORTS_TRIED: usize = 256;
 
 /// Where the server is, seen from this node.
@@ -29,8 +29,8 @@ pub(crate) enum Leg {
 }
 
 impl Leg {
-    /// The next port of this leg's range: in turn, so that one comes back as late as can be, and
-    /// from a place that differs each time the daemon starts.
+    /// The next port of this leg's range: round-robin, so that a port is reused as late as possible, and
+    /// from a random start.
     fn next_port(self) -> u16 {
         static LOCAL: LazyLock<AtomicU16> = LazyLock::new(anywhere);
         static REMOTE: LazyLock<AtomicU16> = LazyLock::new(anywhere);
@@ -50,7 +50,7 @@ fn anywhere() -> AtomicU16 {
 /// Why there is no connection to the server.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
-    /// The network or the server said no; the client is to hear the same.
+    /// The network or the server rejected the connection; the client gets the same answer.
     #[error("{server} answered")]
     Answered {
         server: SocketAddr,
@@ -58,18 +58,18 @@ pub(crate) enum ConnectError {
         #[source]
         source: io::Error,
     },
-    /// Nobody answered for as long as TCP tries.
+    /// There was no answer until TCP gave up.
     #[error("{server} did not answer")]
     Silent { server: SocketAddr },
     /// All source ports towards this server are in use.
     #[error(
-        "no free source port for {client} towards {server}; they come back a minute after their connections ended"
+        "no free source port for {client} to {server}; a port is free again a minute after its connection ends"
     )]
     NoPort {
         client: SocketAddr,
         server: SocketAddr,
     },
-    /// This host could not even try.
+    /// A system call failed on this host.
     #[error("cannot {operation} for {client}")]
     Refused {
         operation: &'static str,
@@ -82,7 +82,7 @@ pub(crate) enum ConnectError {
 /// Connects to `server` from `client`'s address and waits for the outcome.
 ///
 /// # Errors
-/// One [`ConnectError`] a cause. Dropping the future gives the attempt up.
+/// One [`ConnectError`] per cause. Dropping the future aborts the attempt.
 pub(crate) async fn connect(
     client: SocketAddr,
     server: SocketAddr,
@@ -121,7 +121,7 @@ pub(crate) async fn connect(
     }
 }
 
-/// Keep-alive of both legs: a peer that is gone without a word is noticed within two minutes.
+/// Keep-alive of both legs: detects a peer that has silently gone within two minutes.
 pub(crate) fn keepalive() -> TcpKeepalive {
     TcpKeepalive::new()
         .with_time(Duration::from_secs(60))
@@ -170,8 +170,8 @@ fn started(
         {
             Ok(()) => return Ok((socket, from.port())),
             Err(error) if still_connecting(&error) => return Ok((socket, from.port())),
-            // Taken towards this very server, or still in TIME_WAIT: a bound socket cannot be bound
-            // again, so the next port wants a new one.
+            // In use to this server, or still in TIME_WAIT: a bound socket cannot be bound
+            // again, so the next port needs a new one.
             Err(error)
                 if matches!(
                     error.raw_os_error(),
@@ -208,7 +208,7 @@ fn prepared(server: SocketAddr, marks: Marks) -> io::Result<Socket> {
     // One port may serve towards many servers; the kernel still keeps every pair of ends unique.
     socket.set_reuse_address(true)?;
     socket.set_tcp_nodelay(true)?;
-    // Urgent data is data (RFC 6093, section 3.2): without this the kernel takes its byte out of the stream.
+    // Urgent data stays inline (RFC 6093, section 3.2): otherwise the kernel removes its byte from the stream.
     socket.set_out_of_band_inline(true)?;
     reset_when_closed(&socket)?;
     Ok(socket)
@@ -221,7 +221,7 @@ fn still_connecting(error: &io::Error) -> bool {
     )
 }
 
-/// What the client is to see of `error`: the very thing that it would have seen without us.
+/// Maps `error` to the answer that the client would get without the proxy.
 fn outcome(client: SocketAddr, server: SocketAddr, error: io::Error) -> ConnectError {
     let answer = match error.raw_os_error() {
         Some(libc::ECONNREFUSED | libc::ECONNRESET) => Answer::Reset,

@@ -1,7 +1,7 @@
 //! The table of connections: held, admitted, live.
 //!
 //! A connection is in the table before its verdict is acted on, so that a change of policy finds
-//! it. Knows no packets and no policy; what a connection was decided by it carries as a value.
+//! it. Knows no packets and no policy; a connection has its decision as a value.
 mod adopted;
 mod by_address;
 mod ending;
@@ -44,9 +44,9 @@ pub(crate) struct FlowKey {
     pub(crate) server: SocketAddr,
 }
 
-/// How long the kernel repeats a SYN-ACK that nobody acknowledges (`tcp_synack_retries` of 5), and a bit.
+/// How long the kernel retransmits an unacknowledged SYN-ACK (`tcp_synack_retries` of 5), plus a margin.
 const ACCEPT_WITHIN: Duration = Duration::from_secs(70);
-/// What a client's clock may be late in repeating its SYN.
+/// How late a client may retransmit its SYN.
 const REPEAT_SLACK: Duration = Duration::from_secs(4);
 
 /// One TCP connection through this node.
@@ -81,15 +81,15 @@ pub(crate) struct Flow {
     _permit: Permit,
 }
 
-/// What a SYN is to the table.
+/// How a SYN relates to the table.
 pub(crate) enum Arrival {
     /// A new attempt, now in the table as held.
     New(Arc<Flow>),
     /// A copy of a SYN while the first one is held, or after its socket was closed: it is dropped.
     Repeated,
-    /// The connection is past its SYN: the socket is to see it.
+    /// The connection is past its SYN: the packet goes to its socket.
     PastSyn,
-    /// A new attempt between the ends of a live connection: see whether that one is ending.
+    /// A new attempt with the addresses and ports of a live connection, which may be ending.
     Successor(Arc<Flow>),
 }
 
@@ -98,7 +98,7 @@ pub(crate) enum Arrival {
 pub(crate) struct Flows {
     by_key: DashMap<FlowKey, Arc<Flow>, ahash::RandomState>,
     by_address: ByAddress<Flow>,
-    /// Held attempts by what survives translation: behind a Service, the repeated SYN may be sent
+    /// Held attempts by the fields that DNAT keeps: behind a Service, a retransmitted SYN may be sent
     /// to another pod, because the first one's conntrack entry is not confirmed while it is held.
     attempts: DashMap<(SocketAddr, u32), FlowKey, ahash::RandomState>,
     next_id: AtomicU64,
@@ -114,7 +114,7 @@ impl Flows {
         }
     }
 
-    /// Enters a SYN. `permit` is asked for only when the attempt is new.
+    /// Enters a SYN. `permit` is called only for a new attempt.
     ///
     /// # Errors
     /// That of `permit`.
@@ -241,7 +241,7 @@ impl Ends for Flow {
 }
 
 impl Flow {
-    /// One whose SYN has just come.
+    /// A connection whose SYN has just arrived.
     fn held(id: u64, key: FlowKey, sequence: u32, permit: Permit) -> Self {
         Self {
             id,
@@ -267,7 +267,7 @@ impl Flow {
         }
     }
 
-    /// Who decided, once that is known.
+    /// The decision, once there is one.
     pub(crate) fn decision(&self) -> Option<Arc<Decision>> {
         self.decision
             .lock()
@@ -275,7 +275,7 @@ impl Flow {
             .clone()
     }
 
-    /// Sets what the connection rests on.
+    /// Sets the decision on the connection.
     pub(crate) fn decide(&self, decision: Arc<Decision>) {
         *self.decision.lock().unwrap_or_else(PoisonError::into_inner) = Some(decision);
     }
@@ -296,7 +296,7 @@ impl Flow {
         }
     }
 
-    /// Lends its legs to whoever cuts a live connection. To be called before [`Self::cut_off`] is awaited.
+    /// Gives access to its legs, so that others can reset them. Call this before [`Self::cut_off`] is awaited.
     pub(crate) fn lend(&self, legs: &Arc<Legs>) {
         if let Stage::Live(lent) = &mut *self.stage() {
             *lent = Arc::downgrade(legs);
@@ -323,8 +323,8 @@ impl Flow {
         }
     }
 
-    /// Waits for the end of the connection for at most `limit`; whether it came. To be awaited by
-    /// who was given the [`Arrival::Successor`].
+    /// Waits for the end of the connection for at most `limit`, and returns whether it ended. Called by
+    /// the task that got the [`Arrival::Successor`].
     pub(crate) async fn over_within(&self, limit: Duration) -> bool {
         // One that came before is not missed.
         let over = tokio::time::timeout(limit, self.over.notified())
@@ -334,7 +334,7 @@ impl Flow {
         over
     }
 
-    /// How far it has come.
+    /// The name of its stage.
     pub(crate) fn stage_name(&self) -> StageName {
         self.stage().name()
     }
@@ -343,7 +343,7 @@ impl Flow {
         self.stage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What a SYN with `sequence` is to this connection; `None`: another attempt.
+    /// How a SYN with `sequence` relates to this connection; `None`: it is another attempt.
     fn repeat(&self, sequence: u32) -> Option<Arrival> {
         let same = sequence == self.sequence;
         match *self.stage() {
@@ -369,7 +369,7 @@ impl Flow {
     }
 
     /// A client repeats its SYN after 1, 3, 7, ... seconds (RFC 6298; Linux 6.5 and later every second
-    /// at first): one that is late is gone.
+    /// at first): a client that is late has given up.
     fn abandoned(&self, now: Instant) -> bool {
         match *self.stage() {
             Stage::Held(_) => {

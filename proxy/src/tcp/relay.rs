@@ -35,7 +35,7 @@ const PRESSING_READ: usize = BUFFER / 2;
 /// Bytes of a direction for which no socket is set up. The kernel enlarges the receive buffer of a socket when more is
 /// read than ten segments (`TCP_INIT_CWND`, `tcp_rcv_space_adjust`): no read crosses this line.
 const FEW: usize = 12 << 10;
-/// So many reads in a row that fill the buffer make a direction bulk.
+/// A direction is bulk after this many consecutive reads that fill the buffer.
 const FULL_READS_OF_BULK: u32 = 2;
 
 /// Bytes that a direction moves before the other tasks of its thread run, among them first packets: the thread runs up
@@ -129,7 +129,7 @@ pub(crate) async fn relay(
     .await
 }
 
-/// What one direction has to tell while the connection lives.
+/// The state of one direction, visible to others.
 #[derive(Clone, Copy)]
 struct Side<'a> {
     moved: &'a AtomicU64,
@@ -190,8 +190,8 @@ impl Turn {
     }
 }
 
-/// Moves bytes until `from` has ended, says so in `ended`, and ends itself only by an error: a side
-/// that has said its last word can still be reset while the other speaks.
+/// Moves bytes until `from` has ended, sets `ended`, and returns only on an error: a side
+/// that has sent its FIN can still be reset while the other sends.
 async fn direction(
     from: &TcpStream,
     to: &TcpStream,
@@ -202,7 +202,7 @@ async fn direction(
     if let Err(error) = one_way(from, to, side).await {
         return error;
     }
-    // After the last word of both, the caller's close says the same at no cost.
+    // After the FINs of both sides, the caller's close passes the last one on at no cost.
     if !other_ended.get() {
         side.note(side.last);
         if let Err(error) = SockRef::from(to).shutdown(Shutdown::Write) {
@@ -231,7 +231,7 @@ async fn one_way(from: &TcpStream, to: &TcpStream, side: Side<'_>) -> io::Result
     }
     loop {
         most = if most < BUFFER { side.most() } else { most };
-        // After a read that left room this still says yes, and the next read hears EAGAIN. To trust the
+        // After a short read this is still ready, and the next read returns EAGAIN. To trust the
         // short read instead would strand what is behind urgent data, where a read stops too.
         let ready = from.ready(Interest::READABLE | Interest::ERROR).await?;
         let taken = match copy(from, to, ready, most, rest) {
@@ -319,7 +319,7 @@ async fn pass_on<'a>(
         let written = to.async_io(Interest::WRITABLE, write).await?;
         rest.borrow_mut().drain(..written);
     }
-    // Of an idle connection no buffer is kept.
+    // An idle connection keeps no buffer.
     rest.take();
     side.pressure.presses(side.direction, 0);
     Ok(())

@@ -22,12 +22,12 @@ use crate::tcp::relay::{InFlight, Pressure, relay};
 use crate::telemetry::occasional::warn_occasionally;
 use crate::telemetry::record::Outcome;
 
-/// Completed handshakes that may wait for us; the kernel caps it at `net.core.somaxconn`.
+/// Length of the accept queue; the kernel caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 16_384;
 
 /// Opens one of several transparent listeners on `port` for both families.
 ///
-/// Its options are inherited by what it accepts, which saves calls on every connection.
+/// Accepted sockets inherit its options, which saves system calls for every connection.
 ///
 /// # Errors
 /// `EADDRINUSE` if another program has the port, `EPERM` without `CAP_NET_ADMIN`.
@@ -78,13 +78,13 @@ pub(crate) struct Relays {
     pub(crate) worker: usize,
 }
 
-/// Accepts for as long as the listener stands. Must run inside a `LocalSet`.
+/// Accepts connections forever. Must run inside a `LocalSet`.
 pub(crate) async fn serve(listener: &TcpListener, relays: &Rc<Relays>) {
     loop {
         match listener.accept().await {
             Ok((client, peer)) => accepted(client, peer, relays),
             Err(error) => {
-                // Out of descriptors: those of ending connections come back; spinning would not help.
+                // Out of descriptors: wait until ending connections free theirs.
                 warn_occasionally!(%error, "cannot accept");
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
@@ -105,12 +105,12 @@ fn accepted(client: TcpStream, peer: SocketAddr, relays: &Rc<Relays>) {
             let task = live(client, upstream, InFlight::default(), flow, relays);
             tokio::task::spawn_local(task);
         }
-        // The client dialled our port itself, or its upstream was cut meanwhile: it is reset.
+        // The client connected to the proxy port itself, or its upstream was closed meanwhile: reset it.
         None => drop(client),
     }
 }
 
-/// Goes on with a connection that another daemon has relayed before. Must run inside a `LocalSet`.
+/// Resumes a connection that was proxied before a handover. Must run inside a `LocalSet`.
 pub(crate) fn resume(relayed: Relayed, relays: &Rc<Relays>) {
     let Relayed {
         flow,
@@ -155,7 +155,7 @@ async fn live(
                     close_in_order(&legs.client);
                     close_in_order(&legs.server);
                 }
-                // Otherwise dropping them resets them.
+                // Otherwise dropping the sockets resets both legs.
                 Outcome::Stopped if transfer::leave(enforcer, outgoing, &flow, legs, in_flight) => {
                     return;
                 }
@@ -240,7 +240,7 @@ impl Pressure for Pressed<'_> {
     }
 }
 
-/// Moves the upstream under this worker's reactor, if another made it.
+/// Registers the upstream with this worker's reactor, if another worker created it.
 fn at_home(upstream: Upstream, worker: usize) -> io::Result<TcpStream> {
     if upstream.worker == worker {
         return Ok(upstream.stream);
@@ -250,11 +250,11 @@ fn at_home(upstream: Upstream, worker: usize) -> io::Result<TcpStream> {
 
 /// Makes the kernel send the waiting bytes and a FIN when the socket is dropped, instead of a reset.
 fn close_in_order(stream: &TcpStream) {
-    // It fails only if this is no socket; then there is nothing to close.
+    // This fails only for a descriptor that is not a socket; then there is nothing to close.
     let _ = SockRef::from(stream).set_linger(None);
 }
 
-/// An IPv4 peer of a socket for both families shows as an IPv4-mapped address.
+/// Converts the IPv4-mapped address that a dual-stack socket reports for an IPv4 peer.
 fn unmapped(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }

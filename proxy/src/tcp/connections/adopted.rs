@@ -1,5 +1,5 @@
-//! Connections on their way from one daemon to the next: let go of by the one that has them, and entered by
-//! the one that goes on with them.
+//! Connections in a handover: the old daemon releases them, and the new one enters
+//! them into its table.
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Instant, SystemTime};
 
@@ -8,7 +8,7 @@ use crate::limits::Permit;
 use crate::telemetry::moved::Moved;
 use crate::telemetry::timeline::Trail;
 
-/// A connection that an earlier daemon has let in.
+/// A connection that the old daemon allowed.
 pub(crate) struct Adopted {
     pub(crate) key: FlowKey,
     /// Initial sequence number of the client's SYN.
@@ -46,7 +46,7 @@ impl Flows {
         flow
     }
 
-    /// Has every task that has a connection stop where it is; what waits for its client to complete its
+    /// Stops the task of every connection; one that waits for its client to complete its
     /// handshake stays.
     pub(crate) fn let_go(&self) {
         for flow in self.all() {

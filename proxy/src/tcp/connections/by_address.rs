@@ -1,16 +1,16 @@
-//! Finds flows by the addresses at their ends, so that a change costs the flows of what it changed
-//! and not all there are.
+//! Finds flows by their addresses, so that a change has to visit only the flows of changed addresses
+//! and not all flows.
 //!
-//! Knows nothing of what a flow is beyond its number and its ends.
+//! Knows only the id and the addresses of a flow.
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use dashmap::DashMap;
 
-/// What can be found by its ends.
+/// A flow that can be found by its addresses.
 pub(crate) trait Ends {
-    /// No two flows of one index have the same.
+    /// Unique within an index.
     fn id(&self) -> u64;
     /// Client and server.
     fn ends(&self) -> [IpAddr; 2];
@@ -38,7 +38,7 @@ impl<T: Ends> ByAddress<T> {
         }
     }
 
-    /// Takes a flow out; one that is not in is no error.
+    /// Removes a flow, if it is in the index.
     pub(crate) fn remove(&self, flow: &T) {
         for end in flow.ends() {
             self.flows.remove_if_mut(&end, |_, flows| {
@@ -60,7 +60,7 @@ impl<T: Ends> ByAddress<T> {
             let Some(flows) = self.flows.get(address) else {
                 continue;
             };
-            // Who has both ends among them is found by its client.
+            // A flow with both addresses among them is found by its client.
             let new = flows.values().filter(|flow| {
                 let [client, _] = flow.ends();
                 client == *address || !addresses.contains(&client)

@@ -9,13 +9,13 @@ use crate::telemetry::decision::Severance;
 use crate::telemetry::record::Outcome;
 
 impl Flows {
-    /// Takes a connection that is over out of the table.
+    /// Removes a connection that has ended from the table.
     pub(crate) fn remove(&self, flow: &Arc<Flow>) {
         let stage = std::mem::replace(&mut *flow.stage(), Stage::Over);
         self.removed(flow, stage);
     }
 
-    /// Takes a connection out of the table that was at `stage` and is over.
+    /// Removes a connection that has ended at `stage` from the table.
     fn removed(&self, flow: &Arc<Flow>, stage: Stage) {
         if let Stage::Admitted { upstream, .. } = stage {
             drop(upstream);
@@ -34,8 +34,8 @@ impl Flows {
             .remove_if(&(flow.key.client, flow.sequence), |_, key| *key == flow.key);
     }
 
-    /// Ends a half-open connection so that another can begin. Returns how far it had come: a held one is recorded
-    /// by the task that connects. `None` if it is live or over by now: then nothing happens to it.
+    /// Ends a half-open connection so that another can begin. Returns its last stage: a held one is recorded
+    /// by the task that connects. `None` if it is live or has ended already: then nothing happens to it.
     pub(crate) fn give_way(&self, flow: &Arc<Flow>) -> Option<StageName> {
         let mut stage = flow.stage();
         let name = stage.name();
@@ -57,7 +57,7 @@ impl Flows {
     }
 
     /// Ends the half-open connection whose client has answered the SYN-ACK with a reset of this sequence number.
-    /// `None` if there is none, or if the number is another than the handshake's: anybody can guess the ends.
+    /// `None` if there is none, or if the number does not match the handshake: anybody can guess addresses and ports.
     pub(crate) fn reset_by_client(&self, key: &FlowKey, sequence: u32) -> Option<Arc<Flow>> {
         let flow = self.get(key)?;
         let mut stage = flow.stage();
@@ -71,7 +71,7 @@ impl Flows {
         Some(flow)
     }
 
-    /// Ends what nobody waits for any more: attempts whose client stopped repeating its SYN, and
+    /// Ends abandoned connections: attempts whose client no longer retransmits its SYN, and
     /// admitted connections whose client never completed the handshake. Returns how many.
     pub(crate) fn expire(&self, now: Instant) -> usize {
         let abandoned = self.all().into_iter().filter(|flow| flow.abandoned(now));
@@ -104,8 +104,8 @@ impl Flows {
 }
 
 impl Flow {
-    /// Ends the connection wherever it is: the held SYN is dropped, live legs are reset at once, however
-    /// much else their worker has to do.
+    /// Ends the connection at any stage: the held SYN is dropped, live legs are reset at once, even if
+    /// their worker is busy.
     pub(crate) fn cut(&self) {
         // This comes first, so that the relay knows why its sockets break.
         self.cut.notify_one();
@@ -118,7 +118,7 @@ impl Flow {
         }
     }
 
-    /// Why there is no connection although policy allows it, as a record has it.
+    /// Why an allowed connection was not established, for its record.
     pub(crate) fn why_unanswered(&self) -> Outcome {
         let [gave_way, was_reset] =
             [&self.gave_way, &self.was_reset].map(|it| it.load(Ordering::Relaxed));

@@ -1,6 +1,6 @@
 //! Removes a client's incomplete handshake from the kernel when its connection has ended.
 //!
-//! The listener has answered the SYN, and would repeat the SYN-ACK for a minute, to a client that may be denied by now.
+//! The listener has answered the SYN, and would repeat the SYN-ACK for a minute, to a client that may now be denied.
 //! A flood of these would fill its backlog, which all connections of the node share. No system call removes an entry; a
 //! reset from the client does, so this sends one to this host with the client's address.
 use std::net::{IpAddr, SocketAddr};

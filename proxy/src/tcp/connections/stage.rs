@@ -1,4 +1,4 @@
-//! How far a connection has come, and the sockets that it has by then. Knows no table.
+//! The stage of a connection, with the sockets of that stage. Knows no table.
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -12,7 +12,7 @@ use kernel::sys;
 /// The place of a connection among the half-open ones; its value leads to the connection.
 pub(crate) type HalfOpen = Place<Weak<Flow>>;
 
-/// How far a connection has come.
+/// The stage of a connection.
 pub(super) enum Stage {
     /// The SYN waits for its verdict, or for the server: then it is half-open.
     Held(Option<HalfOpen>),
@@ -22,9 +22,9 @@ pub(super) enum Stage {
         since: Instant,
         place: Option<HalfOpen>,
     },
-    /// Both legs stand. Their relay owns them; until it has lent them there are none.
+    /// Both legs are connected. The relay owns them; before it gives access to them there are none.
     Live(Weak<Legs>),
-    /// Over; kept only by who still looks at it.
+    /// Ended, and no longer in the table.
     Over,
 }
 
@@ -39,7 +39,7 @@ pub(crate) enum StageName {
 }
 
 impl Stage {
-    /// Both legs, if they stand and have been lent.
+    /// Both legs, if they are connected and accessible.
     pub(super) fn legs(&self) -> Option<Arc<Legs>> {
         match self {
             Self::Live(legs) => legs.upgrade(),
@@ -80,10 +80,10 @@ impl Legs {
         }
     }
 
-    /// Resets both sides now, from whatever thread; the relay finds its sockets broken.
+    /// Resets both sides at once, from any thread; the relay then gets socket errors.
     pub(super) fn reset(&self) {
         for leg in [&self.server, &self.client] {
-            // Refused by a filter of system calls, say: the relay is told as well, and resets what is left.
+            // This can fail under a seccomp filter: the relay is notified as well, and resets what is left.
             let _ = sys::disconnect(leg);
         }
     }

@@ -1,4 +1,4 @@
-//! What a relay has taken from one side and not given to the other yet: whoever relays on begins with it.
+//! Bytes that a relay has read from one side and not yet written to the other: the next relay starts with them.
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::ops::Deref;
@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use super::pipe::{Pipe, Unread};
 
-/// What is on its way, both ways.
+/// The bytes in flight in both directions.
 #[derive(Default)]
 pub(crate) struct InFlight {
     /// From the client to the server.
@@ -15,7 +15,7 @@ pub(crate) struct InFlight {
     pub(super) down: Passing,
 }
 
-/// What is on its way in one direction: in one of both, or nothing.
+/// The bytes in flight in one direction: in the buffer, in the pipe, or none.
 #[derive(Default)]
 pub(super) struct Passing {
     pub(super) rest: RefCell<VecDeque<u8>>,
@@ -43,7 +43,7 @@ impl Left {
 }
 
 impl InFlight {
-    /// Of a relay that goes on from another, which left this.
+    /// The bytes in flight of a relay that continues another one.
     pub(crate) fn resumed(left: [Left; 2]) -> Self {
         let [up, down] = left.map(|Left { bytes, pipe }| Passing {
             rest: RefCell::new(bytes.into()),
@@ -52,7 +52,7 @@ impl InFlight {
         Self { up, down }
     }
 
-    /// What a relay that was dropped has left, from the client and from the server.
+    /// The bytes in flight of a dropped relay, from the client and from the server.
     pub(crate) fn left(self) -> [Left; 2] {
         [self.up.left(), self.down.left()]
     }

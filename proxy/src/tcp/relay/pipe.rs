@@ -10,7 +10,7 @@ use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::pipe2;
 
 /// Bytes that a pipe is asked to hold. Beyond `fs.pipe-user-pages-soft` the kernel gives less to
-/// who lacks `CAP_SYS_RESOURCE`; everything works with any size.
+/// a process without `CAP_SYS_RESOURCE`; any size works.
 const SIZE: i32 = 1 << 20;
 /// Empty pipes that a thread keeps.
 const KEPT: usize = 32;

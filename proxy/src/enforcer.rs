@@ -1,4 +1,4 @@
-//! What all parts of the data path share: the table, the flows, the bounds, the counts.
+//! The state that all parts of the data path share: policy table, connections, limits, metrics.
 mod entering;
 
 use std::collections::BTreeSet;
@@ -25,7 +25,7 @@ use crate::telemetry::recorder::Recorder;
 /// How denied connections are answered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Deny {
-    /// Nothing: it runs into its timeout.
+    /// No answer: the client times out.
     #[default]
     Drop,
     /// A TCP reset at once; ICMP administratively prohibited for other protocols.
@@ -158,11 +158,11 @@ impl Enforcer {
         })
     }
 
-    /// Judges every connection of these addresses again and cuts those that are now denied, or one
-    /// of whose pods is no longer the one behind its address.
+    /// Evaluates every connection of these addresses again and severs those that are now denied, or one
+    /// of whose pods has lost its address.
     ///
-    /// To be called after the table has changed: what is judged from then on is judged by it, and
-    /// what was judged before is in the flow table already.
+    /// Call this after the table has changed: later connections are evaluated by the new table, and
+    /// earlier ones are in the connection table already.
     pub(crate) fn judge_again(&self, touched: &BTreeSet<IpAddr>) {
         for flow in self.flows.of(touched) {
             let Some(rests_on) = flow.decision().filter(|it| it.verdict.allowed()) else {
@@ -212,7 +212,7 @@ impl Enforcer {
         }
     }
 
-    /// Counts and records a flow that the kernel carried and that is now denied.
+    /// Counts and records a kernel flow that is now denied.
     pub(crate) fn severed(&self, subject: Subject, severance: Severance) {
         self.metrics.severed(&severance.decision, subject.way);
         self.recorder.severed(subject, severance);
@@ -227,7 +227,7 @@ impl Enforcer {
         }
     }
 
-    /// Takes an allowed connection that is over out of the table, counts it and records it.
+    /// Removes an allowed connection that has ended from the table, counts it and records it.
     pub(crate) fn ended(&self, flow: &Arc<Flow>, outcome: Outcome) {
         self.flows.remove(flow);
         if let Some(decision) = flow.decision() {

@@ -1,8 +1,8 @@
-//! What a daemon hands to the one that takes its place, so that no stream ends with it: queues,
-//! listeners and every relayed connection, from process to process over a Unix socket.
+//! Hands the state of the old daemon to the new daemon, so that no stream breaks: queues,
+//! listeners and all proxied connections, over a Unix socket.
 //!
 //! Knows neither flows nor policy: what is handed over is values and descriptors. The new daemon judges each connection again. Until
-//! the new daemon says that it begins, the old one can go on with everything, since it keeps copies of the sockets. The
+//! the new daemon confirms, the old one can resume everything, since it keeps copies of the sockets. The
 //! socket is at a path of the file system and not at an abstract name: any process in the node's network namespace
 //! could take an abstract name, and with it every stream of the node.
 mod channel;
@@ -32,7 +32,7 @@ use channel::Line;
 
 pub(crate) use listener::{Given, Kept, Offer, Successor, come, is_offered, take_over};
 
-/// What is said, and in which order, has this number; another daemon may speak another.
+/// Version of the handover protocol; another daemon may use a different one.
 const FORMAT: u32 = 3;
 /// How long either side waits for the other's next message.
 pub(crate) const WITHIN: Duration = Duration::from_secs(2);
@@ -56,16 +56,16 @@ pub(crate) enum HandoverError {
         source: io::Error,
     },
     #[error(
-        "the other end belongs to user {uid}, and only a daemon of our own user is one of ours"
+        "the peer of the handover runs as user {uid}; only daemons of the same user are accepted"
     )]
     Stranger { uid: u32 },
-    #[error("the running daemon refused: {0}")]
+    #[error("the running daemon rejected the handover: {0}")]
     Refused(String),
     #[error(
         "this node's daemon is of pod {pod}, which came after this one's; it is not relieved by this one (to have it so, delete that pod)"
     )]
     Newer { pod: String },
-    #[error("the other daemon did not answer in time; is it stopped? end it first")]
+    #[error("the other daemon did not answer in time; is it suspended? stop it first")]
     Late,
     #[error("the other daemon ended meanwhile")]
     Gone,
@@ -78,7 +78,7 @@ pub(crate) enum HandoverError {
     BrokenOff(#[source] Box<Self>),
 }
 
-/// Who wants to take over from whom.
+/// The identity and settings of a daemon in a handover.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Terms {
     format: u32,
@@ -86,7 +86,7 @@ pub(crate) struct Terms {
     namespace: u64,
     /// Of the redirect.
     settings: String,
-    /// The uid of the pod that the daemon runs in, if it was told.
+    /// The uid of the daemon's pod, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pod: Option<String>,
 }
@@ -114,30 +114,30 @@ impl Terms {
         })
     }
 
-    /// The pod that the daemon runs in, if it was told.
+    /// The daemon's pod, if known.
     pub(crate) fn pod(&self) -> Option<&str> {
         self.pod.as_deref()
     }
 
-    /// Whether a daemon with `others` understands and can use what this one would hand over. One that cannot takes
-    /// the place all the same: where it starts, the rules are by its settings, and not by this one's any more.
+    /// Whether a daemon with `others` can use the state of this one. A daemon that cannot takes
+    /// over without it: when it starts, the rules already follow its settings, not this daemon's.
     fn suit(&self, others: &Self) -> bool {
         others.format == self.format && others.settings == self.settings
     }
 }
 
-/// All that a daemon leaves. Connections that nobody has taken out of it when it is dropped are reset: a plain close
+/// The state that a daemon hands over. Connections that are still in it when it is dropped are reset: a plain close
 /// would look like a complete stream.
 #[derive(Debug, Default)]
 pub(crate) struct Estate {
     /// By number of the NFQUEUE.
     pub(crate) seats: BTreeMap<u16, Seat>,
     pub(crate) connections: Vec<Connection>,
-    /// The line to the daemon that left this, which goes on with it unless this one says that it begins.
+    /// The channel to the old daemon, which resumes its work unless this one confirms the takeover.
     from: Option<Line>,
 }
 
-/// What a worker works with. Bound and listening: what comes while nobody serves them waits.
+/// The sockets of a worker, bound and listening: packets and connections wait while no worker serves them.
 #[derive(Debug)]
 pub(crate) struct Seat {
     pub(crate) queue: OwnedFd,
@@ -149,9 +149,9 @@ pub(crate) struct Seat {
 pub(crate) struct Connection {
     pub(crate) told: Told,
     pub(crate) server: OwnedFd,
-    /// `None`: its handshake is still the listener's.
+    /// `None`: the listener still completes its handshake.
     pub(crate) client: Option<OwnedFd>,
-    /// What was taken from the client, and from the server, and not passed on yet.
+    /// Bytes read from the client and from the server, and not written yet.
     pub(crate) in_flight: [Left; 2],
 }
 
@@ -180,17 +180,17 @@ pub(crate) struct Pod {
 }
 
 impl Estate {
-    /// Bytes that were taken from one side of a connection and not given to the other yet.
+    /// Bytes that were read from one side of a connection and not yet written to the other.
     pub(crate) fn in_flight(&self) -> usize {
         let left = self.connections.iter().flat_map(|it| &it.in_flight);
         left.map(Left::len).sum()
     }
 
-    /// Tells the daemon that left this, if it was another one, that this daemon goes on with so many of its
-    /// connections. This must be the last step, since from then on the other one does not go on.
+    /// Confirms to the old daemon, if there is one, that this daemon resumes this many of its
+    /// connections. This must be the last step, since after it the old daemon does not resume.
     ///
     /// # Errors
-    /// [`HandoverError::BrokenOff`] if the other daemon no longer waits: it goes on itself, or has ended.
+    /// [`HandoverError::BrokenOff`] if the other daemon no longer waits: it has resumed, or has ended.
     pub(crate) fn begin(&mut self, connections: usize) -> Result<(), HandoverError> {
         let Some(line) = self.from.take() else {
             return Ok(());
@@ -223,7 +223,7 @@ impl Connection {
     }
 }
 
-/// Collects what is left by each part of a daemon that is being relieved.
+/// Collects the state of each part of a daemon for a handover.
 #[derive(Debug, Default)]
 pub(crate) struct Outgoing {
     gates_stopped: AtomicUsize,
@@ -231,7 +231,7 @@ pub(crate) struct Outgoing {
 }
 
 impl Outgoing {
-    /// To be called by each worker whose gate takes no packet any more.
+    /// To be called by each worker whose gate has stopped.
     pub(crate) fn gate_stopped(&self) {
         self.gates_stopped.fetch_add(1, Ordering::AcqRel);
     }
@@ -241,17 +241,17 @@ impl Outgoing {
         self.gates_stopped.load(Ordering::Acquire)
     }
 
-    /// Leaves a connection.
+    /// Adds a connection.
     pub(crate) fn connection(&self, connection: Connection) {
         self.estate().connections.push(connection);
     }
 
-    /// Leaves a worker's queue, of this number, and its listener.
+    /// Adds a worker's queue, of this number, and its listener.
     pub(crate) fn seat(&self, queue: u16, seat: Seat) {
         self.estate().seats.insert(queue, seat);
     }
 
-    /// All that has been left.
+    /// Takes the collected state.
     pub(crate) fn take(&self) -> Estate {
         std::mem::take(&mut *self.estate())
     }

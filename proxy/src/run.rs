@@ -45,16 +45,16 @@ pub(crate) use settings::{LogFormat, RunArgs};
 use source::Source;
 use workers::start_workers;
 
-/// How often nobody's connections are looked for.
+/// How often abandoned connections are removed.
 const EXPIRE_EVERY: Duration = Duration::from_secs(1);
 
-/// Enforces until SIGTERM or SIGINT. Exit code 2: flags or manifests are wrong; 1: the node is.
+/// Enforces until SIGTERM or SIGINT. Exit code 2: invalid flags or manifests; 1: an error of the node.
 pub(crate) fn run(args: &RunArgs) -> ExitCode {
     match work_and_rest(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("portreeve: {error:#}");
-            // What a flag says is known to be wrong only there.
+            // Some flags are validated only there.
             let wrong = error.is::<Unusable>()
                 || matches!(
                     error.downcast_ref(),
@@ -69,12 +69,12 @@ pub(crate) fn run(args: &RunArgs) -> ExitCode {
     }
 }
 
-/// Why nothing can be followed: flags, manifests or the client configuration are wrong.
+/// Why there is no cluster state to follow: invalid flags, manifests or client configuration.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct Unusable(anyhow::Error);
 
-/// Enforces; rests while another daemon enforces, and then enforces again; goes on at once with connections that no
+/// Enforces; stands by while another daemon enforces, then enforces again; resumes at once the connections that no
 /// other daemon took over.
 fn work_and_rest(args: &RunArgs) -> anyhow::Result<()> {
     let mut resting: Option<(Relief, StopSignals)> = None;
@@ -144,8 +144,8 @@ async fn enforce(
     let (pod, outgoing) = (Arc::default(), Arc::default());
     let patience = kept.as_ref().map(|_| standby::FREE_WITHIN);
     let serve = async || open_admin(args, patience, &pod, &enforcer, &readiness, &stopped).await;
-    // Before the first state is there, which can take long: who waits wants to know for what. A daemon that is
-    // to be relieved still has the port.
+    // Before the first state is there, which can take long: /readyz shows the reason. A daemon that is about
+    // to hand over still has the port.
     let serving = match kept.is_some() || relief.is_due() {
         true => None,
         false => Some(serve().await?),
@@ -204,7 +204,7 @@ async fn follow(follower: Follower, readiness: Readiness) {
     readiness.not_ready("this daemon no longer follows the cluster's state; restart it");
 }
 
-/// Takes up work: what `estate` has, and whatever comes.
+/// Starts enforcing: resumes the connections of `estate` and accepts new ones.
 fn begin(
     args: &RunArgs,
     enforcer: &Arc<Enforcer>,
@@ -274,7 +274,7 @@ fn enforcer(
     }))
 }
 
-/// Says what is missing on this node before anything is started.
+/// Checks what is missing on this node before anything is started.
 fn in_place(args: &RunArgs) -> anyhow::Result<()> {
     let mut fatal = Vec::new();
     for finding in iptables_init::inspect(&args.redirect) {
@@ -293,7 +293,7 @@ fn in_place(args: &RunArgs) -> anyhow::Result<()> {
 fn recorder(args: &RunArgs, node: &Arc<str>) -> anyhow::Result<Recorder> {
     let recorder = Recorder::off()
         .with_log()
-        .context("the thread that logs what is refused cannot be started; see the process limits")?
+        .context("cannot start the thread that logs denied connections; see the process limits")?
         .with_spans(Spans::start(&args.telemetry, Arc::clone(node))?);
     let Some(path) = &args.trace_file else {
         return Ok(recorder);
@@ -306,7 +306,7 @@ fn recorder(args: &RunArgs, node: &Arc<str>) -> anyhow::Result<Recorder> {
     })
 }
 
-/// To be called before the first flow: whose beginning nobody heard, of its end none is told.
+/// Call this before the first flow: conntrack reports the end only of flows that began while somebody listened.
 fn follow_carried(enforcer: &Arc<Enforcer>, tasks: &mut JoinSet<()>) -> anyhow::Result<()> {
     let endings = Endings::listen(enforcer.marks.carried())
         .context("cannot listen to conntrack; load it with `modprobe nf_conntrack_netlink`")?;
@@ -314,7 +314,7 @@ fn follow_carried(enforcer: &Arc<Enforcer>, tasks: &mut JoinSet<()>) -> anyhow::
     Ok(())
 }
 
-/// Ends connections that nobody waits for any more, and has the kernel find out about live ones whose server is gone.
+/// Ends abandoned connections, and sets keep-alive on live ones, so that the kernel detects servers that are gone.
 async fn expire(enforcer: Arc<Enforcer>) {
     let mut every = tokio::time::interval(EXPIRE_EVERY);
     loop {

@@ -1,4 +1,4 @@
-//! How a judged flow comes into the list, and what is recorded when it leaves it.
+//! Enters kernel flows into the list, and records them when they leave it.
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -17,8 +17,8 @@ impl Enforcer {
         self.table.judge(client, server, flow.port(), flow.protocol)
     }
 
-    /// Judges a flow and, if it may be, lists it, so that a later change finds it; how it was listed
-    /// comes with the decision. `None`: an end of it is unknown.
+    /// Evaluates a flow and lists it if it is allowed, so that a later change finds it. Returns the result of listing
+    /// and the decision. `None`: an endpoint is unknown.
     pub(crate) fn carry(
         &self,
         flow: FlowId,
@@ -37,14 +37,14 @@ impl Enforcer {
             if self.table.generation() == generation {
                 return Some((decision, Some(listed)));
             }
-            // A change came between: it may have looked before the flow was there.
+            // A concurrent change may have searched the list before the flow was in it.
             if listed == Listed::New {
                 self.carried.remove(&flow);
             }
         }
     }
 
-    /// Counts and records a carried flow that is over and out of the list.
+    /// Counts and records a kernel flow that has ended and left the list.
     pub(crate) fn carried_over(&self, flow: &CarriedFlow) {
         let subject = flow.subject();
         self.metrics.carried(subject.sent, subject.received);

@@ -1,4 +1,4 @@
-//! Messages with descriptors between two processes, each in its time. Knows nothing of what they say.
+//! Messages with descriptors between two processes, with timeouts. Does not interpret them.
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! The path at which a running daemon waits for the next one, and how both come together there.
+//! The socket path at which a running daemon waits for a new one, and the connection between both.
 use std::fs::{self, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
@@ -19,14 +19,14 @@ use super::{
 };
 use crate::tcp::relay::Left;
 
-/// A running daemon's readiness to be relieved.
+/// The listener of a running daemon for a handover.
 pub(crate) struct Offer {
     listener: AsyncFd<OwnedFd>,
     place: PathBuf,
     terms: Terms,
 }
 
-/// The daemon that relieves this one.
+/// The new daemon, which takes over from this one.
 pub(crate) struct Successor {
     line: Line,
     /// Whether it can use what would be handed over.
@@ -54,10 +54,10 @@ pub(crate) struct Kept {
 }
 
 impl Offer {
-    /// Waits at `path` from now on, for daemons of our own user only, in the place of whoever did before.
+    /// Listens at `path` for daemons of the same user, and replaces an earlier socket there.
     ///
     /// # Errors
-    /// If nothing can be made there.
+    /// If the socket cannot be created.
     pub(crate) fn open(path: &Path, terms: Terms) -> Result<Self, HandoverError> {
         let failed = |operation| {
             move |source: io::Error| HandoverError::Path {
@@ -86,12 +86,12 @@ impl Offer {
         })
     }
 
-    /// Waits until a daemon wants to relieve this one, and may.
+    /// Waits for a new daemon that may take over.
     pub(crate) async fn taken(&self) -> Successor {
         loop {
             match self.asked().await {
                 Ok(successor) => return successor,
-                // Somebody who looked whether there is a daemon.
+                // Another daemon checked whether one is running.
                 Err(HandoverError::Gone) => debug!("a daemon has found this one"),
                 Err(error) => warn!("handover request rejected: {error}"),
             }
@@ -114,7 +114,7 @@ impl Offer {
 }
 
 impl Successor {
-    /// Hears what the other end wants, and refuses it if it must not have it.
+    /// Reads the request of the new daemon, and rejects it if it is not allowed.
     fn greet(
         socket: OwnedFd,
         place: &Path,
@@ -138,7 +138,7 @@ impl Successor {
     /// the other end cannot use them. Blocks.
     ///
     /// # Errors
-    /// If the other end does not go on with it: then this daemon can, and must.
+    /// If the new daemon does not take over: then this daemon must resume.
     pub(crate) fn give(mut self, mut estate: Estate) -> Result<Given, Box<Kept>> {
         let all = estate.connections.len();
         if !self.suited {
@@ -173,7 +173,7 @@ impl Successor {
     }
 }
 
-/// What the daemon with `terms` answers one that wants to relieve it.
+/// The reply of the daemon with `terms` to a handover request.
 fn reply(place: &Path, terms: &Terms, asked: &Terms) -> Reply {
     let newer = match (terms.pod(), asked.pod()) {
         (Some(ours), Some(theirs)) => pod_order::is_before(place, theirs, ours).then_some(ours),
@@ -194,13 +194,13 @@ fn reply(place: &Path, terms: &Terms, asked: &Terms) -> Reply {
     }
 }
 
-/// Notes that the daemon with `terms` has come to where daemons wait to be relieved.
+/// Records the pod of the daemon with `terms` as started on this node.
 ///
 /// # Errors
-/// If that cannot be noted down there.
+/// If it cannot be recorded.
 pub(crate) fn come(path: &Path, terms: &Terms) -> Result<(), HandoverError> {
     let failed = |source| HandoverError::Path {
-        operation: "note down which pods came to",
+        operation: "record the order of pods at",
         path: path.to_owned(),
         source,
     };
@@ -209,7 +209,7 @@ pub(crate) fn come(path: &Path, terms: &Terms) -> Result<(), HandoverError> {
         .map_or(Ok(()), |pod| pod_order::enter(path, pod).map_err(failed))
 }
 
-/// Whether a daemon waits at `path` to be relieved.
+/// Whether a daemon listens at `path` for a handover.
 pub(crate) fn is_offered(path: &Path) -> bool {
     connected(path).is_ok_and(|socket| socket.is_some())
 }
@@ -241,7 +241,7 @@ pub(crate) fn take_over(path: &Path, terms: &Terms) -> Result<Option<Estate>, Ha
     let mut estate = Estate::default();
     let differs = match &reply {
         Reply { format, .. } if *format != FORMAT => {
-            format!("speaks another format ({format}, not {FORMAT})")
+            format!("uses another format ({format}, not {FORMAT})")
         }
         Reply { settings, .. } if *settings != terms.settings => {
             format!("runs with other settings ({settings})")
@@ -262,7 +262,7 @@ pub(crate) fn take_over(path: &Path, terms: &Terms) -> Result<Option<Estate>, Ha
     Err(HandoverError::BrokenOff(error.into()))
 }
 
-/// `None`: nobody is there.
+/// `None`: no daemon listens there.
 fn connected(path: &Path) -> Result<Option<OwnedFd>, HandoverError> {
     let failed = |operation| {
         move |source: io::Error| HandoverError::Path {

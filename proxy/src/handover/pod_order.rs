@@ -1,5 +1,5 @@
-//! In which order the pods of daemons have come to this node, so that a container that is started again does not
-//! take the node back from the pod that came after its own.
+//! The order in which the daemons' pods started on this node, so that a restarted container does not
+//! take over from a newer pod.
 //!
 //! A file beside the socket, one pod a line, the oldest first: it outlives daemons, pods and the node's reboot.
 use std::fs::{self, File};
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 /// How many pods are remembered; a node has two at a time.
 const KEPT: usize = 32;
 
-/// Notes that `pod` has come, if it has not before. One line is one write: who else writes loses nothing.
+/// Appends `pod` unless it is recorded already. One line is one write, so concurrent writers lose nothing.
 ///
 /// # Errors
 /// If the file can be neither read nor written.

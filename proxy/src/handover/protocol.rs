@@ -1,4 +1,4 @@
-//! What two daemons say to each other, and in which order. JSON, a message each; the bytes that were in flight follow
+//! The handover protocol. Messages are JSON; the bytes that were in flight follow
 //! their connection as they are; pipes come with the connection as descriptors.
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -15,22 +15,22 @@ use crate::tcp::relay::{Left, Unread};
 /// grow later.
 const MOST_IN_FLIGHT: usize = 4 << 20;
 
-/// The running daemon's answer to [`super::Terms`]. Whatever the format, this much is understood.
+/// The running daemon's answer to [`super::Terms`]. Every version understands this message.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Reply {
     pub(super) format: u32,
-    /// Why not, if not.
+    /// The reason if the handover is rejected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) refused: Option<String>,
     /// The running daemon's pod, if it came after the other's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) newer: Option<String>,
-    /// What the running daemon's redirect is set to; empty if it does not say.
+    /// The redirect settings of the running daemon; empty if unknown.
     #[serde(default)]
     pub(super) settings: String,
 }
 
-/// A part of the estate, or its end.
+/// A part of the state, or its end.
 #[derive(Debug, Serialize, Deserialize)]
 enum Part {
     /// With a queue of this number, and a listener.
@@ -62,17 +62,17 @@ struct Begun {
 }
 
 impl Line {
-    /// Says something without descriptors.
+    /// Sends a message without descriptors.
     pub(super) fn say(&self, message: &impl Serialize) -> Result<(), HandoverError> {
         self.send(&encoded(message)?, &[])
     }
 
-    /// Hears something without descriptors.
+    /// Receives a message without descriptors.
     pub(super) fn hear<T: DeserializeOwned>(&mut self) -> Result<T, HandoverError> {
         decoded(self.receive()?.message)
     }
 
-    /// Says that this daemon goes on with so many connections.
+    /// Confirms that this daemon resumes this many connections.
     pub(super) fn say_begun(&self, connections: usize) -> Result<(), HandoverError> {
         self.say(&Begun { connections })
     }
@@ -81,7 +81,7 @@ impl Line {
     /// the other end says that it has `begun`. Returns how many connections were handed over.
     ///
     /// # Errors
-    /// Why the other end does not begin; it will not begin later either.
+    /// Why the new daemon does not start; it will not start later either.
     pub(super) fn give(
         &mut self,
         estate: &Estate,

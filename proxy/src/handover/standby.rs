@@ -1,7 +1,7 @@
-//! Relieving the daemon that runs, and being relieved by the next: `--handover`.
+//! Takes over from the old daemon, and hands over to a new one: `--handover`.
 //!
-//! A daemon that has been relieved does not exit, for whoever started it may start it again, and it would take the
-//! node back. In a pod (`POD_UID`) it takes the node on again if nobody has it any more: the one that relieved it may
+//! A daemon that has handed over does not exit, since it might be restarted and would take
+//! over again. In a pod (`POD_UID`) it resumes enforcement if no daemon runs any more: the new one may
 //! have been rolled back.
 use std::io;
 use std::net::SocketAddr;
@@ -25,18 +25,18 @@ use super::{
     is_offered, take_over,
 };
 
-/// How often a daemon that rests looks for others.
+/// How often a standby daemon looks for others.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How often a daemon looks while another one ends or gives up.
 const LOOK_SOON: Duration = Duration::from_millis(50);
 /// How long that may take.
 pub(crate) const FREE_WITHIN: Duration = Duration::from_secs(5);
-/// How often a daemon that breaks off the handover is asked.
+/// Attempts if the old daemon breaks off the handover.
 const ATTEMPTS: usize = 3;
 /// How long a node must seem to be without a daemon: longer than two take for a handover.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Where daemons relieve each other; nowhere without `--handover`.
+/// The handover settings; `place` is empty without `--handover`.
 pub(crate) struct Relief {
     place: Option<(PathBuf, Terms)>,
     admin: SocketAddr,
@@ -44,12 +44,12 @@ pub(crate) struct Relief {
     queue: u16,
 }
 
-/// Why a daemon rests.
+/// Why a daemon stands by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rest {
-    /// Another has the node, and keeps it.
+    /// Another daemon enforces on this node, and continues.
     Relieved,
-    /// Something has a port that this one needs, and does not let itself be relieved.
+    /// A port is in use by a process that does not hand over.
     Occupied,
 }
 
@@ -73,7 +73,7 @@ impl Relief {
             });
         };
         let terms = Terms::new(redirect, pod);
-        let terms = terms.context("cannot tell this network namespace")?;
+        let terms = terms.context("cannot identify this network namespace")?;
         if let Err(error) = come(&path, &terms) {
             warn!(
                 "cannot record the order of pods; the daemon that was started last has the node: {error}"
@@ -87,12 +87,12 @@ impl Relief {
         })
     }
 
-    /// The pod of this daemon, if pods' daemons relieve each other.
+    /// The pod of this daemon, if handovers are enabled.
     fn pod(&self) -> Option<&str> {
         self.place.as_ref()?.1.pod()
     }
 
-    /// Whether there is a daemon to be relieved.
+    /// Whether there is a daemon to take over from.
     pub(crate) fn is_due(&self) -> bool {
         let place = self.place.as_ref();
         place.is_some_and(|(path, _)| is_offered(path))
@@ -102,8 +102,8 @@ impl Relief {
     /// If the other daemon ends meanwhile or breaks off the handover, waits until it is gone or can be asked again.
     ///
     /// # Errors
-    /// If the one that runs is none that this one may relieve. A fault on the way is none: then this daemon starts
-    /// as if it were the first, and if the other still runs that says so.
+    /// If this daemon may not take over from the running one. Other failures are not errors: then this daemon starts
+    /// as the first one, and fails to bind its ports if the other still runs.
     pub(crate) async fn take_over(&self, kept: Option<Estate>) -> anyhow::Result<Option<Estate>> {
         let Some((path, terms)) = self.place.as_ref().filter(|_| kept.is_none()) else {
             return Ok(kept);
@@ -143,7 +143,7 @@ impl Relief {
         }
     }
 
-    /// Lets this daemon be relieved from now on, and tells whose it is then.
+    /// Offers a handover from now on, and sets this daemon's pod in `whose`.
     pub(crate) fn offer(&self, whose: &OnceLock<String>) -> Option<Offer> {
         let (path, terms) = self.place.clone()?;
         let offer = Offer::open(&path, terms)
@@ -155,8 +155,8 @@ impl Relief {
         Some(offer)
     }
 
-    /// Whether a daemon that could not start for this reason waits for a better time: its pod is the node's next or
-    /// last, and whoever has the node may end. Without a pod nobody would end it.
+    /// Whether a daemon that cannot start for this reason stands by: its pod is newer or older than that of the
+    /// running daemon, which may end. Without a pod, nothing would ever stop the standby daemon.
     pub(crate) fn rest_for(&self, error: &anyhow::Error) -> Option<Rest> {
         self.pod()?;
         if let Some(HandoverError::Newer { .. }) = error.downcast_ref() {
@@ -165,11 +165,11 @@ impl Relief {
         is_taken(error).then_some(Rest::Occupied)
     }
 
-    /// Does nothing and holds nothing until told to end, or, in a pod, until this daemon may try again. Returns whether
+    /// Stands by without resources until stopped, or, in a pod, until this daemon may try again. Returns whether
     /// it may.
     ///
     /// # Errors
-    /// If this process may not have what a runtime needs.
+    /// If the runtime cannot be created.
     pub(crate) fn rest(
         &self,
         enforced: Runtime,
@@ -210,7 +210,7 @@ impl Relief {
         }
     }
 
-    /// Whether anybody has the admin port.
+    /// Whether a process listens on the admin port.
     async fn is_served(&self) -> bool {
         let asked = tokio::time::timeout(LOOK_EVERY, TcpStream::connect(self.admin));
         !matches!(asked.await, Ok(Err(_)))
@@ -234,7 +234,7 @@ pub(crate) async fn hand_over(
     let estate = outgoing.take();
     if stuck {
         warn!(
-            "the last change of the cluster is not in the kernel yet: nothing is handed over, this daemon goes on"
+            "the last cluster change is not applied to the kernel yet: no handover, this daemon continues"
         );
         return Ok(Some(estate));
     }
@@ -247,7 +247,7 @@ pub(crate) async fn hand_over(
     } = match given.map_err(|kept| *kept) {
         Ok(given) => given,
         Err(Kept { estate, error }) => {
-            warn!("the other daemon does not take over, this one goes on: {error}");
+            warn!("the new daemon did not take over, this one goes on: {error}");
             return Ok(Some(estate));
         }
     };

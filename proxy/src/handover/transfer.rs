@@ -1,6 +1,6 @@
-//! Connections that outlive their daemon: what one leaves of them, and what the next makes of it.
+//! Moves connections in a handover: the old daemon exports them, the new daemon imports them.
 //!
-//! Each is judged anew by whoever takes it over; only the pods that it belongs to are taken on trust.
+//! The new daemon evaluates each connection again; it trusts the old one only for the pods of a connection.
 use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use super::{Connection, Outgoing, Pod, Told};
 /// The worker of a leg that the control thread watches until a worker wants it.
 const CONTROL: usize = usize::MAX;
 
-/// A connection that has been relayed before and wants to be relayed on.
+/// A connection whose relay is to be resumed.
 pub(crate) struct Relayed {
     pub(crate) flow: Arc<Flow>,
     pub(crate) client: TcpStream,
@@ -30,8 +30,8 @@ pub(crate) struct Relayed {
     pub(crate) in_flight: [Left; 2],
 }
 
-/// Leaves a connection whose relay has been stopped, if this daemon is being relieved; from then on it is not
-/// ours. False: it has ended, by a reset.
+/// Hands over a connection whose relay has been stopped, if a handover is under way; from then on it is not
+/// this daemon's. False: it has been reset.
 pub(crate) fn leave(
     enforcer: &Enforcer,
     outgoing: &Outgoing,
@@ -57,7 +57,7 @@ pub(crate) fn leave(
     }
 }
 
-/// Leaves the connections that wait for their client to complete its handshake; no worker may run any more.
+/// Hands over the connections that wait for their client's handshake; no worker may run any more.
 pub(crate) fn leave_admitted(enforcer: &Enforcer, outgoing: &Outgoing) {
     for flow in enforcer.flows.all() {
         let Some((flow, upstream)) = enforcer.flows.pair(&flow.key) else {
@@ -122,8 +122,8 @@ fn named(pod: &Endpoint) -> Pod {
     }
 }
 
-/// Enters connections that another daemon has left, before the first packet comes to this one, and has those
-/// end that must not go on. Within a tokio runtime. Returns what is to be relayed.
+/// Enters the connections of another daemon, before the first packet arrives at this one, and ends those
+/// that are denied. Call within a tokio runtime. Returns the connections to resume.
 pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<Connection>) -> Vec<Relayed> {
     let adopted = left.into_iter().filter_map(|connection| {
         let ends = [connection.told.client, connection.told.server];
@@ -183,7 +183,7 @@ fn adopted(told: Told) -> Adopted {
     }
 }
 
-/// Judges a connection by this daemon's own table, and cuts it if it is denied or another's.
+/// Evaluates a connection by this daemon's policy table, and severs it if it is denied or its pod has changed.
 fn judge(enforcer: &Enforcer, flow: &Arc<Flow>, pods: [Option<Pod>; 2]) {
     let FlowKey { client, server } = flow.key;
     let port = Some(server.port());
@@ -204,7 +204,7 @@ fn judge(enforcer: &Enforcer, flow: &Arc<Flow>, pods: [Option<Pod>; 2]) {
     }));
 }
 
-/// What is known of the decision by which the other daemon let a connection in.
+/// The known part of the decision by which the old daemon allowed a connection.
 fn let_in_between(pods: [Option<Pod>; 2]) -> Decision {
     let [from, to] = pods.map(|pod| {
         let pod = pod?;

@@ -14,17 +14,17 @@ use crate::enforcer::Enforcer;
 use crate::handover::standby;
 use crate::handover::{Estate, Offer, Outgoing, Successor};
 
-/// What the last records may take to be written when the daemon stops.
+/// How long the last records may take to be written when the daemon stops.
 const FINISH_WITHIN: Duration = Duration::from_secs(2);
 
 /// A worker's thread.
 pub(super) type Thread = std::thread::JoinHandle<io::Result<()>>;
 
-/// Why a daemon enforces no longer.
+/// Why a daemon stops enforcing.
 enum Ending {
-    /// It was told to end.
+    /// It got a signal to stop.
     Stopped,
-    /// Another takes its place.
+    /// Another daemon takes over.
     Relieved(Successor),
 }
 
@@ -36,14 +36,14 @@ pub(super) struct StopSignals {
 }
 
 impl StopSignals {
-    /// Hears them from now on; within a tokio runtime.
+    /// Listens for them from now on; call within a tokio runtime.
     pub(super) fn listen() -> anyhow::Result<Self> {
-        // Whoever started us may have blocked them, and a blocked signal is inherited.
+        // The parent process may have blocked them, and a blocked signal is inherited.
         SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]).thread_unblock()?;
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
-            // State is watched; a hang-up must not end the daemon.
+            // The state is watched; SIGHUP must not end the daemon.
             _hangup: signal(SignalKind::hangup())?,
         })
     }
@@ -57,12 +57,12 @@ impl StopSignals {
     }
 }
 
-/// What a daemon that enforces no longer is to do.
+/// What a daemon does after it has stopped enforcing.
 pub(super) enum Ended {
     Stopped,
-    /// Nothing: another has its place.
+    /// Nothing: another daemon has taken over.
     Relieved,
-    /// To go on with everything that another daemon did not take over.
+    /// Resume everything that another daemon did not take over.
     Kept(Estate),
 }
 
@@ -107,7 +107,7 @@ impl Running {
             }
             other => other.map(|_| Ended::Stopped),
         };
-        // What nobody came for.
+        // Whatever was not taken over is reset.
         drop(self.outgoing.take());
         enforcer.recorder.finish(FINISH_WITHIN);
         info!(node = %enforcer.node, "stopped");

@@ -1,5 +1,5 @@
-//! Brings every change of the cluster into force: first the table, then the flows that were let
-//! through, then the kernel's sets, then the flows that came before their pods were under policy.
+//! Applies every change of the cluster: first to the policy table, then to the flows that were
+//! allowed, then to the nft sets, then to the flows that began before their pods were isolated.
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -18,29 +18,29 @@ use crate::node::readiness::Readiness;
 
 use super::source::Source;
 
-/// How soon what the kernel refused is tried again.
+/// The pause after an error of the kernel.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What a change passes through, in this order.
+/// The parts to which a change is applied, in this order.
 pub(super) struct Follower {
     pub(super) source: Source,
     pub(super) index: Index,
     pub(super) enforcer: Arc<Enforcer>,
     pub(super) released: Released,
     pub(super) readiness: Readiness,
-    /// Addresses whose verdicts have changed since the kernel was last in step.
+    /// Addresses whose verdicts have changed since the kernel was last in sync.
     pub(super) touched: BTreeSet<IpAddr>,
-    /// Addresses whose flows from before they came under policy are still to be judged.
+    /// Newly isolated addresses whose earlier flows are still to be evaluated.
     pub(super) isolated: BTreeSet<IpAddr>,
-    /// Pods that left their links before the API says so.
+    /// Pods that lost their interfaces before the API reports it.
     pub(super) vacancies: Vacancies,
     /// When the kernel's tables are to be filled again.
     pub(super) renewed: watch::Receiver<()>,
-    /// Between two changes it stops, and leaves the kernel to another.
+    /// Stops between two changes, before a handover.
     pub(super) stopped: watch::Receiver<bool>,
 }
 
-/// Says in the log which faults of the cluster's objects stand that did not before.
+/// Logs new diagnostics of the cluster's objects.
 pub(super) fn announce(before: &[Problem], now: &[Problem]) {
     let before: BTreeSet<&Problem> = before.iter().collect();
     for problem in now.iter().filter(|problem| !before.contains(problem)) {
@@ -159,29 +159,29 @@ impl Follower {
         self.touched.extend(touched);
     }
 
-    /// Cuts the flows of pods that have left their links.
+    /// Severs the flows of pods that have lost their interfaces.
     fn vacate(&mut self) {
         let touched = self.vacancies.take();
         self.enforcer.judge_again(&touched);
         self.touched.extend(touched);
     }
 
-    /// Returns why not, if the kernel refused.
+    /// Returns the error, if the kernel cannot be updated.
     fn bring_kernel_in_step(mut self) -> (Self, Option<String>) {
         let refused = self.steps().err();
         (self, refused)
     }
 
-    /// What was let through is judged at once. What no policy concerned until now is judged after the
-    /// sets are in step: from then on nothing more of it passes unseen.
+    /// Allowed flows are evaluated at once. Flows of newly isolated addresses are evaluated after the
+    /// sets are in sync: from then on no more of them bypass the gate.
     fn steps(&mut self) -> Result<(), String> {
         let behind =
-            |error| format!("flows that the kernel carries could not be judged again: {error}");
+            |error| format!("kernel flows could not be evaluated again after a change: {error}");
         conntrack::judge_again(&self.enforcer, &self.touched).map_err(behind)?;
         let isolated = self
             .released
             .sync(&self.touched)
-            .map_err(|error| format!("the kernel's sets are behind the table: {error}"))?;
+            .map_err(|error| format!("the nft sets are behind the policy table: {error}"))?;
         self.touched.clear();
         self.isolated.extend(isolated);
         conntrack::judge_unmarked(&self.enforcer, &self.isolated).map_err(behind)?;

@@ -38,7 +38,7 @@ impl From<OwnNode> for policy::OwnNode {
     }
 }
 
-/// Enforces on this node until told to stop. Needs `iptables-init install` before it.
+/// Enforce policies on this node until it is stopped. Needs `iptables-init install` before it.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct RunArgs {
     /// Where the cluster's state comes from: `kube`, or `dir:PATH` with manifests.
@@ -49,7 +49,7 @@ pub(crate) struct RunArgs {
         env = "PORTREEVE_CLUSTER"
     )]
     pub(crate) cluster: String,
-    /// Where the last good state is kept for a start while the API server is away.
+    /// Directory for the last good state, used at a start while the API server is unreachable.
     #[arg(
         long,
         value_name = "PATH",
@@ -57,7 +57,7 @@ pub(crate) struct RunArgs {
         env = "PORTREEVE_STATE_DIR"
     )]
     pub(crate) state_dir: PathBuf,
-    /// How old a kept state may be to be used.
+    /// Maximum age of that state.
     #[arg(
         long,
         value_name = "DURATION",
@@ -65,7 +65,7 @@ pub(crate) struct RunArgs {
         env = "PORTREEVE_STATE_MAX_AGE"
     )]
     pub(crate) state_max_age: humantime::Duration,
-    /// Taint that is taken off this Node once the daemon enforces; new nodes register with it.
+    /// Taint to remove from this Node once the daemon enforces; new nodes register with it.
     #[arg(long, value_name = "KEY", env = "PORTREEVE_STARTUP_TAINT")]
     pub(crate) startup_taint: Option<String>,
     /// Name of this Node object [default: $NODE_NAME, else the host name].
@@ -112,8 +112,8 @@ pub(crate) struct RunArgs {
         env = "PORTREEVE_HOLD"
     )]
     pub(crate) hold: humantime::Duration,
-    /// Where a daemon that starts takes over the live connections of the one that runs: a path for a
-    /// socket, in a directory that only root can write to [default: none, a second daemon is refused].
+    /// Socket path for handing live connections over to a new daemon,
+    /// in a directory that only root can write to [default: none, a second daemon is rejected].
     #[arg(long, value_name = "PATH", env = "PORTREEVE_HANDOVER")]
     pub(crate) handover: Option<PathBuf>,
     /// How log lines look; they go to standard error, and RUST_LOG chooses which.
@@ -147,7 +147,7 @@ pub(crate) struct RunArgs {
 }
 
 impl RunArgs {
-    /// The uid of the pod that this daemon runs in, where Kubernetes has told it (`POD_UID`).
+    /// The uid of this daemon's pod, if it is given (`POD_UID`).
     pub(crate) fn pod(&self) -> Option<String> {
         let told = std::env::var("POD_UID").ok();
         told.filter(|uid| !uid.is_empty() && !uid.contains(char::is_whitespace))
@@ -173,7 +173,7 @@ impl RunArgs {
         ))
     }
 
-    /// The Node's name, as told or as the host has it.
+    /// The Node's name as given, or else the host name.
     pub(crate) fn node(&self) -> anyhow::Result<String> {
         if let Some(name) = self
             .node

@@ -1,4 +1,4 @@
-//! Where the cluster's state comes from: one face for manifests and the Kubernetes API.
+//! The source of the cluster's state: one interface to manifests and the Kubernetes API.
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use controller::{Batch, Problem};
 use super::settings::RunArgs;
 use crate::node::readiness::Readiness;
 
-/// What is followed.
+/// The source of the cluster's state.
 pub(super) enum Source {
     Manifests {
         source: Box<ManifestSource>,
@@ -71,7 +71,7 @@ impl Source {
         }
     }
 
-    /// Tells the authors of the objects what is wrong with them, where that is possible.
+    /// Reports diagnostics to the authors of the objects, where that is possible.
     pub(super) fn tell(&mut self, problems: &[Problem]) {
         match self {
             Self::Manifests { .. } => {}
@@ -80,7 +80,7 @@ impl Source {
     }
 }
 
-/// Takes `--startup-taint` off this Node as soon as the daemon is ready, if there is such a flag.
+/// Removes the `--startup-taint` from this Node as soon as the daemon is ready, if it is given.
 pub(super) fn lift_taint(args: &RunArgs, readiness: &Readiness, node: &Arc<str>) {
     let Some(key) = args.startup_taint.clone() else {
         return;

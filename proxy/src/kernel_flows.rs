@@ -1,8 +1,8 @@
-//! The flows that the kernel carries, as far as we let them in: who they are between, and by which
+//! The kernel flows that this daemon allowed, each with its endpoints and its
 //! decision.
 //!
-//! The kernel has the flows themselves; this is what tells, without asking it, which of them a change
-//! concerns, and what a record says at their end. Knows neither packets nor how to reach the kernel;
+//! The flows themselves are in conntrack; this list finds, without a dump, those that a change
+//! concerns, and has the data of their records. Knows neither packets nor netlink;
 //! `node/conntrack.rs` keeps both in step.
 mod backlog;
 
@@ -23,7 +23,7 @@ use crate::telemetry::record::Subject;
 
 use backlog::Backlog;
 
-/// Flows that are listed; a flow beyond is carried all the same, and found in conntrack itself.
+/// Maximum number of listed flows; a flow beyond is allowed too, and found by a dump of conntrack.
 const MOST: usize = 65_536;
 /// Flows of one source in the list.
 const SHARE: usize = 4096;
@@ -41,18 +41,18 @@ pub(crate) struct Carried {
     /// How often the list was compared with conntrack.
     round: AtomicU64,
     /// More than 0 if conntrack may have flows of ours that are not listed: at the start, and after
-    /// each that found no room.
+    /// each that did not fit.
     unlisted: AtomicU64,
-    /// When a flow last found no room, in milliseconds after `began`.
+    /// When a flow last did not fit, in milliseconds after `began`.
     no_room: AtomicU64,
     began: Instant,
-    /// TCP connections that were cut and that conntrack still has, and since when.
+    /// Severed TCP connections that are still in conntrack, and since when.
     parting: Mutex<Vec<(Instant, Entry)>>,
     /// Addresses whose unlisted flows have to be judged again.
     pub(crate) backlog: Backlog,
 }
 
-/// A flow that was let through at its first packet.
+/// A flow that was allowed at its first packet.
 pub(crate) struct CarriedFlow {
     number: u64,
     pub(crate) id: FlowId,
@@ -78,7 +78,7 @@ pub(crate) struct Round {
     began: Instant,
 }
 
-/// What the list makes of a flow.
+/// The result of entering a flow into the list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Listed {
     New,
@@ -112,21 +112,21 @@ impl Carried {
         }
     }
 
-    /// Notes connections that have been cut, for [`Self::parted`].
+    /// Stores severed connections for [`Self::parted`].
     pub(crate) fn part(&self, entries: impl IntoIterator<Item = Entry>) {
         let now = Instant::now();
         let mut parting = self.parting.lock().unwrap_or_else(PoisonError::into_inner);
         parting.extend(entries.into_iter().map(|entry| (now, entry)));
     }
 
-    /// Takes those that were cut longer ago.
+    /// Takes those that were severed longer ago than this.
     pub(crate) fn parted(&self, ago: Duration) -> Vec<Entry> {
         let mut parting = self.parting.lock().unwrap_or_else(PoisonError::into_inner);
         let gone = parting.extract_if(.., |(since, _)| since.elapsed() >= ago);
         gone.map(|(_, entry)| entry).collect()
     }
 
-    /// Enters a flow whose first packet may pass.
+    /// Enters a flow whose first packet is allowed.
     pub(crate) fn enter(&self, id: FlowId, opened: SystemTime, decision: &Arc<Decision>) -> Listed {
         if let Some(known) = self.by_id.get(&id) {
             known.again.store(true, Ordering::Relaxed);
@@ -173,12 +173,12 @@ impl Carried {
         has < self.share && self.by_id.len() < self.most
     }
 
-    /// Notes that conntrack has a flow of ours that is not listed, or will have it soon.
+    /// Notes that conntrack has, or will soon have, an allowed flow that is not listed.
     pub(crate) fn pass_over(&self) {
         self.unlisted.fetch_add(1, Ordering::Release);
     }
 
-    /// Whether a flow that found no room before `now` may not have come to conntrack's table by then.
+    /// Whether a flow that did not fit before `now` may not have been in conntrack by then.
     pub(crate) fn has_unlisted_on_its_way(&self, now: Instant) -> bool {
         let last = self.no_room.load(Ordering::Relaxed);
         last > 0 && self.time(now) <= last.saturating_add(millis(ON_ITS_WAY))
@@ -189,7 +189,7 @@ impl Carried {
         1 + millis(at.saturating_duration_since(self.began))
     }
 
-    /// Takes a flow out; it is handed to one caller only.
+    /// Removes a flow; only one caller gets it.
     pub(crate) fn remove(&self, id: &FlowId) -> Option<Arc<CarriedFlow>> {
         let (_, flow) = self.by_id.remove(id)?;
         self.by_address.remove(&flow);
@@ -200,7 +200,7 @@ impl Carried {
         Some(flow)
     }
 
-    /// Frees memory that a flood has needed.
+    /// Frees memory after a flood.
     pub(crate) fn shrink(&self) {
         if self.by_id.capacity() > 4 * self.by_id.len().max(1024) {
             self.by_id.shrink_to_fit();
@@ -209,8 +209,8 @@ impl Carried {
         }
     }
 
-    /// Takes out the flow that conntrack let go of, unless it may have been an earlier one between
-    /// the same ends: then the next comparisons with conntrack will tell.
+    /// Removes the flow whose conntrack entry was deleted, unless that may be an earlier one between
+    /// the same endpoints: then the next comparisons with conntrack find out.
     pub(crate) fn ended(&self, entry: &Entry) -> Option<Arc<CarriedFlow>> {
         let flow = self.get(&entry.flow)?;
         flow.note(entry);
@@ -254,11 +254,11 @@ impl Carried {
         }
     }
 
-    /// Ends it, after all that conntrack has was entered. Returns the flows that conntrack did not
-    /// have in two rounds on end: once may be a flow that is on its way there, or that the kernel
-    /// moved within its table while it was read.
+    /// Ends it, after all conntrack entries were entered. Returns the flows that conntrack did not
+    /// have in two consecutive rounds: in one round a flow may not be there yet, or the kernel may have
+    /// moved it during the dump.
     pub(crate) fn end_round(&self, round: Round) -> Vec<Arc<CarriedFlow>> {
-        // If another found no room meanwhile, or so shortly before that conntrack did not have it yet, the list stays
+        // If another did not fit meanwhile, or so shortly before that conntrack did not have it yet, the list stays
         // incomplete.
         if !self.has_unlisted_on_its_way(round.began) {
             let relaxed = Ordering::Relaxed;
@@ -342,7 +342,7 @@ impl CarriedFlow {
             .unwrap_or_else(PoisonError::into_inner) = Some(severance);
     }
 
-    /// Takes over what conntrack has counted.
+    /// Copies the byte counts of conntrack.
     pub(crate) fn note(&self, entry: &Entry) {
         self.sent.store(entry.sent, Ordering::Relaxed);
         self.received.store(entry.received, Ordering::Relaxed);
@@ -383,7 +383,7 @@ mod tests {
         })
     }
 
-    /// What conntrack says of a flow that has sent so many bytes.
+    /// The conntrack entry of a flow that has sent this many bytes.
     fn entry(client: u16, sent: u64) -> Entry {
         let mut message = Vec::new();
         netlink::write(&mut message, Header::default(), |m| {

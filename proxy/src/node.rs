@@ -1,4 +1,4 @@
-//! Watches the node: what the kernel has to be told of it, and what others may do there that would let packets pass by
+//! Watches the node: interfaces and bridges for the nft sets, and changes by others that would let packets bypass
 //! the redirect.
 pub(crate) mod bridges;
 pub(crate) mod conntrack;
@@ -22,10 +22,10 @@ use pod_links::PodLinks;
 use readiness::Readiness;
 use redirect::Redirect;
 
-/// How often. Nobody tells of it, and it costs two calls.
+/// How often. There is no notification, and it costs two calls.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-/// Watches links, bridges, the redirect and others, each as a task without end. Returns a receiver that is notified
+/// Watches links, bridges, the redirect and others, each in an endless task. Returns a receiver that is notified
 /// when the kernel's sets have to be filled again.
 pub(crate) fn watch(
     tasks: &mut JoinSet<()>,

@@ -1,7 +1,7 @@
-//! Keeps the kernel's table for bridges in step with the node's links: which are ports of bridges
-//! that pods hang on. Says what makes pods on a bridge unreachable.
+//! Keeps the nft table for bridges in sync with the node's interfaces: which are ports of bridges
+//! that pods are attached to. Reports what makes pods on a bridge unreachable.
 //!
-//! A port that is not known yet is cut off, so nothing is open for being late. Knows no pods, only
+//! Packets of an unknown port are dropped, so a late update opens nothing. Knows no pods, only
 //! their networks.
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -24,14 +24,14 @@ use super::pod_links::Changes;
 use super::pod_sets::LocalPods;
 use super::readiness::Readiness;
 
-/// How often sysctls are read, of which nobody tells.
+/// How often sysctls are read; there is no notification of their changes.
 const READ_EVERY: Duration = Duration::from_secs(2);
 /// The first change is looked at at once, those that follow together after this.
 const PAUSE: Duration = Duration::from_millis(100);
-/// For so long after a change, what pods have is asked whenever sysctls are read: pods get their
-/// addresses after their links, of which we may not be told.
+/// How long after a change the pods' addresses are read along with the sysctls: pods get their
+/// addresses after their interfaces, and the daemon may not be notified.
 const UNSETTLED: Duration = Duration::from_secs(10);
-/// How often it is asked when nothing has changed. It costs the kernel some 50 microseconds a pod.
+/// How often they are read if nothing has changed. It takes the kernel some 50 microseconds per pod.
 const ASK_EVERY: Duration = Duration::from_secs(30);
 
 /// The node's bridges as last seen.
@@ -45,7 +45,7 @@ pub(crate) struct Bridges {
     occupancy: Occupancy,
 }
 
-/// What is known of the node and the kernel.
+/// The known state of the node and the kernel.
 #[derive(Default)]
 struct Seen {
     cidrs: Vec<IpNet>,
@@ -57,50 +57,50 @@ struct Seen {
     again: Option<Instant>,
     asked: Asked,
     owners: Owners,
-    /// What the kernel's table was told last.
+    /// The last script that was loaded into the nft table.
     loaded: Option<String>,
-    /// The bridges for which the sysctls have been switched off; who switches them on again is
-    /// reported, not fought.
+    /// Bridges whose sysctls were switched off; if other software switches them on again, this is
+    /// reported, not undone.
     prepared: BTreeSet<String>,
 }
 
-/// When it was last asked what pods have.
+/// When the pods' addresses were last read.
 #[derive(Default)]
 struct Asked {
     /// When something changed.
     changed: Option<Instant>,
-    /// When the kernel was in step with the answer; `None`: it is not.
+    /// When the kernel was last in sync with them; `None`: it is not.
     in_step: Option<Instant>,
 }
 
-/// What keeps pods on a bridge from being policed or from being reached.
+/// Why policies on a bridge cannot be enforced, or why its pods are unreachable.
 #[derive(Debug, thiserror::Error)]
 enum Fault {
-    #[error("the node's bridges cannot be looked at: {0}")]
+    #[error("cannot list the node's bridges: {0}")]
     Find(#[from] CommandError),
     #[error(transparent)]
     Bridge(#[from] BridgeError),
     #[error(
-        "cannot read the addresses that pods have at the ports of bridges ({0}); it takes CAP_NET_ADMIN and Linux 4.20"
+        "cannot read the addresses of pods at bridge ports ({0}); this needs CAP_NET_ADMIN and Linux 4.20"
     )]
     Ends(#[source] io::Error),
-    #[error("the ports of bridges cannot be told to the kernel: {0}")]
+    #[error("cannot load the bridge ports into the nft table: {0}")]
     Ports(#[from] SetsError),
     #[error(
-        "sysctl {sysctl} was set to 1, so connections of policed pods on bridge {bridge} time out; set it to 0 (`sysctl -w {sysctl}=0`), and find out who sets it"
+        "sysctl {sysctl} was set to 1, so connections of isolated pods on bridge {bridge} time out; set it to 0 (`sysctl -w {sysctl}=0`), and find out who sets it"
     )]
     SwitchedOn { sysctl: String, bridge: String },
     #[error(
-        "bridge {0} itself looks into IP packets, so connections of policed pods on it time out; run `ip link set {0} type bridge nf_call_iptables 0 nf_call_ip6tables 0`"
+        "bridge {0} itself looks into IP packets, so connections of isolated pods on it time out; run `ip link set {0} type bridge nf_call_iptables 0 nf_call_ip6tables 0`"
     )]
     LooksIntoIp(String),
 }
 
 impl Bridges {
-    /// Of the `names` given, and those that overlap with the pods' networks.
+    /// Watches the bridges in `names`, and those that overlap with the pods' networks.
     ///
     /// # Errors
-    /// If the kernel does not tell of changes.
+    /// If the kernel cannot notify of changes.
     pub(crate) fn new(
         names: &[String],
         pods: LocalPods,
@@ -118,7 +118,7 @@ impl Bridges {
         })
     }
 
-    /// Watches without end; tells the kernel's tables all again when they are `renewed`.
+    /// Watches forever; fills the nft tables again when they are `renewed`.
     pub(crate) async fn watch(mut self, readiness: Readiness, mut renewed: watch::Receiver<()>) {
         let mut every = tokio::time::interval(READ_EVERY);
         every.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -142,7 +142,7 @@ impl Bridges {
         }
     }
 
-    /// Waits for the next reason to look.
+    /// Waits until the next check is due.
     async fn until_due(
         &mut self,
         every: &mut Interval,
@@ -169,7 +169,7 @@ impl Bridges {
     fn look(&mut self) -> Result<(), Fault> {
         let pods = self.pods.pods();
         let cidrs = self.pods.networks(&pods);
-        // A Node object that is gone takes no bridge away.
+        // A deleted Node object removes no bridge.
         if !cidrs.is_empty() && self.seen.cidrs != cidrs {
             self.seen.bridges = None;
             self.seen.cidrs = cidrs;
@@ -184,7 +184,7 @@ impl Bridges {
         Ok(())
     }
 
-    /// Until it succeeds all is looked at again.
+    /// Until it succeeds, everything is read again.
     fn bring_in_step(&mut self, found: &[Bridge], pods: &[LocalPod]) -> Result<(), Fault> {
         if !self.kernel.bridges {
             return if found.is_empty() {
@@ -198,7 +198,7 @@ impl Bridges {
             info!(bridges = ?names, "pods are attached to bridges");
             if !self.changes.are_from_everywhere() {
                 info!(
-                    "without CAP_NET_BROADCAST a pod's new address may be known to be its own two seconds late"
+                    "without CAP_NET_BROADCAST a pod's new address may be recognized two seconds late"
                 );
             }
             bridges::switch_off()?;
@@ -221,7 +221,7 @@ impl Bridges {
         }
     }
 
-    /// Asks what pods have, if that is due, and tells the kernel's table.
+    /// Reads the pods' addresses, if that is due, and loads them into the nft table.
     fn ask(&mut self, found: &[Bridge], pods: &[LocalPod]) -> Result<(), Fault> {
         let now = Instant::now();
         if !self.seen.asked.is_due(now) {

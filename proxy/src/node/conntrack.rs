@@ -1,10 +1,10 @@
-//! Keeps what the kernel carries true to the table, and the list of it true to the kernel.
+//! Keeps kernel flows in sync with the policy table, and their list in sync with conntrack.
 //!
-//! A flow that a change denies is marked as cut in conntrack: from then on each of its packets is judged, for
-//! as long as either side goes on. A TCP connection is forgotten a little later: until then the reset
-//! passes by which a node that relays it ends it, and without an entry only a SYN begins another.
-//! Which flows those are, the list tells; conntrack itself is read only to name what is cut, at the
-//! start, and now and then for what no event told.
+//! A flow that a change denies is marked as severed in conntrack: from then on each of its packets is evaluated, for
+//! as long as either side sends. A TCP entry is deleted a little later: until then the reset of a
+//! node that proxies the connection passes, and without an entry only a SYN starts a new one.
+//! The list says which flows these are; conntrack is dumped only to find their entries, at the
+//! start, and from time to time for missed events.
 use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::IpAddr;
@@ -30,7 +30,7 @@ const COMPARE_EVERY: Duration = Duration::from_secs(15);
 const COMPARE_AGAIN: Duration = Duration::from_secs(5);
 /// How long the other node may take to learn of the change and reset the connection.
 const LAST_WORDS: Duration = Duration::from_secs(2);
-/// How soon it is looked for again.
+/// The pause before conntrack is searched again for a flow that was just allowed.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// The pause after an error of conntrack.
 const RETRY: Duration = Duration::from_secs(1);
@@ -41,17 +41,17 @@ const MANY: usize = 256;
 /// Flows that are ended together.
 const AT_ONCE: usize = 1024;
 
-/// Flows that must go, and why; those that were never judged have nothing to be recorded.
+/// Flows to sever, and why; those without a decision are not recorded.
 type Doomed = Vec<(Entry, Option<Severance>)>;
 
-/// Starts the tasks that run beside changes, without end.
+/// Starts the background tasks.
 pub(crate) fn spawn(tasks: &mut JoinSet<()>, enforcer: &Arc<Enforcer>, endings: Endings) {
     tasks.spawn(follow(Arc::clone(enforcer), endings));
     tasks.spawn(forget_cut(Arc::clone(enforcer)));
     tasks.spawn(judge_backlog(Arc::clone(enforcer)));
 }
 
-/// Judges the listed flows of these addresses again and ends those that are denied, or one of whose
+/// Evaluates the listed flows of these addresses again and severs those that are denied, or one of whose
 /// pods is no longer the one behind its address. Blocks if there are any.
 ///
 /// To be called after the table has changed.
@@ -80,7 +80,7 @@ fn judge_all_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Resul
         judge_unlisted(enforcer, carried, carried, touched, unlisted)
     };
     judge()?;
-    // What was allowed shortly before the change may come to conntrack only now.
+    // A flow that was allowed just before the change may get its conntrack entry only now.
     if enforcer.carried.has_unlisted_on_its_way(began) {
         thread::sleep(ON_ITS_WAY.saturating_sub(began.elapsed()));
         judge()?;
@@ -88,7 +88,7 @@ fn judge_all_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Resul
     Ok(())
 }
 
-/// The listed flows of these addresses that may not go on, and why.
+/// The listed flows of these addresses that are denied now, and why.
 fn denied_of(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> HashMap<FlowId, Severance> {
     let mut denied: HashMap<FlowId, Severance> = HashMap::new();
     for flow in enforcer.carried.of(touched) {
@@ -124,7 +124,7 @@ fn cut_listed(
             cut_if_many(enforcer, &mut doomed)
         })?;
         cut(enforcer, &doomed)?;
-        // What has ended by itself will not come; what has just been let through will.
+        // A flow that has ended will not appear; one that was just allowed will.
         denied.retain(|id, _| {
             let listed = enforcer.carried.get(id);
             listed.is_some_and(|flow| flow.entered.elapsed() < ON_ITS_WAY)
@@ -136,10 +136,10 @@ fn cut_listed(
     Ok(())
 }
 
-/// Judges the flows that nobody has looked at yet of addresses that have just come under policy, and
+/// Evaluates the unmarked flows of addresses that have just become isolated, and
 /// ends those that are denied. Blocks.
 ///
-/// To be called after the kernel's sets are in step: what comes later is held anyway.
+/// Call this after the nft sets are in sync: later packets are queued anyway.
 ///
 /// # Errors
 /// What ctnetlink answers; to be called again then.
@@ -151,7 +151,7 @@ pub(crate) fn judge_unmarked(enforcer: &Enforcer, isolated: &BTreeSet<IpAddr>) -
     judge_unlisted(enforcer, 0, marks.mask(), isolated, |_| true)
 }
 
-/// Lets conntrack forget connections that were cut, by an earlier daemon too, once their last words are said.
+/// Deletes severed connections, also those of an earlier daemon, from conntrack once their resets have passed.
 async fn forget_cut(enforcer: Arc<Enforcer>) {
     let cut = enforcer.marks.cut();
     let left = tokio::task::spawn_blocking(move || conntrack::marked(cut, cut)).await;
@@ -160,7 +160,7 @@ async fn forget_cut(enforcer: Arc<Enforcer>) {
             left.retain(|entry| entry.flow.protocol == Protocol::Tcp);
             enforcer.carried.part(left);
         }
-        // They stay closed, until conntrack gives up on them.
+        // They stay blocked until their conntrack entries time out.
         Ok(Err(error)) => warn!(%error, "cannot list the flows that the previous daemon severed"),
         Err(_) => {}
     }
@@ -173,13 +173,13 @@ async fn forget_cut(enforcer: Arc<Enforcer>) {
         }
         let forget = move || conntrack::delete(&parted.iter().collect::<Vec<_>>());
         if let Ok(Err(error)) = tokio::task::spawn_blocking(forget).await {
-            // It stays closed, until conntrack gives up on it.
+            // It stays blocked until its conntrack entry times out.
             warn_occasionally!(%error, "cannot delete severed connections from conntrack");
         }
     }
 }
 
-/// Follows what becomes of carried flows until conntrack can no longer be heard.
+/// Follows the ends of kernel flows until the stream of conntrack events breaks.
 async fn follow(enforcer: Arc<Enforcer>, mut endings: Endings) {
     let mut compare = tokio::time::interval(COMPARE_EVERY);
     let mut compared: Option<Instant> = None;
@@ -209,8 +209,8 @@ async fn follow(enforcer: Arc<Enforcer>, mut endings: Endings) {
     }
 }
 
-/// Brings the list in line with conntrack: takes in what it has and we do not know, such as what an
-/// earlier daemon let through, and records what is gone. Blocks: it reads conntrack's whole table.
+/// Syncs the list with conntrack: adds flows that are not listed, such as those that an
+/// earlier daemon allowed, and records those that are gone. Blocks: it dumps all of conntrack.
 ///
 /// # Errors
 /// What ctnetlink answers.
@@ -256,19 +256,19 @@ async fn compare_in_background(enforcer: &Arc<Enforcer>) {
     let enforcer = Arc::clone(enforcer);
     let compared = tokio::task::spawn_blocking(move || compare(&enforcer)).await;
     if let Ok(Err(error)) = compared {
-        warn_occasionally!(%error, "conntrack could not be read; it is tried again");
+        warn_occasionally!(%error, "cannot read conntrack; retrying");
     }
 }
 
-/// What conntrack let go of is recorded.
+/// Records a flow whose conntrack entry was deleted.
 fn ended(enforcer: &Enforcer, entry: &Entry) {
     if let Some(flow) = enforcer.carried.ended(entry) {
         enforcer.carried_over(&flow);
     }
 }
 
-/// Judges the flows of these addresses in conntrack whose mark under `mask` is `mark`, but for those
-/// that are not `concerned`, and ends those that are denied.
+/// Evaluates the flows of these addresses in conntrack whose mark under `mask` is `mark`, but for those
+/// that are not `concerned`, and severs those that are denied.
 fn judge_unlisted(
     enforcer: &Enforcer,
     mark: u32,
@@ -282,7 +282,7 @@ fn judge_unlisted(
             return Ok(());
         }
         match enforcer.judge(&entry.flow) {
-            // Whose the address was we cannot know: nobody inherits the flow.
+            // The earlier owner of the address is unknown: no pod inherits the flow.
             Judgement::Unknown(unknown) if addresses.contains(&unknown) => {
                 doomed.push((entry, None));
             }
@@ -290,7 +290,7 @@ fn judge_unlisted(
             Judgement::Settled { verdict, from, to } => {
                 if !verdict.allowed() {
                     let decision = Arc::new(Decision { verdict, from, to });
-                    // What nobody has answered may never have been let through: nothing is cut.
+                    // A flow without a reply may never have been allowed: it is not recorded as severed.
                     let severance = (!entry.unanswered).then(|| Severance::denied(decision));
                     doomed.push((entry, severance));
                 }
@@ -310,13 +310,13 @@ fn cut_if_many(enforcer: &Enforcer, doomed: &mut Doomed) -> io::Result<()> {
     Ok(())
 }
 
-/// Ends flows in conntrack and records them as severed, but for those that had ended by themselves.
+/// Severs flows in conntrack and records them, except those that had already ended.
 fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
     if doomed.is_empty() {
         return Ok(());
     }
     for (entry, severance) in doomed {
-        // Before it goes, since its ending may be heard before we are told that it went.
+        // Before the deletion, since its event may arrive before the reply to the request.
         if let (Some(flow), Some(severance), false) =
             (enforcer.carried.get(&entry.flow), severance, entry.over)
         {
@@ -336,19 +336,19 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
     // A change that found it listed has marked it since it was read, then has taken it out of the list and recorded it.
     let mut unmarked = conntrack::keep_their_marks(&unlisted_and_denied)?.into_iter();
     let entries = doomed.iter().map(|(entry, _)| entry);
-    // Who repeats its SYN is judged by it, once more.
+    // An unanswered client retransmits its SYN, which is evaluated again.
     let is_tcp = |entry: &Entry| entry.flow.protocol == Protocol::Tcp;
     let (others, live): (Vec<_>, Vec<_>) =
         entries.partition(|entry| entry.over || entry.unanswered && is_tcp(entry));
     conntrack::delete(&others)?;
     let marks = enforcer.marks;
-    // Before they are marked: if only some can be, all are forgotten nevertheless.
+    // Before they are marked: if only some can be marked, all are deleted nevertheless.
     let connections = live.iter().filter(|entry| is_tcp(entry));
     enforcer.carried.part(connections.copied().cloned());
     conntrack::set_mark(&live, marks.cut(), marks.mask())?;
     for ((entry, severance), listed) in doomed.iter().zip(listed) {
         match (listed, severance) {
-            // Whoever takes it out of the list records it, and that only once.
+            // Only the caller that removes it from the list records it.
             (Some(_), _) => {
                 if let Some(flow) = enforcer.carried.remove(&entry.flow) {
                     flow.note(entry);
@@ -378,7 +378,7 @@ async fn judge_backlog(enforcer: Arc<Enforcer>) {
             };
             match tokio::task::spawn_blocking(judge).await {
                 Ok(Err(error)) => {
-                    warn!(%error, "carried flows that are not listed could not be judged again; the daemon tries once more");
+                    warn!(%error, "cannot evaluate unlisted kernel flows again; retrying");
                     tokio::time::sleep(RETRY).await;
                 }
                 _ => break,

@@ -1,4 +1,4 @@
-//! Tracks the link of each pod's address, and finds pods that have left before the API says so.
+//! Tracks the interface of each pod's address, and detects pods that are gone before the API reports it.
 //!
 //! An address can be given to another pod as soon as its holder's link is gone; the API reports both changes some time
 //! later. Until the API names another pod, the address is vacant, and neither pod has rights there. A route that

@@ -1,7 +1,7 @@
-//! Tells the kernel which links pods hang on, as soon as a route to a pod comes or goes: what comes
-//! in on one must come from an address that is routed to it. The table hears which addresses among
-//! the pods' are the host's own, and which pods have left their links. A policed pod whose packets
-//! come by no link of pods makes the node not ready.
+//! Keeps the nft set of pod interfaces in sync with the routes to pods: a packet that arrives on such
+//! an interface must have a source address that is routed to it. Reports to the policy table which of
+//! the pods' addresses are the host's own, and which pods have lost their interfaces. An isolated pod
+//! without such an interface makes the node not ready.
 //!
 //! A pod's route is made before the pod runs, so its first packet finds the set filled.
 use std::collections::{BTreeMap, BTreeSet};
@@ -35,13 +35,13 @@ const ROUTES: u32 = 0x1 | 0x40 | 0x400;
 const ADDRESSES: u32 = 0x1 | 0x10 | 0x100;
 /// The first change is looked at at once, those that follow together after this.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How soon what was refused is tried again.
+/// The pause after an error of `nft`.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// How long a policed pod may have no link before it is reported: routes and the API do not change at the same time.
+/// How long an isolated pod may have no interface before it is reported: routes and API change at different times.
 const SETTLED: Duration = Duration::from_secs(2);
 
-/// The sets of pods' links as the kernel has them.
+/// The nft sets of pod interfaces.
 pub(crate) struct PodLinks {
     pods: LocalPods,
     vacancies: Vacancies,
@@ -54,7 +54,7 @@ pub(crate) struct PodLinks {
     unreached: BTreeMap<IpAddr, Instant>,
 }
 
-/// What was loaded, and for what.
+/// The loaded sets and their inputs.
 #[derive(PartialEq)]
 struct Loaded {
     pods: Vec<IpNet>,
@@ -62,7 +62,7 @@ struct Loaded {
     links: Links,
 }
 
-/// Notices of links, and of routes or addresses, that come or go; what they say is not read.
+/// Notifications of changed interfaces, routes or addresses; their contents are not read.
 pub(crate) struct Changes {
     notices: AsyncFd<OwnedFd>,
     everywhere: bool,
@@ -73,13 +73,13 @@ impl PodLinks {
     /// to date.
     ///
     /// # Errors
-    /// What `ip` or `nft` say.
+    /// The errors of `ip` or `nft`.
     pub(crate) fn new(pods: LocalPods, vacancies: Vacancies, heard: bool) -> anyhow::Result<Self> {
         let mut links = Self {
             pods,
             vacancies,
             changes: Changes::listen(ROUTES)
-                .context("cannot hear of changes of routes (rtnetlink)")?,
+                .context("cannot subscribe to route changes (rtnetlink)")?,
             loaded: None,
             occupancy: Occupancy::resumed(pod_links::pinned_before().unwrap_or_default()),
             again: None,
@@ -89,7 +89,7 @@ impl PodLinks {
         Ok(links)
     }
 
-    /// Keeps the set in step without end; fills it again when the kernel's tables are `renewed`.
+    /// Keeps the set in sync forever; fills it again when the nft tables are `renewed`.
     pub(crate) async fn follow(mut self, readiness: Readiness, mut renewed: watch::Receiver<()>) {
         let mut table = self.pods.changed();
         let mut retry = false;
@@ -116,7 +116,7 @@ impl PodLinks {
             // If it panicked it took everything with it; the runtime has said where.
             let Ok((next, refused)) = step.await else {
                 return readiness
-                    .not_ready("this daemon no longer watches the links of pods; restart it");
+                    .not_ready("this daemon no longer watches the interfaces of pods; restart it");
             };
             self = next;
             retry = refused.is_some();
@@ -181,7 +181,7 @@ impl PodLinks {
         });
     }
 
-    /// Notes the policed pods outside of the CIDRs whose packets do not pass the rules.
+    /// Notes the isolated pods outside of the CIDRs whose packets bypass the rules.
     fn note_unreached(&mut self, local: &[LocalPod], links: &Links, now: Instant) {
         let outside = outside(&self.pods.cidrs(), local.iter().map(|pod| pod.address));
         let unseen = local.iter().filter(|pod| {
@@ -199,7 +199,7 @@ impl PodLinks {
         self.again = self.again.into_iter().chain(due).min();
     }
 
-    /// Why a pod of this node cannot be policed, if there is one.
+    /// Why policies cannot be enforced on a pod of this node, if there is one.
     fn unpoliced(&self, now: Instant) -> Option<String> {
         let settled = self
             .unreached
@@ -222,14 +222,14 @@ impl PodLinks {
             )
         } else {
             format!(
-                "policies select pod {pod}, but no route of this node leads to its address {address} by a link of its own, so its packets do not pass the rules; use a network plugin that routes pods through the node (not macvlan, ipvlan or SR-IOV), or correct status.podIPs"
+                "policies select pod {pod}, but no route of this node leads to its address {address} through an interface of its own, so its packets bypass the rules; use a network plugin that routes pods through the node (not macvlan, ipvlan or SR-IOV), or correct status.podIPs"
             )
         })
     }
 }
 
 impl Changes {
-    /// Listens from now on for links and addresses; if `CAP_NET_BROADCAST` lets us, for those of pods
+    /// Listens for changed interfaces and addresses; with `CAP_NET_BROADCAST`, for those of pods
     /// too.
     ///
     /// # Errors
@@ -259,7 +259,7 @@ impl Changes {
         })
     }
 
-    /// Waits for a change, and takes all that there are.
+    /// Waits for a change, and reads all pending ones.
     pub(crate) async fn next(&self) -> io::Result<()> {
         let mut ready = self.notices.readable().await?;
         let mut buffer = [0; 4096];

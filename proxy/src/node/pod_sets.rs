@@ -1,8 +1,8 @@
-//! Keeps the kernel's sets in step with the table: which addresses are pods of this node, and which
-//! of them are released, direction by direction.
+//! Keeps the nft sets in sync with the policy table: which addresses are pods of this node, and which
+//! of them are non-isolated, per direction.
 //!
-//! The table is always ahead: a pod is released only after the gate would let it through, and a
-//! packet that is taken in between is simply judged.
+//! The table is always ahead: a pod enters a non-isolated set only after the gate would allow it, and a
+//! packet that is queued in between is simply evaluated.
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ impl LocalPods {
         Self { table, node, given }
     }
 
-    /// Follows the table that says so.
+    /// Notifies of changes of the policy table.
     pub(crate) fn changed(&self) -> watch::Receiver<u64> {
         self.table.changed()
     }
@@ -37,7 +37,7 @@ impl LocalPods {
         &self.table
     }
 
-    /// The pods of this node by now.
+    /// The current pods of this node.
     pub(crate) fn pods(&self) -> Vec<LocalPod> {
         self.table.local(&self.node)
     }
@@ -95,7 +95,7 @@ pub(crate) fn outside(
     addresses.into_iter().filter(|it| !within(it)).collect()
 }
 
-/// The sets as the kernel has them, as far as we know.
+/// The nft sets of pods, with the contents that were last loaded.
 pub(crate) struct Released {
     pods: LocalPods,
     /// Whether the kernel has a table for bridges.
@@ -106,12 +106,12 @@ pub(crate) struct Released {
 }
 
 impl Released {
-    /// Has the kernel take the addresses of `--pod-cidr`, if there are any, for this node's pods before a
-    /// state is known: who was not released by an earlier daemon is closed until one is. Knows nothing
+    /// Loads `--pod-cidr`, if given, as the addresses of this node's pods before a
+    /// state is known: pods that an earlier daemon did not list as non-isolated are isolated until then. Knows nothing
     /// else of what the kernel has; the first [`Self::sync`] replaces it.
     ///
     /// # Errors
-    /// If `nft` refuses; the kernel's sets are then as they were.
+    /// If `nft` fails; the sets are then unchanged.
     pub(crate) fn closed(pods: LocalPods, kernel: Kernel) -> Result<Self, SetsError> {
         let nothing = Sets {
             bridged: kernel.bridges.then_some(Groups::Pass),
@@ -132,13 +132,13 @@ impl Released {
         })
     }
 
-    /// Brings the kernel's sets in step, in one transaction; blocks for as long as `nft` takes, and costs next to
+    /// Syncs the nft sets in one transaction; blocks for as long as `nft` takes, and costs next to
     /// nothing if none of `touched`, the addresses whose endpoint has changed since the last call that succeeded, is in
-    /// another state than the kernel has it. Returns the addresses that were released in a direction and are no longer;
-    /// if what the kernel had is not known, the addresses of all pods that are not released in both directions.
+    /// another state than the kernel has it. Returns the addresses that have become isolated in a direction;
+    /// if the kernel's sets are unknown, the addresses of all pods that are isolated in a direction.
     ///
     /// # Errors
-    /// If `nft` refuses; the kernel's sets are then as they were, and the next call replaces all.
+    /// If `nft` fails; the sets are then unchanged, and the next call replaces all.
     pub(crate) fn sync(
         &mut self,
         touched: &BTreeSet<IpAddr>,
@@ -165,7 +165,7 @@ impl Released {
         Ok(isolated)
     }
 
-    /// The kernel's sets are others by now: the next [`Self::sync`] replaces all.
+    /// The nft sets have changed: the next [`Self::sync`] replaces all.
     pub(crate) fn forget(&mut self) {
         self.loaded = None;
     }
@@ -196,7 +196,7 @@ impl Released {
     }
 
     fn wanted(&mut self) -> Sets {
-        // A Node object that is gone, or has lost its CIDRs, takes no pod out from under policy.
+        // A Node object that is deleted, or has lost its CIDRs, makes no pod non-isolated.
         let cidrs = self.pods.cidrs();
         if !cidrs.is_empty() {
             self.known = cidrs.into_iter().collect();
@@ -251,7 +251,7 @@ fn own_addresses() -> impl Iterator<Item = IpAddr> {
     })
 }
 
-/// Addresses whose existing flows have to be judged: those that are no longer released, and those that the rules did
+/// Addresses whose existing flows have to be evaluated: those that became isolated, and those that the rules did
 /// not treat as pods until now, whether their pods are known or not.
 fn newly_judged(before: &Sets, now: &Sets) -> BTreeSet<IpAddr> {
     let mut judged = no_longer_released(before, now);

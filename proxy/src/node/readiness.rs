@@ -8,7 +8,7 @@ use tracing::error;
 
 use crate::telemetry::record::timestamp;
 
-/// Shared by those who find out and those who ask; it speaks for one part of the work.
+/// A shared handle to the node's readiness, which sets the state of one part.
 #[derive(Clone)]
 pub(crate) struct Readiness {
     parts: Arc<watch::Sender<[State; PARTS]>>,
@@ -37,7 +37,7 @@ struct State {
 }
 
 impl Readiness {
-    /// Not ready, since nothing is in force yet. Speaks for the cluster's state.
+    /// Not ready, since nothing is applied yet. Sets the part of the cluster's state.
     pub(crate) fn new(watches: Option<Arc<WatchStatus>>) -> Self {
         let state = |reason: &str| State {
             reason: Some(reason.to_owned()),
@@ -61,7 +61,7 @@ impl Readiness {
         }
     }
 
-    /// The same, to speak for the node's bridges.
+    /// A handle that sets the part of the node's bridges.
     pub(crate) fn of_bridges(&self) -> Self {
         Self {
             part: BRIDGES,
@@ -69,7 +69,7 @@ impl Readiness {
         }
     }
 
-    /// The same, to speak for what others do on the node.
+    /// A handle that sets the part of other software on the node.
     pub(crate) fn of_node(&self) -> Self {
         Self {
             part: NODE,
@@ -100,17 +100,17 @@ impl Readiness {
         !self.watches.as_deref().is_some_and(behind)
     }
 
-    /// Everything known is in force.
+    /// Sets the part ready: everything known is applied.
     pub(crate) fn ready(&self) {
         self.set(None);
     }
 
-    /// Something is not in force; `reason` says what and names the remedy.
+    /// Sets the part not ready; `reason` says what is not applied, with the remedy.
     pub(crate) fn not_ready(&self, reason: impl Into<String>) {
         self.set(Some(reason.into()));
     }
 
-    /// What was found at a look, of many: `None` is well. A fault is logged when it is another than at the last look.
+    /// Sets the result of a repeated check; `None` is ready. A fault is logged if it differs from the last one.
     pub(crate) fn found(&self, fault: Option<String>) {
         if let Some(reason) = &fault
             && self.parts.borrow()[self.part].reason != fault
@@ -120,15 +120,15 @@ impl Readiness {
         self.set(fault);
     }
 
-    /// Waits until everything known is in force, all parts of it.
+    /// Waits until all parts are ready.
     pub(crate) async fn awaited(&self) {
         let mut parts = self.parts.subscribe();
         let ready = |parts: &[State; PARTS]| parts.iter().all(|part| part.reason.is_none());
-        // It fails without a sender only, and here is one.
+        // This fails only without a sender, and `self` has one.
         let _ = parts.wait_for(ready).await;
     }
 
-    /// Asks for all parts.
+    /// Checks all parts.
     ///
     /// # Errors
     /// The first reason why not, with its time.
@@ -141,8 +141,8 @@ impl Readiness {
         }
     }
 
-    /// How far what is in force may be from the cluster: a line each. Being behind for want of news is
-    /// no reason not to be ready, nobody could enforce better.
+    /// How the applied state may be out of date: a line each. A daemon that gets no updates stays
+    /// ready, since no other daemon could enforce a newer state.
     pub(crate) fn notes(&self) -> Vec<String> {
         let Some(watches) = &self.watches else {
             return Vec::new();

@@ -1,4 +1,4 @@
-//! What a connection was decided by, in the words that records, logs and the admin page share.
+//! The decision on a connection, in the terms that records, logs and the admin page share.
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -8,14 +8,14 @@ use policy::{Decided, DecidedSide, Endpoint, PolicyKey, Verdict};
 /// How an allowed flow gets to its server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Way {
-    /// By two connections, relayed.
+    /// Proxied by two TCP connections.
     Spliced,
-    /// Let through at its first packet and carried by the kernel.
+    /// Accepted at its first packet, then forwarded by the kernel.
     Kernel,
 }
 
 impl Way {
-    /// As records and metrics name it (`path`).
+    /// The value of `path` in records and metrics.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Spliced => "spliced",
@@ -34,7 +34,7 @@ pub(crate) enum Word {
 }
 
 impl Word {
-    /// As records and metrics have it (`verdict`).
+    /// The value of `verdict` in records and metrics.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Allow => "allow",
@@ -63,7 +63,7 @@ pub(crate) enum Spoke {
 }
 
 impl Spoke {
-    /// As records and metrics name it (`direction`).
+    /// The value of `direction` in records and metrics.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Egress => "egress",
@@ -73,7 +73,7 @@ impl Spoke {
     }
 }
 
-/// What a verdict rests on, in a word.
+/// The reason for a verdict, as a label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ground {
     /// No policy isolates either end.
@@ -84,9 +84,9 @@ pub(crate) enum Ground {
     Exempt,
     /// An end is isolated and no rule allows it.
     NoRule,
-    /// Several running pods claim an end's address, so that no rule may open it.
+    /// Several running pods claim an endpoint's address, so no rule can allow it.
     Contested,
-    /// The pod of a live flow is no longer the one at its address.
+    /// The pod of a live flow has lost its address.
     Replaced,
 }
 
@@ -104,12 +104,12 @@ impl Ground {
     }
 }
 
-/// Why a flow that was allowed once is cut.
+/// Why an allowed flow is severed.
 #[derive(Clone, Debug)]
 pub(crate) struct Severance {
     /// What denies the flow now, with its pods.
     pub(crate) decision: Arc<Decision>,
-    /// If no policy did it: what became of the pod at one of its ends, as a sentence.
+    /// If not by policy: what happened to the pod of an endpoint, as a sentence.
     pub(crate) replaced: Option<String>,
 }
 
@@ -131,7 +131,7 @@ impl Severance {
 }
 
 impl Decision {
-    /// A judgement that has settled a connection.
+    /// The decision of a settled judgement.
     pub(crate) fn of(judgement: Judgement) -> Option<Self> {
         match judgement {
             Judgement::Settled { verdict, from, to } => Some(Self { verdict, from, to }),
@@ -139,11 +139,11 @@ impl Decision {
         }
     }
 
-    /// Whether a later judgement lets no flow be that rests on this one, and why.
+    /// Whether a later judgement severs the flows that this decision allowed, and why.
     ///
-    /// A flow belongs to the pods that it was judged with. If another pod has an address of it, its
-    /// socket is gone: the flow is cut though policy may allow the new pod the same. So it is if
-    /// the pod is gone or has finished and nobody has the address.
+    /// A flow belongs to the pods of its decision. If another pod now has one of their addresses, its
+    /// socket is gone: the flow is severed even if policy allows the new pod the same. This also holds if
+    /// the pod is deleted or finished and no pod has the address.
     pub(crate) fn overturned(
         &self,
         client: IpAddr,
@@ -172,7 +172,7 @@ impl Decision {
         }
     }
 
-    /// The end of a flow whose pod `was` is not the one that has its address `now`.
+    /// Severs a flow if its pod `was` at `address` and another pod, or none, is there `now`.
     fn replaced(
         &self,
         end: End,
@@ -208,12 +208,12 @@ impl Decision {
         })
     }
 
-    /// Whose policies spoke: `egress`, `ingress` or `both`. Of a denial, those that denied.
+    /// The deciding policies: `egress`, `ingress` or `both`. For a denial, those that denied.
     pub(crate) fn direction(&self) -> &'static str {
         self.spoke().name()
     }
 
-    /// Whose policies spoke. Of a denial, those that denied.
+    /// The direction of the deciding policies. For a denial, those that denied.
     pub(crate) fn spoke(&self) -> Spoke {
         let Decided {
             egress, ingress, ..
@@ -230,7 +230,7 @@ impl Decision {
         }
     }
 
-    /// What the verdict rests on.
+    /// The reason for the verdict.
     pub(crate) fn ground(&self) -> Ground {
         let Decided {
             egress,
@@ -242,7 +242,7 @@ impl Decision {
             Ground::Exempt
         } else if !self.verdict.allowed() {
             let mut refusing = [egress, ingress].into_iter().filter(|side| !side.allowed);
-            // Policies refuse only where they isolate.
+            // A policy denies only if it isolates the endpoint.
             if refusing.clone().any(|side| !side.isolated) {
                 Ground::Replaced
             } else if refusing.any(|side| side.contested) {

@@ -28,7 +28,7 @@ pub(crate) use queues::Queues;
 pub(crate) use scraped::Readings;
 use scraped::Scraped;
 
-/// Why a packet or connection was refused, when it was not policy.
+/// Why a packet or connection was dropped, other than by policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DropReason {
     /// Its source has as many connections as one source may have, or as are still free.
@@ -59,7 +59,7 @@ pub(crate) enum DropReason {
     Odd,
     /// No IP packet that we can read.
     Unreadable,
-    /// This host failed us; the log says how.
+    /// An error of this host; see the log.
     Internal,
 }
 
@@ -131,7 +131,7 @@ pub(crate) struct Metrics {
     decisions: Decisions,
     /// In the order of [`DropReason::ALL`].
     dropped: Vec<Counter>,
-    /// By way, then sent and received.
+    /// By path, then sent and received.
     bytes: [[Counter; 2]; 2],
     verdict: Histogram,
     connect: Histogram,
@@ -160,13 +160,13 @@ impl Metrics {
         let enforced = Gauge::default();
         registry.register(
             "enforced_generation",
-            "Newest generation of the policy table that the kernel's sets are in step with",
+            "Newest generation of the policy table that the nft sets are in sync with",
             enforced.clone(),
         );
         let taken_over = Counter::default();
         registry.register(
             "handover_connections",
-            "Relayed connections taken over from the daemon before",
+            "Proxied connections taken over from the previous daemon",
             taken_over.clone(),
         );
         let redirect = Family::<ReasonLabel, Counter>::default();
@@ -219,7 +219,7 @@ impl Metrics {
         self.verdict.observe(waited.as_secs_f64());
     }
 
-    /// Counts a connection that was allowed once and is cut.
+    /// Counts a severed connection.
     pub(crate) fn severed(&self, severance: &Decision, way: Way) {
         self.decisions.count(Word::Sever, severance, way);
     }
@@ -238,7 +238,7 @@ impl Metrics {
         }
     }
 
-    /// Counts a connection that another daemon has left.
+    /// Counts a connection taken over from another daemon.
     pub(crate) fn taken_over(&self) {
         self.taken_over.inc();
     }
@@ -254,12 +254,12 @@ impl Metrics {
         self.connect.observe(waited.as_secs_f64());
     }
 
-    /// Notes which generation the kernel's sets are in step with.
+    /// Sets the generation that the nft sets are in sync with.
     pub(crate) fn enforced(&self, generation: u64) {
         self.enforced.set(whole(generation));
     }
 
-    /// Notes how long a change took from its arrival to be in force in table, flows and kernel.
+    /// Records how long a change took from its arrival until it was applied to table, flows and kernel.
     pub(crate) fn took_effect(&self, after: Duration) {
         self.change.observe(after.as_secs_f64());
     }
@@ -271,7 +271,7 @@ impl Metrics {
         }
     }
 
-    /// Counts what a flow that the kernel carried has moved.
+    /// Counts the bytes of a kernel flow.
     pub(crate) fn carried(&self, sent: u64, received: u64) {
         let [sent_by, received_by] = &self.bytes[Way::Kernel as usize];
         sent_by.inc_by(sent);
@@ -281,7 +281,7 @@ impl Metrics {
     /// Everything in the Prometheus text format, version 0.0.4.
     ///
     /// # Errors
-    /// Never in practice: a `String` takes all.
+    /// Never: writing to a `String` does not fail.
     pub(crate) fn render(&self, readings: &Readings) -> Result<String, std::fmt::Error> {
         self.scraped.set(readings);
         let mut out = String::new();
@@ -352,7 +352,7 @@ fn timed(registry: &mut Registry) -> [Histogram; 3] {
     );
     registry.register_with_unit(
         "policy_sync_duration",
-        "From the arrival of a change of the cluster to its being in force",
+        "From the arrival of a change of the cluster until it is applied",
         Unit::Seconds,
         change.clone(),
     );

@@ -12,7 +12,7 @@ pub(crate) struct Moved {
 }
 
 impl Moved {
-    /// Goes on from bytes sent and received that have been told by an earlier daemon.
+    /// Starts from the bytes sent and received that an earlier daemon has already reported.
     pub(crate) fn resumed(moved: [u64; 2]) -> Self {
         let [sent, received] = moved.map(AtomicU64::new);
         Self {
@@ -22,7 +22,7 @@ impl Moved {
         }
     }
 
-    /// Bytes sent and received since this was last asked: each byte is told once, whoever asks.
+    /// Bytes sent and received since the last call: each byte is returned once.
     pub(crate) fn untold(&self) -> [u64; 2] {
         let mut moved = [&self.sent, &self.received].map(|all| all.load(Ordering::Relaxed));
         for (now, told) in moved.iter_mut().zip(&self.told) {

@@ -1,7 +1,7 @@
-//! What has been decided lately, for people: a live stream, who talked to whom, the last denials.
+//! Recent decisions, for operators: a live stream, counts per pair of pods, the last denials.
 //!
-//! Everything here is bounded and in memory. Telling it of a decision never waits: a reader of the
-//! stream who is too slow loses the oldest decisions and is told how many. Knows nothing of HTTP.
+//! Everything here is bounded and in memory. Recording a decision never blocks: a slow reader of the
+//! stream loses the oldest decisions and gets their number. Knows nothing of HTTP.
 mod denials;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,7 +20,7 @@ use denials::Denials;
 
 /// Decisions that wait for the slowest reader of the stream.
 const STREAM: usize = 4096;
-/// Pairs of pods whose decisions are counted; what other pairs do is counted together.
+/// Pairs of pods whose decisions are counted; all other pairs share one count.
 const PAIRS: usize = 16_384;
 
 /// A decision at the time it was made.
@@ -30,23 +30,23 @@ pub(crate) struct Sighting {
     pub(crate) subject: Subject,
     pub(crate) decision: Arc<Decision>,
     pub(crate) at: SystemTime,
-    /// What cut it, if no policy did.
+    /// Why it was severed, if not by policy.
     pub(crate) replaced: Option<String>,
 }
 
-/// Client and server; `None` is whoever is no pod.
+/// Client and server; `None` is not a pod.
 type Pair = (Option<PodKey>, Option<PodKey>);
 
 /// How often a pair was allowed, denied, severed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Tally([u64; 3]);
 
-/// What one node has decided lately.
+/// Recent decisions of one node.
 pub(crate) struct Observed {
     since: SystemTime,
     stream: broadcast::Sender<Arc<Sighting>>,
     pairs: DashMap<Pair, Tally, ahash::RandomState>,
-    /// Decisions of pairs that found no place.
+    /// Decisions of pairs beyond the maximum.
     uncounted: AtomicU64,
     denials: Mutex<Denials>,
 }
@@ -63,8 +63,8 @@ impl Observed {
         }
     }
 
-    /// Takes note of a decision. Of a denied connection it is to be told once, not for every repeat
-    /// of its first packet; of a severed one `replaced` says what cut it, if no policy did.
+    /// Records a decision. To be called once for a denied connection, not for every retransmission
+    /// of its first packet; for a severed one `replaced` says why, if not by policy.
     pub(crate) fn saw(
         &self,
         word: Word,
@@ -95,17 +95,17 @@ impl Observed {
         }
     }
 
-    /// Follows what is decided from now on.
+    /// Subscribes to decisions from now on.
     pub(crate) fn stream(&self) -> broadcast::Receiver<Arc<Sighting>> {
         self.stream.subscribe()
     }
 
-    /// How many follow it.
+    /// The number of subscribers.
     pub(crate) fn readers(&self) -> usize {
         self.stream.receiver_count()
     }
 
-    /// Who talked to whom since when, and the last denials, newest first. Pairs with a pod that
+    /// The counts per pair of pods with their start, and the last denials, newest first. Pairs with a pod that
     /// does not `exist` any more are forgotten.
     pub(crate) fn json(&self, node: &str, exists: impl Fn(&PodKey) -> bool) -> Value {
         let stands = |end: &Option<PodKey>| end.as_ref().is_none_or(&exists);

@@ -1,7 +1,7 @@
-//! What is told of a connection: one record, whose keys users rely on, and the way to a thread that
+//! The record of a connection, whose keys users rely on, and the queue to a thread that
 //! reads records.
 //!
-//! Packets' threads only put values together; words are made of them where they are written.
+//! Workers only collect values; the thread that writes a record formats them.
 mod fields;
 mod queue;
 mod sink;
@@ -36,9 +36,9 @@ pub(crate) struct Subject {
     /// Payload bytes to the client.
     pub(crate) received: u64,
     pub(crate) opened: SystemTime,
-    /// What tells a repeat of the first packet from a new attempt.
+    /// Distinguishes a repeat of the first packet from a new attempt.
     pub(crate) attempt: u32,
-    /// What a span tells beyond these, if the connection is followed for one.
+    /// Additional data for a span, if the connection is sampled.
     pub(crate) seen: Option<Seen>,
 }
 
@@ -53,9 +53,9 @@ pub(crate) enum Outcome {
     Stopped,
     /// The daemon reset it because of its unread bytes.
     Unread,
-    /// It goes on in the kernel; this is its first packet.
+    /// It continues as a kernel flow; this is its first packet.
     Carried,
-    /// There was no connection to the server; the client heard the same.
+    /// The connection to the server failed; the client got the same answer.
     Unanswered(String),
 }
 
@@ -66,9 +66,9 @@ pub(crate) enum Fate {
     Denied,
     /// Allowed, and over or handed to the kernel.
     Allowed(Outcome),
-    /// Allowed once, and cut by a later change.
+    /// Allowed at first, and severed by a later change.
     Severed {
-        /// If no policy did it: what became of the pod at one of its ends.
+        /// If not by policy: what happened to the pod of an endpoint.
         replaced: Option<String>,
     },
 }
@@ -78,13 +78,13 @@ pub(crate) enum Fate {
 pub(crate) struct Record {
     pub(crate) subject: Subject,
     pub(crate) fate: Fate,
-    /// What it rested on; of a severed one, what ended it.
+    /// The decision on it; for a severed one, the decision that ended it.
     pub(crate) decision: Arc<Decision>,
     pub(crate) ended: SystemTime,
 }
 
 impl Record {
-    /// Why, in sentences: the verdict's, and how an allowed connection came to its end.
+    /// The reason in sentences: that of the verdict, and how an allowed connection ended.
     pub(crate) fn reason(&self) -> String {
         let reason = || self.decision.reason();
         let (reason, outcome) = match &self.fate {

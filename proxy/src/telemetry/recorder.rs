@@ -1,4 +1,4 @@
-//! Tells of each connection, once: to every sink in a record, to people as it is decided.
+//! Records each connection once in every sink, and publishes its decision to operators.
 //!
 //! A sink has a thread of its own behind a bounded queue: a slow one costs records, which are
 //! counted, and never delays a packet.
@@ -20,10 +20,10 @@ use crate::telemetry::spans::{SpanCounts, Spans};
 
 /// Denied attempts that are remembered, so that a client's repeats do not become new records.
 const REMEMBERED: usize = 8192;
-/// How long a client repeats its SYN (`tcp_syn_retries` of 6, 127 s), and a bit.
+/// How long a client retransmits its SYN (`tcp_syn_retries` of 6, 127 s), plus a margin.
 const REPEATED_WITHIN: Duration = Duration::from_secs(130);
 
-/// Tells every sink.
+/// Sends records to all sinks.
 pub(crate) struct Recorder {
     log: Option<Sink>,
     file: Option<Sink>,
@@ -46,7 +46,7 @@ impl Recorder {
         }
     }
 
-    /// Logs what is refused.
+    /// Logs denied and severed connections.
     ///
     /// # Errors
     /// If the thread cannot be started.
@@ -86,7 +86,7 @@ impl Recorder {
         self.spans.as_ref().map(Spans::counts).unwrap_or_default()
     }
 
-    /// Lets every sink finish what it has been told, for at most `limit` in all.
+    /// Waits until all sinks have written their records, for at most `limit` in all.
     pub(crate) fn finish(&self, limit: Duration) {
         let deadline = Instant::now() + limit;
         self.sinks().for_each(|sink| sink.finish(deadline));
@@ -97,7 +97,7 @@ impl Recorder {
         self.file.as_ref().map_or(0, Sink::lost)
     }
 
-    /// What has been decided lately, for people.
+    /// The recent decisions.
     pub(crate) fn observed(&self) -> &Observed {
         &self.observed
     }
@@ -116,7 +116,7 @@ impl Recorder {
         }
     }
 
-    /// Lets people see that a connection is allowed; its record comes when it is over.
+    /// Publishes that a connection is allowed; its record follows at its end.
     pub(crate) fn allowed(&self, subject: &Subject, decision: &Arc<Decision>) {
         self.observed.saw(Word::Allow, subject, decision, None);
     }
@@ -126,7 +126,7 @@ impl Recorder {
         self.tell(subject, Fate::Allowed(outcome), decision);
     }
 
-    /// Records a connection that was allowed once and cut by a later change.
+    /// Records a severed connection.
     pub(crate) fn severed(&self, subject: Subject, severance: Severance) {
         let Severance { decision, replaced } = severance;
         self.observed
@@ -158,7 +158,7 @@ impl Recorder {
     }
 }
 
-/// A first packet, and the pods whose attempt it was: from the next holder of an address it is another's.
+/// A first packet with its pods: from the next pod at an address it is another attempt.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Attempt {
     /// Without the port if `sequence` tells more: conntrack, which forgets a dropped SYN, may give its
@@ -170,7 +170,7 @@ struct Attempt {
     uids: [Option<Arc<str>>; 2],
 }
 
-/// The denied attempts of the last while.
+/// The recently denied attempts.
 struct Denied(Windows<Attempt, ()>);
 
 impl Default for Denied {

@@ -1,6 +1,6 @@
 //! Spans: one a connection, sent by OTLP to a collector such as Jaeger.
 //!
-//! The packets' threads decide only whether a connection is wanted; spans are made and sent by a
+//! Workers decide only whether a connection is sampled; spans are made and sent by a
 //! thread of their own. A slow, dead or mute collector costs spans, which are counted by cause, and
 //! never delays a packet. docs/tracing.md tells what a span holds and how two nodes share a trace.
 mod aggregate;
@@ -27,7 +27,7 @@ pub(crate) struct Spans {
     counts: Arc<Counts>,
 }
 
-/// What became of spans that left the queue.
+/// Counters of the spans that left the queue.
 #[derive(Default)]
 struct Counts {
     sent: AtomicU64,
@@ -35,7 +35,7 @@ struct Counts {
     timed_out: AtomicU64,
 }
 
-/// Why there are no spans although there should be.
+/// Why spans cannot be sent.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TelemetryError {
     /// A flag or an environment variable is wrong.
@@ -49,7 +49,7 @@ pub(crate) enum TelemetryError {
     /// The collector is at `https://`, and certificates are missing or wrong.
     #[error("spans cannot be sent over TLS")]
     Tls(#[from] TlsError),
-    /// The collector's URL is none.
+    /// The collector's URL is invalid.
     #[error("the collector's URL {url:?} cannot be read; correct --otlp-endpoint")]
     Url {
         /// What it is.
@@ -58,7 +58,7 @@ pub(crate) enum TelemetryError {
         #[source]
         source: tonic::transport::Error,
     },
-    /// There can be no thread or no runtime for it.
+    /// Its thread or runtime cannot be created.
     #[error("the thread that sends spans cannot be started; see the process limits")]
     Thread(#[source] std::io::Error),
 }
@@ -66,22 +66,22 @@ pub(crate) enum TelemetryError {
 /// How many spans were sent, and how many were lost to which cause.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct SpanCounts {
-    /// Taken by the collector.
+    /// Accepted by the collector.
     pub(crate) sent: u64,
     /// The queue was full: the collector does not keep up.
     pub(crate) queue_full: u64,
-    /// The collector refused them or could not be reached.
+    /// The collector rejected them or could not be reached.
     pub(crate) refused: u64,
     /// The collector did not answer in time.
     pub(crate) timed_out: u64,
 }
 
 impl Spans {
-    /// Starts to send the spans of `node` as flags and environment tell; `None` if they tell of no
+    /// Starts to send the spans of `node` as flags and environment specify; `None` if they name no
     /// collector.
     ///
     /// # Errors
-    /// What is wrong with flags or environment; no collector is tried yet.
+    /// What is wrong with flags or environment; the collector is not contacted yet.
     pub(crate) fn start(
         args: &TelemetryArgs,
         node: Arc<str>,
@@ -103,8 +103,8 @@ impl Spans {
         }))
     }
 
-    /// Whether a connection is to become a span: a refused one always, an allowed one by ratio. All
-    /// nodes of a trace come to the same answer.
+    /// Whether a connection becomes a span: a denied one always, an allowed one by ratio. All
+    /// nodes of a trace decide the same.
     pub(crate) fn wants(&self, subject: &Subject, fate: &Fate) -> bool {
         !matches!(fate, Fate::Allowed(_))
             || self.sampler.takes_all()
@@ -116,7 +116,7 @@ impl Spans {
         &self.sink
     }
 
-    /// What has become of them so far.
+    /// The counts of spans so far.
     pub(crate) fn counts(&self) -> SpanCounts {
         let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
         SpanCounts {

@@ -1,4 +1,4 @@
-//! What a connection's span tells beyond its record, noted while the connection goes its way.
+//! Data for a connection's span beyond its record, collected while the connection lives.
 //!
 //! Noting costs one reading of the clock and one store. Knows neither spans nor sockets.
 use std::sync::OnceLock;
@@ -12,13 +12,13 @@ use serde::{Deserialize, Serialize};
 pub(crate) enum Moment {
     /// The server has answered our SYN.
     Connected,
-    /// The first byte of the client's has come.
+    /// The first byte from the client has arrived.
     Sent,
-    /// The first byte of the server's has come.
+    /// The first byte from the server has arrived.
     Received,
-    /// The client has said its last word, and the server has not.
+    /// The client has sent its FIN, and the server has not.
     ClientEnded,
-    /// The server has said its last word, and the client has not.
+    /// The server has sent its FIN, and the client has not.
     ServerEnded,
 }
 

@@ -1,4 +1,4 @@
-//! The counters of decisions: one for each combination of labels that can be, made at the start.
+//! The counters of decisions: one for each possible combination of labels, created at the start.
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -62,7 +62,7 @@ impl Decisions {
     }
 }
 
-/// Whether there can be such a decision; a series that never counts would only confuse.
+/// Whether such a decision is possible; series that are always zero would confuse.
 fn can_be(word: Word, spoke: Spoke, ground: Ground) -> bool {
     match ground {
         Ground::Open => word == Word::Allow && spoke == Spoke::Both,

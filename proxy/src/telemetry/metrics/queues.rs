@@ -1,17 +1,17 @@
-//! What the kernel says of our NFQUEUEs: `/proc/net/netfilter/nfnetlink_queue`.
+//! The kernel's statistics of our NFQUEUEs: `/proc/net/netfilter/nfnetlink_queue`.
 use std::ops::Range;
 
 /// The state of our queues together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Queues {
-    /// Packets that wait for their ruling.
+    /// Packets that wait for their verdict.
     pub(crate) held: u64,
-    /// Packets dropped for want of room, in the queue or on their way to us.
+    /// Packets dropped because the queue or the socket buffer was full.
     pub(crate) drops: u64,
 }
 
 impl Queues {
-    /// Asks the kernel about the queues of these numbers; zeros where it does not say.
+    /// Reads the statistics of the queues with these numbers; zeros if there are none.
     pub(crate) fn read(numbers: &Range<u16>) -> Self {
         std::fs::read_to_string("/proc/net/netfilter/nfnetlink_queue")
             .map(|table| Self::parse(&table, numbers))

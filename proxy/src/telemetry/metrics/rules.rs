@@ -1,4 +1,4 @@
-//! What the redirect's rules dropped before anybody judged it.
+//! Packets that the redirect's rules dropped before policy evaluation.
 use std::sync::atomic::Ordering;
 
 use kernel::counters::{NAMES, Packets};
@@ -8,7 +8,7 @@ use prometheus_client::registry::Registry;
 
 use super::ReasonLabel;
 
-/// A counter for each of the rules', in the order of [`NAMES`].
+/// A counter for each nft counter, in the order of [`NAMES`].
 #[derive(Default)]
 pub(super) struct Rules([Counter; NAMES.len()]);
 
@@ -18,13 +18,13 @@ impl Rules {
         let drops = Family::<ReasonLabel, Counter>::default();
         registry.register(
             "nft_dropped_packets",
-            "Packets that the redirect's rules dropped before anybody judged them",
+            "Packets that the redirect's rules dropped before policy evaluation",
             drops.clone(),
         );
         Self(NAMES.map(|reason| drops.get_or_create_owned(&ReasonLabel { reason })))
     }
 
-    /// As the kernel has counted; if it does not say, as before.
+    /// Sets the kernel's counts; without them the metrics keep their values.
     pub(super) fn set(&self, packets: Option<&Packets>) {
         for (counter, packets) in self.0.iter().zip(packets.into_iter().flatten()) {
             counter.inner().store(*packets, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! What is read when somebody asks, not counted when it happens.
+//! Values that are read at each scrape, not counted when they change.
 use std::sync::atomic::Ordering;
 
 use kernel::counters;
@@ -18,7 +18,7 @@ struct StageLabel {
     stage: &'static str,
 }
 
-/// What is known only when somebody asks.
+/// Values that are read at each scrape.
 #[derive(Debug, Default)]
 pub(crate) struct Readings {
     pub(crate) held: usize,
@@ -33,7 +33,7 @@ pub(crate) struct Readings {
     pub(crate) records_lost: u64,
     pub(crate) spans: SpanCounts,
     pub(crate) queues: Queues,
-    /// What the rules dropped; `None` if the kernel does not say.
+    /// Packets that the rules dropped; `None` if the kernel cannot be read.
     pub(crate) rules: Option<counters::Packets>,
     pub(crate) observers: usize,
     pub(crate) ready: bool,
@@ -68,12 +68,12 @@ impl Scraped {
         };
         registry.register(
             "connections",
-            "Relayed connections by stage",
+            "Proxied connections by stage",
             all.connections.clone(),
         );
         registry.register(
             "kernel_flows",
-            "Flows that the kernel carries",
+            "Flows that the kernel forwards",
             all.carried.clone(),
         );
         registry.register(
@@ -125,12 +125,12 @@ impl Scraped {
         );
         registry.register(
             "config_problems",
-            "Faults of the cluster's objects that stand now",
+            "Current diagnostics of the cluster's objects",
             self.problems.clone(),
         );
     }
 
-    /// As `readings` have it.
+    /// Sets the metrics to `readings`.
     pub(super) fn set(&self, readings: &Readings) {
         let stages = [
             ("held", readings.held),

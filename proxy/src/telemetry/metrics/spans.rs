@@ -21,7 +21,7 @@ impl Spans {
         let all = Self::default();
         registry.register(
             "spans_sent",
-            "Spans that the collector took",
+            "Spans that the collector accepted",
             all.sent.clone(),
         );
         registry.register(

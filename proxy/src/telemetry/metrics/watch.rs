@@ -23,7 +23,7 @@ impl Metrics {
     }
 }
 
-/// Collects what the watches say of themselves.
+/// Collects the status of the watches.
 #[derive(Debug)]
 struct WatchMetrics(Arc<WatchStatus>);
 
@@ -43,7 +43,7 @@ impl Collector for WatchMetrics {
         }
         let mut family = encoder.encode_descriptor(
             "watch_last_transition_timestamp",
-            "Since when that is so, in Unix time",
+            "Unix time at which watch_connected last changed",
             Some(&Unit::Seconds),
             MetricType::Gauge,
         )?;
@@ -54,7 +54,7 @@ impl Collector for WatchMetrics {
         }
         let mut family = encoder.encode_descriptor(
             "watch_lists",
-            "Full lists that came to their end",
+            "Completed full lists",
             None,
             MetricType::Counter,
         )?;
@@ -79,7 +79,7 @@ impl Collector for WatchMetrics {
         }
         let restored = encoder.encode_descriptor(
             "state_from_snapshot",
-            "1 if the state in force is one from disk, which the API server has not confirmed yet",
+            "1 if the current state is from disk and the API server has not confirmed it yet",
             None,
             MetricType::Gauge,
         )?;

@@ -1,4 +1,4 @@
-//! The last denials, each once with the times it came: a client that tries again is one line.
+//! The last denials, each once with its count: a client that retries is one line.
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::telemetry::record::timestamp;
 /// Different denials that are remembered.
 const REMEMBERED: usize = 200;
 
-/// Who was denied what: the client's port is left out, as every attempt has another.
+/// The key of a denial: without the client's port, since every attempt has another.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct What {
     client: IpAddr,
@@ -34,7 +34,7 @@ struct Denial {
 pub(super) struct Denials(HashMap<What, Denial, ahash::RandomState>);
 
 impl Denials {
-    /// Adds a denial; of too many the one that is longest ago goes.
+    /// Adds a denial; if there are too many, the oldest is removed.
     pub(super) fn note(&mut self, sighting: &Arc<Sighting>) {
         let subject = &sighting.subject;
         let what = What {

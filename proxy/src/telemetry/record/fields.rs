@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::{Fate, Record, Subject};
 use crate::telemetry::decision::{Decision, Word};
 
-/// What a key says.
+/// The value of a key.
 pub(crate) enum Field<'a> {
     Text(&'a str),
     Words(String),
@@ -18,7 +18,7 @@ pub(crate) enum Field<'a> {
     List(Vec<String>),
 }
 
-/// How the keys of an end are called.
+/// The names of an endpoint's keys.
 struct Names {
     address: &'static str,
     port: &'static str,
@@ -54,7 +54,7 @@ impl Fate {
 }
 
 impl Record {
-    /// Gives every key but the times to `put`, as `node` tells it.
+    /// Passes every key but the times to `put`, as reported by `node`.
     pub(crate) fn fields(&self, node: &str, mut put: impl FnMut(&'static str, Field<'_>)) {
         put("verdict", Field::Text(self.fate.word().name()));
         fields(&self.subject, &self.decision, self.reason(), node, put);
@@ -70,7 +70,7 @@ impl Record {
     }
 }
 
-/// The keys of a connection whatever becomes of it, in JSON.
+/// The keys of a connection that do not depend on its outcome, in JSON.
 pub(crate) fn shown(
     subject: &Subject,
     decision: &Decision,

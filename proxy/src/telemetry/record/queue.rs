@@ -1,6 +1,6 @@
-//! The bounded way from the packets' threads to a thread that may be slow.
+//! A bounded queue from the workers to a thread that may be slow.
 //!
-//! Putting something in never waits: what finds the queue full is lost and counted. The reader is
+//! Adding an entry never blocks: if the queue is full, the entry is lost and counted. The reader is
 //! woken once for many entries, so that a busy node does not pay a wake-up for each. Knows nothing
 //! of what it carries.
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -104,7 +104,7 @@ impl<T> Queue<T> {
         !(waiting.closed && taken.is_empty())
     }
 
-    /// Takes nothing more in; the reader gets what waits.
+    /// Accepts no more entries; the reader gets the waiting ones.
     pub(crate) fn close(&self) {
         self.waiting().closed = true;
         self.changed.notify_one();

@@ -1,4 +1,4 @@
-//! A thread that records are told to.
+//! A thread that writes records.
 use std::io;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use super::{Queue, Record};
 
-/// The packets' end of a sink; dropped, the thread ends after what it has been told.
+/// The sending end of a sink; after it is dropped, the thread ends with the last queued record.
 pub(crate) struct Sink {
     queue: Arc<Queue<Arc<Record>>>,
-    /// Nothing ever comes through; it breaks when the thread ends.
+    /// Never receives anything; it disconnects when the thread ends.
     alive: Mutex<Receiver<()>>,
 }
 
@@ -38,7 +38,7 @@ impl Sink {
         })
     }
 
-    /// Tells it of a record, or loses that if the sink does not keep up.
+    /// Queues a record, or loses it if the sink does not keep up.
     pub(crate) fn tell(&self, record: &Arc<Record>) {
         self.queue.push(Arc::clone(record));
     }
@@ -48,7 +48,7 @@ impl Sink {
         self.queue.lost()
     }
 
-    /// Lets the sink finish what it has been told, until `deadline`; what is told later is lost.
+    /// Waits until `deadline` for the sink to write the queued records; later records are lost.
     pub(crate) fn finish(&self, deadline: Instant) {
         self.queue.close();
         let alive = self.alive.lock().unwrap_or_else(PoisonError::into_inner);

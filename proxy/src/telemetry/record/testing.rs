@@ -1,4 +1,4 @@
-//! A decision for tests of what is told of it.
+//! A decision for the tests of its records.
 use std::net::IpAddr;
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Things that are looked at for a while: a bounded number of windows of one length, each with a
+//! An expiring map: a bounded number of time windows of one length, each with a
 //! state of its own. Knows no clock.
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
@@ -9,12 +9,12 @@ pub(crate) struct Windows<K, T> {
     length: Duration,
     room: usize,
     states: HashMap<K, T, ahash::RandomState>,
-    /// When which window ends, in order; each is in here once.
+    /// The end of each window, in order.
     ends: VecDeque<(Instant, K)>,
 }
 
 impl<K: Clone + Eq + Hash, T: Default> Windows<K, T> {
-    /// None yet. Beyond `room` of them the oldest ends early.
+    /// An empty map. Beyond `room` windows the oldest ends early.
     pub(crate) fn new(length: Duration, room: usize) -> Self {
         Self {
             length,

@@ -12,7 +12,7 @@ use crate::telemetry::record::{Queue, Record, Sink, timestamp};
 
 /// Records that may wait for the disk.
 const WAITING: usize = 16_384;
-/// Records that are worth a write of their own.
+/// Records that are written without waiting for more.
 const BATCH: usize = 512;
 /// How long a record waits for others to be written with it.
 const LINGER: Duration = Duration::from_millis(5);

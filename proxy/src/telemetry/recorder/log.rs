@@ -1,7 +1,7 @@
-//! One line in the log for each denied or severed connection, so many for each pod and policy.
+//! Logs one line per denied or severed connection, with a limit per pod and policy.
 //!
-//! What comes beyond is counted and the count is logged, so that a flood fills no disk and hides
-//! nobody else. A log that nobody reads costs lines and never delays a packet.
+//! Lines beyond it are counted and the count is logged, so that a flood fills no disk and hides
+//! no other lines. A blocked log loses lines and never delays a packet.
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -35,7 +35,7 @@ struct Refuser {
     policies: Vec<String>,
 }
 
-/// Who denied how often lately.
+/// Recent denials per pod and policies.
 struct Limiter(Windows<Refuser, u64>);
 
 /// A sink that logs.
@@ -46,7 +46,7 @@ pub(super) fn start() -> io::Result<Sink> {
     Sink::start("denials", Queue::new(WAITING, BATCH), write_all)
 }
 
-/// Whether it is worth a line at all.
+/// Whether this outcome is logged.
 pub(super) fn wants(fate: &Fate) -> bool {
     !matches!(fate, Fate::Allowed(_))
 }
@@ -73,7 +73,7 @@ impl Limiter {
         Self(Windows::new(WINDOW, ROOM))
     }
 
-    /// Whether this one gets a line; and whose window had to end for it.
+    /// Whether to log this denial, and the entry whose window ended early for it.
     fn admit(&mut self, refuser: Refuser, now: Instant) -> (bool, Option<(Refuser, u64)>) {
         if let Some(count) = self.0.running(&refuser) {
             *count += 1;
@@ -132,7 +132,7 @@ fn write(record: &Record) {
     );
 }
 
-/// Says what got no line while a window ran.
+/// Logs how many lines were suppressed in a window.
 fn report((refuser, count): (Refuser, u64)) {
     let suppressed = count.saturating_sub(LINES);
     if suppressed > 0 {

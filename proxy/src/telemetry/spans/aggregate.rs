@@ -1,7 +1,7 @@
-//! Makes one of many: the repeated denials of a client that keeps trying.
+//! Aggregates the repeated denials of a client that keeps trying.
 //!
-//! The first denial is told at once, so that it is seen while somebody looks for it. Those that
-//! follow with the same ends and the same reason are counted and told as one when their window ends.
+//! The first denial is reported at once, so that an operator sees it without delay. Those that
+//! follow with the same endpoints and reason are counted and reported as one when their window ends.
 //! Bounded; knows neither clocks nor spans.
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use policy::Protocol;
 
 use crate::telemetry::record::{Fate, Record, Windows};
 
-/// How long repeats are counted before they are told.
+/// How long repeats are counted before they are reported.
 const WINDOW: Duration = Duration::from_secs(10);
 /// Different denials that are remembered; beyond that the oldest window ends early.
 const ROOM: usize = 4096;
@@ -34,7 +34,7 @@ struct Alike {
     uids: [Option<Arc<str>>; 2],
 }
 
-/// The denials of the last while: of each, its repeats so far.
+/// Recent denials, each with its repeats so far.
 pub(super) struct Fold(Windows<Alike, Option<Folded>>);
 
 impl Default for Fold {
@@ -44,7 +44,7 @@ impl Default for Fold {
 }
 
 impl Fold {
-    /// Takes a record in. What comes back is to be told now: nothing, the record itself, or
+    /// Adds a record. Returns what to report now: nothing, the record itself, or
     /// what had to make room for it.
     pub(super) fn add(
         &mut self,
@@ -80,7 +80,7 @@ impl Fold {
             .chain(itself)
     }
 
-    /// What to tell of the windows that have ended; one that saw repeats begins anew.
+    /// What to report of the windows that have ended; one with repeats starts again.
     pub(super) fn due(&mut self, now: Instant) -> Vec<Folded> {
         let mut told = Vec::new();
         for (alike, repeats) in self.0.ended(now) {
@@ -97,7 +97,7 @@ impl Fold {
         self.0.next_end()
     }
 
-    /// Everything that has not been told, in no order.
+    /// Everything that has not been reported, in no order.
     pub(super) fn rest(&mut self) -> Vec<Folded> {
         self.0.rest().filter_map(|(_, repeats)| repeats).collect()
     }

@@ -25,7 +25,7 @@ use super::tls::{self, Connector};
 use super::{Counts, TelemetryError};
 use crate::telemetry::record::{Queue, Record};
 
-/// The collector's end of the queue.
+/// Makes spans from the queue and sends them.
 pub(super) struct Exporter {
     runtime: Runtime,
     exporter: SpanExporter,
@@ -38,10 +38,10 @@ pub(super) struct Exporter {
     failing: bool,
 }
 
-/// Why the last request failed, where the exporter does not say it itself.
+/// Why the last request failed, where the exporter does not report it.
 type Failure = Arc<Mutex<Option<String>>>;
 
-/// Hyper's client, whose errors the exporter would have told as "network error".
+/// Hyper's client, whose errors the exporter would report only as "network error".
 #[derive(Debug)]
 struct Client {
     inner: HyperClient<Connector>,
@@ -49,10 +49,10 @@ struct Client {
 }
 
 impl Exporter {
-    /// Nothing is sent yet and no collector is tried.
+    /// Sends nothing yet, and does not contact the collector.
     ///
     /// # Errors
-    /// What the exporter does not take.
+    /// What the exporter rejects.
     pub(super) fn new(
         settings: Settings,
         node: Arc<str>,
@@ -69,7 +69,7 @@ impl Exporter {
         let mut exporter = match exporter {
             Ok(exporter) => exporter,
             Err(error) => {
-                // The caller has a runtime too, in which this one must not be waited for.
+                // The caller is in a runtime too, where blocking on this one is not allowed.
                 runtime.shutdown_background();
                 return Err(error);
             }
@@ -116,8 +116,8 @@ impl Exporter {
         let limited = async { tokio::time::timeout(self.timeout, export).await };
         let (count, failure) = match self.runtime.block_on(limited) {
             Ok(Ok(())) => (&self.counts.sent, None),
-            // The exporter has the same limit. Where both are seen to have passed at once, its word for that is an
-            // error like any other.
+            // The exporter has the same timeout. If both expire at once, it returns an
+            // ordinary error.
             Ok(Err(error))
                 if matches!(error, OTelSdkError::Timeout(_)) || began.elapsed() >= self.timeout =>
             {
@@ -139,12 +139,12 @@ impl Exporter {
             Some(why) if !self.failing => {
                 warn!(
                     why,
-                    "spans do not reach the collector; they are lost and counted until it takes them again"
+                    "spans do not reach the collector; they are lost and counted until it accepts them again"
                 );
                 self.failing = true;
             }
             None if self.failing => {
-                info!("the collector takes spans again");
+                info!("the collector accepts spans again");
                 self.failing = false;
             }
             _ => {}
@@ -171,7 +171,7 @@ impl HttpClient for Client {
     }
 }
 
-/// What an error says, and all that it came from.
+/// The text of an error and of all its sources.
 fn chain(error: &(dyn Error + 'static)) -> String {
     let causes = iter::successors(Some(error), |error| (*error).source());
     let said: Vec<_> = causes.map(ToString::to_string).collect();

@@ -40,7 +40,7 @@ pub(crate) enum SettingsError {
         /// What it says.
         value: String,
     },
-    /// It is no protocol of ours.
+    /// It is not a supported protocol.
     #[error("{variable} is {value:?}; give grpc or http/protobuf")]
     Protocol {
         /// Its name.
@@ -58,7 +58,7 @@ pub(crate) enum SettingsError {
         /// What it says.
         url: String,
     },
-    /// Who shows a certificate must have its key.
+    /// A client certificate and its key must both be set.
     #[error("{given} is set without {missing}; a certificate and its key go together")]
     Half {
         /// The one that is set.
@@ -74,7 +74,7 @@ pub(crate) enum SettingsError {
     },
 }
 
-/// How spans travel.
+/// The protocol to send spans.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Transport {
     Grpc,
@@ -184,7 +184,7 @@ impl<F: Fn(&str) -> Option<String>> Variables<F> {
         }
     }
 
-    /// As told; else OTLP's own ports tell, and gRPC is what collectors take anywhere.
+    /// The configured protocol, else HTTP for port 4318 or a URL with a path, else gRPC.
     fn transport(&self, url: &str) -> Result<Transport, SettingsError> {
         let told = self.first([
             "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
@@ -238,7 +238,7 @@ impl<F: Fn(&str) -> Option<String>> Variables<F> {
         Ok(Files { authorities, own })
     }
 
-    /// Who sends: the service, this program's version, the node, and what the operator adds (the
+    /// The resource attributes: the service, its version, the node, and those that the operator adds (the
     /// pod's name and uid, say).
     fn resource(&self, node: &str) -> Result<Resource, SettingsError> {
         let mut attributes = vec![
@@ -265,7 +265,7 @@ impl<F: Fn(&str) -> Option<String>> Variables<F> {
         if let Some(name) = (self.0)("OTEL_SERVICE_NAME") {
             attributes.push(KeyValue::new(SERVICE_NAME, name));
         }
-        // Of two with one name the later one stands.
+        // Of two with the same name the last one wins.
         let builder = Resource::builder_empty();
         Ok(attributes
             .into_iter()

@@ -1,4 +1,4 @@
-//! A record as an OpenTelemetry span: the record's keys, the conventions' names, what happened when.
+//! Converts a record to an OpenTelemetry span: the record's keys, the conventions' names, the events.
 use std::sync::Arc;
 
 use opentelemetry::trace::{Event, SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceState};
@@ -146,7 +146,7 @@ fn events(record: &Record) -> SpanEvents {
     events
 }
 
-/// The name of the event, and whose it is.
+/// The name of the event, and its side.
 fn words(moment: Moment) -> (&'static str, Option<&'static str>) {
     match moment {
         Moment::Connected => ("upstream connected", None),

@@ -1,9 +1,9 @@
-//! Where in its trace a node's span stands: ids that two nodes derive from what both see on the
+//! The place of a node's span in its trace: ids that two nodes derive from what both see on the
 //! wire, without talking to each other.
 //!
-//! The node that a connection leaves knows the leg on which it does, and the next one sees that very
-//! leg arrive. Of it both take addresses, ports and protocol, and against the reuse of ports a
-//! window of time: by the timestamp of the leg's own SYN, which is one clock for both, else by the
+//! The node that a connection leaves knows the leg on which it leaves, and the next one sees the same
+//! leg arrive. Both use its addresses, ports and protocol, and, since ports are reused, a
+//! time window: by the timestamp of the leg's SYN, which is the same for both, or else by the
 //! clocks of the nodes. docs/tracing.md has the limits.
 use std::hash::Hasher;
 use std::net::{IpAddr, SocketAddr};
@@ -17,7 +17,7 @@ use crate::telemetry::decision::Way;
 use crate::telemetry::record::{Fate, Record, Subject};
 use kernel::names::REMOTE_PORTS;
 
-/// A window of SYN timestamps is so many bits of milliseconds: 16 seconds.
+/// A window of SYN timestamps has this many bits of milliseconds: 16 seconds.
 const STAMP_BITS: u32 = 14;
 /// A window of the nodes' clocks.
 const CLOCK_SECONDS: u64 = 64;
@@ -41,7 +41,7 @@ enum Window {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     pub(super) trace: TraceId,
-    /// `None`: any will do, nobody else derives it.
+    /// `None`: a random id, since no other node derives it.
     pub(super) span: Option<SpanId>,
     /// The span of the node that the connection came from.
     pub(super) parent: Option<SpanId>,
@@ -117,7 +117,7 @@ impl Window {
 }
 
 impl Place {
-    /// The place of `node`'s span about this connection.
+    /// The ids of `node`'s span of this connection.
     ///
     /// A parent is named only where one is to be expected: the client's pod lives on another node
     /// and is isolated for egress, so that its node has judged the connection before, and the port
@@ -156,7 +156,7 @@ impl Place {
 /// sampling does, by the last 56 bits of the trace id.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sampler {
-    /// What the last 56 bits must reach.
+    /// The minimum of the last 56 bits.
     threshold: u64,
 }
 

@@ -1,4 +1,4 @@
-//! How a collector at `https://` proves who it is, and the daemon to it where it asks.
+//! TLS with a collector at `https://`: verifies its certificate, and presents one if it asks.
 //!
 //! Files are read once, at the start. Knows certificates, not what is sent over them.
 use std::path::PathBuf;
@@ -19,12 +19,12 @@ pub(super) struct File {
     pub(super) path: PathBuf,
 }
 
-/// What was said of certificates.
+/// The configured certificates.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Files {
-    /// Who vouches for the collector; `None`: whom this host trusts.
+    /// The CA certificates for the collector; `None`: those of this host.
     pub(super) authorities: Option<File>,
-    /// The daemon's own certificate, with those that lead to its authority, and its key.
+    /// The daemon's own certificate with its chain, and its key.
     pub(super) own: Option<(File, File)>,
 }
 
@@ -44,7 +44,7 @@ pub(crate) enum TlsError {
         #[source]
         source: pem::Error,
     },
-    /// A certificate cannot vouch for anybody.
+    /// A CA certificate cannot be used.
     #[error("{variable} names {}, which has a certificate that cannot be used", path.display())]
     Authority {
         /// The variable.
@@ -55,12 +55,12 @@ pub(crate) enum TlsError {
         #[source]
         source: rustls::Error,
     },
-    /// There is nobody to vouch for the collector.
+    /// There are no CA certificates for the collector.
     #[error(
-        "nobody vouches for the collector: this host has no certificates of authorities; give those of the collector in OTEL_EXPORTER_OTLP_CERTIFICATE"
+        "cannot verify the collector: this host has no CA certificates; give the collector's CA in OTEL_EXPORTER_OTLP_CERTIFICATE"
     )]
     Nobody(#[source] std::io::Error),
-    /// Certificate and key are not of each other.
+    /// Certificate and key do not match.
     #[error("{variable} names {}, whose certificate cannot be used with the key", path.display())]
     Own {
         /// The variable of the certificate.
@@ -79,7 +79,7 @@ pub(crate) enum TlsError {
 /// Connects by TCP, and over that by TLS where the URL says so.
 pub(super) type Connector = HttpsConnector<HttpConnector>;
 
-/// What connects to a collector at `url`, be it `https://` or not.
+/// The connector to a collector at `url`, with or without TLS.
 ///
 /// # Errors
 /// What is wrong with which file; nothing is read for a collector without TLS.

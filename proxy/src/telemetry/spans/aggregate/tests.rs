@@ -1,4 +1,4 @@
-//! Many denials, few tellings.
+//! Many denials, few reports.
 use std::net::SocketAddr;
 use std::time::UNIX_EPOCH;
 

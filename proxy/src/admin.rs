@@ -1,7 +1,7 @@
-//! The operators' side: health, metrics, explanations and a page for people over HTTP, on the control
-//! thread: never on a worker's.
+//! The admin port: health, metrics, explanations and a web page over HTTP, on the control
+//! thread, never on a worker's.
 //!
-//! Everything is read-only. Names of pods are whatever their owners call them: they leave here as
+//! Everything is read-only. Users choose the names of pods, so they are untrusted and sent as
 //! JSON or plain text only.
 mod answers;
 mod matrix;
@@ -40,8 +40,8 @@ const CONNECTIONS: usize = 64;
 const STREAMS: usize = 16;
 /// How long a client may take to send its request.
 const HEADER_WITHIN: Duration = Duration::from_secs(5);
-/// What every answer says to a browser: take it for what it says it is, show it in no frame, give
-/// it to no other site.
+/// Security headers of every response: no content sniffing, no frames, no use by
+/// other sites.
 const GUARDS: [(&str, &str); 4] = [
     ("x-content-type-options", "nosniff"),
     ("x-frame-options", "DENY"),
@@ -49,23 +49,23 @@ const GUARDS: [(&str, &str); 4] = [
     ("referrer-policy", "no-referrer"),
 ];
 
-/// An answer that is there, or one that goes on.
+/// The body of a response: complete, or a stream.
 type Body = Either<Full<Bytes>, Channel<Bytes, Infallible>>;
 
-/// What a path answers with.
+/// The response of a path.
 struct Answer {
     status: StatusCode,
     kind: &'static str,
     body: Body,
-    /// Names this state of what was asked for; who has it already is told so instead.
+    /// The entity tag; a client that has it already gets status 304 instead.
     tag: Option<String>,
 }
 
-/// What the admin port answers from.
+/// The admin server.
 pub(crate) struct Admin {
     enforcer: Arc<Enforcer>,
     readiness: Readiness,
-    /// The pod that it answers for, as soon as another pod's daemon can relieve this one; for all until then.
+    /// The pod that it answers for, once another pod's daemon can take over; until then it answers for all pods.
     pod: Arc<OnceLock<String>>,
     page: Page,
     streams: Arc<Semaphore>,
@@ -81,7 +81,7 @@ pub(crate) async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     })
 }
 
-/// Serves until told to stop.
+/// Serves until stopped.
 pub(crate) async fn serve(listener: TcpListener, admin: Admin, mut stop: watch::Receiver<bool>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let admin = Arc::new(admin);
@@ -121,7 +121,7 @@ pub(crate) async fn serve(listener: TcpListener, admin: Admin, mut stop: watch::
 }
 
 impl Admin {
-    /// Answers for this daemon: for that of `pod` only, once it is told.
+    /// Answers for this daemon; for its pod only, once `pod` is set.
     pub(crate) fn new(
         enforcer: Arc<Enforcer>,
         readiness: Readiness,
@@ -145,7 +145,7 @@ impl Admin {
         } else if !names_an_address(asked_as(request)) {
             Answer::text(
                 StatusCode::MISDIRECTED_REQUEST,
-                "ask by an IP address or as localhost: other names may be anybody's\n",
+                "use an IP address or localhost as the host name, as a protection against DNS rebinding\n",
             )
         } else {
             self.answer(request).await
@@ -176,7 +176,7 @@ impl Admin {
         }
     }
 
-    /// Computed on a thread of its own: neither flows nor changes wait for it.
+    /// Computed on a separate thread, so that neither connections nor policy changes wait for it.
     async fn matrix(&self, query: &str) -> Answer {
         let plan = match matrix::survey(&self.enforcer, query) {
             Ok(plan) => plan,
@@ -208,7 +208,7 @@ impl Admin {
         let Ok(place) = Arc::clone(&self.streams).try_acquire_owned() else {
             return Answer::text(
                 StatusCode::SERVICE_UNAVAILABLE,
-                format!("{STREAMS} observers are here already; end one of them\n"),
+                format!("there are {STREAMS} observers already; stop one of them\n"),
             );
         };
         let enforcer = &self.enforcer;
@@ -230,8 +230,8 @@ fn asked_as<T>(request: &Request<T>) -> Option<&[u8]> {
     authority.map(|it| it.as_str().as_bytes()).or_else(host)
 }
 
-/// Whether the client knows us by an address, as `localhost`, or not at all (HTTP/1.0). A browser on
-/// a page whose domain suddenly points at this node (DNS rebinding) says that domain's name.
+/// Whether the host is an IP address, `localhost` or missing (HTTP/1.0). A browser on
+/// a page whose domain suddenly points at this node (DNS rebinding) sends the name of that domain.
 fn names_an_address(host: Option<&[u8]>) -> bool {
     let Some(host) = host else { return true };
     let Ok(host) = std::str::from_utf8(host) else {
@@ -264,7 +264,7 @@ impl Answer {
         }
     }
 
-    /// What is wrong with the question.
+    /// The response to an invalid query.
     fn refused(error: &str) -> Self {
         Self::json(
             StatusCode::BAD_REQUEST,

@@ -1,8 +1,8 @@
 //! `portreeve demo`: a demo cluster on one machine: observed connectivity beside the expected one.
 //!
 //! Builds a cluster of network namespaces, runs the real init step and the real daemon on each
-//! node, dials everybody from everybody, and compares what was seen with what policy asks for. The
-//! daemon's insides are not used: it is another process, as it is in a cluster.
+//! node, connects every pod to every pod, and compares the results with the expected verdicts. The
+//! daemon runs as a separate process, as in a cluster.
 mod bed;
 mod decisions;
 mod error;
@@ -40,21 +40,21 @@ const SAMPLES: [&str; 2] = [
     include_str!("../../deploy/samples/pods.yaml"),
     include_str!("../../deploy/samples/policies.yaml"),
 ];
-/// Exit status when there could be no demo: wrong input, missing privilege, a missing tool.
+/// Exit status when the demo cannot run: invalid input, missing privilege, a missing tool.
 const NO_DEMO: u8 = 2;
 
-/// Show the main job on this machine: a cluster of network namespaces, the real init step and
+/// Run a demo cluster of network namespaces on this machine, with the real init step and
 /// daemon on each node, real connections from every pod to every pod.
 ///
-/// Exit status 0: what was observed is what policy asks for. 1: it is not. 2: there could be no
-/// demo, and standard error says why. Needs no root where user namespaces are allowed; leaves
+/// Exit status 0: all connections behaved as policy specifies. 1: some did not. 2: the demo could
+/// not run; see standard error. Needs no root where user namespaces are allowed; leaves
 /// nothing behind.
 #[derive(clap::Args, Debug)]
 pub(crate) struct DemoArgs {
     /// Your own pods and policies, a manifest file or a directory of them
     #[arg(long, value_name = "PATH")]
     manifests: Option<PathBuf>,
-    /// Leave the cluster running until Ctrl-C, and say how to enter its pods
+    /// Keep the cluster running until Ctrl-C, and print how to enter its pods
     #[arg(long)]
     keep: bool,
     /// Plain text, and a summary in JSON as the last line
@@ -76,7 +76,7 @@ pub(crate) fn demo(args: &DemoArgs) -> ExitCode {
     }
 }
 
-/// Finds everything that can be wrong before anything is built, and moves into namespaces.
+/// Checks all inputs before anything is built, and enters the namespaces.
 fn prepare(args: &DemoArgs) -> Result<story::Story, DemoError> {
     let started = Instant::now();
     let programs = Programs::find()?;
@@ -89,7 +89,7 @@ fn prepare(args: &DemoArgs) -> Result<story::Story, DemoError> {
         }
     };
     let (plan, policies) = read(&path)?;
-    // Some to spare: a daemon may try twice.
+    // With spare connections: a daemon may reconnect.
     let connections = 2 * plan.nodes.len();
     let outlet = args.jaeger.as_deref();
     let outlet = outlet
@@ -97,7 +97,7 @@ fn prepare(args: &DemoArgs) -> Result<story::Story, DemoError> {
         .transpose()?;
     single_threaded();
     let entered = lab::enter()?;
-    // Two ends of every connection are in this process. With less it goes slower.
+    // Both ends of every connection are in this process. A lower limit only slows it down.
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _as_it_was = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
@@ -125,7 +125,7 @@ fn read(path: &Path) -> Result<(Plan, Vec<policy::NetworkPolicy>), DemoError> {
     Ok((plan, loaded.cluster.policies().cloned().collect()))
 }
 
-/// A file that is nowhere.
+/// A file in memory only.
 fn in_memory(text: &str) -> std::io::Result<std::fs::File> {
     let file = memfd_create("samples", MFdFlags::MFD_CLOEXEC)?;
     let mut file = std::fs::File::from(file);
@@ -133,10 +133,10 @@ fn in_memory(text: &str) -> std::io::Result<std::fs::File> {
     Ok(file)
 }
 
-/// Waits until the manifest parser's thread, which has ended, is gone for the kernel too.
+/// Waits until the kernel has removed the manifest parser's thread, which has ended.
 fn single_threaded() {
     let alone = || std::fs::read_dir("/proc/self/task").map_or(true, |tasks| tasks.count() == 1);
-    // If it is not so in time, entering the namespaces says it better.
+    // After a timeout, entering the namespaces fails with a better error.
     let _in_time = lab::wait_until(
         Duration::from_secs(2),
         "the parser's thread to be gone",
@@ -144,7 +144,7 @@ fn single_threaded() {
     );
 }
 
-/// Runs the story on a thread of its own, so that a signal ends it at any time.
+/// Runs the demo on a separate thread, so that a signal ends it at any time.
 ///
 /// Signals are caught and not blocked: a blocked signal would stay blocked in the daemons.
 fn watched(story: story::Story) -> ExitCode {
@@ -158,7 +158,7 @@ fn watched(story: story::Story) -> ExitCode {
             let (daemons, settled) = (story.daemons.clone(), Arc::clone(&story.settled));
             let (end, ended) = oneshot::channel::<()>();
             let worker = thread::spawn(move || {
-                // Dropped when the thread is over, however that is.
+                // Dropped when the thread ends, even by a panic.
                 let _end = end;
                 story.tell()
             });
@@ -187,20 +187,20 @@ fn outcome(told: thread::Result<Result<bool, DemoError>>) -> ExitCode {
     }
 }
 
-/// Ends everything now. After the story is told that is how `--keep` ends, and no failure.
+/// Ends everything now. After the report, this is the normal end of `--keep`.
 fn interrupted(signal: SignalKind, daemons: &Daemons, settled: &OnceLock<bool>) -> ! {
     daemons.stop();
     let code = match settled.get() {
         Some(agree) => i32::from(!agree),
-        // As shells count it.
+        // The exit status that shells use for signals.
         None => 128 + signal.as_raw_value(),
     };
     eprintln!("\nportreeve: stopped; nothing is left behind");
-    // The story's thread is in the middle of something; its namespaces go with the process.
+    // The demo's thread is still running; its namespaces end with the process.
     std::process::exit(code)
 }
 
-/// Says what is wrong on standard error, a line per fault.
+/// Prints the error to standard error, one diagnostic per line.
 fn complain(error: &DemoError) {
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(error);

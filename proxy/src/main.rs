@@ -33,7 +33,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Enforce on this node until told to stop. Needs `iptables-init install` before it.
+    /// Enforce policies on this node until stopped. Needs `iptables-init install` before it.
     Run(Box<run::RunArgs>),
     /// Check whether X may connect to Y, and by which policy. Needs no privilege and no daemon.
     Check(ask::CheckArgs),

@@ -1,4 +1,4 @@
-//! What each path of the admin port says.
+//! The responses of the admin port's paths.
 use std::net::IpAddr;
 use std::sync::atomic::Ordering;
 
@@ -18,8 +18,8 @@ use crate::telemetry::decision::Word;
 use crate::telemetry::metrics::{Queues, Readings};
 use crate::telemetry::record::{shown, timestamp};
 
-/// Ready or why not, and every fault of the cluster's objects that stands. Asked for another pod's daemon, this one is
-/// not ready, if it tells pods apart.
+/// Ready or why not, and all current diagnostics of the cluster's objects. If another pod's daemon is asked for, this
+/// one is not ready, if it knows its pod.
 pub(super) fn readyz(
     enforcer: &Enforcer,
     readiness: &Readiness,
@@ -91,11 +91,11 @@ pub(super) fn metrics(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
 
 fn rules() -> Option<counters::Packets> {
     counters::read()
-        .inspect_err(|error| debug!(%error, "the kernel does not tell the rules' counters"))
+        .inspect_err(|error| debug!(%error, "cannot read the counters of the nft rules"))
         .ok()
 }
 
-/// Every relayed connection that stands and is asked for, oldest first; then every flow that the
+/// Every current proxied connection that matches the query, oldest first; then every flow that the
 /// kernel carries.
 pub(super) fn connections(enforcer: &Enforcer, query: &str) -> Answer {
     let filter = Query::parse(query, &["pod", "namespace"]).and_then(|query| query.filter());
@@ -119,7 +119,7 @@ pub(super) fn connections(enforcer: &Enforcer, query: &str) -> Answer {
     Answer::json(StatusCode::OK, &listed.into())
 }
 
-/// Every policy in force with the pods that it selects.
+/// All current policies with the pods that they select.
 pub(super) fn policies(enforcer: &Enforcer) -> Answer {
     match serde_json::to_value(enforcer.table.policies()) {
         Ok(listed) => Answer::json(StatusCode::OK, &listed),
@@ -127,7 +127,7 @@ pub(super) fn policies(enforcer: &Enforcer) -> Answer {
     }
 }
 
-/// May X talk to Y, as `check` answers it, by the table in force.
+/// Whether X may connect to Y under the current policy table, as `check` answers.
 pub(super) fn explain(enforcer: &Enforcer, query: &str) -> Answer {
     let asked = Query::parse(query, &["from", "to", "port", "protocol", "output"])
         .and_then(|query| Ok((query.question()?, query.is_text()?)));
@@ -154,7 +154,7 @@ pub(super) fn explain(enforcer: &Enforcer, query: &str) -> Answer {
     }
 }
 
-/// Who talked to whom, and the last denials.
+/// The decisions per pair of pods, and the last denials.
 pub(super) fn observed(enforcer: &Enforcer) -> Answer {
     let observed = enforcer.recorder.observed();
     let told = enforcer
@@ -186,7 +186,7 @@ fn connection(node: &str, flow: &Flow) -> serde_json::Value {
     shown
 }
 
-/// The same of a flow that the kernel carries; its bytes are those of the last look at conntrack.
+/// The same of a kernel flow; its byte counts are those of the last dump of conntrack.
 fn carried(node: &str, flow: &CarriedFlow) -> serde_json::Value {
     let decision = flow.decision();
     let reason = decision.reason();

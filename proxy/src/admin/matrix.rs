@@ -1,13 +1,13 @@
-//! `/matrix`: who may talk to whom, of all pods or of some namespaces, by the table in force.
+//! `/matrix`: the verdicts between all pods, or those of some namespaces, under the current policy table.
 use super::Answer;
 use super::query::Query;
 use crate::cli::ask::{Plan, Port, Scope, Survey};
 use crate::enforcer::Enforcer;
 
-/// Pods in one answer: a quarter of a million pairs, some tens of milliseconds' work.
+/// Maximum number of pods in a response: a quarter of a million pairs, which take some tens of milliseconds.
 const MOST: usize = 512;
 
-/// Takes the survey; to be evaluated where it delays nobody.
+/// Takes the survey; evaluate it on another thread.
 ///
 /// # Errors
 /// What is wrong with the query.
@@ -17,8 +17,8 @@ pub(super) fn survey(
 ) -> Result<impl FnOnce() -> Plan + Send + 'static, Answer> {
     let scope = scope(query).map_err(|error| Answer::refused(&error))?;
     let table = &enforcer.table;
-    // Read before the cluster: a change in between makes the answer newer than it says, and the
-    // next question brings it again.
+    // Read before the cluster: after a change in between the response is newer than its tag, and the
+    // next request gets it again.
     let generation = table.generation();
     let survey = table.with_cluster(|cluster| Survey::of(cluster, &scope));
     let own_node = table.settings().own_node;

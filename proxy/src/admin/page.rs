@@ -1,4 +1,4 @@
-//! `/`: the page for people. One file, no other asset, and a policy that lets it load none.
+//! `/`: the web page. One file without other assets, and a Content-Security-Policy that forbids any.
 use std::time::SystemTime;
 
 use http_body_util::Either;
@@ -10,10 +10,10 @@ use super::Answer;
 /// The page. It gets its data from the other paths and writes it as text, never as HTML.
 const HTML: &str = include_str!("page/page.html");
 
-/// The page and what guards it.
+/// The page and its security headers.
 pub(super) struct Page {
     policy: HeaderValue,
-    /// Tells this process's answers from those of the one before it.
+    /// Distinguishes the entity tags of this process from those of an earlier one.
     started: u128,
 }
 
@@ -32,7 +32,7 @@ impl Page {
         );
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         Self {
-            // Base64 and the words above are all that a header takes.
+            // Base64 and the directives above are valid in a header.
             policy: HeaderValue::try_from(policy)
                 .unwrap_or_else(|_| HeaderValue::from_static("default-src 'none'")),
             started: since.map_or(0, |since| since.as_nanos()),
@@ -48,7 +48,7 @@ impl Page {
         }
     }
 
-    /// The entity tag of what this process answers in this generation.
+    /// The entity tag of this process's responses in this generation.
     pub(super) fn tag(&self, generation: u64) -> String {
         format!("\"{:x}-{generation}\"", self.started)
     }
@@ -58,7 +58,7 @@ impl Page {
     }
 }
 
-/// The text of the page's only element of this name; none if there is none.
+/// The text of the page's only element of this name; empty if there is none.
 fn inside(element: &str) -> &'static str {
     let (opening, closing) = (format!("<{element}>"), format!("</{element}>"));
     let after = HTML.split_once(&opening).map_or("", |(_, after)| after);

@@ -1,4 +1,4 @@
-//! The part of a request after `?`, and what it asks for.
+//! Parses the query of a request URL.
 use std::sync::Arc;
 
 use percent_encoding::percent_decode_str;
@@ -46,7 +46,7 @@ impl Query {
     /// `from`, `to`, `port` and `protocol`.
     ///
     /// # Errors
-    /// What is missing or is none of its kind.
+    /// Which parameter is missing or invalid.
     pub(super) fn question(&self) -> Result<Question, String> {
         let usage = "ask /explain?from=NAMESPACE/POD&to=ADDRESS&port=80&protocol=TCP";
         let given = |name| {
@@ -61,15 +61,15 @@ impl Query {
         })
     }
 
-    /// Whether `output` asks for sentences rather than JSON.
+    /// Whether `output` selects text rather than JSON.
     ///
     /// # Errors
-    /// If it asks for something else.
+    /// If it has another value.
     pub(super) fn is_text(&self) -> Result<bool, String> {
         match self.get("output").unwrap_or("json") {
             "json" => Ok(false),
             "text" => Ok(true),
-            other => Err(format!("{other:?} is no output; there are: json, text")),
+            other => Err(format!("{other:?} is not an output; there are: json, text")),
         }
     }
 
@@ -92,20 +92,20 @@ impl Query {
     /// `pod`, `namespace` and `verdict`.
     ///
     /// # Errors
-    /// If one of them is none of its kind.
+    /// If one of them is invalid.
     pub(super) fn filter(&self) -> Result<Filter, String> {
         let pod = self.get("pod").map(|text| match text.split_once('/') {
             Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => Ok(PodKey {
                 namespace: namespace.into(),
                 name: name.into(),
             }),
-            _ => Err(format!("{text:?} is no pod; write it as NAMESPACE/NAME")),
+            _ => Err(format!("{text:?} is not a pod; write it as NAMESPACE/NAME")),
         });
         let verdict = self.get("verdict").map(|text| {
             let mut words = [Word::Allow, Word::Deny, Word::Sever].into_iter();
             words
                 .find(|word| word.name() == text)
-                .ok_or_else(|| format!("{text:?} is no verdict; there are: allow, deny, sever"))
+                .ok_or_else(|| format!("{text:?} is not a verdict; there are: allow, deny, sever"))
         });
         Ok(Filter {
             pod: pod.transpose()?,
@@ -115,7 +115,7 @@ impl Query {
     }
 }
 
-/// Which connections somebody asks for; what is `None` does not matter.
+/// Which connections are asked for; `None` matches all.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Filter {
     /// Either end is this pod.
@@ -126,7 +126,7 @@ pub(super) struct Filter {
 }
 
 impl Filter {
-    /// Whether a connection between these ends, if they are pods, is asked for.
+    /// Whether a connection between these endpoints, if they are pods, matches.
     pub(super) fn admits(&self, word: Word, ends: [Option<&Endpoint>; 2]) -> bool {
         let any = |is_asked_for: &dyn Fn(&PodKey) -> bool| {
             let mut pods = ends.iter().flatten();
@@ -151,7 +151,7 @@ fn port(text: &str) -> Result<u16, String> {
         .ok_or_else(|| format!("{text:?} is no port; use a number from 1 to 65535"))
 }
 
-/// Undoes `%XX` (RFC 3986); what is not UTF-8 then is replaced.
+/// Decodes `%XX` (RFC 3986); invalid UTF-8 is replaced.
 fn percent_decoded(text: &str) -> String {
     percent_decode_str(text).decode_utf8_lossy().into_owned()
 }

@@ -1,6 +1,6 @@
 //! `/observe`: decisions as they are made, a JSON line each.
 //!
-//! A reader who is too slow loses decisions and reads `{"lost":N}` in their place; nobody waits.
+//! A client that reads too slowly loses decisions and gets `{"lost":N}` in their place; it delays nobody.
 use std::convert::Infallible;
 use std::fmt::Write;
 use std::sync::Arc;
@@ -19,10 +19,10 @@ use crate::telemetry::recent::Sighting;
 const WAITING: usize = 8;
 /// Decisions in one part.
 const TOGETHER: usize = 256;
-/// How long there may be silence: then an empty line shows both ends that the other is there.
+/// After this time without a decision, an empty line is sent as keep-alive.
 const SILENCE: Duration = Duration::from_secs(10);
 
-/// The body of an answer that ends when the reader goes. Holds `_place` until then.
+/// The body of a response that ends when the client disconnects. Holds `_place` until then.
 pub(super) fn body(
     decisions: Receiver<Arc<Sighting>>,
     filter: Filter,
@@ -37,14 +37,14 @@ pub(super) fn body(
     body
 }
 
-/// Ends when the reader or the daemon's enforcement is gone.
+/// Returns when the client disconnects or the daemon stops enforcing.
 async fn pass_on(
     mut decisions: Receiver<Arc<Sighting>>,
     mut to: Sender<Bytes, Infallible>,
     filter: &Filter,
     node: &str,
 ) {
-    // Tells the reader that it is connected, before anything is decided.
+    // Shows the client that it is connected, before the first decision.
     let mut lines = "\n".to_owned();
     while to
         .send_data(std::mem::take(&mut lines).into())

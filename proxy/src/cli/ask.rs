@@ -1,4 +1,4 @@
-//! Questions to a cluster's state: `portreeve check`, `portreeve matrix` and the admin port's explain.
+//! Queries of a cluster's state: `portreeve check`, `portreeve matrix` and the admin port's explain.
 //!
 //! The commands need no privilege: they read manifests, or list the objects of the API server once. Answers go to
 //! standard output, everything else to standard error. Knows nothing of the daemon and the kernel.
@@ -45,7 +45,7 @@ enum AskError {
     Output(#[from] io::Error),
 }
 
-/// Reads the cluster of `--cluster` once; its problems go to standard error.
+/// Reads the cluster of `--cluster` once; its diagnostics go to standard error.
 fn load(source: &str) -> Result<Cluster, AskError> {
     let path = source.strip_prefix("dir:").filter(|path| !path.is_empty());
     let loaded = match (source, path) {
@@ -69,7 +69,7 @@ fn runtime() -> io::Result<Runtime> {
     runtime::Builder::new_current_thread().enable_all().build()
 }
 
-/// Turns a failure into exit status 2 and its text on standard error, a line per fault.
+/// Prints a failure to standard error, one diagnostic per line, and returns exit status 2.
 fn finish(outcome: Result<ExitCode, AskError>) -> ExitCode {
     match outcome {
         Ok(code) => code,
@@ -91,7 +91,7 @@ pub(crate) fn protocol(text: &str) -> Result<Protocol, policy::UnknownProtocol> 
     text.to_ascii_uppercase().parse()
 }
 
-/// Colour only where a person sees it and has not asked for none (<https://no-color.org>).
+/// Colour only on a terminal and without `NO_COLOR` (<https://no-color.org>).
 pub(crate) fn coloured(terminal: bool) -> bool {
     terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }

@@ -1,8 +1,8 @@
 //! Commands that ask a running daemon: `portreeve explain`, `portreeve connections`, `portreeve
 //! observe`, `portreeve ready`.
 //!
-//! They need no privilege, only the daemon's admin port. Knows nothing of policies: what the daemon
-//! says is shown.
+//! They need no privilege, only the daemon's admin port. Knows nothing of policies: the daemon's
+//! answers are printed.
 mod client;
 mod connections;
 mod explain;
@@ -23,10 +23,10 @@ pub(crate) use ready::{ReadyArgs, ready};
 
 use client::ClientError;
 
-/// Exit status when the question is wrong or nobody answers.
+/// Exit status when the query is invalid or no daemon answers.
 const WRONG: u8 = 2;
 
-/// Whom to ask.
+/// The daemon to query.
 #[derive(Args, Clone, Copy, Debug)]
 struct Daemon {
     /// The daemon's admin port
@@ -51,7 +51,7 @@ enum ConsoleError {
     #[error(transparent)]
     Client(#[from] ClientError),
     #[error(
-        "the daemon's answer is not what this version expects ({0}); use the daemon's own `portreeve`"
+        "unexpected answer of the daemon ({0}); use the `portreeve` binary of the daemon's version"
     )]
     Answer(#[from] serde_json::Error),
     #[error("cannot write the answer: {0}; see where standard output leads")]

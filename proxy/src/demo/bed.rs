@@ -1,6 +1,6 @@
-//! The running thing: the lab's cluster, the real init step and a real daemon on each node.
+//! The running cluster: the lab's nodes and pods, the real init step and a real daemon on each node.
 //!
-//! Everything that has a name lies in a memory file system that only this process has mounted, and
+//! All files are in a memory file system that only this process has mounted, and
 //! daemons die with this process: nothing can be left behind. Knows nothing of verdicts.
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -28,7 +28,7 @@ const READY: Duration = Duration::from_secs(20);
 /// How long a daemon may take to stop; then it is killed.
 const STOP: Duration = Duration::from_secs(3);
 
-/// The daemons that run, to be ended by whoever comes first: the end of the demo or a signal.
+/// The running daemons, to be stopped at the end of the demo or by a signal.
 #[derive(Clone, Default)]
 pub(super) struct Daemons(Arc<Mutex<Vec<Child>>>);
 
@@ -47,7 +47,7 @@ impl Daemons {
     }
 }
 
-/// The programs that the demo is about.
+/// The executables that the demo runs.
 pub(super) struct Programs {
     portreeve: PathBuf,
     init: PathBuf,
@@ -82,7 +82,7 @@ impl Bed {
     /// Builds nodes, pods and Services; every pod serves its ports.
     ///
     /// # Errors
-    /// What the lab says.
+    /// The error of the lab.
     pub(super) fn build(
         plan: Plan,
         programs: Programs,
@@ -112,7 +112,7 @@ impl Bed {
     /// Runs `iptables-init install` on every node.
     ///
     /// # Errors
-    /// [`DemoError::Init`] with what it says.
+    /// [`DemoError::Init`] with its output.
     pub(super) fn install(&self) -> Result<(), DemoError> {
         for node in self.lab.nodes() {
             let mut command = node.command(&self.programs.init);
@@ -164,7 +164,7 @@ impl Bed {
             .try_for_each(|(at, node)| self.ready(at, &node))
     }
 
-    /// The state that is in force, as the daemons read it.
+    /// The current state, as the daemons read it.
     ///
     /// # Errors
     /// What is wrong with the manifests.
@@ -172,12 +172,12 @@ impl Bed {
         Ok(manifest::load(&self.cluster_dir())?.cluster)
     }
 
-    /// The directory with the manifests that are in force.
+    /// The directory with the current manifests.
     pub(super) fn cluster_dir(&self) -> PathBuf {
         Path::new(DIR).join("cluster")
     }
 
-    /// Takes a policy's manifest away.
+    /// Removes a policy's manifest.
     ///
     /// # Errors
     /// What the file system says.
@@ -291,7 +291,7 @@ fn get(node: &Host, path: &str) -> io::Result<(u16, String)> {
     Ok((status, body.to_owned()))
 }
 
-/// The shell's own settings of Portreeve are not the demo's.
+/// Removes Portreeve's environment variables, which belong to the calling shell.
 fn without_settings(command: &mut lab::Command) -> &mut lab::Command {
     for (name, _) in std::env::vars_os() {
         let ours = name
@@ -312,7 +312,7 @@ fn log_of(node: &Host) -> PathBuf {
     Path::new(DIR).join(format!("{}.log", node.name()))
 }
 
-/// A path of ours as processes with other mounts can follow it.
+/// Makes a path of this process valid for processes with other mounts.
 pub(super) fn seen_by_all(path: &Path) -> PathBuf {
     PathBuf::from(format!(
         "/proc/{}/root{}",

@@ -1,4 +1,4 @@
-//! What the daemons say about their decisions: the records of `--trace-file`, gathered by reason.
+//! The daemons' decisions: the records of `--trace-file`, grouped by reason.
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-/// How long records may be on their way to the file.
+/// How long records may take to reach the file.
 const WRITTEN: Duration = Duration::from_secs(2);
 
 /// Connections that were decided for one reason.
@@ -28,7 +28,7 @@ pub(super) struct Decisions {
 }
 
 impl Decisions {
-    /// Reads the records once there are `denied` of denials, or as many as come in time.
+    /// Reads the records once there are `denied` denials, or after a timeout.
     pub(super) fn read(files: &[PathBuf], denied: usize) -> Self {
         let mut decisions = Self::of(files);
         // Too few are not an error here: the caller counts.
@@ -43,7 +43,7 @@ impl Decisions {
         let mut decisions = Self::default();
         for file in files {
             let text = fs::read_to_string(file).unwrap_or_default();
-            // The last line may still be being written.
+            // The last line may be incomplete.
             let records = text
                 .lines()
                 .filter_map(|line| serde_json::from_str(line).ok());
@@ -85,7 +85,7 @@ impl Decisions {
     }
 }
 
-/// How many decisions a list of groups stands for.
+/// The number of decisions in all groups.
 pub(super) fn count(groups: &BTreeMap<String, Group>) -> usize {
     groups.values().map(|group| group.count).sum()
 }

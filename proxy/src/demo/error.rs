@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use controller::manifest::LoadError;
 use lab::{ClusterError, PrivilegeError, ProcessError};
 
-/// Why there can be no demo. Whatever it is, nothing is left behind.
+/// Why the demo cannot run. In all cases it leaves nothing behind.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DemoError {
     #[error(
@@ -16,7 +16,7 @@ pub(super) enum DemoError {
         "nobody takes spans at {at}: {source}; start Jaeger with its OTLP port open, or leave --jaeger out"
     )]
     NoJaeger { at: String, source: io::Error },
-    #[error("spans cannot leave the demo: {0}; leave --jaeger out")]
+    #[error("cannot relay spans out of the demo: {0}; leave --jaeger out")]
     Outlet(#[source] io::Error),
     #[error("there is no {}; build both programs, for example by `cargo build --release`", expected.display())]
     NoInit { expected: PathBuf },
@@ -40,7 +40,7 @@ pub(super) enum DemoError {
     },
     #[error("policies changed while they were handed to the daemons: {0}; report this as a bug")]
     NotTheSame(String),
-    #[error("no namespaces for the demo: {0}")]
+    #[error("cannot create namespaces for the demo: {0}")]
     Privilege(#[from] PrivilegeError),
     #[error("the cluster cannot be built: {0}")]
     Lab(#[from] ClusterError),
@@ -58,7 +58,7 @@ pub(super) enum DemoError {
     },
     #[error("connections cannot be opened: {0}; see `ulimit -n`, and the process limits")]
     Dial(#[source] io::Error),
-    #[error("signals cannot be watched for: {0}; see the process limits")]
+    #[error("cannot handle signals: {0}; see the process limits")]
     Signals(#[source] io::Error),
     #[error("the demo's own files cannot be kept in memory: {0}; see the memory limits")]
     State(#[source] io::Error),

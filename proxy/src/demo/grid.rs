@@ -1,4 +1,4 @@
-//! Matrices of pods beside each other, as wide as the screen and no wider.
+//! Draws matrices of pods side by side, within the width of the screen.
 //!
 //! Pure: cells in, text out. Rows are sources, columns destinations, grouped by namespace.
 use super::plan::Planned;
@@ -19,13 +19,13 @@ pub(super) struct Grid<'a> {
 /// How pods are written at rows and columns.
 struct Layout<'a> {
     pods: &'a [Planned],
-    /// What stands above each column.
+    /// The heading of each column.
     tags: Vec<String>,
     /// Characters of a column, the space before the next one included.
     column: usize,
     /// Whether the tags are written downwards.
     upright: bool,
-    /// Whether a space stands between namespaces.
+    /// Whether there is a space between namespaces.
     grouped: bool,
     label: usize,
 }

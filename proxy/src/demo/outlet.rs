@@ -1,6 +1,6 @@
-//! The way out of the demo's namespaces for spans.
+//! Relays spans out of the demo's network namespaces.
 //!
-//! From inside there is no way to the machine's own network. But a socket stays in the namespace in
+//! The namespaces have no route to the machine's network. But a socket stays in the namespace in
 //! which it was made: connections to Jaeger are opened before the namespaces are entered, and each
 //! daemon's connection is relayed through one of them.
 use std::io::{self, Read, Write};
@@ -25,7 +25,7 @@ pub(super) struct Outlet {
 }
 
 impl Outlet {
-    /// Connects to the Jaeger at `url` so many times; its page's port stands for that of gRPC.
+    /// Connects to the Jaeger at `url` `number` times; the port of its page is replaced by that of gRPC.
     ///
     /// # Errors
     /// [`DemoError::JaegerUrl`], or [`DemoError::NoJaeger`] if nobody answers there.
@@ -50,10 +50,10 @@ impl Outlet {
         })
     }
 
-    /// Takes spans at an address of `host`, which is in the lab, and relays them. Returns the URL.
+    /// Accepts spans at an address of `host`, which is in the lab, and relays them. Returns the URL.
     ///
     /// # Errors
-    /// If nobody can listen there.
+    /// If the address cannot be bound.
     pub(super) fn serve(self: &Arc<Self>, host: &Host) -> io::Result<String> {
         let at = host.addr_v4(self.port);
         let listener = host.listen(at)?;
@@ -64,7 +64,7 @@ impl Outlet {
                     .connections
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner);
-                // A daemon that comes again after its connection broke finds none, and counts its spans as lost.
+                // When no connection is left, a daemon that reconnects is closed, and counts its spans as lost.
                 if let Some(outer) = connections.pop() {
                     relay(inner, outer);
                 }
@@ -73,7 +73,7 @@ impl Outlet {
         Ok(format!("http://{at}"))
     }
 
-    /// Where to look at the spans of a verdict.
+    /// The URL of the spans with a verdict.
     pub(super) fn page(&self, verdict: &str) -> String {
         let host = &self.host;
         format!("http://{host}:{PAGE}/search?service=portreeve&operation={verdict}")
@@ -81,7 +81,7 @@ impl Outlet {
 }
 
 fn relay(inner: TcpStream, outer: TcpStream) {
-    // Descriptors are short: the connection breaks, and the daemon says so.
+    // Out of descriptors: the connection breaks, and the daemon logs that.
     let (Ok(inner_too), Ok(outer_too)) = (inner.try_clone(), outer.try_clone()) else {
         return;
     };
@@ -89,12 +89,12 @@ fn relay(inner: TcpStream, outer: TcpStream) {
     thread::spawn(move || copy(outer_too, inner_too));
 }
 
-/// Moves bytes until an end; then the other side hears of it.
+/// Copies bytes until EOF, then shuts the other side down for writing.
 fn copy(mut from: TcpStream, mut to: TcpStream) {
     let mut buffer = [0; 16 << 10];
     while let Ok(taken @ 1..) = from.read(&mut buffer)
         && to.write_all(&buffer[..taken]).is_ok()
     {}
-    // Whoever is gone already needs no word.
+    // This fails if the peer is already gone.
     let _ = to.shutdown(Shutdown::Write);
 }

@@ -1,7 +1,7 @@
-//! What the demo builds: manifests in, a description of the lab's cluster out.
+//! Converts manifests to a description of the lab's cluster.
 //!
-//! Kubernetes' own addresses cannot be had on one machine, so the lab gives every pod new ones;
-//! names, labels, namespaces, nodes and ports stay. Builds nothing itself.
+//! The addresses of the manifests cannot be used on one machine, so the lab gives every pod new ones;
+//! names, labels, namespaces, nodes and ports stay the same. Builds nothing itself.
 use std::collections::BTreeSet;
 
 use lab::{Builder, Cluster as Lab, PodSpec, ServiceSpec};
@@ -12,13 +12,13 @@ use super::raw::RawPolicy;
 
 /// The port of a pod that names none.
 const DEFAULT_PORT: u16 = 80;
-/// Every pod talks to every pod, so the work grows with the square.
+/// Every pod connects to every pod, so the work grows quadratically.
 const MAX_PODS: usize = 60;
 /// Every node has a daemon of its own.
 const MAX_NODES: usize = 16;
 /// With more connections than these only the first port of each pod is dialled.
 const MAX_CONNECTIONS: usize = 16_000;
-/// Names the pod to the Service that is made for it; no policy asks for this key.
+/// The label by which a pod's Service selects it; no policy uses this key.
 const OWN_LABEL: &str = "demo.portreeve/pod";
 
 /// A cluster to be built, and what goes into it.
@@ -27,7 +27,7 @@ pub(super) struct Plan {
     pub(super) nodes: Vec<String>,
     pub(super) pods: Vec<Planned>,
     pub(super) policies: Vec<RawPolicy>,
-    /// What a person should know of how the lab differs from the manifests.
+    /// Differences between the lab and the manifests that the report mentions.
     pub(super) notes: Vec<String>,
 }
 

@@ -1,6 +1,6 @@
-//! Dials everybody from everybody and keeps what was seen beside what policy asks for.
+//! Connects every pod to every pod and keeps the results with the expected verdicts.
 //!
-//! Asks the pure policy crate, not the daemons: the two ways to a verdict are independent.
+//! Expected verdicts come from the policy crate, not the daemons, so both are independent.
 use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
@@ -13,13 +13,13 @@ use policy::{Cluster, OwnNode, Protocol};
 
 use super::bed::Bed;
 
-/// How long a dial that policy denies is left alone. A first packet is sent again after a second.
+/// Timeout of a dial that policy denies. A SYN is retransmitted after a second.
 const SILENCE: Duration = Duration::from_millis(1000);
 /// How long a dial that policy allows may take; milliseconds, unless the machine is very busy.
 const ANSWER: Duration = Duration::from_secs(5);
-/// Of so many connections all are tried again after a change.
+/// Up to this many connections, all are tried again after a change.
 const WHOLE: usize = 4000;
-/// Changed connections that are dialled again and again until they follow.
+/// Maximum number of changed connections that are dialled repeatedly until they match the policy.
 const SAMPLE: usize = 200;
 /// Sockets at a time: each has two ends in this process.
 const AT_ONCE: usize = 2000;
@@ -65,7 +65,7 @@ pub(super) struct Survey {
 }
 
 impl Question {
-    /// Every question there is, and what policy says of it; in the order of `from`, then `to`.
+    /// All connections with their expected verdicts, in the order of `from`, then `to`.
     pub(super) fn all(bed: &Bed, cluster: &Cluster) -> Vec<Self> {
         let hosts: Vec<_> = bed.pods.iter().map(|pod| bed.lab.pod(&pod.key())).collect();
         let mut questions = Vec::new();
@@ -94,7 +94,7 @@ impl Question {
         questions
     }
 
-    /// Whether this is the same connection, whatever policy says of it.
+    /// Whether this is the same connection, regardless of the verdict.
     pub(super) fn same(&self, other: &Self) -> bool {
         (self.from, self.to, self.port, self.family)
             == (other.from, other.to, other.port, other.family)
@@ -128,7 +128,7 @@ impl Question {
                 Ok(greeting) => {
                     let (from, to) = (&bed.pods[self.from], &bed.pods[self.to]);
                     let client = bed.lab.pod(&from.key()).addresses()[self.family];
-                    // Through its own Service a pod is hidden behind its node, by the Service's rules.
+                    // Through its own Service a pod is masqueraded to its node's address (hairpin).
                     let hidden = self.from == self.to && self.route == Route::Service;
                     if greeting.server != to.key() {
                         Seen::Other(format!("{} answered", greeting.server))
@@ -159,12 +159,12 @@ impl Survey {
         Ok(Self { questions, seen })
     }
 
-    /// Question and answer, all of them.
+    /// All questions with their answers.
     pub(super) fn answers(&self) -> impl Iterator<Item = (&Question, &Seen)> {
         self.questions.iter().zip(&self.seen)
     }
 
-    /// What belongs to one pair of pods.
+    /// The questions and answers of one pair of pods.
     pub(super) fn of_pair(
         &self,
         from: usize,
@@ -182,13 +182,13 @@ impl Survey {
             .zip(&self.seen[first..end])
     }
 
-    /// Those that were not as policy asks for.
+    /// Those that differ from policy.
     pub(super) fn differences(&self) -> impl Iterator<Item = (&Question, &Seen)> {
         self.answers()
             .filter(|(question, seen)| !agrees(question, seen))
     }
 
-    /// How many were as allowed, and how many denied, by policy.
+    /// How many connections policy allows, and how many it denies.
     pub(super) fn counts(&self) -> (usize, usize) {
         let allowed = self.questions.iter().filter(|question| question.asked);
         let allowed = allowed.count();
@@ -210,7 +210,7 @@ impl Survey {
     }
 }
 
-/// Whether a client saw what policy asks for.
+/// Whether the result matches policy.
 pub(super) fn agrees(question: &Question, seen: &Seen) -> bool {
     match seen {
         Seen::Answered(_) => question.asked,
@@ -219,9 +219,9 @@ pub(super) fn agrees(question: &Question, seen: &Seen) -> bool {
     }
 }
 
-/// Pairs whose verdict is another one after a change.
+/// Pairs whose verdict differs after a change.
 pub(super) struct Change {
-    /// As they are asked for after the change; by pod address, since Services lead there.
+    /// With the verdicts after the change; by pod address, since Services lead there.
     pub(super) questions: Vec<Question>,
 }
 
@@ -246,7 +246,7 @@ impl Change {
             .collect()
     }
 
-    /// What to try after the change: everything, or of a large cluster what has changed.
+    /// The connections to try after the change: all, or only the changed ones in a large cluster.
     pub(super) fn to_try(&self, after: &[Question]) -> Vec<Question> {
         if after.len() <= WHOLE {
             return after.to_vec();
@@ -262,8 +262,8 @@ impl Change {
         changed.take(WHOLE).copied().collect()
     }
 
-    /// Dials some of the changed pairs again and again until all are as asked for: how long after `since`
-    /// the round began in which they were. `None` if they are not within `limit`.
+    /// Dials some of the changed pairs repeatedly until all match policy. Returns how long after `since`
+    /// that round began, or `None` if they do not match within `limit`.
     ///
     /// # Errors
     /// If sockets cannot be made.

@@ -1,7 +1,7 @@
 //! NetworkPolicies as their authors wrote them, to be given to the daemons one file each.
 //!
-//! The manifests have been read and found good before; this only finds the objects in them. What it
-//! finds is compared with what was read, so a difference in reading cannot go unnoticed.
+//! The manifests have been parsed and validated before; this only extracts the objects. The result
+//! is compared with the parsed policies, so a difference is detected.
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;

@@ -1,4 +1,4 @@
-//! What the demo found, said to a person.
+//! Prints the results of the demo.
 use std::time::Duration;
 
 use lab::Entered;
@@ -17,9 +17,9 @@ const LISTED: usize = 40;
 /// Reasons that are shown of each verdict.
 const REASONS: usize = 6;
 
-/// A policy that was taken away and put back.
+/// A policy that was removed and restored.
 pub(super) struct Live {
-    /// How soon connections followed either.
+    /// How soon connections followed each change.
     pub(super) followed: [Option<Duration>; 2],
     pub(super) surveys: Vec<Survey>,
 }
@@ -35,7 +35,7 @@ pub(super) fn own_manifests(screen: Screen, notes: &[String]) {
     }
 }
 
-/// Every policy, and whom it isolates.
+/// Prints every policy and the pods that it isolates.
 pub(super) fn policies(screen: Screen, cluster: &Cluster) {
     let keys: Vec<_> = cluster
         .policies()
@@ -71,7 +71,7 @@ pub(super) fn policies(screen: Screen, cluster: &Cluster) {
     }
 }
 
-/// The asked-for matrix and what was observed, by pod address and through Services.
+/// Prints the expected matrix and the observed ones, by pod address and through Services.
 pub(super) fn matrices(screen: Screen, bed: &Bed, survey: &Survey) {
     screen.heading("Who reaches whom (rows are sources)");
     screen.line("");
@@ -184,7 +184,7 @@ pub(super) fn decisions(screen: Screen, decisions: &Decisions, denied: usize) {
     screen.line(&screen.paint(tone, &text));
 }
 
-/// What is going to be changed.
+/// Prints the policy that is changed next.
 pub(super) fn announce_change(screen: Screen, policy: &str) {
     screen.heading(&format!("Policy changes under way: NetworkPolicy {policy}"));
 }
@@ -214,7 +214,7 @@ pub(super) fn follow_text(change: &Change, followed: Option<Duration>, survey: &
     )
 }
 
-/// Whether it all agrees, the differences pair by pair, and how long it took.
+/// Prints whether all results match policy, the differences pair by pair, and the duration.
 pub(super) fn verdict(screen: Screen, bed: &Bed, surveys: &[&Survey], agree: bool, took: Duration) {
     let differences = surveys.iter().flat_map(|survey| survey.differences());
     let differences: Vec<_> = differences.collect();
@@ -264,7 +264,7 @@ pub(super) fn verdict(screen: Screen, bed: &Bed, surveys: &[&Survey], agree: boo
     }
 }
 
-/// Where the spans are to be seen.
+/// Prints where to find the spans.
 pub(super) fn where_to_look(screen: Screen, outlet: &Outlet) {
     screen.heading("In Jaeger");
     screen.line("  Every connection is a span there, with pods, policies and reason:");
@@ -273,7 +273,7 @@ pub(super) fn where_to_look(screen: Screen, outlet: &Outlet) {
     }
 }
 
-/// Command lines for a look around in the running cluster.
+/// Prints commands to explore the running cluster.
 pub(super) fn how_to_enter(screen: Screen, bed: &Bed, entered: Entered) {
     let user = match entered {
         Entered::Capable => String::new(),
@@ -322,7 +322,7 @@ pub(super) fn how_to_enter(screen: Screen, bed: &Bed, entered: Entered) {
     }
 }
 
-/// As many names as fit, and how many there are besides.
+/// As many names as fit, and the number of the others.
 fn fitting(names: &[String], width: usize) -> String {
     let whole = |most: &usize| shortened(names, " ", *most).chars().count() <= width;
     match (1..=names.len()).rev().find(whole) {

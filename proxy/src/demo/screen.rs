@@ -1,15 +1,15 @@
-//! Text for a person: colour where it is wanted, progress as it happens, lines that fit.
+//! Text for a terminal: colour if wanted, progress, wrapped lines.
 //!
-//! Standard output that has gone away is no fault of the demo: what cannot be written is not.
+//! Write errors on standard output are ignored.
 use std::io::{self, IsTerminal, Write};
 use std::time::Instant;
 
-/// Lines are at most so wide.
+/// Maximum width of lines.
 pub(super) const WIDTH: usize = 100;
 /// Room for the name of a step.
 const NAME: usize = 13;
 
-/// How a piece of text is meant.
+/// The tone of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Tone {
     Good,
@@ -21,12 +21,12 @@ pub(super) enum Tone {
     Plain,
 }
 
-/// What came of a step.
+/// The result of a step.
 pub(super) struct Step<T> {
     pub(super) value: T,
     /// In a few words.
     pub(super) text: String,
-    /// Whether it came out as it should.
+    /// Whether the step succeeded.
     pub(super) good: bool,
 }
 
@@ -49,7 +49,7 @@ pub(super) struct Screen {
 }
 
 impl Screen {
-    /// Standard output; plain if it is no terminal, or `NO_COLOR` or `headless` ask for that.
+    /// Standard output; plain if it is not a terminal, or with `NO_COLOR` or `headless`.
     pub(super) fn new(headless: bool) -> Self {
         let terminal = io::stdout().is_terminal() && !headless;
         let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
@@ -96,11 +96,11 @@ impl Screen {
         }
     }
 
-    /// Does a step of the way and says so: before on a terminal, and afterwards what came of it
+    /// Runs a step and prints its name (before, on a terminal), and afterwards its result
     /// and how long it took.
     ///
     /// # Errors
-    /// What the step answers.
+    /// The error of the step.
     pub(super) fn step<T, E>(
         self,
         name: &str,

@@ -1,4 +1,4 @@
-//! The demo from the first namespace to the verdict, in the order in which it is told.
+//! The steps of the demo in their order, from the first namespace to the report.
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -18,13 +18,13 @@ use super::report::{self, Live};
 use super::screen::{Screen, Step, Tone};
 
 /// How long a change may take until connections follow it. A second is promised; what is slower is
-/// shown as it is.
+/// shown in the report.
 const FOLLOW: Duration = Duration::from_secs(10);
 
-/// Of so many policies the one is chosen that is taken away for a moment.
+/// How many policies are compared to choose the one that is removed for a moment.
 const CANDIDATES: usize = 50;
 
-/// Everything that the demo needs, found before it begins.
+/// The checked inputs of the demo.
 pub(super) struct Story {
     pub(super) screen: Screen,
     /// The user's own manifests.
@@ -40,7 +40,7 @@ pub(super) struct Story {
     /// Where spans go, if they do.
     pub(super) outlet: Option<Arc<Outlet>>,
     pub(super) daemons: Daemons,
-    /// Whether observed and asked-for agree, once that is known and `--keep` waits.
+    /// Whether all results match policy, once that is known and `--keep` waits.
     pub(super) settled: Arc<OnceLock<bool>>,
 }
 
@@ -51,10 +51,10 @@ struct Findings {
 }
 
 impl Story {
-    /// Builds, measures and reports. True if everything was as policy asks for.
+    /// Builds, measures and reports. True if all results match policy.
     ///
     /// # Errors
-    /// What hinders the demo; differences are none.
+    /// Why the demo cannot run; differences are not errors.
     pub(super) fn tell(self) -> Result<bool, DemoError> {
         let screen = self.screen;
         self.greet();
@@ -117,7 +117,7 @@ impl Story {
     }
 }
 
-/// From nothing to a cluster under policy, a line of progress each step.
+/// Builds the cluster and starts enforcement, with a line of progress for each step.
 fn build(
     screen: Screen,
     plan: Plan,
@@ -153,7 +153,7 @@ fn build(
     Ok(bed)
 }
 
-/// The daemons' manifests must mean what the user's mean.
+/// Checks that the daemons' manifests have the same policies as the user's.
 fn same(expected: &[NetworkPolicy], cluster: &Cluster) -> Result<(), DemoError> {
     let given: Vec<_> = cluster.policies().cloned().collect();
     let differ = |policy: &&NetworkPolicy| !given.contains(policy) || !expected.contains(policy);
@@ -182,7 +182,7 @@ fn survey(screen: Screen, bed: &Bed, questions: Vec<Question>) -> Result<Survey,
     })
 }
 
-/// Takes the policy away that matters most, and puts it back, while connections are tried.
+/// Removes the policy with the largest effect and restores it, while connections are tried.
 fn change(
     screen: Screen,
     bed: &Bed,

@@ -1,4 +1,4 @@
-//! `portreeve check`: may X talk to Y, and why.
+//! `portreeve check`: whether X may connect to Y, and why.
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, IsTerminal, Read, Write};
 use std::net::IpAddr;
@@ -63,7 +63,7 @@ fn run(args: &CheckArgs) -> Result<ExitCode, AskError> {
     if let Some(path) = &args.queries {
         return answer_all(&cluster, path, &mut out);
     }
-    // clap has seen to it that all three are there.
+    // clap requires all three.
     let question = Question {
         from: args.from.clone().unwrap_or_default(),
         to: args.to.clone().unwrap_or_default(),
@@ -78,10 +78,10 @@ fn run(args: &CheckArgs) -> Result<ExitCode, AskError> {
     Ok(ExitCode::from(u8::from(!answer.verdict.allowed())))
 }
 
-/// Answers one question as `check` does, in JSON; `own_node` as the daemon has it.
+/// Answers one query like `check`, in JSON; `own_node` is the daemon's setting.
 ///
 /// # Errors
-/// Why there is no answer: an unknown pod, a port that is none.
+/// If a pod is unknown or the port is invalid.
 pub(crate) fn explain(
     cluster: &Cluster,
     question: Question,
@@ -91,7 +91,7 @@ pub(crate) fn explain(
     Ok(answer.json())
 }
 
-/// Answers one question as `check` does in text; `own_node` as the daemon has it.
+/// Answers one query like `check`, in text; `own_node` is the daemon's setting.
 ///
 /// # Errors
 /// As [`explain`].
@@ -107,7 +107,7 @@ pub(crate) fn tell(
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-/// Who wants to talk to whom.
+/// A query: source, destination, port and protocol.
 pub(crate) struct Question {
     pub(crate) from: String,
     pub(crate) to: String,
@@ -129,12 +129,12 @@ impl Query {
     fn read(line: &[u8]) -> Result<Question, String> {
         let query: Self = serde_json::from_slice(line).map_err(|error| {
             format!(
-                "not a question: {error}; write {}",
+                "invalid query: {error}; write {}",
                 r#"{"from":"x/a","to":"10.0.0.1","port":80,"protocol":"TCP"}"#
             )
         })?;
         if query.port == 0 {
-            return Err("port 0 is no port; use a number from 1 to 65535".to_owned());
+            return Err("port 0 is not valid; use a number from 1 to 65535".to_owned());
         }
         let named = protocol(query.protocol.as_deref().unwrap_or("TCP"));
         let protocol = named.map_err(|error| error.to_string())?;
@@ -147,7 +147,7 @@ impl Query {
     }
 }
 
-/// Answers a line with a line, a bad one with an `error`; blank lines are no questions.
+/// Answers every line with a line, an invalid one with an `error`; skips blank lines.
 fn answer_all(cluster: &Cluster, path: &Path, out: &mut impl Write) -> Result<ExitCode, AskError> {
     let unreadable = |source| AskError::Queries {
         path: path.to_owned(),
@@ -179,7 +179,7 @@ fn answer_all(cluster: &Cluster, path: &Path, out: &mut impl Write) -> Result<Ex
     Ok(code)
 }
 
-/// Reads a line; of one that is too long to be a question only the beginning. False at the end.
+/// Reads a line, truncated if it is too long for a query. False at the end.
 fn next_line(input: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<bool> {
     const LONGEST: u64 = 64 << 10;
     line.clear();
@@ -246,7 +246,7 @@ impl Answer {
         })
     }
 
-    /// Says it to a person: who, the verdict, and for each end because of which policy and rule.
+    /// Prints the answer as text: the endpoints, the verdict, and the policies and rules of each endpoint.
     fn tell(&self, cluster: &Cluster, out: &mut impl Write, colour: bool) -> io::Result<()> {
         let (word, code) = if self.verdict.allowed() {
             ("ALLOW", 32)

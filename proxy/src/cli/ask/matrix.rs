@@ -1,4 +1,4 @@
-//! `portreeve matrix`: may any pod talk to any pod.
+//! `portreeve matrix`: the verdict for every pair of pods.
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::resolve::{End, common};
 use super::{AskError, coloured, finish, load, protocol};
 
-/// The whole truth table: every pod to every pod, sources as rows.
+/// Print the verdict for every pair of pods, sources as rows.
 #[derive(Args, Debug)]
 pub(crate) struct MatrixArgs {
     /// Where the cluster's state comes from: `kube`, the API server as kubectl finds it, or `dir:PATH`, a manifest
@@ -72,8 +72,8 @@ struct Matrix {
 }
 
 impl Matrix {
-    /// Pods that have ended or have no address cannot talk and are left out, which is said. Pods
-    /// without an address family in common cannot talk either.
+    /// Pods that have ended or have no address are left out, with a message. Pods
+    /// without an address family in common cannot connect either.
     fn of(cluster: &Cluster, port: u16, protocol: Protocol) -> Self {
         let mut ends = Vec::new();
         for pod in cluster.pods() {
@@ -108,7 +108,7 @@ impl Matrix {
             .zip(self.allowed.iter().map(Vec::as_slice))
     }
 
-    /// The names of Kubernetes hold nothing that CSV would have to quote.
+    /// Kubernetes names have no characters that CSV has to quote.
     fn csv(&self, out: &mut impl Write) -> io::Result<()> {
         writeln!(out, "from,{}", self.pods.join(","))?;
         for (pod, row) in self.rows() {
@@ -120,7 +120,7 @@ impl Matrix {
 
     fn table(&self, out: &mut impl Write, colour: bool) -> io::Result<()> {
         const WIDEST: usize = 120;
-        // Where the names do not fit beside each other the columns have the rows' numbers.
+        // If the names do not fit, the columns are headed by row numbers.
         let numbered = self.pods.iter().map(|pod| pod.len() + 3).sum::<usize>() > WIDEST;
         let mut table = Table::new();
         let corner = "from \\ to".to_owned();

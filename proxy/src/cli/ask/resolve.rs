@@ -1,11 +1,11 @@
-//! What a person calls an end of a connection -> the address that policy knows it by.
+//! Resolves the name of an endpoint in a query to its address.
 //!
 //! Knows nothing of verdicts.
 use std::net::IpAddr;
 
 use policy::{Cluster, Pod, PodKey};
 
-/// Why a name leads to no address.
+/// Why a name cannot be resolved.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ResolveError {
     #[error(
@@ -38,10 +38,10 @@ fn nearest_text(nearest: Option<&str>) -> String {
     }
 }
 
-/// One end of a connection as it was asked for.
+/// One endpoint of a query.
 #[derive(Debug)]
 pub(super) struct End {
-    /// As it was written.
+    /// The name as given.
     pub(super) name: String,
     /// In the order of the object; never empty.
     addresses: Vec<IpAddr>,
@@ -53,7 +53,7 @@ impl End {
         &self.addresses
     }
 
-    /// Finds who `name` is: a `namespace/pod` or an IP address.
+    /// Resolves `name`, a `namespace/pod` or an IP address.
     pub(super) fn new(cluster: &Cluster, name: &str) -> Result<Self, ResolveError> {
         if let Ok(address) = name.parse::<IpAddr>() {
             return Ok(Self {
@@ -80,7 +80,7 @@ impl End {
         Self::of(cluster, pod)
     }
 
-    /// The end that is this pod; a hostNetwork pod is its node.
+    /// The endpoint of this pod; a hostNetwork pod has its node's addresses.
     pub(super) fn of(cluster: &Cluster, pod: &Pod) -> Result<Self, ResolveError> {
         if pod.finished {
             return Err(ResolveError::Finished(pod.key.clone()));
@@ -124,7 +124,7 @@ pub(super) fn common(from: &End, to: &End) -> Result<(IpAddr, IpAddr), ResolveEr
         })
 }
 
-/// The pod whose name is most like `wanted`, if any is: the same name elsewhere, or a slip or two.
+/// The pod with the name most similar to `wanted`: in another namespace, or with a typo or two.
 fn nearest(cluster: &Cluster, wanted: &str) -> Option<String> {
     const SLIPS: usize = 3;
     let same_pod = |key: &PodKey| wanted.split('/').nth(1) == Some(&*key.name);
@@ -147,7 +147,7 @@ fn nearest(cluster: &Cluster, wanted: &str) -> Option<String> {
         .map(|(_, name)| name)
 }
 
-/// How many letters have to be put in, left out or changed to make `a` of `b` (Levenshtein).
+/// The Levenshtein distance between `a` and `b`.
 fn distance(a: &str, b: &str) -> usize {
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.bytes().enumerate() {

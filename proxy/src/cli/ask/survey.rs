@@ -1,6 +1,6 @@
-//! Who may talk to whom, of many pods at once, for the page of the admin port.
+//! The verdicts for all pairs of many pods, for the web page of the admin port.
 //!
-//! A survey is taken while the cluster is held still, which is quick; it is evaluated afterwards.
+//! A survey is taken under the lock of the cluster's state, which is quick; it is evaluated afterwards.
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -16,14 +16,14 @@ const DEFAULT_PORT: Port = Port {
     protocol: Protocol::Tcp,
 };
 
-/// Which pods and ports somebody wants to see.
+/// The pods and ports that are asked for.
 #[derive(Debug, Default)]
 pub(crate) struct Scope {
     /// Only pods of these namespaces; empty: of all.
     pub(crate) namespaces: BTreeSet<String>,
     /// This port of every pod; `None`: the ports that each declares, or TCP 80 if it declares none.
     pub(crate) port: Option<Port>,
-    /// More pods than these are not looked at.
+    /// Maximum number of pods in scope.
     pub(crate) most: usize,
 }
 
@@ -39,7 +39,7 @@ fn as_text<S: serde::Serializer>(protocol: &Protocol, to: S) -> Result<S::Ok, S:
     to.collect_str(protocol)
 }
 
-/// The pods in scope, as they were at one moment.
+/// A snapshot of the pods in scope.
 pub(crate) struct Survey {
     places: Vec<Place>,
     namespaces: BTreeMap<String, usize>,
@@ -50,7 +50,7 @@ struct Place {
     name: String,
     node: Arc<str>,
     ports: Vec<Port>,
-    /// Its addresses with the pods that own them; none for a pod on the host network.
+    /// Its addresses with their endpoints; without one for a pod on the host network.
     ends: Vec<(IpAddr, Option<Arc<Endpoint>>)>,
 }
 
@@ -64,7 +64,7 @@ pub(crate) struct Plan {
     cells: Vec<String>,
     /// Every namespace with the number of its pods, in scope or not.
     namespaces: BTreeMap<String, usize>,
-    /// There are more pods in scope than are looked at, so none is.
+    /// There are more pods in scope than the maximum, so none is evaluated.
     too_many: bool,
 }
 
@@ -76,7 +76,7 @@ struct PodOfPlan {
 }
 
 impl Survey {
-    /// Looks at the pods in scope; those that have ended or have no address cannot talk.
+    /// Takes the pods in scope, except those that have ended or have no address.
     pub(crate) fn of(cluster: &Cluster, scope: &Scope) -> Self {
         let mut namespaces = BTreeMap::new();
         let mut places = Vec::new();

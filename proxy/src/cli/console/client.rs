@@ -1,4 +1,4 @@
-//! One question to the admin port, and its answer as it comes.
+//! A request to the admin port, and its response as a stream.
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -33,7 +33,7 @@ pub(super) enum ClientError {
     },
     #[error("{admin} does not answer in time; is it a Portreeve daemon, and is its node alive?")]
     Silent { admin: SocketAddr },
-    #[error("{admin} speaks no HTTP: {source}; is it a Portreeve daemon's admin port?")]
+    #[error("{admin} does not answer with HTTP: {source}; is it a Portreeve daemon's admin port?")]
     NoHttp {
         admin: SocketAddr,
         source: hyper::Error,
@@ -43,7 +43,7 @@ pub(super) enum ClientError {
     /// The daemon has understood the question and says what is wrong with it.
     #[error("{0}")]
     Refused(String),
-    #[error("the daemon at {admin} went away: {source}")]
+    #[error("lost the connection to the daemon at {admin}: {source}")]
     Gone {
         admin: SocketAddr,
         source: hyper::Error,
@@ -60,7 +60,7 @@ pub(super) struct Answer {
 /// Asks for `path` with these parameters; those without a value are left out.
 ///
 /// # Errors
-/// If nobody answers, or the answer is a refusal.
+/// If no daemon answers, or it answers with an error.
 pub(super) async fn ask(
     admin: SocketAddr,
     path: &str,
@@ -82,7 +82,7 @@ async fn begin(
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
         .await
         .map_err(no_http)?;
-    // Its errors come out at the sender's side too.
+    // The sender returns its errors too.
     tokio::spawn(connection);
     let request = Request::get(target(path, parameters))
         .header(HOST, admin.to_string())
@@ -110,7 +110,7 @@ impl Answer {
     /// The next part of the body; `None` at its end.
     ///
     /// # Errors
-    /// If the daemon went away.
+    /// If the connection to the daemon is lost.
     pub(super) async fn part(&mut self) -> Result<Option<Bytes>, ClientError> {
         let admin = self.admin;
         while let Some(frame) = self.body.frame().await {

@@ -1,4 +1,4 @@
-//! `portreeve connections`: what stands through this node at this moment.
+//! `portreeve connections`: the current connections of this node.
 use std::io::{self, Write};
 use std::process::ExitCode;
 
@@ -13,10 +13,10 @@ use super::{ConsoleError, Daemon, Output, run};
 /// List the current connections of this node.
 #[derive(Args, Debug)]
 pub(crate) struct ConnectionsArgs {
-    /// Only those of this pod, at either end
+    /// Only connections of this pod, at either end
     #[arg(long, value_name = "NS/NAME")]
     pod: Option<String>,
-    /// Only those of pods of this namespace, at either end
+    /// Only connections of pods of this namespace, at either end
     #[arg(long, value_name = "N")]
     namespace: Option<String>,
     /// How to answer

@@ -1,4 +1,4 @@
-//! `portreeve explain`: may X talk to Y, and why, by what the daemon enforces at this moment.
+//! `portreeve explain`: whether X may connect to Y, and why, under the daemon's current policy.
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 

@@ -1,9 +1,9 @@
-//! How a terminal shows what the daemon says of a connection.
+//! Formats the daemon's answers about connections for a terminal.
 use std::fmt::Write;
 
 use serde_json::Value;
 
-/// `ALLOW`, `DENY` or `SEVER` in the colour that the other commands give it, where a person sees it.
+/// `ALLOW`, `DENY` or `SEVER` in the colour of the other commands, on a terminal only.
 pub(super) fn coloured(word: &str, terminal: bool) -> String {
     let code = match word {
         "ALLOW" => 32,
@@ -55,7 +55,7 @@ pub(super) fn text<'a>(record: &'a Value, key: &str) -> &'a str {
     record.get(key).and_then(Value::as_str).unwrap_or_default()
 }
 
-/// Control characters shown, not obeyed: names are whatever their owners chose.
+/// Escapes control characters, since users choose the names.
 pub(super) fn harmless(line: &str) -> String {
     line.chars()
         .map(|at| if at.is_control() { '\u{fffd}' } else { at })

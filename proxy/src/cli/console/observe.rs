@@ -12,13 +12,13 @@ use super::{ConsoleError, Daemon, Output, run};
 /// Print decisions as they are made, until interrupted: source, destination, verdict and policies.
 #[derive(Args, Debug)]
 pub(crate) struct ObserveArgs {
-    /// Only those about this pod, at either end
+    /// Only decisions about this pod, at either end
     #[arg(long, value_name = "NS/NAME")]
     pod: Option<String>,
-    /// Only those about pods of this namespace, at either end
+    /// Only decisions about pods of this namespace, at either end
     #[arg(long, value_name = "N")]
     namespace: Option<String>,
-    /// Only those of this verdict
+    /// Only decisions with this verdict
     #[arg(long, value_enum)]
     verdict: Option<Verdict>,
     /// How to show them

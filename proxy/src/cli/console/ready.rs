@@ -1,7 +1,7 @@
-//! `portreeve ready`: whether the daemon of this pod enforces; what a pod's probe asks.
+//! `portreeve ready`: whether the daemon of this pod enforces, for a pod's probes.
 //!
-//! All daemons of a node share its network, so while one relieves another the admin port alone does not tell whose
-//! answer it is.
+//! All daemons of a node share its network, so during a handover the admin port alone does not show which daemon
+//! answers.
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -10,15 +10,15 @@ use clap::Args;
 use super::client::{ClientError, ask};
 use super::{ConsoleError, Daemon, run};
 
-/// A probe that comes later has failed anyway.
+/// A later answer would miss the probe's timeout anyway.
 const WITHIN: Duration = Duration::from_secs(2);
 
 /// Check, for probes, whether the daemon of this pod enforces the newest state. Exit status 0: it does. 1: it does not, or
-/// another pod's daemon has the node. 2: no daemon answers.
+/// another pod's daemon enforces. 2: no daemon answers.
 #[derive(Args, Debug)]
 pub(crate) struct ReadyArgs {
-    /// The pod whose daemon is meant [default: whichever answers]. One that cannot be relieved
-    /// (`--handover`) answers for all
+    /// The pod whose daemon to check [default: any daemon]. A daemon without
+    /// `--handover` answers for all
     #[arg(long, value_name = "UID", env = "POD_UID")]
     pod: Option<String>,
     #[command(flatten)]

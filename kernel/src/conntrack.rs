@@ -27,7 +27,7 @@ use filter::Filter;
 
 /// Seconds that the kernel may take for one datagram of its answer.
 const PATIENCE: i64 = 5;
-/// Dumps that a change of the table may spoil before we give up.
+/// Attempts at a dump that changes of the table interrupt.
 const DUMPS: u32 = 8;
 /// Bytes of one datagram; the kernel puts at most 32 KiB of a dump into one.
 const DATAGRAM: usize = 64 << 10;
@@ -51,9 +51,9 @@ const CTA_MARK_MASK: u16 = 21;
 /// # Errors
 /// `EPERM` without `CAP_NET_ADMIN`, `EINVAL` from a kernel without `CONFIG_NF_CT_NETLINK`,
 /// `EOPNOTSUPP` from one without `CONFIG_NF_CONNTRACK_MARK`, [`io::ErrorKind::TimedOut`],
-/// [`io::ErrorKind::ResourceBusy`] if the table never held still, and
-/// [`io::ErrorKind::InvalidData`] for an answer that cannot be read: a list with a hole would
-/// leave a denied flow alone unseen.
+/// [`io::ErrorKind::ResourceBusy`] if the table changed during every dump, and
+/// [`io::ErrorKind::InvalidData`] for an answer that cannot be parsed: an incomplete list would
+/// leave a denied flow alive.
 pub fn marked(mark: u32, mask: u32) -> io::Result<Vec<Entry>> {
     let mut entries = Vec::new();
     each_marked(mark, mask, |entry| {
@@ -64,7 +64,7 @@ pub fn marked(mark: u32, mask: u32) -> io::Result<Vec<Entry>> {
 }
 
 /// Calls `each` with every entry that [`marked`] lists, as they arrive, so that only one datagram of them is in memory.
-/// If the table changes during a dump, all entries come once more.
+/// If the table changes during a dump, all entries are listed again.
 ///
 /// # Errors
 /// As [`marked`], and what `each` returns.
@@ -83,16 +83,16 @@ pub fn each_marked(
     )
 }
 
-/// Deletes entries and returns how many went. One that is gone already is no error.
+/// Deletes entries and returns how many it deleted. A missing entry is not an error.
 ///
 /// Each goes only if it still has its id (`CTA_ID`), so that a later flow between the same ends
 /// stays. The kernel makes the id from the entry's place in memory and its tuples: a later flow in
-/// the very same place would share it, and would only be judged once more.
+/// the same place would share it, and would only be evaluated again.
 ///
 /// Blocks, at most five seconds for each entry.
 ///
 /// # Errors
-/// The first refusal, after all entries have been tried: `EPERM` without `CAP_NET_ADMIN`, ... Or at
+/// The first error, after all entries have been tried: `EPERM` without `CAP_NET_ADMIN`, ... Or at
 /// once, as for [`marked`], if the kernel's answers fail to come or cannot be read.
 pub fn delete(entries: &[&Entry]) -> io::Result<usize> {
     each(entries, |conntrack, entry| {
@@ -116,7 +116,7 @@ pub fn set_mark(entries: &[&Entry], mark: u32, mask: u32) -> io::Result<usize> {
     })
 }
 
-/// Whether each entry still has the mark that it was read with. One that is gone has not.
+/// Whether each entry still has the mark that it was read with. A missing entry does not.
 ///
 /// Blocks, at most five seconds for each entry.
 ///
@@ -134,7 +134,7 @@ pub fn keep_their_marks(entries: &[&Entry]) -> io::Result<Vec<bool>> {
     entries.iter().map(&mut keeps).collect()
 }
 
-/// Does it to every entry and returns for how many it was done.
+/// Sends a request for every entry and returns how many succeeded.
 fn each(
     entries: &[&Entry],
     todo: impl Fn(&mut Conntrack, &Entry) -> io::Result<Result<(), Errno>>,
@@ -155,10 +155,10 @@ fn each(
     refused.map_or(Ok(done), |errno| Err(errno.into()))
 }
 
-/// A conversation with the kernel, one request after the other.
+/// A ctnetlink socket with one request at a time.
 struct Conntrack {
     socket: OwnedFd,
-    /// Tells the answer to one request from a late answer to another.
+    /// Distinguishes the answer to one request from a late answer to another.
     sequence: u32,
     buffer: Vec<u8>,
 }
@@ -229,7 +229,7 @@ impl Conntrack {
         Ok(answer.entries.pop())
     }
 
-    /// The inner result is what the kernel said to it.
+    /// The inner result is the kernel's reply.
     fn tell(
         &mut self,
         kind: u16,
@@ -268,7 +268,7 @@ impl Conntrack {
     /// The next datagram of the kernel's answer.
     fn receive(&mut self) -> io::Result<&[u8]> {
         loop {
-            // With this flag the length is the datagram's own, even where it did not fit.
+            // With this flag the length is that of the datagram, even if it was truncated.
             match recv(
                 self.socket.as_raw_fd(),
                 &mut self.buffer,
@@ -283,7 +283,7 @@ impl Conntrack {
     }
 }
 
-/// What a dump has told so far.
+/// The result of a dump so far.
 #[derive(Debug, Default)]
 struct Dump {
     entries: Vec<Entry>,
@@ -307,7 +307,7 @@ impl Dump {
                     let entry = Entry::read(&message).ok_or_else(unreadable)?;
                     self.entries.push(entry);
                 }
-                // The end says how the dump went; no errno is as good as zero there.
+                // The end message has the result of the dump; without an errno it is success.
                 netlink::DONE => {
                     errno(&message).unwrap_or(Ok(()))?;
                     self.done = true;
@@ -320,7 +320,7 @@ impl Dump {
     }
 }
 
-/// What the kernel said to request `sequence`, if this datagram has it.
+/// The kernel's reply to request `sequence`, if this datagram has it.
 fn acknowledgement(mut datagram: &[u8], sequence: u32) -> io::Result<Option<Result<(), Errno>>> {
     while !datagram.is_empty() {
         let (message, rest) = Message::split(datagram).ok_or_else(unreadable)?;
@@ -374,14 +374,14 @@ fn errno(message: &Message<'_>) -> Option<Result<(), Errno>> {
 fn unreadable() -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
-        "conntrack's answer cannot be read; report it with the kernel's version",
+        "cannot parse the answer of ctnetlink; report this with the kernel version",
     )
 }
 
 fn late() -> io::Error {
     io::Error::new(
         io::ErrorKind::TimedOut,
-        format!("conntrack did not answer within {PATIENCE} s; ask again"),
+        format!("ctnetlink did not answer within {PATIENCE} s; retry"),
     )
 }
 

@@ -1,7 +1,7 @@
 //! One NFQUEUE: packets in, verdicts out (linux/netfilter/nfnetlink_queue.h).
 //!
-//! Verdicts are gathered and sent many to a call, each for one packet: a batch verdict would
-//! release every packet up to its number, held ones too; only who leaves the queue uses it, for these.
+//! Many verdicts are sent in one system call, each for one packet: a batch verdict would
+//! apply to every packet up to its number, held ones too; it is used only to drop these in a handover.
 //! Knows nothing of what a packet means.
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -20,7 +20,7 @@ use crate::sys;
 const COPY_RANGE: u32 = 160;
 /// Packets that may wait in the queue; more are dropped by the kernel, which counts them.
 const QUEUE_LENGTH: u32 = 16_384;
-/// Bytes that packets on their way to us may take.
+/// Size of the socket's receive buffer, in bytes.
 const RECEIVE_BUFFER: usize = 8 << 20;
 
 // Message and attribute types as linux/netfilter/nfnetlink_queue.h numbers them, in the width that
@@ -62,12 +62,12 @@ pub struct Queued<'a> {
     pub length: usize,
 }
 
-/// What becomes of a waiting packet.
+/// The verdict on a waiting packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ruling {
     /// It is dropped.
     Drop,
-    /// Begins anew the chain that held it, with this packet mark.
+    /// `NF_REPEAT`: the packet traverses the chain that queued it again, with this mark.
     Answer {
         /// The whole mark.
         mark: u32,
@@ -104,7 +104,7 @@ impl Queue {
         Self::of(fd, number)
     }
 
-    /// Goes on with queue `number`, which another process has bound with this socket. Within a tokio runtime.
+    /// Takes over queue `number`, which another process has bound to this socket. Call within a tokio runtime.
     ///
     /// # Errors
     /// Whatever `epoll_ctl` answers.
@@ -117,11 +117,11 @@ impl Queue {
         })
     }
 
-    /// Drops what came and was not ruled on, and leaves the queue to whoever gets this socket: what has not
-    /// come yet waits there.
+    /// Drops the received packets without a verdict, and returns the socket for another process: packets that have not
+    /// been received wait in the queue.
     ///
     /// # Errors
-    /// If descriptors are short.
+    /// If there are no free descriptors.
     pub fn leave(&self) -> io::Result<(u16, OwnedFd)> {
         self.flush()?;
         if let Some(last) = self.last.get() {
@@ -182,15 +182,15 @@ impl Queue {
         Ok(came)
     }
 
-    /// Notes the ruling on a packet; [`Self::flush`] tells the kernel.
+    /// Queues the verdict on a packet; [`Self::flush`] sends it.
     pub fn rule(&self, id: PacketId, ruling: Ruling) {
         write_ruling(&mut self.rulings.borrow_mut(), self.number, id, ruling);
     }
 
-    /// Tells the kernel all rulings noted so far, in one call.
+    /// Sends all queued verdicts to the kernel, in one call.
     ///
     /// # Errors
-    /// What `send` answers. The packets concerned keep waiting.
+    /// The error of `send`. The packets keep waiting.
     pub fn flush(&self) -> io::Result<()> {
         let mut out = self.rulings.borrow_mut();
         if out.is_empty() {
@@ -218,8 +218,8 @@ fn configure(fd: &OwnedFd, number: u16) -> io::Result<()> {
         m.bytes(NFQA_CFG_FLAGS, &flags);
     });
     send(fd.as_raw_fd(), &out, MsgFlags::empty())?;
-    // The kernel answers within `send`; a packet may stand before the answer, and its verdict is
-    // then lost to us, so it is dropped by name.
+    // The kernel answers within `send`; a packet may come before the answer and would be
+    // lost here, so it is dropped by its id.
     let mut answer = [0; 4096];
     loop {
         let length = recv(fd.as_raw_fd(), &mut answer, MsgFlags::empty())?;
@@ -239,7 +239,7 @@ fn configure(fd: &OwnedFd, number: u16) -> io::Result<()> {
     }
 }
 
-/// Of a message about queue `number`.
+/// The header of a message about queue `number`.
 fn header(kind: u16, flags: u16, number: u16) -> Header {
     Header {
         kind,
@@ -271,7 +271,7 @@ fn write_verdict(out: &mut Vec<u8>, kind: u16, number: u16, id: PacketId, ruling
     });
 }
 
-/// The packet that a message brings: its number is a must, its payload may be missing.
+/// The packet in a message: its number is required, its payload may be missing.
 fn queued<'a>(message: &Message<'a>) -> Option<Queued<'a>> {
     if message.kind != PACKET {
         return None;

@@ -45,7 +45,7 @@ pub fn tcp_timestamp(socket: impl AsFd) -> io::Result<u32> {
     }
 }
 
-/// Ends a TCP connection with a reset to its peer, now, whoever else has the socket in use: to them it is as if the
+/// Resets a TCP connection at once, even if others use the socket: to them it is as if the
 /// peer had reset it (connect(2) with `AF_UNSPEC`, Linux' `tcp_disconnect`).
 ///
 /// # Errors
@@ -154,7 +154,7 @@ pub fn round_trip(socket: impl AsFd) -> io::Result<Duration> {
     }
 }
 
-/// Has the kernel take a dump's request at its word and refuse what it does not know
+/// Makes the kernel validate dump requests strictly and reject what it does not know
 /// (`NETLINK_GET_STRICT_CHK`, linux/netlink.h; since Linux 4.20).
 ///
 /// # Errors
@@ -163,8 +163,8 @@ pub fn check_requests(netlink: impl AsFd) -> io::Result<()> {
     switch_on(netlink, libc::NETLINK_GET_STRICT_CHK)
 }
 
-/// Has a socket of netlink(7) hear what is told in every network namespace that this one knows by a
-/// number (`NETLINK_LISTEN_ALL_NSID`, since Linux 4.2).
+/// Makes a netlink(7) socket receive the notifications of every network namespace that has an id in this
+/// one (`NETLINK_LISTEN_ALL_NSID`, since Linux 4.2).
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_BROADCAST`.

@@ -1,6 +1,6 @@
-//! What pods have at their ends of the veths on a bridge: asked of the kernel (rtnetlink(7)), which tells
-//! of other network namespaces without entering them. So it is what the pod's network was given, not what
-//! the pod says of itself.
+//! Reads the addresses of the pods' veth interfaces on a bridge by rtnetlink(7), which can read
+//! other network namespaces without entering them. So these are the configured addresses, not what
+//! the pod puts into its packets.
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -23,11 +23,11 @@ const LINK_TARGET_NETNS: u16 = 46;
 const ADDRESS: u16 = 1;
 const ADDRESS_TARGET_NETNS: u16 = 10;
 
-/// What is behind each port of `bridges` that leads to another network namespace, in the order of the
+/// The veth peer of each port of `bridges` that leads to another network namespace, in the order of the
 /// ports. Blocks for some microseconds a port.
 ///
 /// # Errors
-/// What the kernel answers; not if a pod has gone meanwhile.
+/// The error of the kernel; a pod that is gone meanwhile is not an error.
 pub fn of(bridges: &[Bridge]) -> io::Result<Vec<End>> {
     if bridges.is_empty() {
         return Ok(Vec::new());
@@ -62,12 +62,12 @@ struct Kernel(OwnedFd);
 impl Kernel {
     fn open() -> io::Result<Self> {
         let fd = netlink::asking(SockProtocol::NetlinkRoute)?;
-        // Else a dump looks at nothing of what it is asked.
+        // Otherwise the kernel ignores the filter of a dump.
         sys::check_requests(&fd)?;
         Ok(Self(fd))
     }
 
-    /// The address of a link and those of IP that it has.
+    /// The MAC address and the IP addresses of an interface.
     fn end(&self, peer: Peer) -> io::Result<Option<(LinkAddress, Vec<IpAddr>)>> {
         let target = peer.netns.to_ne_bytes();
         // Behind the first 4 bytes of each header: index, flags and change; index.
@@ -100,7 +100,7 @@ impl Kernel {
         Ok(link.map(|link| (link, addresses)))
     }
 
-    /// Sends one request and shows `each` of the answers.
+    /// Sends one request and calls `each` with every answer.
     fn ask(
         &self,
         kind: u16,
@@ -133,7 +133,7 @@ impl Kernel {
     }
 }
 
-/// The address that a message tells of, if it is one of the link with this index.
+/// The address in a message, if it belongs to the interface with this index.
 fn address(message: &Message<'_>, index: [u8; 4]) -> Option<IpAddr> {
     let body = message.attributes();
     let of_link = netlink::chunk(body, 0) == Some(index);

@@ -1,7 +1,7 @@
-//! Tells when flows of a mark leave conntrack's table, with what they have moved.
+//! Receives the conntrack events of flows that end, by mark, with their byte counts.
 //!
-//! The kernel sends such an event only for entries that were made while somebody listened, or with
-//! `net.netfilter.nf_conntrack_events` at 1: who listens has to look at the table itself, too.
+//! The kernel sends such an event only for entries that were created while a socket listened, or with
+//! `net.netfilter.nf_conntrack_events` at 1: a listener has to dump the table too.
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -22,28 +22,28 @@ use crate::sys;
 const DESTROY_EVENTS: u32 = 4;
 /// Bytes of one event, with room for attributes that newer kernels add.
 const EVENT: usize = 4096;
-/// Bytes of events that may wait for us.
+/// Size of the receive buffer for events, in bytes.
 const RECEIVE_BUFFER: usize = 8 << 20;
-/// Events read before others have their turn.
+/// Events that are read before other tasks run.
 const BATCH: usize = 256;
 
-/// A socket that hears of endings.
+/// A socket that receives these events.
 pub struct Endings {
     socket: AsyncFd<OwnedFd>,
     buffer: Vec<u8>,
 }
 
-/// Whether all endings were heard.
+/// Whether all events were received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Heard {
     /// They were.
     All,
-    /// The kernel had more than the socket could take.
+    /// The receive buffer of the socket overflowed.
     SomeLost,
 }
 
 impl Endings {
-    /// Listens for the endings of flows that have a bit of `mark`; the kernel passes over others.
+    /// Listens for the ends of flows that have a bit of `mark`; the kernel filters out others.
     ///
     /// # Errors
     /// `EPERM` without `CAP_NET_ADMIN`; `ENOENT` from a kernel without `CONFIG_NF_CT_NETLINK`.
@@ -66,10 +66,10 @@ impl Endings {
         })
     }
 
-    /// Waits until flows may have ended, then hands them out. Dropped half-way it loses nothing.
+    /// Waits until flows may have ended, then calls `each` with their entries. Cancel safe.
     ///
     /// # Errors
-    /// What `recv` answers; the socket is of no use then.
+    /// The error of `recv`; the socket is unusable then.
     pub async fn next(&mut self, mut each: impl FnMut(Entry)) -> io::Result<Heard> {
         let mut ready = self.socket.readable().await?;
         let fd = self.socket.get_ref().as_raw_fd();
@@ -113,7 +113,7 @@ fn marked(mark: u32) -> [SockFilter; 9] {
         SockFilter::new(LOAD_BYTE, 0, 0, FIND_ATTRIBUTE),
         SockFilter::new(IF_EQUAL, 4, 0, 0),
         SockFilter::new(COPY_TO_X, 0, 0, 0),
-        // Its value stands behind its header of four bytes, big-endian as BPF reads.
+        // Its value follows its header of four bytes, big-endian as BPF reads.
         SockFilter::new(LOAD_WORD_AT_X, 0, 0, 4),
         SockFilter::new(IF_ANY_BIT, 0, 1, mark),
         SockFilter::new(RETURN, 0, 0, u32::MAX),

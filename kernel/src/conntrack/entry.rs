@@ -1,7 +1,7 @@
-//! One entry of conntrack's table, as its messages show it.
+//! A conntrack entry, parsed from a ctnetlink message.
 //!
-//! The bytes by which the kernel names an entry are handed back as they came, so a flow in a zone is
-//! named with its zone.
+//! The bytes that identify an entry are sent back unchanged, so a flow in a zone is
+//! identified with its zone.
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
@@ -35,7 +35,7 @@ const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_PROTO_ICMP_ID: u16 = 4;
 const CTA_PROTO_ICMPV6_ID: u16 = 7;
 
-/// What tells one flow that the kernel carries from another. Ports are 0 where the protocol has
+/// Identifies a kernel flow. Ports are 0 where the protocol has
 /// none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FlowId {
@@ -50,7 +50,7 @@ pub struct FlowId {
 }
 
 impl FlowId {
-    /// The flow that one begins who answers in this.
+    /// The flow in the opposite direction.
     #[must_use]
     pub fn reversed(self) -> Self {
         Self {
@@ -60,14 +60,14 @@ impl FlowId {
         }
     }
 
-    /// The port that policy asks for; protocols without ports have none.
+    /// The destination port for policy; protocols without ports have none.
     #[must_use]
     pub fn port(&self) -> Option<u16> {
         (!matches!(self.protocol, Protocol::Other(_))).then_some(self.server.port())
     }
 }
 
-/// A flow that the kernel carries, as conntrack has it.
+/// A kernel flow, as conntrack has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Its ends and its protocol.
@@ -79,11 +79,11 @@ pub struct Entry {
     pub received: u64,
     /// When it began, if `net.netfilter.nf_conntrack_timestamp` was 1 then.
     pub began: Option<SystemTime>,
-    /// A TCP connection that has ended, whose entry only waits out its time.
+    /// A closed TCP connection, whose entry waits for its timeout.
     pub over: bool,
-    /// Nobody has answered it yet; another node may have denied it.
+    /// It has no reply yet; another node may have denied it.
     pub unanswered: bool,
-    /// Its mark (`CTA_MARK`), with the bits of others.
+    /// Its mark (`CTA_MARK`), including the bits of other programs.
     mark: u32,
     /// `CTA_TUPLE_ORIG`, `CTA_ZONE` if there is one, `CTA_ID`: as the kernel wrote them.
     name: Vec<u8>,

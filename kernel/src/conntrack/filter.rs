@@ -58,7 +58,7 @@ pub fn each_with_end(
                     FILTERS.store(false, Ordering::Relaxed);
                     return Ok(());
                 }
-                // It is, or was, handed out for its client.
+                // It is listed by the address of its client.
                 if by_client { Ok(()) } else { each(entry) }
             })?;
         }

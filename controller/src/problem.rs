@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn control_characters_from_a_manifest_never_reach_the_line() {
+    fn control_characters_are_removed_from_problem_lines() {
         let problem = Problem::warning("a\nb\u{1b}[31m", "c").of("Pod x/\ny");
         assert_eq!(problem.to_string(), "Pod x/ y: a b [31m; c");
     }

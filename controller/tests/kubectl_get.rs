@@ -5,7 +5,7 @@ use controller::manifest::load;
 use policy::{OwnNode, Protocol, allows};
 
 #[test]
-fn a_dump_of_a_cluster_is_a_valid_source() {
+fn kubectl_get_output_is_a_valid_source() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/kubectl-get.yaml");
     let loaded = load(&path).unwrap();
     assert_eq!(loaded.problems, []);
@@ -75,7 +75,7 @@ fn a_dump_of_a_cluster_is_a_valid_source() {
 }
 
 #[test]
-fn a_source_without_a_manifest_is_refused() {
+fn source_without_a_manifest_is_rejected() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("a.out"), [0x7f, b'E', b'L', b'F', 0]).unwrap();
     let error = load(dir.path()).unwrap_err().to_string();
@@ -86,7 +86,7 @@ fn a_source_without_a_manifest_is_refused() {
 }
 
 #[test]
-fn every_problem_of_every_file_is_told_at_once() {
+fn problems_of_all_files_are_reported_together() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("a.yaml"), "kind: [").unwrap();
     std::fs::write(dir.path().join("b.json"), "{\"kind\": \"Pod\"}").unwrap();

@@ -179,7 +179,7 @@ fn truth(objects: &BTreeMap<ObjectKey, Object>) -> Vec<Seen> {
 }
 
 #[test]
-fn no_reader_sees_what_neither_the_state_before_nor_the_one_after_a_change_gives() {
+fn readers_see_old_or_new_state_never_between() {
     const BATCHES: usize = 600;
     const READERS: u64 = 3;
     let table = Table::new(TableSettings::default());
@@ -268,7 +268,7 @@ fn no_reader_sees_what_neither_the_state_before_nor_the_one_after_a_change_gives
 /// holder is told before, with, or after the beginning of the next, and late updates of it come in
 /// between. Whoever asks meanwhile gets the rights of the pod whose uid the answer names.
 #[test]
-fn of_ten_thousand_reuses_of_an_address_none_is_judged_as_another_pod() {
+fn reused_address_is_never_judged_as_another_pod() {
     const REUSES: usize = 10_000;
     let (client, server) = (address(1), address(2));
     let table = Table::new(TableSettings::default());

@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn a_digest_is_read_as_it_was_written() {
+    fn digest_reads_back_as_written() {
         let digest = contents(1, 2).digest();
         assert_eq!(Digest::parse(&digest.to_string()), Some(digest));
         assert_eq!(Digest::parse("1"), None);

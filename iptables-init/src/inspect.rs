@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_whose_conntrack_lacks_sctp_is_noted() {
+    fn kernel_without_sctp_conntrack_is_noted() {
         let net = std::env::temp_dir().join(format!("portreeve-inspect-{}", std::process::id()));
         let netfilter = net.join("netfilter");
         std::fs::create_dir_all(&netfilter).unwrap();

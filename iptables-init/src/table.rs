@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn every_setting_is_in_the_stamp_and_none_changes_the_layout() {
+    fn stamp_has_every_setting_and_layout_has_none() {
         let default = Stamp::of(&Ruleset::new(&settings(), KERNEL));
         for (other, kernel, what) in [
             (
@@ -466,14 +466,14 @@ mod tests {
     }
 
     #[test]
-    fn a_stamp_is_read_as_it_was_written() {
+    fn stamp_reads_back_as_written() {
         let stamp = Stamp::of(&Ruleset::new(&settings(), KERNEL));
         assert_eq!(Stamp::parse(&stamp.to_string()), Some(stamp));
         assert_eq!(Stamp::parse("portreeve"), None);
     }
 
     #[test]
-    fn elements_of_every_kind_are_written_as_nft_reads_them() {
+    fn set_elements_are_written_in_nft_syntax() {
         for (listed, expected) in [
             (r#""10.0.0.1""#, Some("10.0.0.1")),
             (
@@ -500,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_links_are_quoted() {
+    fn link_names_are_quoted() {
         assert_eq!(quoted("1veth@x"), r#""1veth@x""#);
         assert_eq!(quoted("pod0 : 02::1"), r#""pod0" : 02::1"#);
     }

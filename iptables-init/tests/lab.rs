@@ -39,41 +39,41 @@ const NATIVE: Kernel = Kernel {
 
 fn main() -> ExitCode {
     lab::runner::main(&lab::tests![
-        uninstall_restores_the_namespace_to_the_byte,
+        uninstall_restores_the_namespace_exactly,
         installing_again_changes_nothing,
-        every_partial_state_is_mended_and_can_be_taken_out,
-        what_is_damaged_before_the_first_look_is_found,
-        a_wrong_sysctl_of_many_links_is_soon_found,
+        partial_installs_can_be_repaired_and_uninstalled,
+        damage_before_the_first_check_is_found,
+        wrong_sysctl_among_many_links_is_found_promptly,
         counting_that_was_switched_off_is_on_again,
-        what_install_switched_on_uninstall_switches_off_and_nothing_else,
-        other_flags_take_the_place_of_the_table_and_the_sets_keep_their_elements,
-        bridges_look_into_packets_again_after_uninstall_only_if_they_did_before,
-        another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements,
-        nft_understands_its_own_queue_for_any_number_of_queues,
+        uninstall_restores_conntrack_accounting,
+        new_flags_replace_rules_and_keep_set_elements,
+        uninstall_restores_bridge_nf_call_settings,
+        new_layout_replaces_table_and_keeps_set_elements,
+        nft_native_queue_works_for_any_queue_count,
         each_debians_nft_loads_and_removes_the_rules,
         each_debians_nft_keeps_the_sets_elements,
-        check_names_an_nft_that_refuses_the_rules,
-        sets_in_the_kernel_are_what_the_scripts_say,
-        sets_without_an_installed_table_are_refused_with_the_remedy,
+        check_names_an_nft_that_rejects_the_rules,
+        kernel_sets_match_the_scripts,
+        loading_sets_without_table_names_the_remedy,
         check_names_each_thing_that_is_wrong,
-        check_takes_what_works,
-        without_the_programs_check_names_their_packages,
-        without_privilege_the_remedy_is_named_and_print_still_works,
+        check_accepts_harmless_changes,
+        check_names_packages_of_missing_programs,
+        unprivileged_install_names_remedy_and_print_works,
         wrong_flags_are_usage_errors,
-        a_variable_without_a_value_is_as_if_it_were_not_there,
-        with_the_loopback_link_down_the_remedy_is_named,
-        without_ipv6_all_but_its_routing_is_installed,
-        closed_drops_what_is_not_released_while_no_daemon_runs,
-        open_lets_everything_through_while_no_daemon_runs,
-        released_pods_go_on_while_no_daemon_runs,
-        a_packet_to_be_held_waits_in_a_queue_of_the_right_number,
-        a_packet_that_waits_is_disturbed_by_no_question_and_no_second_install,
-        when_sources_fill_the_set_destinations_count,
-        only_the_sysctls_that_check_names_break_the_redirect,
+        init_ignores_empty_environment_variables,
+        loopback_down_names_the_remedy,
+        disabled_ipv6_skips_only_ipv6_routing,
+        fail_closed_drops_isolated_traffic_without_a_daemon,
+        fail_open_passes_all_traffic_without_a_daemon,
+        non_isolated_pods_keep_access_without_a_daemon,
+        held_packets_wait_in_the_configured_queues,
+        check_and_reinstall_keep_queued_packets,
+        full_source_rate_set_limits_by_destination,
+        check_names_all_sysctls_that_break_the_redirect,
     ])
 }
 
-fn uninstall_restores_the_namespace_to_the_byte() {
+fn uninstall_restores_the_namespace_exactly() {
     // The first use on a machine loads modules, which adds sysctls for good.
     let first = namespace();
     init(&first, "install").ok();
@@ -125,7 +125,7 @@ fn installing_again_changes_nothing() {
     assert_eq!(dump(&netns), before);
 }
 
-fn what_install_switched_on_uninstall_switches_off_and_nothing_else() {
+fn uninstall_restores_conntrack_accounting() {
     for before in ["0", "1"] {
         let netns = namespace();
         let counts = || sh(&netns, "sysctl -n net.netfilter.nf_conntrack_acct");
@@ -153,7 +153,7 @@ fn counting_namespace() -> Netns {
     netns
 }
 
-fn every_partial_state_is_mended_and_can_be_taken_out() {
+fn partial_installs_can_be_repaired_and_uninstalled() {
     let reference = counting_namespace();
     let bare = dump(&reference);
     init(&reference, "install").ok();
@@ -196,7 +196,7 @@ fn every_partial_state_is_mended_and_can_be_taken_out() {
     }
 }
 
-fn what_is_damaged_before_the_first_look_is_found() {
+fn damage_before_the_first_check_is_found() {
     let settings = Line::parse_from(["x"]).settings;
     for (damage, whole) in [
         ("true", true),
@@ -232,7 +232,7 @@ fn what_is_damaged_before_the_first_look_is_found() {
 }
 
 /// One look each half second, and two seconds to find it.
-fn a_wrong_sysctl_of_many_links_is_soon_found() {
+fn wrong_sysctl_among_many_links_is_found_promptly() {
     let netns = counting_namespace();
     init(&netns, "install").ok();
     sh(
@@ -276,7 +276,7 @@ fn counting_that_was_switched_off_is_on_again() {
     init(&netns, "check").ok();
 }
 
-fn other_flags_take_the_place_of_the_table_and_the_sets_keep_their_elements() {
+fn new_flags_replace_rules_and_keep_set_elements() {
     let netns = namespace();
     init(&netns, "install").ok();
     fill_sets(&netns);
@@ -310,7 +310,7 @@ fn other_flags_take_the_place_of_the_table_and_the_sets_keep_their_elements() {
     );
 }
 
-fn another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements() {
+fn new_layout_replaces_table_and_keeps_set_elements() {
     let netns = namespace();
     init(&netns, "install").ok();
     fill_sets(&netns);
@@ -336,7 +336,7 @@ fn another_layout_takes_the_place_of_the_table_and_the_sets_keep_their_elements(
     );
 }
 
-fn nft_understands_its_own_queue_for_any_number_of_queues() {
+fn nft_native_queue_works_for_any_queue_count() {
     let folders = nft_of_each_release();
     // The machine's own nft, too.
     for folder in folders.iter().map(String::as_str).chain(["/usr/sbin"]) {
@@ -422,7 +422,7 @@ fn each_debians_nft_keeps_the_sets_elements() {
 }
 
 /// nft 1.1.2 refused a rule of an earlier version like this.
-fn check_names_an_nft_that_refuses_the_rules() {
+fn check_names_an_nft_that_rejects_the_rules() {
     let netns = namespace();
     let mut command = netns.command("sh");
     let script = format!(
@@ -445,7 +445,7 @@ END
     assert!(said.stdout.contains(named), "{said:?}");
 }
 
-fn sets_in_the_kernel_are_what_the_scripts_say() {
+fn kernel_sets_match_the_scripts() {
     let netns = counting_namespace();
     init(&netns, "install").ok();
     let first = some_sets();
@@ -474,7 +474,7 @@ fn sets_in_the_kernel_are_what_the_scripts_say() {
     );
 }
 
-fn sets_without_an_installed_table_are_refused_with_the_remedy() {
+fn loading_sets_without_table_names_the_remedy() {
     let netns = namespace();
     let refused = netns
         .run(|| kernel::sets::load(&some_sets().replace_script()))
@@ -483,7 +483,7 @@ fn sets_without_an_installed_table_are_refused_with_the_remedy() {
     assert!(text.contains("run `iptables-init install` first"), "{text}");
 }
 
-fn bridges_look_into_packets_again_after_uninstall_only_if_they_did_before() {
+fn uninstall_restores_bridge_nf_call_settings() {
     const READ: &str = "cat /proc/sys/net/bridge/bridge-nf-call-iptables /proc/sys/net/bridge/bridge-nf-call-ip6tables";
     for (before, install, installed) in [
         ("1\n1\n", "install --bridge cni0", "0\n0\n"),
@@ -616,7 +616,7 @@ fn check_names_each_thing_that_is_wrong() {
     }
 }
 
-fn check_takes_what_works() {
+fn check_accepts_harmless_changes() {
     for (odd, expected) in [
         ("true", "all is in place\n"),
         (
@@ -656,7 +656,7 @@ fn check_takes_what_works() {
     }
 }
 
-fn without_the_programs_check_names_their_packages() {
+fn check_names_packages_of_missing_programs() {
     for (program, package) in [("nft", "nftables"), ("ip", "iproute2")] {
         let netns = namespace();
         init(&netns, "install").ok();
@@ -684,7 +684,7 @@ fn without_the_programs_check_names_their_packages() {
     }
 }
 
-fn without_privilege_the_remedy_is_named_and_print_still_works() {
+fn unprivileged_install_names_remedy_and_print_works() {
     let netns = namespace();
     let unprivileged = |call: &str| {
         let mut command = netns.command("setpriv");
@@ -729,7 +729,7 @@ fn wrong_flags_are_usage_errors() {
     }
 }
 
-fn a_variable_without_a_value_is_as_if_it_were_not_there() {
+fn init_ignores_empty_environment_variables() {
     let netns = namespace();
     let empty = "PROXY_PORT QUEUE QUEUES MARK_MASK BRIDGE FAIL"
         .split(' ')
@@ -739,7 +739,7 @@ fn a_variable_without_a_value_is_as_if_it_were_not_there() {
     assert_eq!(init(&netns, "check").ok(), "all is in place\n");
 }
 
-fn with_the_loopback_link_down_the_remedy_is_named() {
+fn loopback_down_names_the_remedy() {
     let netns = namespace();
     sh(&netns, "ip link set lo down");
     let ran = init(&netns, "install");
@@ -749,7 +749,7 @@ fn with_the_loopback_link_down_the_remedy_is_named() {
     assert_eq!(init(&netns, "check").ok(), "all is in place\n");
 }
 
-fn without_ipv6_all_but_its_routing_is_installed() {
+fn disabled_ipv6_skips_only_ipv6_routing() {
     let netns = namespace();
     sh(&netns, "sysctl -qw net.ipv6.conf.all.disable_ipv6=1");
     init(&netns, "install").ok();
@@ -759,7 +759,7 @@ fn without_ipv6_all_but_its_routing_is_installed() {
     init(&netns, "uninstall").ok();
 }
 
-fn closed_drops_what_is_not_released_while_no_daemon_runs() {
+fn fail_closed_drops_isolated_traffic_without_a_daemon() {
     let lab = Lab::new("install --fail closed", Released::Nobody);
     for (tcp, udp) in lab.a_to_b() {
         assert!(matches!(tcp, Outcome::TimedOut), "{tcp:?}");
@@ -772,7 +772,7 @@ fn closed_drops_what_is_not_released_while_no_daemon_runs() {
     assert!(!counter.contains("packets 0"), "{counter}");
 }
 
-fn open_lets_everything_through_while_no_daemon_runs() {
+fn fail_open_passes_all_traffic_without_a_daemon() {
     let lab = Lab::new("install --fail open", Released::Nobody);
     for (tcp, udp) in lab.a_to_b() {
         assert!(matches!(tcp, Outcome::Connected { .. }), "{tcp:?}");
@@ -780,7 +780,7 @@ fn open_lets_everything_through_while_no_daemon_runs() {
     }
 }
 
-fn released_pods_go_on_while_no_daemon_runs() {
+fn non_isolated_pods_keep_access_without_a_daemon() {
     let lab = Lab::new("install --fail closed", Released::Both);
     for (tcp, udp) in lab.a_to_b() {
         assert!(matches!(tcp, Outcome::Connected { .. }), "{tcp:?}");
@@ -788,7 +788,7 @@ fn released_pods_go_on_while_no_daemon_runs() {
     }
 }
 
-fn a_packet_to_be_held_waits_in_a_queue_of_the_right_number() {
+fn held_packets_wait_in_the_configured_queues() {
     let lab = Lab::new("install --queue 31 --queues 2", Released::Nobody);
     let node = lab.node.netns();
     let _queues: Vec<OwnedFd> = [31, 32]
@@ -808,7 +808,7 @@ fn a_packet_to_be_held_waits_in_a_queue_of_the_right_number() {
     }
 }
 
-fn a_packet_that_waits_is_disturbed_by_no_question_and_no_second_install() {
+fn check_and_reinstall_keep_queued_packets() {
     let flags = "--queue 31 --queues 2";
     let lab = Lab::new(&format!("install {flags}"), Released::Nobody);
     let node = lab.node.netns();
@@ -824,7 +824,7 @@ fn a_packet_that_waits_is_disturbed_by_no_question_and_no_second_install() {
 }
 
 /// The bound is 10,000 packets a second; here the destination has used up its own.
-fn when_sources_fill_the_set_destinations_count() {
+fn full_source_rate_set_limits_by_destination() {
     let lab = Lab::new("install --queue 31 --queues 2", Released::Nobody);
     let node = lab.node.netns();
     let _queues = [31, 32].map(|number| node.run(|| queue(number)).unwrap());
@@ -860,7 +860,7 @@ fn when_sources_fill_the_set_destinations_count() {
     wait_until(DEADLINE, "both datagrams to wait", || lab.waiting() == 2).unwrap();
 }
 
-fn only_the_sysctls_that_check_names_break_the_redirect() {
+fn check_names_all_sysctls_that_break_the_redirect() {
     // Queued packets pass, so that a listener alone is all the daemon that is needed.
     let lab = Lab::new("install --fail open", Released::Nobody);
     let node = lab.node.netns();

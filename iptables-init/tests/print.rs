@@ -46,17 +46,17 @@ fn changed_by(flags: &str, queue_rule: QueueRule) -> String {
 }
 
 #[test]
-fn the_default_is_loaded_as_reviewed() {
+fn default_ruleset_matches_the_snapshot() {
     insta::assert_snapshot!("default", printed("", QueueRule::Target, Families::Both));
 }
 
 #[test]
-fn a_kernel_with_nft_queue_needs_no_netlink_rule() {
+fn native_nft_queue_needs_no_netlink_rule() {
     insta::assert_snapshot!("native_queue", changed_by("", QueueRule::Native));
 }
 
 #[test]
-fn one_queue_is_no_range() {
+fn single_queue_is_not_a_range() {
     insta::assert_snapshot!("one_queue", changed_by("--queues 1", QueueRule::Native));
 }
 
@@ -69,25 +69,25 @@ fn another_mask_changes_marks_and_nothing_else() {
 }
 
 #[test]
-fn other_ports_and_queues_stand_where_they_belong() {
+fn other_ports_and_queues_appear_in_the_rules() {
     let flags = "--proxy-port 7000 --queue 200 --queues 8";
     insta::assert_snapshot!("ports", changed_by(flags, QueueRule::Native));
 }
 
 #[test]
-fn fail_open_lets_through_what_has_no_listener_and_what_has_no_queue() {
+fn fail_open_passes_without_listener_or_queue() {
     let both = [QueueRule::Target, QueueRule::Native]
         .map(|queue_rule| changed_by("--fail open", queue_rule));
     insta::assert_snapshot!("fail_open", both.join("\nwith nft's own queue:\n"));
 }
 
 #[test]
-fn a_named_bridge_only_adds_what_must_be_switched_off() {
+fn named_bridge_only_adds_sysctls_to_disable() {
     insta::assert_snapshot!("bridge", changed_by("--bridge cni0", QueueRule::Target));
 }
 
 #[test]
-fn a_kernel_without_the_family_bridge_gets_all_but_its_table() {
+fn kernel_without_bridge_family_gets_no_bridge_table() {
     let line = Line::try_parse_from(["x", "--queues", "2"]).expect("flags of the test");
     let kernel = Kernel {
         queue_rule: QueueRule::Target,
@@ -99,7 +99,7 @@ fn a_kernel_without_the_family_bridge_gets_all_but_its_table() {
 }
 
 #[test]
-fn without_ipv6_only_its_routing_is_left_out() {
+fn ruleset_without_ipv6_omits_only_its_routing() {
     let both = printed("", QueueRule::Target, Families::Both);
     let v4 = printed("", QueueRule::Target, Families::OnlyV4);
     let without: Vec<_> = both
@@ -110,7 +110,7 @@ fn without_ipv6_only_its_routing_is_left_out() {
 }
 
 #[test]
-fn nothing_is_left_to_be_filled_in() {
+fn ruleset_has_no_unfilled_placeholders() {
     for queue_rule in [QueueRule::Target, QueueRule::Native] {
         let text = printed("", queue_rule, Families::Both);
         assert!(

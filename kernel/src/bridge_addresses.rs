@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn each_address_has_one_owner_the_bridge_before_all() {
+    fn address_has_one_owner_and_bridge_wins() {
         let ends = [
             end("pod0", 5, &["10.1.0.5", "fd00::5"]),
             end("pod1", 5, &["10.1.0.5", "10.1.0.1", "10.1.0.6"]),
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_an_address_keeps_it_from_who_takes_it_later() {
+    fn current_owner_keeps_its_address_from_later_claims() {
         let first = end("pod1", 6, &["10.1.0.6"]);
         let before = Owners::default().now(&[], std::slice::from_ref(&first));
         let thief = end("pod0", 6, &["10.1.0.5", "10.1.0.6"]);
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_that_cannot_be_named_has_nothing_and_nobody_else_has_it_either() {
+    fn address_at_unnameable_port_has_no_owner() {
         let script = Owners::default()
             .now(&[], &[end("pod*", 5, &["10.1.0.5"])])
             .script();

@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bridge_is_found_by_its_name_or_by_a_network_that_overlaps_the_pods() {
+    fn bridge_is_found_by_name_or_pod_network() {
         for (names, pods, expected, why) in [
             (
                 &[][..],
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bridge_has_its_address_its_ports_and_what_it_was_told() {
+    fn bridge_has_its_addresses_ports_and_settings() {
         let pods = ["172.17.0.0/24".parse().unwrap()];
         let expected = Bridge {
             name: "docker0".into(),
@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn ports_are_written_in_quotes_and_one_that_cannot_be_stays_out() {
+    fn ports_are_quoted_and_unquotable_ones_skipped() {
         let bridges = among(
             &links(),
             &["docker0".into()],

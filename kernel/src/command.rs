@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_complaint_is_the_first_error_without_its_place() {
+    fn first_error_is_shown_without_its_position() {
         for (stderr, expected) in [
             (
                 "/dev/stdin:4:21-21: Error: Could not process rule: Device or resource busy\ndelete\n  ^",

@@ -439,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_has_the_client_before_nat_and_the_server_behind_it() {
+    fn entry_has_original_client_and_translated_server() {
         let dump = bytes(DUMP);
         let read = read(&[&dump, &bytes(DONE)]).unwrap();
         let ends: Vec<_> = read
@@ -467,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_is_named_by_its_tuple_its_zone_and_its_id() {
+    fn entry_is_identified_by_tuple_zone_and_id() {
         let names: Vec<_> = read(&[&bytes(DUMP)])
             .unwrap()
             .entries
@@ -500,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_of_another_mark_has_not_kept_it() {
+    fn entries_with_different_marks_do_not_match() {
         let dump = bytes(DUMP);
         let entry = |dump: &[u8]| read(&[dump]).unwrap().entries.remove(0);
         let now = entry(&dump);
@@ -514,14 +514,14 @@ mod tests {
     }
 
     #[test]
-    fn a_dump_during_which_the_table_changed_says_so() {
+    fn dump_interrupted_by_a_change_is_flagged() {
         let mut dump = bytes(DUMP);
         dump[6] |= 0x10;
         assert!(read(&[&dump, &bytes(DONE)]).unwrap().interrupted);
     }
 
     #[test]
-    fn a_cut_answer_is_an_error_and_not_a_shorter_list() {
+    fn truncated_dump_is_an_error() {
         let dump = bytes(DUMP);
         for length in 0..dump.len() {
             let cut = read(&[&dump[..length]]);
@@ -537,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_without_its_tuples_or_its_id_is_an_error() {
+    fn entry_without_tuples_or_id_is_an_error() {
         let dump = bytes(DUMP);
         let needed = [CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_ID];
         let without = |missing: Option<u16>| {
@@ -559,7 +559,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bent_answer_does_no_harm() {
+    fn damaged_answer_is_handled_without_panic() {
         let dump = bytes(DUMP);
         let mut bent = dump.clone();
         for at in 0..dump.len() {
@@ -575,7 +575,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_dump_is_the_kernels_error() {
+    fn failed_dump_returns_the_kernel_error() {
         for (kind, code, why) in [
             (netlink::ERROR, Errno::EPERM, "refused at once"),
             (netlink::DONE, Errno::ENOMEM, "given up on the way"),
@@ -587,7 +587,7 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_to_another_request_is_passed_over() {
+    fn answer_to_another_request_is_skipped() {
         let mut dump = Dump::default();
         for datagram in [
             bytes(DUMP),
@@ -600,7 +600,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deletion_is_answered_by_the_acknowledgement_with_its_number() {
+    fn deletion_matches_its_acknowledgement_by_sequence_number() {
         let late = answer(netlink::ERROR, REQUEST - 1, 0);
         let gone = answer(netlink::ERROR, REQUEST, -(Errno::ENOENT as i32));
         for (datagram, expected, why) in [

@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn only_counters_of_our_tables_count() {
+    fn counters_of_other_tables_are_ignored() {
         let ours = object(TABLE, "stray", NFT_OBJECT_COUNTER, 7);
         assert_eq!(counter(&ours), Some((&b"stray"[..], 7)));
         for other in [

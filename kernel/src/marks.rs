@@ -167,12 +167,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_default_mask_is_what_its_bits_add_up_to() {
+    fn default_mask_gives_the_default_marks() {
         assert_eq!(Marks::new(DEFAULT_MARK_MASK), Ok(Marks::default()));
     }
 
     #[test]
-    fn a_mask_may_have_gaps_but_not_fewer_than_four_bits() {
+    fn mask_needs_four_bits_and_may_have_gaps() {
         for (text, expected, why) in [
             ("0x3c00", Ok(0x3c00), "the default"),
             ("15", Ok(0xf), "decimal"),
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn every_answer_has_a_mark_of_its_own_inside_the_mask() {
+    fn every_answer_has_its_own_mark_within_mask() {
         use Answer::*;
         let marks = Marks::default();
         let all = [

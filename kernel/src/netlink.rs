@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_again() {
+    fn written_netlink_messages_read_back() {
         let out = written();
         let read: Vec<_> = messages(&out).collect();
         assert_eq!(
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn no_cut_and_no_flipped_byte_makes_reading_panic_or_go_on_without_end() {
+    fn damaged_netlink_messages_never_panic_or_loop() {
         let out = written();
         let read = |bytes: &[u8]| {
             messages(bytes)

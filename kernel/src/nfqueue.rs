@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_packet_has_the_mark_that_the_rules_gave_it_or_none() {
+    fn packet_mark_is_read_or_zero() {
         let marks = |bytes: &[u8]| -> Vec<u32> {
             let queued = messages(bytes).filter_map(|message| queued(&message));
             queued.map(|queued| queued.mark).collect()
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_is_cut_or_bent_is_passed_over_without_panic() {
+    fn damaged_nfqueue_messages_are_skipped_without_panic() {
         let message = packet_message(7, b"payload");
         for length in 0..message.len() {
             read(&message[..length]);

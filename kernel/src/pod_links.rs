@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_pinned_to_the_only_link_that_a_route_of_its_own_leads_to() {
+    fn address_is_pinned_to_its_only_host_route() {
         for (listing, expected, why) in [
             (
                 r#"[{"dst":"10.244.0.5","dev":"cali1"},{"dst":"fd00:244::5","dev":"cali12"}]"#,
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn links_of_pods_are_those_that_their_addresses_are_routed_to() {
+    fn pod_links_are_where_pod_addresses_are_routed() {
         for (listing, expected, why) in [
             (
                 r#"[{"dst":"10.244.0.5","dev":"cali1","scope":"link"}]"#,
@@ -386,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn other_single_addresses_on_links_are_found() {
+    fn host_routes_outside_pod_networks_are_found() {
         let listing = r#"[{"dst":"192.168.77.5","dev":"cali1"},{"dst":"10.244.0.7","dev":"cali2"},
             {"dst":"192.168.77.6","gateway":"192.0.2.1","dev":"eth1"},{"dst":"192.168.78.0/24","dev":"cali3"},
             {"dst":"192.168.77.7","dev":"eth0"},{"dst":"default","dev":"eth0"},
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hosts_own_addresses_among_the_pods_are_their_gateways() {
+    fn host_addresses_in_pod_networks_are_gateways() {
         let listing = r#"[{"type":"local","dst":"10.244.0.1","dev":"cni0","table":"local"},
             {"type":"local","dst":"fd00:244::1","dev":"cni0","table":"local"},
             {"type":"broadcast","dst":"10.244.0.255","dev":"cni0","table":"local"},

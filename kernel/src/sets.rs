@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn replacing_flushes_every_set_and_fills_those_that_have_elements() {
+    fn replacing_flushes_all_sets_and_fills_nonempty_ones() {
         let wanted = sets(
             &["10.1.2.3/24", "fd00:1::/64"],
             &["10.1.2.4"],
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_names_only_what_differs() {
+    fn change_script_has_only_the_differences() {
         let from = sets(
             &["10.1.2.0/24"],
             &["10.1.2.4", "10.1.2.5"],
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn judging_what_goes_to_the_own_node_is_a_change_of_one_set() {
+    fn judging_own_node_traffic_changes_one_set() {
         let from = Sets::default();
         let to = Sets {
             own_node_judged: true,
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn links_are_replaced_as_a_whole_and_may_have_any_name() {
+    fn links_with_any_name_are_replaced_together() {
         let links = Links {
             pods: ["cali0a@x", "eth0.100"].map(str::to_owned).into(),
             pinned: ["10.1.2.3", "fd00:1::3"]
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn where_there_is_a_table_for_bridges_it_knows_the_pods_too() {
+    fn bridge_table_gets_the_pods_too() {
         let mut from = sets(&["10.1.2.0/24"], &[], &[], &[]);
         from.bridged = Some(Groups::Pass);
         let mut to = sets(&["10.1.3.0/24"], &[], &[], &[]);
@@ -409,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_of_pods_networks_touches_no_other() {
+    fn pod_network_change_leaves_other_networks_alone() {
         let change = |from: &[&str], to: &[&str]| {
             let script = sets(to, &[], &[], &[]).change_script(&sets(from, &[], &[], &[]));
             script.unwrap_or_default().replace("inet portreeve ", "")
@@ -436,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn many_elements_are_spread_over_lines_of_bounded_length() {
+    fn many_elements_are_split_into_bounded_lines() {
         let mut many = Sets::default();
         many.selves
             .extend((0..1200u32).map(|n| IpAddr::from((0x0a00_0000 + n).to_be_bytes())));

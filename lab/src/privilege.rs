@@ -154,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_program_with_threads_is_told_to_enter_first() {
+    fn entering_with_threads_running_names_the_remedy() {
         let error = std::thread::scope(|scope| scope.spawn(enter).join().unwrap()).unwrap_err();
         assert!(
             error.to_string().contains("call lab::enter first in main"),

@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_command_line_is_refused() {
+    fn wrong_command_line_is_rejected() {
         for line in [
             "--frobnicate",
             "--test-threads",
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_fails_its_own_test_only() {
+    fn panic_fails_only_its_own_test() {
         fn passes() {}
         fn fails() {
             assert_eq!(1, 2, "one is not two");

@@ -180,7 +180,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_line_that_a_tool_complains_of_is_found() {
+    fn line_in_tool_error_is_found() {
         let script = "one\n\ttwo\nthree\n";
         for (complaint, expected) in [
             (

@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_condition_that_comes_true_ends_the_wait() {
+    fn wait_ends_when_its_condition_holds() {
         let mut looks = 0;
         let seen = wait_for(Duration::from_secs(5), "the third look", || {
             looks += 1;
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn a_condition_that_never_comes_true_is_named() {
+    fn timed_out_wait_names_its_condition() {
         let error = wait_until(Duration::from_millis(5), "a pig to fly", || false).unwrap_err();
         assert!(
             error.to_string().contains("in vain for a pig to fly"),

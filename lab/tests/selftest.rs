@@ -35,30 +35,30 @@ fn main() -> ExitCode {
         return hold_a_child();
     }
     lab::runner::main(&lab::tests![
-        a_client_can_tell_dropped_from_refused_from_unreachable,
+        client_distinguishes_dropped_refused_and_unreachable,
         pods_reach_pods_across_nodes_in_both_families,
-        pods_reach_pods_on_every_wiring_and_under_every_reverse_path_filter,
+        pods_connect_on_every_wiring_and_rp_filter,
         pods_of_different_nodes_talk_inside_a_tunnel,
-        a_service_balances_over_its_pods_in_both_families,
+        service_balances_over_pods_in_both_families,
         a_pod_reaches_itself_by_its_own_service,
         a_service_without_endpoints_refuses,
-        a_pod_reaches_the_outside_behind_its_nodes_address,
-        the_outside_and_the_nodes_reach_pods_by_their_own_address,
+        pod_traffic_to_outside_has_node_address,
+        outside_and_nodes_reach_pods_unmasqueraded,
         a_pod_with_host_network_is_its_node,
-        udp_tells_answered_from_refused_from_dropped,
+        udp_distinguishes_answered_refused_and_dropped,
         a_capture_sees_the_handshake_and_counts_retransmits,
-        packets_made_by_hand_arrive_as_they_were_made,
+        crafted_packets_arrive_unchanged,
         a_thousand_dials_at_once_need_no_retransmit,
         bulk_data_arrives_unchanged_and_half_close_works,
-        a_reset_is_seen_as_a_reset,
+        client_sees_a_reset_as_reset,
         a_source_port_can_be_chosen,
         pods_come_and_go_while_the_cluster_runs,
         manifests_describe_the_cluster,
-        a_wrong_cluster_is_refused_with_its_remedy,
-        a_cluster_is_up_quickly_and_nothing_of_it_is_outside,
-        namespaces_are_gone_after_the_drop_and_after_a_panic,
+        wrong_cluster_is_rejected_with_a_remedy,
+        cluster_starts_quickly_and_leaves_host_unchanged,
+        namespaces_are_removed_after_drop_and_panic,
         every_namespace_has_its_own_run_directory,
-        a_child_is_killed_and_reaped_when_it_is_dropped,
+        dropping_a_child_kills_and_reaps_it,
         children_die_with_a_killed_parent,
         a_missing_program_is_named,
     ])
@@ -73,7 +73,7 @@ fn two_pods() -> Cluster {
         .unwrap()
 }
 
-fn a_client_can_tell_dropped_from_refused_from_unreachable() {
+fn client_distinguishes_dropped_refused_and_unreachable() {
     let cluster = two_pods();
     let (a, b) = (cluster.pod("x/a"), cluster.pod("x/b"));
     b.serve(&[80]).unwrap();
@@ -153,7 +153,7 @@ fn pods_reach_pods_across_nodes_in_both_families() {
     assert_eq!(seen(&a, b.addr_v6(80)), ("x/b".into(), a.ipv6().into()));
 }
 
-fn pods_reach_pods_on_every_wiring_and_under_every_reverse_path_filter() {
+fn pods_connect_on_every_wiring_and_rp_filter() {
     let filters = [RpFilter::Off, RpFilter::Strict, RpFilter::Loose];
     for gateway in [
         Gateway::LinkLocal,
@@ -252,7 +252,7 @@ fn web() -> lab::Builder {
         )
 }
 
-fn a_service_balances_over_its_pods_in_both_families() {
+fn service_balances_over_pods_in_both_families() {
     let cluster = web().build().unwrap();
     cluster.pods().for_each(|pod| pod.serve(&[8080]).unwrap());
     let client = cluster.pod("x/client");
@@ -304,7 +304,7 @@ fn a_service_without_endpoints_refuses() {
     }
 }
 
-fn a_pod_reaches_the_outside_behind_its_nodes_address() {
+fn pod_traffic_to_outside_has_node_address() {
     let cluster = two_pods();
     let (a, node, outside) = (cluster.pod("x/a"), cluster.node(0), cluster.outside());
     outside.serve(&[443]).unwrap();
@@ -318,7 +318,7 @@ fn a_pod_reaches_the_outside_behind_its_nodes_address() {
     );
 }
 
-fn the_outside_and_the_nodes_reach_pods_by_their_own_address() {
+fn outside_and_nodes_reach_pods_unmasqueraded() {
     let cluster = two_pods();
     let b = cluster.pod("x/b");
     b.serve(&[80]).unwrap();
@@ -349,7 +349,7 @@ fn a_pod_with_host_network_is_its_node() {
     }
 }
 
-fn udp_tells_answered_from_refused_from_dropped() {
+fn udp_distinguishes_answered_refused_and_dropped() {
     let cluster = two_pods();
     let (a, b) = (cluster.pod("x/a"), cluster.pod("x/b"));
     b.serve_udp(&[53]).unwrap();
@@ -415,7 +415,7 @@ fn a_capture_sees_the_handshake_and_counts_retransmits() {
     assert!(!Flags::default().is_syn());
 }
 
-fn packets_made_by_hand_arrive_as_they_were_made() {
+fn crafted_packets_arrive_unchanged() {
     let cluster = two_pods();
     let (a, b) = (cluster.pod("x/a"), cluster.pod("x/b"));
     b.serve_udp(&[53]).unwrap();
@@ -509,7 +509,7 @@ fn bulk_data_arrives_unchanged_and_half_close_works() {
     assert!(seen.is_all_of(TOTAL), "{seen}");
 }
 
-fn a_reset_is_seen_as_a_reset() {
+fn client_sees_a_reset_as_reset() {
     let cluster = two_pods();
     let (a, b) = (cluster.pod("x/a"), cluster.pod("x/b"));
     b.serve_as(&[80], Serve::Reset).unwrap();
@@ -620,7 +620,7 @@ fn manifests_describe_the_cluster() {
     assert_eq!(items[4]["metadata"]["labels"]["app"], "db");
 }
 
-fn a_wrong_cluster_is_refused_with_its_remedy() {
+fn wrong_cluster_is_rejected_with_a_remedy() {
     let pod = || PodSpec::new("x", "a");
     let taken: std::net::Ipv4Addr = "10.244.0.9".parse().unwrap();
     let outside: std::net::Ipv4Addr = "10.0.0.9".parse().unwrap();
@@ -660,7 +660,7 @@ fn a_wrong_cluster_is_refused_with_its_remedy() {
     }
 }
 
-fn a_cluster_is_up_quickly_and_nothing_of_it_is_outside() {
+fn cluster_starts_quickly_and_leaves_host_unchanged() {
     let before = interfaces();
     let names = ["x", "y", "z"]
         .into_iter()
@@ -691,7 +691,7 @@ fn interfaces() -> String {
     fs::read_to_string("/proc/thread-self/net/dev").unwrap()
 }
 
-fn namespaces_are_gone_after_the_drop_and_after_a_panic() {
+fn namespaces_are_removed_after_drop_and_panic() {
     let build = || {
         let cluster = two_pods();
         cluster.pod("x/a").serve(&[80]).unwrap();
@@ -780,7 +780,7 @@ fn sleeper(netns: &Netns) -> lab::Child {
     command.spawn().unwrap()
 }
 
-fn a_child_is_killed_and_reaped_when_it_is_dropped() {
+fn dropping_a_child_kills_and_reaps_it() {
     let netns = Netns::new().unwrap();
     let mut child = sleeper(&netns);
     let entry = format!("/proc/{}", child.id());

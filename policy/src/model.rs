@@ -225,7 +225,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn protocol_names_are_the_apis_and_nothing_else() {
+    fn only_api_protocol_names_are_valid() {
         for (name, expected) in [
             ("TCP", Protocol::Tcp),
             ("UDP", Protocol::Udp),
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn protocol_numbers_are_ianas() {
+    fn protocol_numbers_match_iana() {
         for (number, expected, shown) in [
             (6, Protocol::Tcp, "TCP"),
             (17, Protocol::Udp, "UDP"),
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_cannot_lie_about_its_name_label() {
+    fn namespace_cannot_override_its_name_label() {
         let labels = Labels::from([(NAMESPACE_NAME_LABEL.into(), "other".into())]);
         let namespace = Namespace::new("x", labels);
         assert_eq!(&*namespace.labels()[NAMESPACE_NAME_LABEL], "x");

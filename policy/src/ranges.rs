@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_set_is_the_union_of_blocks_less_their_own_exceptions() {
+    fn address_set_subtracts_exceptions_from_their_own_block() {
         let set = AddressSet::new(&[
             block(
                 "10.0.0.0/8",
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn the_whole_space_of_a_family_is_that_family_only() {
+    fn default_route_block_covers_only_its_family() {
         let all4 = AddressSet::new(&[block("0.0.0.0/0", &[])]);
         let all6 = AddressSet::new(&[block("::/0", &[]), block("::/1", &[])]);
         for (address, v4, v6) in [

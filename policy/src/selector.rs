@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn every_operator_treats_an_absent_label_as_the_api_does() {
+    fn operators_treat_absent_labels_as_the_api() {
         for (yaml, absent, other, same, empty, why) in [
             ("{}", true, true, true, true, "no requirement"),
             (

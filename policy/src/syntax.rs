@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn label_values_may_be_empty_but_not_end_badly() {
+    fn label_values_follow_the_api_syntax() {
         let long = "a".repeat(63);
         for good in ["", "a", "A_b.c-9", "0", &long] {
             assert_eq!(label_value_fault(good), None, "{good}");

@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_null_peer_selector_is_missing_but_an_empty_one_is_not() {
+    fn null_peer_selector_is_absent_empty_is_not() {
         let spec = yaml("ingress: [{from: [{podSelector: , namespaceSelector: {}}]}]").unwrap();
         let peer = &spec.ingress[0].from[0];
         assert_eq!(peer.pod_selector, None);
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_api_does_not_have_is_refused() {
+    fn unknown_api_fields_are_rejected() {
         for (text, why) in [
             ("podselector: {}", "wrong case"),
             ("ingress: [{form: []}]", "misspelt restriction"),

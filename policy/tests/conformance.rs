@@ -23,22 +23,22 @@ use support::oracle::{self, Question};
 use support::{cluster, world::World};
 
 #[test]
-fn the_upstream_end_to_end_cases_hold() {
+fn upstream_end_to_end_cases_pass() {
     check_directory("upstream", 48);
 }
 
 #[test]
-fn the_recipes_hold() {
+fn network_policy_recipes_pass() {
     check_directory("recipes", 14);
 }
 
 #[test]
-fn the_policies_of_the_kubernetes_documentation_hold() {
+fn kubernetes_documentation_policies_pass() {
     check_directory("docs", 13);
 }
 
 #[test]
-fn what_the_known_suites_leave_out_holds() {
+fn additional_conformance_cases_pass() {
     check_directory("more", 7);
 }
 
@@ -228,7 +228,7 @@ steps:
 ";
 
 #[test]
-fn a_case_that_is_not_whole_is_refused() {
+fn incomplete_case_is_rejected() {
     for (written, broken, why) in [
         ("x/a   .", "x/a   X", "a pod that does not reach itself"),
         ("x/a   .", "x/a   .  .", "a cell too many"),

@@ -145,7 +145,7 @@ proptest! {
     #![proptest_config(config(48))]
 
     #[test]
-    fn verdicts_and_their_reasons_are_those_of_the_documentation(world in worlds()) {
+    fn verdicts_and_reasons_match_the_reference_model(world in worlds()) {
         let cluster = cluster(&world);
         for mut question in questions(&all_addresses()) {
             check_against_oracle("", &world, &cluster, &question);
@@ -195,7 +195,7 @@ proptest! {
     }
 
     #[test]
-    fn an_added_policy_gives_its_own_grants_and_takes_only_from_pods_that_it_newly_isolates(
+    fn added_policy_only_adds_grants_or_isolates_pods(
         world in worlds(),
         policy in policies(),
     ) {
@@ -219,7 +219,7 @@ proptest! {
     }
 
     #[test]
-    fn a_budget_opens_nothing_whatever_the_order(
+    fn budget_opens_nothing_in_any_order(
         world in worlds(),
         keys in keys(),
         steps in proptest::collection::vec(changes(true), 1..8),
@@ -288,7 +288,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_added_and_removed_again_leaves_no_trace(world in worlds(), added in changes(false)) {
+    fn adding_and_removing_objects_leaves_no_trace(world in worlds(), added in changes(false)) {
         let mut cluster = cluster(&world);
         let (before, owned) = (truth(&cluster), owners(&cluster));
         change(&mut cluster, &added);
@@ -300,7 +300,7 @@ proptest! {
     }
 
     #[test]
-    fn a_cluster_that_grew_is_one_that_was_built_afresh(
+    fn incremental_cluster_equals_one_built_at_once(
         world in worlds(),
         steps in proptest::collection::vec(changes(true), 1..12),
     ) {
@@ -319,7 +319,7 @@ proptest! {
     }
 
     #[test]
-    fn touched_is_every_address_whose_endpoint_changed_and_explains_every_verdict_that_did(
+    fn touched_addresses_cover_all_changed_endpoints_and_verdicts(
         world in worlds(),
         steps in proptest::collection::vec(changes(true), 1..6),
     ) {
@@ -342,7 +342,7 @@ proptest! {
     }
 
     #[test]
-    fn what_has_been_said_already_touches_nothing(world in worlds(), pick in any::<Index>()) {
+    fn repeated_event_touches_nothing(world in worlds(), pick in any::<Index>()) {
         let mut cluster = cluster(&world);
         let said = world.changes();
         let touched = touched_by(&mut cluster, pick.get(&said));
@@ -350,7 +350,7 @@ proptest! {
     }
 
     #[test]
-    fn the_order_of_rules_peers_ports_and_expressions_never_matters(
+    fn order_within_a_policy_never_matters(
         world in worlds(),
         keys in keys(),
     ) {
@@ -377,7 +377,7 @@ proptest! {
     }
 
     #[test]
-    fn a_pod_that_has_ended_or_uses_its_nodes_network_owns_nothing(world in worlds()) {
+    fn finished_and_host_network_pods_own_no_address(world in worlds()) {
         let mut gone = world.clone();
         gone.pods.retain(|_, pod| pod.owns_addresses());
         let (world, gone) = (cluster(&world), cluster(&gone));
@@ -386,7 +386,7 @@ proptest! {
     }
 
     #[test]
-    fn an_exception_only_takes_away(world in worlds()) {
+    fn ip_block_exception_only_removes_access(world in worlds()) {
         let whole = rewritten(&world, |mut policy| {
             without(&mut policy, "except");
             vec![policy]
@@ -398,7 +398,7 @@ proptest! {
     }
 
     #[test]
-    fn both_families_get_the_same_verdict_where_no_address_is_named(world in worlds()) {
+    fn families_agree_in_policies_without_ip_blocks(world in worlds()) {
         let named = |policy: &Value| policy.to_string().contains("ipBlock");
         let mut no_blocks = world;
         no_blocks.policies.retain(|_, policy| !named(policy));
@@ -421,7 +421,7 @@ proptest! {
     #![proptest_config(config(32))]
 
     #[test]
-    fn an_address_that_two_pods_claim_gets_what_both_would_get(
+    fn contested_address_verdicts_match_the_reference_model(
         world in worlds(),
         steps in proptest::collection::vec(changes(true), 4..10),
     ) {
@@ -444,7 +444,7 @@ proptest! {
 
     /// Enough comes and goes for what a cluster keeps in store to be thrown away several times.
     #[test]
-    fn many_policies_that_came_and_went_leave_no_trace(world in worlds()) {
+    fn many_deleted_policies_leave_no_trace(world in worlds()) {
         let mut grown = cluster(&world);
         for number in 0..1200 {
             change(&mut grown, &Change::Policy(passing(number)));
@@ -635,7 +635,7 @@ fn respell_selectors(value: &mut Value) {
 }
 
 #[test]
-fn the_random_worlds_are_worth_asking() {
+fn random_clusters_have_allowed_and_denied_flows() {
     // A generator that made everything allowed, or nothing, would test little.
     let mut runner = proptest::test_runner::TestRunner::new(config(64));
     let (allow, deny) = (std::cell::Cell::new(0_u32), std::cell::Cell::new(0_u32));

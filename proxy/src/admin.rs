@@ -309,7 +309,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_addresses_and_localhost_are_names_that_nobody_can_take() {
+    fn only_addresses_and_localhost_are_valid_hosts() {
         for (host, ours) in [
             ("127.0.0.1:15020", true),
             ("127.0.0.1", true),

@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flow_is_found_by_its_ends_until_it_has_ended() {
+    fn kernel_flow_is_found_until_it_ends() {
         let carried = Carried::default();
         assert_eq!(enter(&carried, 1), Listed::New);
         assert_eq!(carried.of(&addresses(2)).len(), 1);
@@ -423,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ending_is_not_taken_for_that_of_a_later_flow_between_the_same_ends() {
+    fn late_end_event_keeps_the_newer_flow() {
         let carried = Carried::default();
         enter(&carried, 1);
         assert_eq!(enter(&carried, 1), Listed::Again);
@@ -437,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn what_conntrack_does_not_have_twice_on_end_is_over() {
+    fn flow_missing_from_two_dumps_has_ended() {
         let carried = Carried::default();
         enter(&carried, 1);
         enter(&carried, 2);
@@ -451,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn the_list_is_bounded_and_knows_that_it_is_not_complete() {
+    fn full_flow_list_is_marked_incomplete() {
         let carried = Carried::with_room_for(1, 1);
         assert!(
             carried.is_incomplete(),

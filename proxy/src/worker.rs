@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_fan_out_gives_each_core_to_one_queue() {
+    fn nfqueue_fanout_maps_each_core_to_one_queue() {
         for (number, queues, expected) in [(0, 1, [0, 1, 2]), (1, 2, [1, 3, 5]), (2, 4, [2, 6, 10])]
         {
             let cores: Vec<_> = cores_of_queue(number, queues).take(3).collect();
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_keeps_to_the_cores_of_its_queue_that_it_may_use() {
+    fn worker_is_pinned_to_allowed_queue_cores() {
         let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
         assert_eq!(kept(0, 1), allowed, "one worker has all");
         let mut cores = (0..CpuSet::count()).filter(|core| allowed.is_set(*core).unwrap());
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_whose_cores_it_may_not_use_runs_on_any() {
+    fn worker_without_allowed_cores_runs_on_any() {
         let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
         let none = (0..CpuSet::count()).find(|core| !allowed.is_set(*core).unwrap());
         assert_eq!(kept(none.unwrap(), CpuSet::count()), allowed);

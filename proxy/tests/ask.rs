@@ -53,7 +53,7 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 #[test]
-fn a_check_answers_in_json_with_the_keys_of_the_interface() {
+fn check_json_has_the_documented_keys() {
     let (_dir, source) = cluster();
     let open = json!({"isolated": false, "allowed": true, "policies": []});
     let ask = |from: &str, to: &str, port: &str| {
@@ -192,7 +192,7 @@ fn a_check_answers_in_json_with_the_keys_of_the_interface() {
 }
 
 #[test]
-fn a_check_in_words_says_who_and_because_of_which_policy_and_rule() {
+fn check_text_names_pods_policy_and_rule() {
     let (_dir, source) = cluster();
     let ask = |from: &str, to: &str, port: &str| {
         let args = [
@@ -282,7 +282,7 @@ fn claiming_an_isolated_pods_address_opens_nothing() {
 }
 
 #[test]
-fn a_wrong_question_is_status_2_with_a_remedy_and_no_answer() {
+fn invalid_check_exits_with_2_and_a_remedy() {
     let (_dir, source) = cluster();
     let bad = tempdir().unwrap();
     write(
@@ -409,7 +409,7 @@ fn many_questions_get_their_answers_in_order() {
 }
 
 #[test]
-fn a_bad_question_among_many_is_answered_with_its_error_and_status_2() {
+fn invalid_batch_line_gives_error_and_status_2() {
     let (_dir, source) = cluster();
     let long = format!("{{\"from\":\"{}\"}}", "x".repeat(100_000));
     let lines = [
@@ -448,7 +448,7 @@ fn a_bad_question_among_many_is_answered_with_its_error_and_status_2() {
 }
 
 #[test]
-fn the_matrix_has_every_running_pod_in_every_format() {
+fn matrix_has_every_running_pod_in_every_format() {
     let (_dir, source) = cluster();
     let matrix = |more: &[&str]| {
         let output = portreeve(&[&["matrix", "--cluster", &source][..], more].concat());

@@ -70,7 +70,7 @@ fn installed(script: Option<&str>) -> (TempDir, PathBuf) {
 }
 
 #[test]
-fn the_documentations_policies_hold() {
+fn demo_enforces_the_documentation_policies() {
     let output = demo(PORTREEVE, &["--headless"]).output().unwrap();
     assert_exit(&output, 0);
     let summary = summary(&output);
@@ -144,7 +144,7 @@ spec:
 "#;
 
 #[test]
-fn the_users_own_pods_and_policies_are_built_and_hold() {
+fn demo_builds_and_enforces_given_manifests() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("state.yaml"), OWN).unwrap();
     let path = dir.path().to_str().unwrap();
@@ -168,7 +168,7 @@ fn the_users_own_pods_and_policies_are_built_and_hold() {
 }
 
 #[test]
-fn what_differs_from_policy_is_listed_pair_by_pair() {
+fn demo_lists_differences_from_policy_by_pair() {
     // A node that refuses what policy allows.
     let script = format!(
         "#!/bin/sh\n{} \"$@\" && exec nft -f - <<'END'\ntable ip sabotage {{\n chain forward {{\n\
@@ -186,7 +186,7 @@ fn what_differs_from_policy_is_listed_pair_by_pair() {
 }
 
 #[test]
-fn its_spans_are_in_a_jaeger_outside_of_its_namespaces() {
+fn demo_spans_reach_jaeger_on_the_host() {
     let jaeger = Jaeger::start();
     let output = demo(PORTREEVE, &["--headless", "--jaeger", &jaeger.url()])
         .output()
@@ -280,7 +280,7 @@ fn tag<'a>(span: &'a Value, key: &str) -> &'a Value {
 }
 
 #[test]
-fn wrong_input_ends_with_status_2_and_a_remedy() {
+fn invalid_demo_input_exits_with_2_and_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let (broken, empty) = (
         dir.path().join("broken.yaml"),
@@ -336,7 +336,7 @@ fn wrong_input_ends_with_status_2_and_a_remedy() {
 }
 
 #[test]
-fn without_privilege_it_says_what_to_do() {
+fn unprivileged_demo_names_the_remedy() {
     // In a user namespace that may not have another one, without capabilities.
     let script = "echo 0 > /proc/sys/user/max_user_namespaces && \
                   exec setpriv --bounding-set=-all --inh-caps=-all \"$0\" demo";
@@ -354,7 +354,7 @@ fn without_privilege_it_says_what_to_do() {
 }
 
 #[test]
-fn a_signal_on_the_way_leaves_nothing_behind() {
+fn interrupted_demo_leaves_nothing_behind() {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGKILL] {
         let (mut child, _out) = started(&["--headless"], "portreeve run on");
         let children = namespaces_of_children(&child);
@@ -369,7 +369,7 @@ fn a_signal_on_the_way_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_kept_cluster_runs_until_it_is_told_to_stop() {
+fn kept_demo_cluster_runs_until_sigint() {
     let (mut child, mut out) = started(&["--headless", "--keep"], "{\"agree\":");
     let children = namespaces_of_children(&child);
     assert!(!children.is_empty(), "daemons run");

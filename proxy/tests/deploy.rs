@@ -103,7 +103,7 @@ fn settings(objects: &Objects) -> BTreeMap<&str, &str> {
 }
 
 #[test]
-fn the_chart_makes_what_kustomize_makes() {
+fn helm_chart_renders_the_same_as_kustomize() {
     let overlays = fs::read_dir(deploy("overlays")).unwrap().count();
     assert_eq!(overlays + 1, INSTALLS.len(), "an overlay is missing here");
     for (directory, values) in INSTALLS {
@@ -161,7 +161,7 @@ fn every_setting_is_a_variable_of_the_daemon() {
 }
 
 #[test]
-fn spans_say_of_which_pod_they_are() {
+fn spans_name_the_pod_of_the_daemon() {
     let objects = kustomized("base");
     let (_, template) = templates(&objects).next().unwrap();
     let environment = template["containers"][0]["env"].as_array().unwrap();
@@ -194,7 +194,7 @@ fn spans_say_of_which_pod_they_are() {
 }
 
 #[test]
-fn the_probes_ask_where_the_admin_port_is() {
+fn probes_use_the_admin_port() {
     let help = said(Command::new(PORTREEVE).args(["run", "--help"]));
     let objects = kustomized("base");
     let (_, template) = templates(&objects).next().unwrap();
@@ -213,7 +213,7 @@ fn the_probes_ask_where_the_admin_port_is() {
 }
 
 #[test]
-fn a_new_pod_starts_beside_the_old_one_and_has_started_when_its_own_daemon_answers() {
+fn daemonset_surges_and_startup_probe_checks_own_daemon() {
     for (directory, _) in INSTALLS {
         let objects = kustomized(directory);
         let daemons = &objects["DaemonSet portreeve"]["spec"];
@@ -252,7 +252,7 @@ fn a_new_pod_starts_beside_the_old_one_and_has_started_when_its_own_daemon_answe
 }
 
 #[test]
-fn every_container_has_no_more_than_it_says() {
+fn containers_have_only_their_declared_privileges() {
     for (directory, _) in INSTALLS {
         let objects = kustomized(directory);
         for (key, template) in templates(&objects) {
@@ -293,7 +293,7 @@ fn every_container_has_no_more_than_it_says() {
 }
 
 #[test]
-fn what_is_installed_has_the_workspaces_version() {
+fn image_and_chart_have_the_workspace_version() {
     let version = env!("CARGO_PKG_VERSION");
     let objects = kustomized("base");
     let (_, template) = templates(&objects).next().unwrap();
@@ -309,7 +309,7 @@ fn what_is_installed_has_the_workspaces_version() {
 }
 
 #[test]
-fn the_image_is_built_by_a_compiler_that_the_workspace_accepts() {
+fn image_compiler_matches_the_workspace_rust_version() {
     let recipe = fs::read_to_string(deploy("image/Containerfile")).unwrap();
     let tag = recipe
         .split("/rust:")
@@ -332,7 +332,7 @@ fn the_image_is_built_by_a_compiler_that_the_workspace_accepts() {
 }
 
 #[test]
-fn the_image_is_built_from_all_that_the_programs_include() {
+fn image_build_copies_every_included_file() {
     let recipe = fs::read_to_string(deploy("image/Containerfile")).unwrap();
     let copied: Vec<_> = recipe
         .lines()

@@ -68,7 +68,7 @@ fn alerts_and_dashboard_name_documented_metrics_only() {
 }
 
 #[test]
-fn every_documented_metric_is_in_an_alert_or_on_the_dashboard() {
+fn documented_metrics_are_in_alerts_or_dashboard() {
     let shown = named(&read("deploy/monitoring/alerts.yaml"))
         .into_iter()
         .chain(named(&read("deploy/monitoring/dashboard.json")))
@@ -82,7 +82,7 @@ fn every_documented_metric_is_in_an_alert_or_on_the_dashboard() {
 }
 
 #[test]
-fn the_dashboard_is_one_that_grafana_imports() {
+fn dashboard_can_be_imported_by_grafana() {
     let dashboard: serde_json::Value =
         serde_json::from_str(&read("deploy/monitoring/dashboard.json")).expect("JSON");
     let panels = dashboard["panels"].as_array().expect("panels");
@@ -104,6 +104,6 @@ fn promtool_finds_no_fault_in_the_alert_rules() {
 }
 
 #[test]
-fn alerts_fire_when_they_should_and_only_then() {
+fn alerts_fire_only_when_they_should() {
     promtool(["test", "rules", "deploy/monitoring/alerts-test.yaml"]);
 }

@@ -74,7 +74,7 @@ fn none(offenders: &[String], rule: &str) {
 }
 
 #[test]
-fn every_file_opens_with_what_it_owns() {
+fn every_file_opens_with_its_purpose() {
     let bare: Vec<_> = sources()
         .into_iter()
         .filter(|(_, text)| !text.starts_with("//! "))
@@ -106,7 +106,7 @@ fn no_file_is_longer_than_its_budget() {
 }
 
 #[test]
-fn modules_are_named_for_what_they_hold() {
+fn no_module_is_named_mod_rs() {
     let nameless: Vec<_> = sources()
         .into_iter()
         .map(|(name, _)| name)
@@ -119,7 +119,7 @@ fn modules_are_named_for_what_they_hold() {
 }
 
 #[test]
-fn unsafe_code_stands_in_its_own_files_only() {
+fn unsafe_code_is_only_in_allowed_files() {
     let marked = |text: &str| {
         text.lines()
             .any(|line| !line.trim_start().starts_with("//") && line.contains("unsafe {"))
@@ -135,7 +135,7 @@ fn unsafe_code_stands_in_its_own_files_only() {
 }
 
 #[test]
-fn each_crate_keeps_its_fence() {
+fn crates_have_only_their_allowed_dependencies() {
     let ours: Vec<_> = FENCES.iter().map(|(name, _)| *name).collect();
     let mut breaches = Vec::new();
     for (member, allowed) in FENCES {
@@ -193,7 +193,7 @@ fn uses() -> BTreeMap<String, BTreeSet<String>> {
 }
 
 #[test]
-fn modules_of_the_daemon_use_each_other_in_one_direction() {
+fn daemon_modules_have_no_cyclic_dependencies() {
     let mut uses = uses();
     assert!(uses.len() > 10, "found only {:?}", uses.keys());
     // Repeatedly removes what uses none of the remaining modules.
@@ -282,7 +282,7 @@ fn alternatives(word: &str) -> Vec<String> {
 }
 
 #[test]
-fn tests_that_documents_name_are_there() {
+fn tests_named_in_documents_exist() {
     let sources = sources();
     let exists = |name: &str| {
         let wanted = match name.strip_suffix('…') {
@@ -306,6 +306,39 @@ fn tests_that_documents_name_are_there() {
         "only ARCHITECTURE.md names tests, and they are there",
     );
     assert!(seen > 100, "ARCHITECTURE.md names only {seen} tests");
+}
+
+#[test]
+fn test_names_have_at_most_eight_words() {
+    const WORDS: usize = 8;
+    let (mut seen, mut long) = (0, Vec::new());
+    for (file, text) in sources() {
+        for name in test_names(&text) {
+            seen += 1;
+            if name.split('_').count() > WORDS {
+                long.push(format!("{file}: {name}"));
+            }
+        }
+    }
+    none(&long, "a test's name has at most eight words");
+    assert!(seen > 600, "the walk found only {seen} tests");
+}
+
+/// The functions after a `test` attribute, and those in a list of the lab's tests.
+fn test_names(source: &str) -> Vec<&str> {
+    let marked = source
+        .split("test]\n")
+        .skip(1)
+        .filter_map(|text| text.split_once("fn ")?.1.split_once('(').map(|it| it.0));
+    let listed = source
+        .split("lab::tests![")
+        .skip(1)
+        .filter_map(|text| text.split_once(']'))
+        .flat_map(|(list, _)| list.split(',').map(str::trim));
+    let is_name = |name: &&str| {
+        !name.is_empty() && name.chars().all(|c| c == '_' || c.is_ascii_alphanumeric())
+    };
+    marked.chain(listed).filter(is_name).collect()
 }
 
 #[test]
@@ -344,7 +377,7 @@ fn last(folder: &str) -> &str {
 }
 
 #[test]
-fn links_between_documents_lead_somewhere() {
+fn document_links_resolve() {
     let mut dead = Vec::new();
     for (page, text) in pages() {
         let folder = root().join(Path::new(&page).parent().unwrap_or_else(|| Path::new("")));

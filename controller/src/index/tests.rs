@@ -69,7 +69,7 @@ fn settled(table: &Table, from: &str, to: &str) -> Option<bool> {
 }
 
 #[test]
-fn a_batch_comes_into_force_as_one_generation_and_tells_who_listens() {
+fn batch_becomes_one_generation_and_notifies_listeners() {
     let (table, mut index) = setup();
     let mut changed = table.changed();
     assert_eq!(table.generation(), 0);
@@ -120,7 +120,7 @@ fn an_empty_first_batch_is_a_generation_too() {
 }
 
 #[test]
-fn an_address_in_the_cluster_that_nobody_owns_is_unknown() {
+fn unowned_cluster_address_is_unknown() {
     let cases = |table: &Table| {
         [
             ("10.0.0.2", "10.0.0.9"),
@@ -178,7 +178,7 @@ fn an_address_in_the_cluster_that_nobody_owns_is_unknown() {
 }
 
 #[test]
-fn the_pods_of_a_node_are_told_with_what_isolates_them() {
+fn node_pods_are_listed_with_their_isolating_policies() {
     let (table, mut index) = setup();
     let elsewhere = policy::Pod {
         node: "n2".into(),
@@ -224,7 +224,7 @@ fn the_pods_of_a_node_are_told_with_what_isolates_them() {
 }
 
 #[test]
-fn policies_are_told_with_the_pods_that_they_select() {
+fn policies_are_listed_with_their_selected_pods() {
     let (table, mut index) = setup();
     index.apply(batch([
         Object::from(pod("b", "10.0.0.3")),
@@ -239,7 +239,7 @@ fn policies_are_told_with_the_pods_that_they_select() {
 }
 
 #[test]
-fn an_address_that_two_pods_claim_is_said_until_it_is_resolved() {
+fn contested_address_is_reported_until_resolved() {
     let (table, mut index) = setup();
     index.apply(batch([
         Object::from(pod("a", "10.0.0.2")),
@@ -269,7 +269,7 @@ fn an_address_that_two_pods_claim_is_said_until_it_is_resolved() {
 }
 
 #[test]
-fn a_policy_on_a_host_network_pod_is_a_warning() {
+fn policy_selecting_host_network_pod_gives_warning() {
     let (table, mut index) = setup();
     let on_host = |name| {
         Object::from(policy::Pod {
@@ -289,7 +289,7 @@ fn a_policy_on_a_host_network_pod_is_a_warning() {
 }
 
 #[test]
-fn a_refused_policy_names_field_count_and_remedy() {
+fn policy_over_budget_names_field_count_and_remedy() {
     let (table, mut index) = setup();
     let large = |rules: usize| {
         let key = PolicyKey {
@@ -321,7 +321,7 @@ fn a_refused_policy_names_field_count_and_remedy() {
 }
 
 #[test]
-fn only_the_first_refused_policies_are_named() {
+fn only_first_policies_over_budget_are_named() {
     let (table, mut index) = setup();
     let many = (0..2_030).map(|number| {
         let key = PolicyKey {
@@ -345,7 +345,7 @@ fn only_the_first_refused_policies_are_named() {
 }
 
 #[test]
-fn a_policy_too_many_for_a_pod_is_named() {
+fn policy_over_pod_limit_is_named() {
     let (table, mut index) = setup();
     let all = |number: usize| {
         let key = PolicyKey {

@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_double_up_to_the_last_and_begin_anew_after_a_success() {
+    fn backoff_doubles_to_its_maximum_and_resets() {
         let (first, last) = (Duration::from_millis(800), Duration::from_secs(30));
         let mut backoff = Backoff::new((first, last));
         for due in [0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30.0, 30.0] {

@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_permission_names_verb_resource_and_the_line_that_grants_it() {
+    fn missing_permission_names_verb_resource_and_rbac_rule() {
         let asked = Asked::of("watch", Kind::NetworkPolicy);
         let error = ApiError::from_status(&status(403, "no"), asked);
         assert_eq!(
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_clock_and_a_wrong_authority_have_their_own_remedies() {
+    fn clock_and_ca_errors_have_different_remedies() {
         for (words, remedy) in [
             (
                 "invalid peer certificate: certificate not valid yet: ...",

@@ -188,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn away_says_since_when_and_why_until_every_kind_is_back() {
+    fn outage_time_and_cause_last_until_all_reconnect() {
         let status = WatchStatus::new();
         assert!(status.away().is_none(), "nothing has failed yet");
         let gone = ApiError::Unreachable("refused".to_owned());

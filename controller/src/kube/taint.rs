@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_taints_of_the_key_go_and_only_from_the_node_as_it_was_read() {
+    fn taint_patch_removes_own_key_and_requires_resourceversion() {
         let taint = |key: &str, effect: &str| json!({ "key": key, "effect": effect });
         let ours = "portreeve.io/agent-not-ready";
         let node = |taints: Value| {

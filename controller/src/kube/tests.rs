@@ -129,7 +129,7 @@ fn all_connected(status: &WatchStatus) -> bool {
 }
 
 #[tokio::test]
-async fn the_first_batch_is_the_full_state_of_all_four_kinds() {
+async fn first_batch_has_all_four_kinds_in_full() {
     for streams in [Some(true), Some(false)] {
         let bed = Bed::new().await;
         bed.api.world().streams = streams;
@@ -141,7 +141,7 @@ async fn the_first_batch_is_the_full_state_of_all_four_kinds() {
 }
 
 #[tokio::test]
-async fn a_server_that_ignores_streamed_lists_is_asked_for_pages() {
+async fn server_without_streaming_lists_is_paged() {
     let bed = Bed::new().await;
     bed.api.world().streams = None;
     let answer = Duration::from_millis(100);
@@ -209,7 +209,7 @@ async fn a_cluster_is_listed_once_without_a_watch() {
 }
 
 #[tokio::test]
-async fn changes_arrive_one_by_one_and_only_those_that_matter() {
+async fn only_relevant_changes_arrive_one_by_one() {
     let bed = Bed::new().await;
     let mut source = bed.source().await;
     next(&mut source).await;
@@ -229,7 +229,7 @@ async fn changes_arrive_one_by_one_and_only_those_that_matter() {
 }
 
 #[tokio::test]
-async fn a_cut_watch_is_resumed_where_it_was() {
+async fn broken_watch_resumes_without_a_list() {
     let bed = Bed::new().await;
     let mut source = bed.source().await;
     next(&mut source).await;
@@ -243,7 +243,7 @@ async fn a_cut_watch_is_resumed_where_it_was() {
 }
 
 #[tokio::test]
-async fn what_happened_during_an_outage_comes_into_force_as_one_batch() {
+async fn changes_during_an_outage_arrive_in_one_batch() {
     let bed = Bed::new().await;
     let mut source = bed
         .source_with(Patience {
@@ -273,7 +273,7 @@ async fn what_happened_during_an_outage_comes_into_force_as_one_batch() {
 }
 
 #[tokio::test]
-async fn an_expired_version_is_listed_anew_and_what_vanished_is_found_out() {
+async fn expired_resourceversion_relists_and_finds_deleted_objects() {
     let bed = Bed::new().await;
     let mut source = bed.source().await;
     next(&mut source).await;
@@ -295,7 +295,7 @@ async fn an_expired_version_is_listed_anew_and_what_vanished_is_found_out() {
 }
 
 #[tokio::test]
-async fn a_server_that_forgets_at_once_is_not_asked_without_pause() {
+async fn relists_back_off_when_every_resourceversion_expires() {
     let bed = Bed::new().await;
     bed.api.world().streams = Some(false);
     bed.api.world().floor = u64::MAX;
@@ -316,7 +316,7 @@ async fn a_server_that_forgets_at_once_is_not_asked_without_pause() {
 }
 
 #[tokio::test]
-async fn the_object_of_the_own_node_may_be_deleted_and_made_anew() {
+async fn own_node_object_may_be_deleted_and_recreated() {
     let bed = Bed::new().await;
     let mut source = bed.source().await;
     next(&mut source).await;
@@ -333,7 +333,7 @@ async fn the_object_of_the_own_node_may_be_deleted_and_made_anew() {
 }
 
 #[tokio::test]
-async fn a_start_while_the_server_is_away_takes_the_kept_state_and_then_what_is_different() {
+async fn start_during_outage_uses_snapshot_then_differences() {
     let bed = Bed::new().await;
     {
         let mut source = bed.source().await;
@@ -367,7 +367,7 @@ async fn a_start_while_the_server_is_away_takes_the_kept_state_and_then_what_is_
 }
 
 #[tokio::test]
-async fn a_start_while_the_server_is_away_and_nothing_is_kept_waits() {
+async fn start_during_outage_waits_without_a_snapshot() {
     let bed = Bed::new().await;
     bed.api.set_up(false);
     let mut source = bed.source().await;
@@ -379,7 +379,7 @@ async fn a_start_while_the_server_is_away_and_nothing_is_kept_waits() {
 }
 
 #[tokio::test]
-async fn a_policy_gets_its_event_once_from_all_nodes_together() {
+async fn policy_gets_one_event_from_all_nodes() {
     let bed = Bed::new().await;
     let (mut one, mut two) = (bed.source().await, bed.source().await);
     let problems = [Problem::warning("selects a host", "do not")
@@ -409,7 +409,7 @@ async fn a_policy_gets_its_event_once_from_all_nodes_together() {
 }
 
 #[tokio::test]
-async fn the_same_objects_give_the_same_events_as_manifests() {
+async fn api_and_manifests_give_the_same_changes() {
     let bed = Bed::new().await;
     let mut source = bed.source().await;
     let from_api = next(&mut source).await;

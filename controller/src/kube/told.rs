@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_is_named_for_the_version_of_its_policy_and_the_fault() {
+    fn event_name_depends_on_policy_version_and_fault() {
         let problem = Problem::warning("selects a, and 3 more", "...").at("spec.podSelector");
         let name = |version: &str, problem: &Problem| name(&key(), &written(version), problem);
         let first = name("1", &problem);
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_is_handed_over_once_for_each_version_of_its_policy() {
+    fn fault_is_sent_once_per_policy_version() {
         let (mut teller, _task) = Teller::new("n1", Connector::default());
         let faults = [
             Problem::error("bad", "mend")
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_note_fits_into_what_the_api_allows() {
+    fn event_note_fits_the_api_limit() {
         let problem = Problem::error("ö".repeat(2000), "mend");
         let event = event("name", &key(), &written("1"), &problem, "n1");
         let note = event["note"].as_str().expect("a note");

@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_other_systems_policy_is_foreign() {
+    fn policies_of_other_systems_are_foreign() {
         assert!(FOREIGN.iter().all(|it| is_foreign(it.group, it.kind)));
         for (group, kind, expected) in [
             ("made-up.example", "FancyNetworkPolicy", true),

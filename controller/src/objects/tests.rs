@@ -13,7 +13,7 @@ fn pod_of(value: Value) -> policy::Pod {
 }
 
 #[test]
-fn a_pod_is_taken_over_with_all_that_policy_looks_at() {
+fn pod_is_read_with_all_fields_policy_needs() {
     let pod = pod_of(json!({
         "metadata": {
             "name": "a", "namespace": "x", "uid": "u1", "labels": {"app": "web"},
@@ -77,7 +77,7 @@ fn a_pod_with_a_deletion_timestamp_is_terminating() {
 }
 
 #[test]
-fn what_a_pod_may_leave_out_or_set_to_null_has_its_default() {
+fn missing_or_null_pod_fields_have_defaults() {
     for value in [
         json!({"metadata": {"name": "a"}}),
         json!({"metadata": {"name": "a", "labels": null, "creationTimestamp": null}, "spec": null, "status": null}),
@@ -94,7 +94,7 @@ fn what_a_pod_may_leave_out_or_set_to_null_has_its_default() {
 }
 
 #[test]
-fn the_phases_succeeded_and_failed_end_a_pod() {
+fn phases_succeeded_and_failed_end_a_pod() {
     for (phase, finished) in [
         ("Pending", false),
         ("Running", false),
@@ -108,7 +108,7 @@ fn the_phases_succeeded_and_failed_end_a_pod() {
 }
 
 #[test]
-fn a_node_has_its_ip_addresses_and_pod_cidrs() {
+fn node_has_its_addresses_and_pod_cidrs() {
     for (value, addresses, cidrs) in [
         (
             json!({
@@ -151,7 +151,7 @@ fn a_node_has_its_ip_addresses_and_pod_cidrs() {
 }
 
 #[test]
-fn all_faults_of_an_object_are_told_at_once() {
+fn all_faults_of_an_object_are_reported_together() {
     let value = json!({
         "metadata": {"name": "a"},
         "spec": {"containers": [{"ports": [{"containerPort": 70000}, {"containerPort": -1}]}]},

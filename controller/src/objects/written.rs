@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_reads_as_the_same_object() {
+    fn written_object_reads_back_the_same() {
         let pod = json!({
             "metadata": {"name": "a", "namespace": "x", "uid": "1", "labels": {"app": "a"},
                 "deletionTimestamp": "2026-01-01T00:00:00Z"},

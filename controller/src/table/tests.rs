@@ -97,7 +97,7 @@ fn no_reader_sees_two_generations_in_one_verdict() {
 
 /// A pod moves to another address in every batch: exactly one of the two owns it at any time.
 #[test]
-fn a_listener_finds_the_new_entries_when_the_generation_arrives() {
+fn notified_listener_finds_the_new_entries() {
     let table = Table::new(TableSettings::default());
     let mut index = Index::new(Arc::clone(&table));
     let changed = table.changed();
@@ -110,7 +110,7 @@ fn a_listener_finds_the_new_entries_when_the_generation_arrives() {
 }
 
 #[test]
-fn a_reader_waits_while_a_generation_is_swapped_in() {
+fn reader_waits_while_a_generation_is_written() {
     let table = Table::new(TableSettings::default());
     Index::new(Arc::clone(&table)).apply(batch(vec![Event::Upsert(pod("a", A))]));
     table.sequence.fetch_add(1, Ordering::AcqRel);

@@ -153,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_written_as_the_api_writes_them() {
+    fn times_are_written_in_api_format() {
         for (seconds, expected) in [
             (0, "1970-01-01T00:00:00Z"),
             (951_782_399, "2000-02-28T23:59:59Z"),
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pods_object_has_what_a_policy_asks_for() {
+    fn pod_object_has_all_fields_policy_needs() {
         let plan = NodePlan::new(0);
         let spec = PodSpec::new("x", "a")
             .label("app", "web")

@@ -344,7 +344,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_node_and_the_last_pod_have_addresses_of_their_own() {
+    fn last_node_and_last_pod_have_unique_addresses() {
         let last = NodePlan::new(199);
         assert_eq!(last.v4.to_string(), "172.18.0.209");
         assert_eq!(last.pods_v6.to_string(), "fd00:10:244:c7::/64");
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_routes_to_the_other_nodes_pods_and_not_to_its_own() {
+    fn node_routes_only_to_pods_of_other_nodes() {
         let nodes = [NodePlan::new(0), NodePlan::new(1)];
         let script = routes(&[&nodes[1]]) + &own_pods(&nodes[0], Gateway::LinkLocal);
         assert!(
@@ -371,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn with_the_nodes_address_as_gateway_the_node_owns_it() {
+    fn node_address_gateway_belongs_to_the_node() {
         let node = NodePlan::new(1);
         let addresses = node.pod(2);
         let host = pod_on_node(

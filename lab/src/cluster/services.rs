@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn endpoints_are_chosen_at_random_and_one_needs_no_choice() {
+    fn endpoints_are_random_and_single_one_is_direct() {
         let two = ruleset(&[forward(2)]);
         let choice =
             "numgen random mod 2 vmap { 0 : goto svc-x-web-tcp-80-0, 1 : goto svc-x-web-tcp-80-1 }";

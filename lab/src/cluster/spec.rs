@@ -295,7 +295,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_service_covers_the_pods_of_its_namespace_that_have_all_its_labels() {
+    fn service_selects_namespace_pods_with_all_its_labels() {
         let service = ServiceSpec::new("x", "s")
             .selects("app", "web")
             .selects("tier", "front");

@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_is_a_status_and_a_body() {
+    fn response_has_a_status_and_a_body() {
         let answer = "HTTP/1.0 404 Not Found\r\nContent-Type: application/json\r\n\r\n{}";
         assert_eq!(parse(answer), Some((404, "{}".into())));
         for bad in ["", "HTTP/1.0 200 OK", "HTTP/1.0 x\r\n\r\n"] {

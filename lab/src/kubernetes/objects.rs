@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn an_object_is_found_by_its_kind_namespace_and_name() {
+    fn object_path_has_kind_namespace_and_name() {
         for (version, kind, expected) in [
             ("v1", "Node", "/api/v1/nodes/n"),
             ("v1", "Pod", "/api/v1/namespaces/x/pods/n"),
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn an_object_without_a_namespace_is_refused() {
+    fn object_without_a_namespace_is_rejected() {
         let mut pod = object("v1", "Pod");
         pod["metadata"]["namespace"] = Value::Null;
         let error = path(&pod).unwrap_err().to_string();
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_services_slices_have_the_addresses_of_the_pods_that_it_selects() {
+    fn endpointslices_have_addresses_of_selected_pods() {
         let mut service = object("v1", "Service");
         service["spec"] = json!({
             "selector": { "app": "web" },

@@ -156,7 +156,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pod_brings_its_namespace_and_that_its_account() {
+    fn pod_adds_its_namespace_and_service_account() {
         let pod = json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": { "namespace": "x", "name": "a", "uid": "u" },
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_that_is_described_keeps_its_labels() {
+    fn described_namespace_keeps_its_labels() {
         let namespace = json!({
             "apiVersion": "v1", "kind": "Namespace",
             "metadata": { "name": "x", "labels": { "team": "red" } },

@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_sent_is_right_however_it_is_cut() {
+    fn data_verifies_in_chunks_of_any_size() {
         let mut data = Vec::new();
         send(&mut data, 200_000).unwrap();
         let mut seen = Verifier::default();
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn damage_is_found_where_it_is() {
+    fn verifier_locates_damaged_bytes() {
         let mut sent = Vec::new();
         send(&mut sent, 300_000).unwrap();
         let flipped = |at: usize| {

@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn tcp_is_decoded_in_both_families_and_behind_options() {
+    fn tcp_is_decoded_in_both_families_behind_options() {
         let mut v4 = vec![
             0x46, 0, 0, 44, 0, 0, 0, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2,
         ];
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_short_or_foreign_is_passed_over() {
+    fn truncated_and_foreign_packets_are_skipped() {
         let whole = [vec![0x45; 20], tcp(0x02)].concat();
         for length in 0..20 {
             assert_eq!(decode(Way::In, &whole[..length]), None, "{length} bytes");

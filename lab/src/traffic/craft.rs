@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn checksums_are_those_of_the_standards() {
+    fn checksums_match_the_rfcs() {
         assert_eq!(
             checksum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]),
             [0x22, 0x0d],
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_sums_up_to_zero_whatever_is_set_afterwards() {
+    fn header_checksum_stays_valid_after_later_changes() {
         let (from, to) = ends(false);
         let packet = with_hop_limit(numbered(tcp(from, to, SYN, 7, b"data"), 0x1234), 3);
         assert_eq!(checksum(&packet[..20]), [0, 0]);

@@ -163,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_made_is_understood_and_what_is_cut_is_not() {
+    fn sctp_packets_decode_only_when_whole() {
         let init = craft::sctp_chunk(5000, 80, 0, SCTP_INIT, &[]);
         let expected = Packet {
             from: 5000,

@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn equal_values_are_one_and_unused_ones_are_let_go() {
+    fn equal_values_are_shared_and_unused_ones_freed() {
         let mut interner = Interner::<Vec<u32>>::default();
         let kept = interner.intern(vec![1, 2]);
         assert!(Arc::ptr_eq(&kept, &interner.intern(vec![1, 2])));

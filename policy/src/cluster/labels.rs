@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn a_search_finds_what_every_selector_matches() {
+    fn search_finds_all_matches_of_each_selector() {
         for things in [0, 1, 10, 63, 64, 65, 300] {
             let mut index = ByLabel::default();
             let mut slots: Vec<Slot> = (0..things).map(|n| index.insert(namespace(n))).collect();

@@ -126,7 +126,7 @@ fn an_event_that_changes_nothing_touches_nothing() {
 }
 
 #[test]
-fn a_policy_event_touches_selected_pods_and_matches_of_new_selectors() {
+fn policy_event_touches_selected_pods_and_new_peers() {
     let mut cluster = three_pods();
     for (event, spec, touched, why) in [
         (
@@ -195,7 +195,7 @@ fn a_namespace_relabel_touches_its_matching_pods_only() {
 }
 
 #[test]
-fn a_namespace_exists_by_its_pods_with_its_name_as_label() {
+fn namespace_of_pods_exists_with_its_name_label() {
     let mut cluster = three_pods();
     let spec = "ingress: [{from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: 'y'}}}]}]";
     let _ = cluster.upsert_policy(policy("x/p", spec));
@@ -284,7 +284,7 @@ fn the_order_of_events_does_not_matter() {
 }
 
 #[test]
-fn pods_under_the_same_policies_share_what_was_compiled() {
+fn pods_under_same_policies_share_compiled_rules() {
     let mut cluster = three_pods();
     for key in ["x/p", "x/q"] {
         let _ = cluster.upsert_policy(policy(key, "ingress: [{from: [{podSelector: {}}]}]"));
@@ -302,7 +302,7 @@ fn pods_under_the_same_policies_share_what_was_compiled() {
 }
 
 #[test]
-fn a_selectors_id_is_never_another_selectors() {
+fn selector_ids_are_never_reused() {
     let mut cluster = three_pods();
     let from = |label: &str| {
         format!(

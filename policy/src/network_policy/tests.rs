@@ -86,7 +86,7 @@ fn missing_null_and_empty_lists_mean_the_same() {
 }
 
 #[test]
-fn a_port_entry_without_a_port_is_every_port_of_its_protocol() {
+fn missing_port_means_all_ports_of_the_protocol() {
     for (port, protocol, numbers) in [
         ("{}", Protocol::Tcp, PortNumbers::All),
         ("{protocol: UDP}", Protocol::Udp, PortNumbers::All),
@@ -122,7 +122,7 @@ fn a_port_entry_without_a_port_is_every_port_of_its_protocol() {
 }
 
 #[test]
-fn ports_are_refused_as_the_api_server_does() {
+fn port_validation_matches_the_api_server() {
     for (port, faulty, why) in [
         ("{port: 0}", &["port"][..], "from 1"),
         ("{port: -1}", &["port"], "from 1"),
@@ -169,7 +169,7 @@ fn ports_are_refused_as_the_api_server_does() {
 }
 
 #[test]
-fn peers_are_refused_as_the_api_server_does() {
+fn peer_validation_matches_the_api_server() {
     for (peer, faulty, why) in [
         ("{}", &[""][..], "nobody"),
         (
@@ -271,7 +271,7 @@ fn peers_are_refused_as_the_api_server_does() {
 }
 
 #[test]
-fn selectors_are_refused_as_the_api_server_does() {
+fn selector_validation_matches_the_api_server() {
     let long = "a".repeat(64);
     for (selector, faulty, why) in [
         ("{matchLabels: {'': x}}", "matchLabels", "no key"),
@@ -342,7 +342,7 @@ fn selectors_are_refused_as_the_api_server_does() {
 }
 
 #[test]
-fn policy_types_are_refused_as_the_api_server_does() {
+fn policy_type_validation_matches_the_api_server() {
     for (types, faulty) in [
         ("[ingress]", &["spec.policyTypes[0]"][..]),
         ("[Ingress, '']", &["spec.policyTypes[1]"]),
@@ -361,7 +361,7 @@ fn policy_types_are_refused_as_the_api_server_does() {
 }
 
 #[test]
-fn names_are_refused_as_the_api_server_does() {
+fn name_validation_matches_the_api_server() {
     let key = PolicyKey {
         namespace: "X".into(),
         name: "".into(),
@@ -372,13 +372,13 @@ fn names_are_refused_as_the_api_server_does() {
 }
 
 #[test]
-fn rules_that_are_not_in_force_are_checked_all_the_same() {
+fn rules_of_unlisted_policy_types_are_validated() {
     let spec = "{policyTypes: [Egress], ingress: [{ports: [{port: 0}]}]}";
     assert_eq!(faulty_fields(spec), ["spec.ingress[0].ports[0].port"]);
 }
 
 #[test]
-fn a_fault_tells_field_problem_and_remedy() {
+fn fault_names_field_problem_and_remedy() {
     let faults =
         policy("ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [11.0.0.0/16]}}]}]");
     assert_eq!(

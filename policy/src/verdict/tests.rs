@@ -230,7 +230,7 @@ fn a_rule_with_ports_allows_just_those() {
 }
 
 #[test]
-fn a_named_port_of_a_destination_that_is_no_pod_matches_nothing() {
+fn named_port_matches_only_pod_destinations() {
     let cluster = cluster_under(&["{policyTypes: [Egress], egress: [{ports: [{port: web}]}]}"]);
     for (to, expected) in [(SERVER, true), ("198.51.100.1", false)] {
         let verdict = ask(
@@ -245,7 +245,7 @@ fn a_named_port_of_a_destination_that_is_no_pod_matches_nothing() {
 }
 
 #[test]
-fn an_ip_block_matches_by_address_whoever_owns_it() {
+fn ip_block_matches_any_owner_of_the_address() {
     let cluster = cluster_under(&[
         "{policyTypes: [Egress], egress: [{to: [{ipBlock: {cidr: 0.0.0.0/0, except: [10.0.0.3/32]}}]}]}",
     ]);
@@ -267,7 +267,7 @@ fn an_ip_block_matches_by_address_whoever_owns_it() {
 }
 
 #[test]
-fn a_pod_reaches_itself_and_its_node_whatever_policies_say() {
+fn pod_reaches_itself_and_its_node_despite_policy() {
     let deny = "policyTypes: [Ingress, Egress]";
     let cluster = cluster_under(&[deny]);
     let (node, this) = (Some(Exempt::Node), Some(Exempt::SelfTraffic));
@@ -311,7 +311,7 @@ fn a_pod_reaches_itself_and_its_node_whatever_policies_say() {
 }
 
 #[test]
-fn a_side_names_who_allows_or_else_who_isolates() {
+fn each_side_names_its_allowing_or_isolating_policies() {
     let from =
         |label: &str| format!("{{from: [{{podSelector: {{matchLabels: {{pod: {label}}}}}}}]}}");
     let server = "podSelector: {matchLabels: {pod: server}}";

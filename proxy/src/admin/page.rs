@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn base64_is_that_of_the_rfc() {
+    fn base64_matches_rfc_4648() {
         for (text, expected) in [
             ("", ""),
             ("f", "Zg=="),
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_has_one_script_and_one_style_and_loads_nothing() {
+    fn page_is_self_contained_and_loads_nothing() {
         for element in ["script", "style"] {
             assert!(inside(element).len() > 1000, "{element}");
             assert_eq!(HTML.matches(&format!("</{element}>")).count(), 1);

@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_question_is_read_from_a_query_string_or_refused_with_what_is_missing() {
+    fn query_is_parsed_or_names_the_fault() {
         let read =
             question("from=x/a&to=10.0.0.1&port=80").map(|q| (q.from, q.to, q.port, q.protocol));
         assert_eq!(
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_filter_that_is_none_is_refused_rather_than_ignored() {
+    fn invalid_filter_is_rejected_and_not_ignored() {
         let filter = |text: &str| {
             let query = Query::parse(text, &["pod", "namespace", "verdict"])?;
             query.filter()
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn percent_codes_that_are_none_stay_as_they_are() {
+    fn invalid_percent_codes_stay_unchanged() {
         for (text, expected) in [
             ("a%20b", "a b"),
             ("100%", "100%"),

@@ -106,7 +106,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn records_are_gathered_by_their_reason() {
+    fn records_are_grouped_by_reason() {
         let mut decisions = Decisions::default();
         for (node, from) in [("n1", "a"), ("n2", "b"), ("n1", "c")] {
             decisions.add(&json!({

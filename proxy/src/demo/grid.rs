@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn short_names_stand_above_the_columns_and_matrices_beside_each_other() {
+    fn short_names_head_columns_of_adjacent_matrices() {
         let expected = [
             "       asked      seen",
             "       x    y     x    y",
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn no_line_is_wider_than_the_screen_whatever_the_number_of_pods() {
+    fn grid_fits_the_screen_for_any_pod_count() {
         for count in [1, 10, 25, 60] {
             let names: Vec<_> = (0..count)
                 .map(|at| format!("a-rather-long-name-{at}"))

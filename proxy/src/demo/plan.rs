@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_list_says_how_much_it_leaves_out() {
+    fn shortened_list_says_how_many_it_omits() {
         let names: Vec<_> = ["a", "b", "c"].map(String::from).into();
         assert_eq!(shortened(&names, ", ", 3), "a, b, c");
         assert_eq!(shortened(&names, ", ", 1), "a and 2 more");

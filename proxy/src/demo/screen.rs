@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_is_cut_at_spaces() {
+    fn text_wraps_at_spaces() {
         for (text, width, expected) in [
             ("one two three", 7, vec!["one two", "three"]),
             ("one", 2, vec!["one"]),

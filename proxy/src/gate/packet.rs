@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_syn_is_known_in_both_families_with_its_ends_and_number() {
+    fn syn_is_parsed_in_both_families() {
         for (bytes, client, server) in [
             (ipv4(6, 0, &tcp(SYN)), "10.0.0.1:40000", "10.0.0.2:80"),
             (
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn the_timestamp_of_a_syn_is_found_among_its_options() {
+    fn syn_timestamp_option_is_parsed() {
         let mut segment = tcp(SYN);
         // MSS, SACK permitted, timestamps, padding: as Linux has them.
         segment.extend([
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_plain_syn_is_a_flow_of_its_protocol_or_odd() {
+    fn other_packets_are_flows_resets_or_invalid() {
         let v4 = |ports: (u16, u16), protocol| {
             flow(
                 &format!("10.0.0.1:{}", ports.0),
@@ -440,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn two_pings_between_the_same_ends_are_two_flows() {
+    fn pings_with_different_identifiers_are_separate_flows() {
         let echo = |kind: u8, identifier: u8| [kind, 0, 0, 0, 0, identifier, 0, 1];
         for identifier in [7, 8] {
             for (bytes, why) in [
@@ -456,7 +456,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_local_source_is_always_odd() {
+    fn link_local_source_is_never_a_flow() {
         for payload in [
             (6, tcp(SYN)),
             (6, tcp(ACK)),
@@ -470,13 +470,13 @@ mod tests {
     }
 
     #[test]
-    fn a_syn_behind_an_extension_header_is_a_syn() {
+    fn syn_behind_an_extension_header_is_parsed() {
         let payload = [&[6, 0, 1, 4, 0, 0, 0, 0][..], &tcp(SYN)].concat();
         assert!(matches!(Packet::parse(&ipv6(0, &payload)), Packet::Syn(_)));
     }
 
     #[test]
-    fn no_cut_and_no_flipped_byte_makes_it_panic() {
+    fn damaged_packets_never_panic_the_parser() {
         for packet in [
             ipv4(6, 0, &tcp(SYN)),
             ipv6(6, &tcp(SYN)),

@@ -74,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_message_quotes_the_syn_and_sums_up_to_zero() {
+    fn icmp_error_quotes_syn_with_valid_checksums() {
         let message = message(
             "10.0.0.1:40000".parse().unwrap(),
             "10.0.0.2:80".parse().unwrap(),

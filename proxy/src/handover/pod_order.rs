@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_came_first_is_before_whoever_came_later_however_often_it_comes_again() {
+    fn pod_order_is_by_first_start() {
         let folder = tempfile::tempdir().unwrap();
         let place = folder.path().join("handover.sock");
         assert!(!is_before(&place, "a", "b"), "nobody has come");
@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_are_forgotten_so_that_the_file_stays_small() {
+    fn order_file_drops_the_oldest_pods() {
         let folder = tempfile::tempdir().unwrap();
         let place = folder.path().join("handover.sock");
         for turn in 0..1000 {
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_that_cannot_be_written_to_is_an_error_and_decides_nothing() {
+    fn unwritable_order_file_is_an_error() {
         let place = Path::new("/proc/no-such-folder/handover.sock");
         assert!(enter(place, "a").is_err());
         assert!(!is_before(place, "a", "b"));

@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_source_over_its_bound_is_refused() {
+    fn only_source_over_its_bound_is_limited() {
         let connections = Connections::new(2, 8);
         let _held = all_of(&connections, 1);
         assert_eq!(
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn greedy_sources_leave_as_much_as_each_has() {
+    fn greedy_sources_leave_an_equal_share() {
         for greedy in 1..10 {
             let connections = Connections::new(usize::MAX, 1000);
             // In turns, as connections arrive; otherwise the first source would get half.
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn pods_of_one_namespace_use_up_no_share_of_another() {
+    fn namespaces_do_not_use_each_others_share() {
         let connections = Connections::new(usize::MAX, 1000);
         let held: Vec<_> = (0..1000)
             .filter_map(|n| connections.permit(pod("evil", n), pod("bank", n % 3)).ok())
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn one_namespace_leaves_a_quarter_however_many_pods_it_has() {
+    fn one_namespace_always_leaves_a_quarter() {
         type Ends = fn(u16) -> (Party, Party);
         let others = |n: u16| outside(2, n.to_le_bytes()[0]);
         let ways: [(Ends, &str); 3] = [
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn connections_taken_over_stand_whatever_the_bounds() {
+    fn handed_over_connections_may_exceed_the_bounds() {
         let connections = Connections::new(1, 2);
         let held: Vec<_> = (0..5)
             .map(|_| connections.take_over(source(1), server(1)))
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bound_in_all_stands_whoever_asks() {
+    fn total_bound_applies_to_every_source() {
         let connections = Connections::new(usize::MAX, 2);
         let _held: Vec<_> = (1..=2)
             .map(|n| connections.permit(source(n), server(n)).ok())
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dropped_permit_is_given_back_and_leaves_no_trace() {
+    fn released_permit_leaves_no_trace() {
         let connections = Connections::new(1, 1);
         drop(connections.permit(source(1), server(1)));
         assert!(connections.sources.is_empty());
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_source_leaves_no_trace() {
+    fn limited_source_leaves_no_trace() {
         let connections = Connections::new(usize::MAX, 1);
         let _held = connections.permit(source(1), server(1));
         assert!(connections.permit(source(2), server(2)).is_err());

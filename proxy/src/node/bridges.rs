@@ -281,7 +281,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_pods_have_is_asked_for_a_while_after_a_change_and_seldom_when_nothing_changes() {
+    fn pod_addresses_are_polled_often_after_a_change() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut asked = Asked::default();

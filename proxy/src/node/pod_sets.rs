@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn flows_of_newly_policed_addresses_are_judged() {
+    fn flows_of_newly_isolated_addresses_are_judged() {
         const CIDR: &str = "10.0.0.0/24";
         let before = sets(&[CIDR], &["10.0.0.2", "10.0.0.3"], &["10.0.0.2"]);
         for (now, expected, why) in [

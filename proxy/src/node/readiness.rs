@@ -190,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_parts_must_be_ready_and_the_reason_is_named() {
+    fn unready_part_names_its_reason() {
         let cluster = Readiness::new(None);
         let bridges = cluster.of_bridges();
         cluster.ready();

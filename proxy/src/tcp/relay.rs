@@ -425,7 +425,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn no_read_crosses_the_line_between_few_bytes_and_many() {
+    async fn no_read_crosses_the_few_bytes_limit() {
         assert_eq!(grown(FEW - 1).await, []);
         for bytes in [FEW, FEW + 1, 8 * FEW] {
             let few = FEW as u64;

@@ -414,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn a_moving_servers_streams_end_before_a_stalled_ones() {
+    fn server_with_most_unread_bytes_loses_streams_first() {
         let of = |last: u8, bytes, stalled| Use {
             source: 1,
             server: [10, 0, 0, last].into(),

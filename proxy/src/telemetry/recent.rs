@@ -193,7 +193,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_slow_reader_is_told_how_many_it_lost_and_nobody_waits_for_it() {
+    fn slow_reader_learns_its_losses_and_delays_nobody() {
         let observed = Observed::new();
         let mut reader = observed.stream();
         let (subject, decision) = denied(80);
@@ -208,7 +208,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn decisions_are_counted_by_pair_and_verdict_with_or_without_a_reader() {
+    fn decisions_are_counted_by_pair_and_verdict() {
         let observed = Observed::new();
         let (subject, decision) = denied(80);
         for word in [Word::Deny, Word::Deny, Word::Allow, Word::Sever] {

@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_denied_attempt_is_one_however_its_first_packet_comes_again() {
+    fn repeated_first_packets_are_one_denied_attempt() {
         let (mut denied, now) = (Denied::default(), Instant::now());
         let decision = testing::decision("node-1", true);
         for (subject, first, why) in [
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn who_goes_on_for_minutes_is_told_of_again() {
+    fn long_running_denial_is_reported_again() {
         let (mut denied, now) = (Denied::default(), Instant::now());
         let decision = testing::decision("node-1", true);
         let mut is_first = |after| denied.is_first(&datagram(1), &decision, now + after);
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_denial_that_several_workers_see_at_once_is_told_once() {
+    fn denial_seen_by_several_workers_is_recorded_once() {
         let recorder = Recorder::off();
         let decision = testing::decision("node-1", true);
         let mut told = recorder.observed().stream();

@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_moment_is_noted_once_and_what_has_not_happened_has_no_time() {
+    fn first_time_of_each_moment_is_kept() {
         let trail = Trail::new(Instant::now(), None);
         assert!(trail.seen().moments.iter().all(Option::is_none));
         trail.note(Moment::Sent);
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_trail_goes_on_from_what_an_earlier_daemon_has_seen() {
+    fn trail_keeps_moments_of_the_old_daemon() {
         let started = Instant::now();
         let first = Trail::new(started, Some(7));
         first.goes_on(16_000, Some(8));

@@ -7,13 +7,13 @@ use crate::control;
 use crate::support::{DEADLINE, deny_ingress, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    the_labs_pods_and_nodes_are_in_the_api_and_kubectl_edits_them,
-    what_is_no_longer_published_is_gone,
-    an_account_may_what_rbac_lets_it_and_nothing_else,
-    a_server_that_was_stopped_comes_back_with_its_state,
+    lab_objects_are_in_api_and_kubectl_editable,
+    unpublished_objects_are_deleted_from_the_api,
+    service_account_has_only_its_rbac_permissions,
+    restarted_api_server_keeps_its_state,
 ];
 
-fn the_labs_pods_and_nodes_are_in_the_api_and_kubectl_edits_them() {
+fn lab_objects_are_in_api_and_kubectl_editable() {
     let lab = small().build().unwrap();
     let control = control::joined(&lab);
     control.publish(&items(&lab.manifests())).unwrap();
@@ -69,7 +69,7 @@ fn the_labs_pods_and_nodes_are_in_the_api_and_kubectl_edits_them() {
     assert!(server.is_connected(), "{server}");
 }
 
-fn what_is_no_longer_published_is_gone() {
+fn unpublished_objects_are_deleted_from_the_api() {
     let mut lab = small().build().unwrap();
     let control = control::joined(&lab);
     control.publish(&items(&lab.manifests())).unwrap();
@@ -103,7 +103,7 @@ fn what_is_no_longer_published_is_gone() {
     assert!(!names.contains(&&json!("x")), "{names:?}");
 }
 
-fn an_account_may_what_rbac_lets_it_and_nothing_else() {
+fn service_account_has_only_its_rbac_permissions() {
     let lab = small().build().unwrap();
     let control = control::joined(&lab);
     let role = |kind: &str, extra: Value| {
@@ -133,7 +133,7 @@ fn an_account_may_what_rbac_lets_it_and_nothing_else() {
     assert!(error.contains("system:serviceaccount:x:default"), "{error}");
 }
 
-fn a_server_that_was_stopped_comes_back_with_its_state() {
+fn restarted_api_server_keeps_its_state() {
     let lab = small().build().unwrap();
     let control = control::joined(&lab);
     control.publish(&items(&lab.manifests())).unwrap();

@@ -14,15 +14,15 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    while_the_api_server_is_away_the_last_state_stays_in_force,
-    a_restart_without_the_api_server_goes_on_with_the_kept_state,
-    a_first_start_without_the_api_server_releases_nothing,
-    what_was_deleted_while_the_server_forgot_us_is_found_out,
-    a_missing_permission_is_named_until_it_is_granted,
-    credentials_and_authorities_that_are_replaced_on_disk_are_in_use_at_the_next_try,
-    the_watches_metrics_are_those_of_the_page,
-    a_node_that_does_not_exist_is_named_until_it_does,
-    a_policy_on_a_host_network_pod_gets_one_event_from_two_nodes,
+    last_state_stays_in_force_during_api_outage,
+    restart_without_api_server_uses_the_snapshot,
+    first_start_without_api_server_permits_nothing,
+    deletions_during_api_server_restart_are_found,
+    missing_permission_is_named_until_granted,
+    replaced_credentials_and_ca_are_used_on_retry,
+    watch_metrics_match_their_documentation,
+    missing_node_object_is_named_until_created,
+    policy_on_host_network_pod_gets_one_event,
 ];
 
 #[track_caller]
@@ -36,7 +36,7 @@ pub(crate) fn is_kept_from(from: &Host, to: &Host) {
     assert!(!outcome.is_connected(), "{outcome}");
 }
 
-fn while_the_api_server_is_away_the_last_state_stays_in_force() {
+fn last_state_stays_in_force_during_api_outage() {
     let mut daemons = Daemons::enforced(&[deny_ingress("b"), allow_ingress("c")]);
     let pod = |daemons: &Daemons, name: &str| daemons.bed.lab.pod(name);
     let (a, b, c, d) = (
@@ -76,7 +76,7 @@ fn while_the_api_server_is_away_the_last_state_stays_in_force() {
     assert_eq!(metric(&node, "portreeve_watch_connected"), 4);
 }
 
-fn a_restart_without_the_api_server_goes_on_with_the_kept_state() {
+fn restart_without_api_server_uses_the_snapshot() {
     let mut daemons = Daemons::enforced(&[deny_ingress("b"), allow_ingress("d")]);
     let file = daemons.state(0);
     let kept = || fs::read_to_string(&file).is_ok_and(|text| text.contains("deny-ingress-b"));
@@ -102,7 +102,7 @@ fn a_restart_without_the_api_server_goes_on_with_the_kept_state() {
     assert_eq!(metric(&lab.node(0), "portreeve_state_from_snapshot"), 0);
 }
 
-fn a_first_start_without_the_api_server_releases_nothing() {
+fn first_start_without_api_server_permits_nothing() {
     let daemons = Daemons::prepared(&[]);
     daemons.bed.install(0, &[]);
     let state = daemons.state(0);
@@ -126,7 +126,7 @@ fn a_first_start_without_the_api_server_releases_nothing() {
     reaches(&a, &b);
 }
 
-fn what_was_deleted_while_the_server_forgot_us_is_found_out() {
+fn deletions_during_api_server_restart_are_found() {
     let mut daemons = Daemons::enforced(&[deny_ingress("b"), allow_ingress("d")]);
     let node = daemons.bed.lab.node(0);
     let d = daemons.bed.lab.pod("x/d").ipv4();
@@ -156,7 +156,7 @@ fn what_was_deleted_while_the_server_forgot_us_is_found_out() {
     );
 }
 
-fn a_missing_permission_is_named_until_it_is_granted() {
+fn missing_permission_is_named_until_granted() {
     let mut daemons = Daemons::prepared(&[deny_ingress("b")]);
     daemons.bed.install(0, &[]);
     // `watch` is all that is needed where the server streams lists.
@@ -193,7 +193,7 @@ fn a_missing_permission_is_named_until_it_is_granted() {
     is_kept_from(&lab.pod("x/a"), &lab.pod("x/b"));
 }
 
-fn credentials_and_authorities_that_are_replaced_on_disk_are_in_use_at_the_next_try() {
+fn replaced_credentials_and_ca_are_used_on_retry() {
     let daemons = Daemons::prepared(&[]);
     daemons.bed.install(0, &[]);
     let good = fs::read_to_string(&daemons.kubeconfig).unwrap();
@@ -210,7 +210,7 @@ fn credentials_and_authorities_that_are_replaced_on_disk_are_in_use_at_the_next_
     daemons.says(0, 200, &["ready"]);
 }
 
-fn the_watches_metrics_are_those_of_the_page() {
+fn watch_metrics_match_their_documentation() {
     let daemons = Daemons::enforced(&[]);
     let text = ask(&daemons.bed.lab.node(0), "/metrics").unwrap().body;
     let exposed: BTreeSet<&str> = text
@@ -235,7 +235,7 @@ fn the_watches_metrics_are_those_of_the_page() {
     assert!(said.status.success() && said.stderr.is_empty(), "{said:?}");
 }
 
-fn a_node_that_does_not_exist_is_named_until_it_does() {
+fn missing_node_object_is_named_until_created() {
     let daemons = Daemons::prepared(&[]);
     daemons.bed.install(0, &[]);
     let path = "/api/v1/nodes/node-0";
@@ -251,7 +251,7 @@ fn a_node_that_does_not_exist_is_named_until_it_does() {
     daemons.says(0, 200, &["ready"]);
 }
 
-fn a_policy_on_a_host_network_pod_gets_one_event_from_two_nodes() {
+fn policy_on_host_network_pod_gets_one_event() {
     let on_host = json!({
         "apiVersion": "v1",
         "kind": "Pod",

@@ -12,9 +12,9 @@ use crate::control;
 use crate::support::{Bed, DEADLINE, PORTREEVE, allow_all, ask, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    every_manifest_is_taken_by_the_api_server,
-    the_daemon_needs_every_permission_that_its_account_has_and_no_other,
-    the_account_may_take_the_taint_off_its_own_node_and_change_no_node_otherwise,
+    every_manifest_is_accepted_by_the_api_server,
+    daemon_needs_exactly_the_permissions_it_has,
+    account_may_only_remove_taint_of_own_node,
 ];
 
 const NAMESPACE: &str = "portreeve-system";
@@ -22,7 +22,7 @@ const ACCOUNT: &str = "portreeve";
 const TAINT: &str = "portreeve.io/agent-not-ready";
 const NODES: &str = "/api/v1/nodes";
 
-fn every_manifest_is_taken_by_the_api_server() {
+fn every_manifest_is_accepted_by_the_api_server() {
     let lab = small().build().unwrap();
     let control = control::joined(&lab);
     // What is to be only tried needs the namespace, and a pod its account.
@@ -48,7 +48,7 @@ fn every_manifest_is_taken_by_the_api_server() {
     }
 }
 
-fn the_daemon_needs_every_permission_that_its_account_has_and_no_other() {
+fn daemon_needs_exactly_the_permissions_it_has() {
     let bed = Bed::bare(small().pod(PodSpec::new("x", "host").node(0).host_network()));
     bed.install(0, &[]);
     let control = control::joined(&bed.lab);
@@ -98,7 +98,7 @@ fn the_daemon_needs_every_permission_that_its_account_has_and_no_other() {
     control.start_server().unwrap();
 }
 
-fn the_account_may_take_the_taint_off_its_own_node_and_change_no_node_otherwise() {
+fn account_may_only_remove_taint_of_own_node() {
     let bed = Bed::bare(small());
     let control = control::joined(&bed.lab);
     let objects = installed(&bed, &control);

@@ -14,13 +14,12 @@ use crate::away::is_kept_from;
 use crate::daemons::{Daemons, PATIENCE};
 use crate::support::{PORTREEVE, deny_ingress, in_force};
 
-pub(crate) const TESTS: &[Test] =
-    &lab::tests![a_pods_own_configuration_is_found_and_its_token_read_again];
+pub(crate) const TESTS: &[Test] = &lab::tests![in_cluster_configuration_is_found_and_token_reread];
 
 /// Where every pod has its account's files.
 const ACCOUNT: &str = "/run/secrets/kubernetes.io/serviceaccount";
 
-fn a_pods_own_configuration_is_found_and_its_token_read_again() {
+fn in_cluster_configuration_is_found_and_token_reread() {
     let daemons = Daemons::prepared(&[deny_ingress("b")]);
     daemons.bed.install(0, &[]);
     let control = &daemons.control;

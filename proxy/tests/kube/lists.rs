@@ -7,8 +7,7 @@ use crate::away::{is_kept_from, reaches};
 use crate::daemons::{Daemons, PATIENCE};
 use crate::support::{ask, deny_ingress, in_force, metric};
 
-pub(crate) const TESTS: &[Test] =
-    &lab::tests![a_state_of_many_pages_is_listed_anew_when_etcd_has_forgotten_the_changes];
+pub(crate) const TESTS: &[Test] = &lab::tests![paged_state_is_relisted_after_etcd_compaction];
 
 /// A page has 500 objects.
 const MANY: usize = 1100;
@@ -16,7 +15,7 @@ const POLICIES: &str = "/apis/networking.k8s.io/v1/namespaces/many/networkpolici
 /// No streamed lists, and watches that are etcd's own: what it has compacted is gone for them too.
 const PLAIN: &[&str] = &["--feature-gates=WatchList=false", "--watch-cache=false"];
 
-fn a_state_of_many_pages_is_listed_anew_when_etcd_has_forgotten_the_changes() {
+fn paged_state_is_relisted_after_etcd_compaction() {
     let namespace =
         json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "many" } });
     let mut daemons = Daemons::prepared(&[namespace.clone(), deny_ingress("b")]);

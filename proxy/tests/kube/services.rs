@@ -19,17 +19,17 @@ use crate::dials::{By, Dial, Reached, dial_all};
 use crate::support::{Bed, DEADLINE, greeted, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    services_of_kube_proxy_with_iptables_are_judged_by_the_documented_source,
-    services_of_kube_proxy_with_nftables_are_judged_by_the_documented_source,
+    iptables_services_are_judged_by_documented_source,
+    nftables_services_are_judged_by_documented_source,
     session_affinity_holds_with_and_without_policy,
-    a_service_without_endpoints_refuses_with_and_without_policy,
+    service_without_endpoints_refuses_with_any_policy,
 ];
 
-fn services_of_kube_proxy_with_iptables_are_judged_by_the_documented_source() {
+fn iptables_services_are_judged_by_documented_source() {
     every_cell(ProxyMode::Iptables);
 }
 
-fn services_of_kube_proxy_with_nftables_are_judged_by_the_documented_source() {
+fn nftables_services_are_judged_by_documented_source() {
     every_cell(ProxyMode::Nftables);
 }
 
@@ -530,7 +530,7 @@ fn session_affinity_holds_with_and_without_policy() {
     }
 }
 
-fn a_service_without_endpoints_refuses_with_and_without_policy() {
+fn service_without_endpoints_refuses_with_any_policy() {
     for mode in [ProxyMode::Iptables, ProxyMode::Nftables] {
         let small = Small::new(mode, &[("empty", EMPTY, "None")]);
         for client in small.clients() {

@@ -8,8 +8,7 @@ use crate::daemons::Daemons;
 use crate::ending::{self, Live};
 use crate::support::{DEADLINE, ask, policy};
 
-pub(crate) const TESTS: &[Test] =
-    &lab::tests![a_deleted_pod_keeps_its_rights_and_connections_until_its_kubelet_has_ended_it];
+pub(crate) const TESTS: &[Test] = &lab::tests![deleted_pod_keeps_access_until_kubelet_ends_it];
 
 /// Allows a one more port, but only by a label that it is given after its deletion.
 fn told() -> Value {
@@ -21,7 +20,7 @@ fn told() -> Value {
     policy("told", &spec)
 }
 
-fn a_deleted_pod_keeps_its_rights_and_connections_until_its_kubelet_has_ended_it() {
+fn deleted_pod_keeps_access_until_kubelet_ends_it() {
     let policies = [&ending::policies()[..], &[told()]].concat();
     let daemons = Daemons::enforced_on(ending::bed(), &policies);
     daemons.apply(&policies);

@@ -15,10 +15,9 @@ use crate::control;
 use crate::stage::{self, Source, Stage};
 use crate::support::{Bed, DEADLINE, ask, metric};
 
-pub(crate) const TESTS: &[Test] =
-    &lab::tests![the_upstream_cases_hold_when_they_come_by_the_api_server_and_kubectl];
+pub(crate) const TESTS: &[Test] = &lab::tests![upstream_cases_pass_through_api_server_and_kubectl];
 
-fn the_upstream_cases_hold_when_they_come_by_the_api_server_and_kubectl() {
+fn upstream_cases_pass_through_api_server_and_kubectl() {
     let cases = stage::cases("upstream", 48);
     let mut stage = Stage::new(&cases, |bed| ApiServer::new(bed));
     stage.play_all(&cases);

@@ -13,15 +13,15 @@ use crate::sever::reset_after;
 use crate::support::{Bed, DEADLINE, SOON, ask, connected, echoes, greeted, policy, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    pods_outside_their_nodes_cidrs_are_policed,
+    policies_hold_for_pods_outside_node_cidrs,
     an_unknown_pod_outside_of_cidrs_is_held,
-    a_node_without_cidrs_polices_its_pods,
+    policies_hold_without_node_pod_cidrs,
     a_pod_behind_no_link_is_reported,
     new_pods_at_a_link_inherit_no_rights,
     new_pods_at_a_port_inherit_no_rights,
-    a_starting_daemon_passes_on_no_old_rights,
+    restarted_daemon_gives_new_pods_no_old_rights,
     a_pod_whose_route_returns_keeps_its_rights,
-    an_address_whose_link_is_gone_is_nobodys,
+    address_of_a_removed_link_has_no_owner,
 ];
 
 /// Addresses with this host number that lie in no pod CIDR.
@@ -95,7 +95,7 @@ fn all(dials: &[Dial], kind: Kind) {
     }
 }
 
-fn pods_outside_their_nodes_cidrs_are_policed() {
+fn policies_hold_for_pods_outside_node_cidrs() {
     let mut bed = Bed::bare(small());
     let (a, b) = (outside(5), outside(6));
     place(&bed, "x/a", a);
@@ -178,7 +178,7 @@ fn in_set(node: &lab::Host, name: &str, address: IpAddr) -> bool {
     nft.output().unwrap().status.success()
 }
 
-fn a_node_without_cidrs_polices_its_pods() {
+fn policies_hold_without_node_pod_cidrs() {
     let mut bed = Bed::bare(small());
     let mut state = bed.lab.manifests();
     for object in state["items"].as_array_mut().unwrap() {
@@ -236,7 +236,7 @@ fn new_pods_at_a_port_inherit_no_rights() {
     succession(BRIDGE, Last::Terminating);
 }
 
-fn a_starting_daemon_passes_on_no_old_rights() {
+fn restarted_daemon_gives_new_pods_no_old_rights() {
     for gateway in [Gateway::LinkLocal, BRIDGE] {
         succession(gateway, Last::Unseen);
     }
@@ -339,7 +339,7 @@ fn a_pod_whose_route_returns_keeps_its_rights() {
     echoes(&live, "still there");
 }
 
-fn an_address_whose_link_is_gone_is_nobodys() {
+fn address_of_a_removed_link_has_no_owner() {
     for gateway in [Gateway::LinkLocal, BRIDGE] {
         let pod = |name: &str| PodSpec::new("x", name).label("pod", name);
         let pods = [pod("a"), pod("b"), pod("last")];

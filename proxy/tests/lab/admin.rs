@@ -15,12 +15,12 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_record_is_written_for_each_connection_with_the_promised_keys,
-    records_go_to_standard_output_if_a_dash_is_their_file,
-    the_admin_port_tells_of_health_metrics_and_policies,
-    metrics_keep_prometheus_conventions_and_are_those_of_the_page,
-    bytes_of_a_live_connection_are_counted_while_it_lives,
-    connections_lists_what_stands_and_forgets_what_ended,
+    each_connection_record_has_the_documented_keys,
+    trace_file_dash_writes_records_to_stdout,
+    admin_port_serves_health_metrics_and_policies,
+    metrics_pass_promtool_and_match_the_documentation,
+    bytes_are_counted_while_a_connection_is_live,
+    connections_endpoint_lists_only_live_connections,
     explain_answers_as_check_does,
 ];
 
@@ -60,7 +60,7 @@ fn uid(bed: &Bed, name: &str) -> Value {
     pod.unwrap()["metadata"]["uid"].clone()
 }
 
-fn a_record_is_written_for_each_connection_with_the_promised_keys() {
+fn each_connection_record_has_the_documented_keys() {
     let bed = {
         let mut bed = Bed::bare(crate::support::small());
         bed.write_policies(&policies());
@@ -161,7 +161,7 @@ fn records(file: &Path, count: usize) -> Vec<Value> {
     .unwrap()
 }
 
-fn records_go_to_standard_output_if_a_dash_is_their_file() {
+fn trace_file_dash_writes_records_to_stdout() {
     let mut bed = Bed::bare(crate::support::small());
     bed.write_policies(&policies());
     bed.install(0, &[]);
@@ -180,7 +180,7 @@ fn records_go_to_standard_output_if_a_dash_is_their_file() {
     .unwrap();
 }
 
-fn the_admin_port_tells_of_health_metrics_and_policies() {
+fn admin_port_serves_health_metrics_and_policies() {
     let bed = Bed::enforced(&[], &policies());
     let (a, b, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/c"));
     let node = bed.lab.node(0);
@@ -244,7 +244,7 @@ fn the_admin_port_tells_of_health_metrics_and_policies() {
     }
 }
 
-fn metrics_keep_prometheus_conventions_and_are_those_of_the_page() {
+fn metrics_pass_promtool_and_match_the_documentation() {
     let bed = Bed::enforced(&[], &policies());
     let node = bed.lab.node(0);
     let text = ask(&node, "/metrics").unwrap().body;
@@ -289,7 +289,7 @@ fn said_of(promtool: &Path, metrics: &str) -> Output {
     child.wait_with_output().unwrap()
 }
 
-fn bytes_of_a_live_connection_are_counted_while_it_lives() {
+fn bytes_are_counted_while_a_connection_is_live() {
     let bed = Bed::enforced(&[], &policies());
     let (a, c, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"), bed.lab.node(1));
     let sent = "portreeve_bytes_total{direction=\"sent\",path=\"spliced\"}";
@@ -303,7 +303,7 @@ fn bytes_of_a_live_connection_are_counted_while_it_lives() {
     assert_eq!((metric(&node, live), metric(&node, sent)), (0, 20));
 }
 
-fn connections_lists_what_stands_and_forgets_what_ended() {
+fn connections_endpoint_lists_only_live_connections() {
     let bed = Bed::enforced(&[], &policies());
     let (a, c, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"), bed.lab.node(1));
     let stream = connected(&a, c.addr_v4(80));

@@ -18,18 +18,18 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_syn_flood_of_a_denied_pod_amid_changes_does_not_stop_its_neighbour,
-    a_pod_over_its_bound_is_refused_and_its_neighbour_is_not,
-    the_bound_of_the_node_is_told_apart_from_that_of_a_pod,
-    one_pods_connections_leave_their_server_to_others,
-    forged_handshakes_to_one_pod_harm_nobody,
-    unfinished_handshakes_of_two_pods_harm_nobody,
+    denied_syn_flood_does_not_stop_other_pods,
+    only_the_pod_over_its_bound_is_limited,
+    node_and_pod_limits_are_counted_separately,
+    one_pod_does_not_use_up_its_server,
+    spoofed_handshakes_to_one_pod_affect_nobody,
+    unfinished_handshakes_of_two_pods_affect_nobody,
     a_client_that_resets_its_handshake_is_forgotten,
-    syns_to_silent_addresses_harm_nobody,
-    packets_to_unknown_addresses_harm_nobody,
-    names_that_nobody_has_harm_nobody_on_a_bridge,
-    a_flood_to_addresses_that_nobody_has_delays_itself,
-    a_flood_beyond_the_gates_pace_delays_itself,
+    syns_to_silent_addresses_affect_nobody,
+    packets_to_unknown_addresses_affect_nobody,
+    spoofed_unowned_addresses_on_bridge_affect_nobody,
+    flood_to_unowned_addresses_delays_only_itself,
+    syn_flood_from_one_port_delays_only_itself,
 ];
 
 /// How many SYNs must have reached the gate before they count as a flood.
@@ -42,7 +42,7 @@ const BRIEF: Duration = Duration::from_millis(50);
 /// was built without optimisation, takes fewer than the 10,000 a second that the rules let through.
 const WAITING: u64 = 1024;
 
-fn a_syn_flood_of_a_denied_pod_amid_changes_does_not_stop_its_neighbour() {
+fn denied_syn_flood_does_not_stop_other_pods() {
     let policies = [deny_egress("d"), allow_ingress("b"), allow_ingress("c")];
     let bed = Bed::enforced(&[], &policies);
     let (a, d, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/d"), bed.lab.node(0));
@@ -142,7 +142,7 @@ fn syn(from: (IpAddr, u16), to: (IpAddr, u16), sequence: u32) -> [u8; 20] {
 const SOURCE_LIMIT: &str = "portreeve_dropped_packets_total{reason=\"source_limit\"}";
 const NODE_LIMIT: &str = "portreeve_dropped_packets_total{reason=\"node_limit\"}";
 
-fn a_pod_over_its_bound_is_refused_and_its_neighbour_is_not() {
+fn only_the_pod_over_its_bound_is_limited() {
     let bed = Bed::enforced(&["--max-connections-per-source", "5"], &[allow_all()]);
     let (a, d, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/d"), bed.lab.node(0));
     let to = bed.lab.pod("x/b").addr_v4(80);
@@ -162,7 +162,7 @@ fn a_pod_over_its_bound_is_refused_and_its_neighbour_is_not() {
     held.push(connected(&a, to));
 }
 
-fn the_bound_of_the_node_is_told_apart_from_that_of_a_pod() {
+fn node_and_pod_limits_are_counted_separately() {
     let bed = Bed::enforced(&["--max-connections", "2"], &[allow_all()]);
     let [a, b, d, node] = [
         bed.lab.pod("x/a"),
@@ -223,7 +223,7 @@ fn attacked_behind(gateway: Gateway) -> Bed {
     bed
 }
 
-fn one_pods_connections_leave_their_server_to_others() {
+fn one_pod_does_not_use_up_its_server() {
     let bed = attacked();
     let [v, n, o, p] = ["x/v", "x/n", "x/o", "x/p"].map(|name| bed.lab.pod(name));
     let (outside, node) = (bed.lab.outside(), bed.lab.node(0));
@@ -243,7 +243,7 @@ fn one_pods_connections_leave_their_server_to_others() {
     }
 }
 
-fn forged_handshakes_to_one_pod_harm_nobody() {
+fn spoofed_handshakes_to_one_pod_affect_nobody() {
     let bed = attacked();
     let [v, n, o, p] = ["x/v", "x/n", "x/o", "x/p"].map(|name| bed.lab.pod(name));
     let (outside, node) = (bed.lab.outside(), bed.lab.node(0));
@@ -278,7 +278,7 @@ fn forged_handshakes_to_one_pod_harm_nobody() {
     assert!(half_open <= HALF_OPEN, "{half_open}");
 }
 
-fn unfinished_handshakes_of_two_pods_harm_nobody() {
+fn unfinished_handshakes_of_two_pods_affect_nobody() {
     let bed = attacked();
     let [v, n, o, p] = ["x/v", "x/n", "x/o", "x/p"].map(|name| bed.lab.pod(name));
     let node = bed.lab.node(0);
@@ -326,7 +326,7 @@ fn a_client_that_resets_its_handshake_is_forgotten() {
     bed.wait_for_no_connection();
 }
 
-fn syns_to_silent_addresses_harm_nobody() {
+fn syns_to_silent_addresses_affect_nobody() {
     let bed = attacked();
     let [v, n, o] = ["x/v", "x/n", "x/o"].map(|name| bed.lab.pod(name));
     let node = bed.lab.node(0);
@@ -355,7 +355,7 @@ fn syns_to_silent_addresses_harm_nobody() {
 }
 
 /// Packets that wait for a cluster address that no pod has.
-fn packets_to_unknown_addresses_harm_nobody() {
+fn packets_to_unknown_addresses_affect_nobody() {
     const MAY_WAIT: u64 = ALL as u64 / 8;
     let bed = attacked();
     let [v, n, o] = ["x/v", "x/n", "x/o"].map(|name| bed.lab.pod(name));
@@ -401,7 +401,7 @@ fn packets_to_unknown_addresses_harm_nobody() {
 }
 
 /// On a bridge any pod can send from addresses that no pod has. Such packets wait, however many addresses there are.
-fn names_that_nobody_has_harm_nobody_on_a_bridge() {
+fn spoofed_unowned_addresses_on_bridge_affect_nobody() {
     let bed = attacked_behind(BRIDGE);
     let [v, n, o, p] = ["x/v", "x/n", "x/o", "x/p"].map(|name| bed.lab.pod(name));
     let node = bed.lab.node(0);
@@ -431,7 +431,7 @@ fn names_that_nobody_has_harm_nobody_on_a_bridge() {
 }
 
 /// From outside, with changing sources and destinations: unassigned addresses of the node's pod CIDRs.
-fn a_flood_to_addresses_that_nobody_has_delays_itself() {
+fn flood_to_unowned_addresses_delays_only_itself() {
     let bed = attacked();
     let [n, o] = ["x/n", "x/o"].map(|name| bed.lab.pod(name));
     let (outside, node) = (bed.lab.outside(), bed.lab.node(0));
@@ -456,7 +456,7 @@ fn nobodys(pod: &Host, number: u32) -> Ipv6Addr {
 
 /// Each SYN from the same port ends the attempt before it and begins a connection to the server: no bound is met but
 /// that of a user's waiting packets.
-fn a_flood_beyond_the_gates_pace_delays_itself() {
+fn syn_flood_from_one_port_delays_only_itself() {
     let bed = attacked();
     let [v, n, o] = ["x/v", "x/n", "x/o"].map(|name| bed.lab.pod(name));
     let node = bed.lab.node(0);

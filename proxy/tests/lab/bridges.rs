@@ -15,15 +15,15 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_bridge_that_comes_with_the_first_pod_is_found,
-    pods_that_come_while_no_daemon_runs_are_cut_off_until_one_does,
-    two_pods_that_come_while_no_daemon_runs_are_kept_apart_by_pods_addresses_only,
-    a_bridge_that_looks_into_packets_again_is_reported_and_opens_nothing,
-    nothing_of_an_isolated_pod_passes_its_bridge,
-    a_pod_takes_no_other_pods_address_on_its_bridge,
-    a_tagged_frame_carries_no_other_pods_address,
-    a_reserved_group_frame_reaches_no_node_socket,
-    a_pods_new_address_is_its_own_at_once,
+    bridge_created_with_the_first_pod_is_found,
+    pods_started_without_daemon_are_blocked_until_restart,
+    bridge_without_daemon_drops_only_pod_addresses,
+    bridge_nf_call_is_reported_and_opens_nothing,
+    isolated_pod_sends_no_frame_past_its_bridge,
+    pod_cannot_take_another_pods_bridge_address,
+    vlan_tagged_frame_cannot_spoof_another_pod,
+    reserved_group_mac_frame_reaches_no_node_socket,
+    new_pod_address_is_owned_immediately,
     a_ports_free_addresses_share_one_packet_rate,
 ];
 
@@ -42,7 +42,7 @@ const FOREIGN: [Ipv4Addr; 2] = [
     Ipv4Addr::new(192, 168, 77, 2),
 ];
 
-fn a_bridge_that_comes_with_the_first_pod_is_found() {
+fn bridge_created_with_the_first_pod_is_found() {
     let mut bed = Bed::of(Cluster::builder().nodes(1).gateway(BRIDGE).build().unwrap());
     bed.enforce(&[]);
     for name in ["a", "b"] {
@@ -61,7 +61,7 @@ fn a_bridge_that_comes_with_the_first_pod_is_found() {
     }
 }
 
-fn pods_that_come_while_no_daemon_runs_are_cut_off_until_one_does() {
+fn pods_started_without_daemon_are_blocked_until_restart() {
     let mut bed = Bed::bare(small().gateway(BRIDGE));
     bed.enforce(&[]);
     bed.kill(0);
@@ -108,7 +108,7 @@ fn pods_that_come_while_no_daemon_runs_are_cut_off_until_one_does() {
     }
 }
 
-fn two_pods_that_come_while_no_daemon_runs_are_kept_apart_by_pods_addresses_only() {
+fn bridge_without_daemon_drops_only_pod_addresses() {
     let mut bed = Bed::bare(small().gateway(BRIDGE));
     bed.enforce(&[]);
     bed.kill(0);
@@ -165,7 +165,7 @@ fn two_pods_that_come_while_no_daemon_runs_are_kept_apart_by_pods_addresses_only
     assert_eq!(tap.heard(), heard);
 }
 
-fn a_bridge_that_looks_into_packets_again_is_reported_and_opens_nothing() {
+fn bridge_nf_call_is_reported_and_opens_nothing() {
     let mut bed = Bed::bare(small().gateway(BRIDGE));
     for pod in bed.lab.pods() {
         pod.serve_udp(&[53]).unwrap();
@@ -226,7 +226,7 @@ fn a_bridge_that_looks_into_packets_again_is_reported_and_opens_nothing() {
 
 /// By unicast, broadcast, multicast and the groups that bridges keep, to the pod's own and to link-local addresses, every protocol
 /// number, other EtherTypes, and a VLAN tag before all.
-fn nothing_of_an_isolated_pod_passes_its_bridge() {
+fn isolated_pod_sends_no_frame_past_its_bridge() {
     let mut bed = Bed::bare(small().gateway(BRIDGE));
     bed.enforce(&[]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
@@ -281,7 +281,7 @@ fn nothing_of_an_isolated_pod_passes_its_bridge() {
 }
 
 /// By ARP, neighbour discovery, IP and MAC address; the victim keeps its traffic.
-fn a_pod_takes_no_other_pods_address_on_its_bridge() {
+fn pod_cannot_take_another_pods_bridge_address() {
     let mut bed = Bed::bare(small().gateway(BRIDGE));
     bed.enforce(&[]);
     let [liar, hearer, victim] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
@@ -348,7 +348,7 @@ fn a_pod_takes_no_other_pods_address_on_its_bridge() {
 }
 
 /// VLAN tags and similar headers: the kernel removes some of them between the bridge and IP.
-fn a_tagged_frame_carries_no_other_pods_address() {
+fn vlan_tagged_frame_cannot_spoof_another_pod() {
     let mut bed = Bed::bare(small().gateway(BRIDGE).rp_filter(RpFilter::Off));
     bed.enforce(&[]);
     let [liar, hearer, victim] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
@@ -411,7 +411,7 @@ fn a_tagged_frame_carries_no_other_pods_address() {
 }
 
 /// Frames to the bridge's reserved group addresses reach IP as if its port had received them.
-fn a_reserved_group_frame_reaches_no_node_socket() {
+fn reserved_group_mac_frame_reaches_no_node_socket() {
     let mut bed = Bed::bare(small().gateway(BRIDGE).rp_filter(RpFilter::Off));
     bed.enforce(&[]);
     let [liar, victim] = ["x/a", "x/d"].map(|name| bed.lab.pod(name));
@@ -485,7 +485,7 @@ fn neighbour(node: &Host, pod: &Host) -> [u8; 6] {
 }
 
 /// One after the other: with a poll every two seconds, they would take 16 s.
-fn a_pods_new_address_is_its_own_at_once() {
+fn new_pod_address_is_owned_immediately() {
     let mut bed = Bed::bare(small().gateway(BRIDGE));
     bed.enforce(&[]);
     let (node, pod) = (bed.lab.node(0), bed.lab.pod("x/a"));

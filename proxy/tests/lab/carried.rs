@@ -22,18 +22,18 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    datagrams_are_judged_in_both_directions_and_on_both_nodes,
-    with_reject_a_denied_datagram_is_answered_at_once,
-    a_change_stops_a_flow_of_datagrams_that_it_denies_and_no_other,
-    a_server_that_goes_on_sending_keeps_no_flow_open_that_a_change_denies,
-    a_stream_from_before_the_policy_goes_on_if_it_is_allowed_and_stops_if_not,
+    udp_is_judged_both_ways_on_both_nodes,
+    reject_answers_a_denied_datagram_immediately,
+    policy_change_severs_only_the_denied_udp_flow,
+    sending_server_cannot_keep_denied_udp_flow_open,
+    stream_older_than_policy_survives_only_if_allowed,
     a_ping_needs_a_rule_without_ports,
-    two_questions_at_once_from_one_socket_are_both_answered_behind_a_service,
-    a_stream_that_has_ended_is_not_reported_as_cut,
-    what_another_node_has_denied_is_not_reported_as_cut,
-    a_flow_of_datagrams_is_recorded_at_its_end_with_what_it_moved,
-    a_cut_flow_of_datagrams_is_recorded_with_what_it_moved,
-    a_restarted_daemon_knows_what_the_kernel_carries,
+    parallel_dns_queries_through_service_are_both_answered,
+    ended_stream_is_not_reported_as_severed,
+    denial_by_another_node_is_not_reported_severed,
+    ended_udp_flow_is_recorded_with_its_bytes,
+    severed_udp_flow_is_recorded_with_its_bytes,
+    restarted_daemon_knows_the_kernel_flows,
 ];
 
 /// Pairs of questions, each from a socket of its own.
@@ -77,7 +77,7 @@ fn is_answer(outcome: &UdpOutcome) -> bool {
     matches!(outcome, UdpOutcome::Answered { .. })
 }
 
-fn datagrams_are_judged_in_both_directions_and_on_both_nodes() {
+fn udp_is_judged_both_ways_on_both_nodes() {
     let by_egress = vec![dns_from("a")];
     let by_ingress = vec![dns_to("b"), dns_to("c")];
     let by_both = [by_egress.clone(), by_ingress.clone()].concat();
@@ -114,7 +114,7 @@ fn datagrams_are_judged_in_both_directions_and_on_both_nodes() {
     );
 }
 
-fn with_reject_a_denied_datagram_is_answered_at_once() {
+fn reject_answers_a_denied_datagram_immediately() {
     let bed = bed(&["--deny", "reject"], &[dns_to("b"), dns_to("c")]);
     let a = bed.lab.pod("x/a");
     for server in ["x/b", "x/c"] {
@@ -129,7 +129,7 @@ fn with_reject_a_denied_datagram_is_answered_at_once() {
     }
 }
 
-fn a_change_stops_a_flow_of_datagrams_that_it_denies_and_no_other() {
+fn policy_change_severs_only_the_denied_udp_flow() {
     let bed = bed(&[], &[dns_to("b"), dns_to("c")]);
     let a = bed.lab.pod("x/a");
     for (before, after) in [
@@ -161,7 +161,7 @@ fn a_change_stops_a_flow_of_datagrams_that_it_denies_and_no_other() {
 
 /// After severing, the server's packets would otherwise start a new flow, which policy allows, with
 /// the client's packets as replies. Either node may be the one that severs, and allows again.
-fn a_server_that_goes_on_sending_keeps_no_flow_open_that_a_change_denies() {
+fn sending_server_cannot_keep_denied_udp_flow_open() {
     let mut bed = bed(&[], &[]);
     let (a, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"));
     let tickers = c.addrs(54).map(|at| Ticker::start(&c, at));
@@ -257,7 +257,7 @@ fn drain(flow: &UdpSocket) {
     flow.set_nonblocking(false).unwrap();
 }
 
-fn a_stream_from_before_the_policy_goes_on_if_it_is_allowed_and_stops_if_not() {
+fn stream_older_than_policy_survives_only_if_allowed() {
     let bed = bed(&[], &[]);
     let a = bed.lab.pod("x/a");
     let to_b = bed.lab.pod("x/b").addrs(80).map(|to| connected(&a, to));
@@ -309,7 +309,7 @@ fn a_ping_needs_a_rule_without_ports() {
 }
 
 /// A resolver asks for A and AAAA at once: DNAT may send the two first packets of one flow to two pods.
-fn two_questions_at_once_from_one_socket_are_both_answered_behind_a_service() {
+fn parallel_dns_queries_through_service_are_both_answered() {
     let dns = ServiceSpec::new("x", "dns")
         .selects("serves", "dns")
         .port_of(53, 53, lab::Protocol::Udp);
@@ -378,7 +378,7 @@ fn pings(from: &Host, to: IpAddr) -> bool {
     false
 }
 
-fn a_stream_that_has_ended_is_not_reported_as_cut() {
+fn ended_stream_is_not_reported_as_severed() {
     let bed = bed(&[], &[]);
     let (a, node) = (bed.lab.pod("x/a"), bed.lab.node(0));
     let severed = r#"portreeve_policy_verdicts_total{verdict="sever",path="kernel"}"#;
@@ -398,7 +398,7 @@ fn a_stream_that_has_ended_is_not_reported_as_cut() {
     drop(live);
 }
 
-fn what_another_node_has_denied_is_not_reported_as_cut() {
+fn denial_by_another_node_is_not_reported_severed() {
     let bed = bed(&[], &[deny_ingress("c")]);
     let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
     let severed = r#"portreeve_policy_verdicts_total{verdict="sever",path="kernel"}"#;
@@ -447,7 +447,7 @@ fn on_the_wire(to: IpAddr, payload: usize) -> usize {
     payload + 8 + if to.is_ipv4() { 20 } else { 40 }
 }
 
-fn a_flow_of_datagrams_is_recorded_at_its_end_with_what_it_moved() {
+fn ended_udp_flow_is_recorded_with_its_bytes() {
     let records = tempfile::NamedTempFile::new().unwrap();
     let flags = ["--trace-file", records.path().to_str().unwrap()];
     let mut bed = Bed::bare(small());
@@ -499,7 +499,7 @@ fn a_flow_of_datagrams_is_recorded_at_its_end_with_what_it_moved() {
     assert_eq!(metric(&node, sent), expected as u64);
 }
 
-fn a_cut_flow_of_datagrams_is_recorded_with_what_it_moved() {
+fn severed_udp_flow_is_recorded_with_its_bytes() {
     let records = tempfile::NamedTempFile::new().unwrap();
     let flags = ["--trace-file", records.path().to_str().unwrap()];
     let mut bed = Bed::bare(small());
@@ -523,7 +523,7 @@ fn a_cut_flow_of_datagrams_is_recorded_with_what_it_moved() {
     assert!(!goes_on(&flow));
 }
 
-fn a_restarted_daemon_knows_what_the_kernel_carries() {
+fn restarted_daemon_knows_the_kernel_flows() {
     let mut bed = bed(&[], &[dns_to("b"), dns_to("c")]);
     let a = bed.lab.pod("x/a");
     let to = bed.lab.pod("x/b").addrs(53);

@@ -13,16 +13,16 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_policy_change_on_disk_is_in_force_within_a_second,
-    a_file_edited_in_place_is_in_force_within_a_second,
-    a_half_written_file_keeps_the_last_good_state,
-    an_invalid_policy_is_named_and_keeps_its_last_good_state,
+    policy_change_on_disk_applies_within_a_second,
+    file_edited_in_place_applies_within_a_second,
+    half_written_file_keeps_last_good_state,
+    invalid_policy_is_named_and_keeps_last_state,
     a_relabelled_pod_gets_its_new_rights,
-    a_pod_that_nobody_knows_is_refused_after_the_hold,
-    a_pod_that_becomes_known_within_the_hold_is_let_in_at_once,
+    unknown_pod_is_dropped_after_the_hold,
+    pod_known_within_hold_connects_immediately,
 ];
 
-fn a_policy_change_on_disk_is_in_force_within_a_second() {
+fn policy_change_on_disk_applies_within_a_second() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     for (policies, expected) in [
@@ -55,7 +55,7 @@ fn a_policy_change_on_disk_is_in_force_within_a_second() {
     }
 }
 
-fn a_file_edited_in_place_is_in_force_within_a_second() {
+fn file_edited_in_place_applies_within_a_second() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     let path = bed.manifests().join("more.yaml");
@@ -92,7 +92,7 @@ fn deny_in_yaml(pod: &str) -> String {
     )
 }
 
-fn a_half_written_file_keeps_the_last_good_state() {
+fn half_written_file_keeps_last_good_state() {
     let bed = Bed::enforced(&[], &[deny_ingress("b")]);
     let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
     let denied = || {
@@ -141,7 +141,7 @@ fn a_half_written_file_keeps_the_last_good_state() {
     assert_eq!(ask(&node, "/readyz").unwrap().body, "ready\n");
 }
 
-fn an_invalid_policy_is_named_and_keeps_its_last_good_state() {
+fn invalid_policy_is_named_and_keeps_last_state() {
     let bed = Bed::enforced(&[], &[deny_ingress("b")]);
     let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
     let mut broken: Value = deny_ingress("b");
@@ -194,7 +194,7 @@ fn with_a_stranger(flags: &[&str]) -> Bed {
     bed
 }
 
-fn a_pod_that_nobody_knows_is_refused_after_the_hold() {
+fn unknown_pod_is_dropped_after_the_hold() {
     let bed = with_a_stranger(&["--hold", "300ms"]);
     let (stranger, a, c) = (
         bed.lab.pod("x/stranger"),
@@ -219,7 +219,7 @@ fn a_pod_that_nobody_knows_is_refused_after_the_hold() {
     assert!(refused >= 3, "{refused}");
 }
 
-fn a_pod_that_becomes_known_within_the_hold_is_let_in_at_once() {
+fn pod_known_within_hold_connects_immediately() {
     let bed = with_a_stranger(&["--hold", "20s"]);
     let (stranger, a) = (bed.lab.pod("x/stranger"), bed.lab.pod("x/a"));
     let capture = a.capture().unwrap();

@@ -13,10 +13,10 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    explain_says_on_the_command_line_what_is_in_force,
-    connections_lists_what_stands_by_pod_and_namespace,
-    observe_shows_each_decision_once_as_it_is_made,
-    observe_tells_what_the_kernel_carries_and_what_is_cut_as_it_is_asked,
+    explain_command_shows_the_policy_in_force,
+    connections_command_filters_by_pod_and_namespace,
+    observe_shows_each_decision_once,
+    observe_filters_kernel_flows_and_severed_connections,
     the_admin_port_answers_by_address_only,
 ];
 
@@ -34,7 +34,7 @@ fn said(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-fn explain_says_on_the_command_line_what_is_in_force() {
+fn explain_command_shows_the_policy_in_force() {
     let mut bed = Bed::enforced(&[], &policies());
     let node = bed.lab.node(0);
     let explain = |to: &str, output: &str| {
@@ -68,7 +68,7 @@ fn explain_says_on_the_command_line_what_is_in_force() {
     );
 }
 
-fn connections_lists_what_stands_by_pod_and_namespace() {
+fn connections_command_filters_by_pod_and_namespace() {
     let bed = Bed::enforced(&[], &policies());
     let (a, d, c, node) = (
         bed.lab.pod("x/a"),
@@ -104,7 +104,7 @@ fn connections_lists_what_stands_by_pod_and_namespace() {
     assert_eq!(wrong.status.code(), Some(2), "{wrong:?}");
 }
 
-fn observe_shows_each_decision_once_as_it_is_made() {
+fn observe_shows_each_decision_once() {
     let bed = Bed::enforced(&[], &policies());
     let (a, b, d, node) = (
         bed.lab.pod("x/a"),
@@ -173,7 +173,7 @@ fn observers(node: &Host, number: u64) {
 }
 
 /// A pod of another namespace asks x/b.
-fn observe_tells_what_the_kernel_carries_and_what_is_cut_as_it_is_asked() {
+fn observe_filters_kernel_flows_and_severed_connections() {
     let other = PodSpec::new("y", "e").node(0).label("pod", "e");
     let mut bed = Bed::bare(small().pod(other));
     bed.write_policies(&[allow_ingress("b")]);

@@ -18,11 +18,11 @@ use crate::neighbour::StopOnDrop;
 use crate::support::{Bed, DEADLINE, connected, deny_ingress, echoes, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    pods_that_dial_before_anybody_knows_them_get_their_rights_at_the_first_try,
-    nobody_comes_to_a_new_pod_before_its_policies_are_known,
-    a_reused_address_has_the_rights_of_its_new_pod_from_the_first_try,
-    nothing_gets_through_while_a_denial_is_in_force,
-    a_change_cuts_the_ten_of_a_hundred_streams_that_it_concerns_and_no_byte_of_the_others,
+    first_connect_of_unknown_pods_gets_their_rights,
+    new_pod_is_unreachable_until_policies_are_known,
+    first_connect_from_reused_address_has_new_rights,
+    no_connection_succeeds_while_policy_denies_it,
+    policy_change_severs_only_the_streams_it_denies,
 ];
 
 /// Pods that start, half of them with rights.
@@ -65,7 +65,7 @@ fn access(number: usize) -> &'static str {
 }
 
 /// A pod's first act is to dial; its object comes to the daemons up to two seconds later.
-fn pods_that_dial_before_anybody_knows_them_get_their_rights_at_the_first_try() {
+fn first_connect_of_unknown_pods_gets_their_rights() {
     let [may, stays] = egress_by_access();
     let mut bed = Bed::enforced(&["--hold", "10s"], &[may, stays, only_with_access("c")]);
     let known = bed.lab.manifests();
@@ -125,7 +125,7 @@ fn pods_that_dial_before_anybody_knows_them_get_their_rights_at_the_first_try() 
 }
 
 /// Others dial the address from before there is a pod, and its object comes late.
-fn nobody_comes_to_a_new_pod_before_its_policies_are_known() {
+fn new_pod_is_unreachable_until_policies_are_known() {
     let mut bed = Bed::enforced(&["--hold", "10s"], &[only_with_access("new")]);
     for (name, node, access) in [("near", 0, "no"), ("far", 1, "no"), ("friend", 1, "yes")] {
         let spec = PodSpec::new("x", name).node(node).label("access", access);
@@ -194,7 +194,7 @@ fn uids(records: &Path, source: IpAddr) -> BTreeMap<String, Vec<String>> {
 }
 
 /// The last holder is gone; the next one dials before anybody knows it.
-fn a_reused_address_has_the_rights_of_its_new_pod_from_the_first_try() {
+fn first_connect_from_reused_address_has_new_rights() {
     let records = tempfile::NamedTempFile::new().unwrap();
     let [may, stays] = egress_by_access();
     let flags = ["--trace-file", records.path().to_str().unwrap()];
@@ -262,7 +262,7 @@ fn a_reused_address_has_the_rights_of_its_new_pod_from_the_first_try() {
 
 /// Pods dial all the time while a server's isolation comes and goes, which moves it between the
 /// gate and the kernel's sets.
-fn nothing_gets_through_while_a_denial_is_in_force() {
+fn no_connection_succeeds_while_policy_denies_it() {
     let bed = Bed::enforced(&[], &[]);
     let probes: Mutex<Vec<(Instant, Instant, bool)>> = Mutex::default();
     let mut denials = Vec::new();
@@ -320,7 +320,7 @@ impl Drop for Stop<'_> {
     }
 }
 
-fn a_change_cuts_the_ten_of_a_hundred_streams_that_it_concerns_and_no_byte_of_the_others() {
+fn policy_change_severs_only_the_streams_it_denies() {
     const BYTES: usize = 60;
     let mut bed = Bed::enforced(&[], &[]);
     for name in ["x/a", "x/d"] {

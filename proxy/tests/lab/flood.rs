@@ -13,9 +13,9 @@ use serde_json::{Value, json};
 use crate::support::{Bed, DEADLINE, metric, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    anothers_flood_of_datagrams_delays_no_change,
-    a_flooding_pods_flows_are_all_cut,
-    memory_comes_back_after_a_flood_of_datagrams,
+    udp_flood_delays_no_policy_change,
+    flows_of_a_flooding_pod_are_all_severed,
+    memory_is_freed_after_a_udp_flood,
 ];
 
 /// Flows of the flooding pod.
@@ -122,7 +122,7 @@ fn carried(node: &Host) -> usize {
         .count()
 }
 
-fn anothers_flood_of_datagrams_delays_no_change() {
+fn udp_flood_delays_no_policy_change() {
     let mut bed = bed();
     let node = bed.lab.node(0);
     let [a, b, d] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
@@ -152,7 +152,7 @@ fn anothers_flood_of_datagrams_delays_no_change() {
     }
 }
 
-fn a_flooding_pods_flows_are_all_cut() {
+fn flows_of_a_flooding_pod_are_all_severed() {
     let mut bed = bed();
     let node = bed.lab.node(0);
     let a = bed.lab.pod("x/a");
@@ -183,7 +183,7 @@ fn memory(bed: &mut Bed, key: &str) -> u64 {
     kib << 10
 }
 
-fn memory_comes_back_after_a_flood_of_datagrams() {
+fn memory_is_freed_after_a_udp_flood() {
     const MIB: u64 = 1 << 20;
     let mut bed = bed();
     let node = bed.lab.node(0);

@@ -9,9 +9,9 @@ use serde_json::Value;
 
 use crate::support::{Bed, DEADLINE, PORTREEVE, SOON, ask, deny_ingress};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![records_come_back_after_a_full_disk];
+pub(crate) const TESTS: &[Test] = &lab::tests![records_resume_after_a_full_disk];
 
-fn records_come_back_after_a_full_disk() {
+fn records_resume_after_a_full_disk() {
     let pod = |name: &str| PodSpec::new("x", name).label("pod", name).port("http", 80);
     let mut bed = Bed::bare(Cluster::builder().nodes(1).pods(["a", "b"].map(pod)));
     bed.write_policies(&[deny_ingress("b")]);

@@ -24,12 +24,12 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_daemon_takes_over_every_stream_and_none_loses_a_byte,
-    what_was_taken_over_is_cut_by_the_next_change,
-    what_is_not_to_go_on_is_cut_when_it_is_taken_over,
-    a_daemon_that_is_stopped_delays_no_other_for_long_and_keeps_its_place,
-    daemons_of_different_formats_relieve_each_other_without_a_handover,
-    who_must_not_take_over_is_refused_and_disturbs_nothing,
+    handover_keeps_every_stream_without_loss,
+    policy_change_severs_connections_after_handover,
+    handover_severs_denied_and_replaced_connections,
+    suspended_daemon_times_out_and_keeps_the_node,
+    daemons_with_different_formats_hand_over_no_connections,
+    forbidden_handover_is_rejected_and_disturbs_nothing,
 ];
 
 /// How long a new daemon waits for the old one, including its start.
@@ -130,7 +130,7 @@ fn drain(from: &TcpStream) -> u64 {
     seen.count()
 }
 
-fn a_daemon_takes_over_every_stream_and_none_loses_a_byte() {
+fn handover_keeps_every_stream_without_loss() {
     let (mut bed, records) = bed();
     let [mut talking, mut idle, bulk, stalled] = [6, 6, 1, 1].map(|count| streams(&bed, count));
     let half_closed = streams(&bed, 4);
@@ -254,7 +254,7 @@ fn a_daemon_takes_over_every_stream_and_none_loses_a_byte() {
     assert!(old.child.wait(DEADLINE).unwrap().success());
 }
 
-fn what_was_taken_over_is_cut_by_the_next_change() {
+fn policy_change_severs_connections_after_handover() {
     let (mut bed, records) = bed();
     let [a, b, c] = ["x/a", "x/b", "x/c"].map(|name| bed.lab.pod(name));
     let [doomed, lucky] = [&b, &c].map(|to| connected(&a, to.addr_v4(80)));
@@ -274,7 +274,7 @@ fn what_was_taken_over_is_cut_by_the_next_change() {
     assert_eq!(record["policies"], json!(["x/deny-ingress-b"]), "{record}");
 }
 
-fn what_is_not_to_go_on_is_cut_when_it_is_taken_over() {
+fn handover_severs_denied_and_replaced_connections() {
     let (mut bed, records) = bed();
     let [a, b, c] = ["x/a", "x/b", "x/c"].map(|name| bed.lab.pod(name));
     let [denied, replaced] = [&b, &c].map(|to| connected(&a, to.addr_v4(80)));
@@ -308,7 +308,7 @@ fn what_is_not_to_go_on_is_cut_when_it_is_taken_over() {
     echoes(&stays, "allowed by the new daemon's state");
 }
 
-fn a_daemon_that_is_stopped_delays_no_other_for_long_and_keeps_its_place() {
+fn suspended_daemon_times_out_and_keeps_the_node() {
     let (mut bed, _) = bed();
     let [a, b] = ["x/a", "x/b"].map(|name| bed.lab.pod(name));
     let live = connected(&a, b.addr_v4(80));
@@ -334,7 +334,7 @@ fn a_daemon_that_is_stopped_delays_no_other_for_long_and_keeps_its_place() {
     echoes(&live, "taken over after all");
 }
 
-fn daemons_of_different_formats_relieve_each_other_without_a_handover() {
+fn daemons_with_different_formats_hand_over_no_connections() {
     let (mut bed, _) = bed();
     let [a, b] = ["x/a", "x/b"].map(|name| bed.lab.pod(name));
     let live = connected(&a, b.addr_v4(80));
@@ -370,7 +370,7 @@ fn daemons_of_different_formats_relieve_each_other_without_a_handover() {
     greeted(&a, b.addr_v4(80));
 }
 
-fn who_must_not_take_over_is_refused_and_disturbs_nothing() {
+fn forbidden_handover_is_rejected_and_disturbs_nothing() {
     let (mut bed, _) = bed();
     let [a, b] = ["x/a", "x/b"].map(|name| bed.lab.pod(name));
     let live = connected(&a, b.addr_v4(80));

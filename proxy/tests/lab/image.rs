@@ -23,11 +23,11 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    the_images_programs_enforce_with_what_the_daemonset_grants,
-    the_next_pods_container_takes_the_streams_over_and_its_probe_says_so,
-    what_is_in_the_way_of_bridges_can_be_switched_off_from_a_container,
+    image_enforces_with_capabilities_of_the_daemonset,
+    new_container_takes_over_streams_and_reports_ready,
+    container_can_disable_bridge_nf_call,
     every_capability_of_the_daemonset_is_needed,
-    a_capability_lets_the_daemon_hear_of_pods_addresses_on_bridges,
+    net_broadcast_gives_prompt_bridge_address_events,
 ];
 
 /// Where the daemon in the container finds its manifests.
@@ -40,7 +40,7 @@ const CAPABILITIES: &[(&str, u32)] = &[
     ("SYS_RESOURCE", 24),
 ];
 
-fn the_images_programs_enforce_with_what_the_daemonset_grants() {
+fn image_enforces_with_capabilities_of_the_daemonset() {
     let image = Image::build("base");
     let mut bed = Bed::bare(small());
     bed.write_policies(&[allow_all(), deny_ingress("d")]);
@@ -62,7 +62,7 @@ fn the_images_programs_enforce_with_what_the_daemonset_grants() {
     assert_eq!(privilege(bed.daemon(0).child.id()), Privilege::of(&granted));
 }
 
-fn the_next_pods_container_takes_the_streams_over_and_its_probe_says_so() {
+fn new_container_takes_over_streams_and_reports_ready() {
     let mut image = Image::build("base");
     let mut bed = Bed::bare(small());
     bed.write_policies(&[allow_all()]);
@@ -91,7 +91,7 @@ fn the_next_pods_container_takes_the_streams_over_and_its_probe_says_so() {
     streams.iter().for_each(|it| echoes(it, "the new one's"));
 }
 
-fn what_is_in_the_way_of_bridges_can_be_switched_off_from_a_container() {
+fn container_can_disable_bridge_nf_call() {
     let image = Image::build("overlays/bridge");
     let bed = Bed::bare(small());
     let node = bed.lab.node(0);
@@ -139,7 +139,7 @@ fn every_capability_of_the_daemonset_is_needed() {
 }
 
 /// Needed for bridges only: without it the daemon polls pods' addresses every two seconds.
-fn a_capability_lets_the_daemon_hear_of_pods_addresses_on_bridges() {
+fn net_broadcast_gives_prompt_bridge_address_events() {
     let image = Image::build("overlays/bridge");
     let mut bed = Bed::bare(small().gateway(BRIDGE));
     bed.write_policies(&[allow_all()]);

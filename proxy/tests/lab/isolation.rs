@@ -14,14 +14,14 @@ use crate::strange::{Case, Neighbourhood, cases};
 use crate::support::{Bed, DEADLINE, deny_egress, deny_ingress, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    nothing_that_an_isolated_pod_can_send_arrives_anywhere,
-    nothing_that_a_pod_or_a_stranger_can_send_arrives_at_an_isolated_pod,
+    isolated_pod_sends_no_packet_of_any_kind,
+    isolated_pod_receives_no_packet_of_any_kind,
 ];
 
 /// Its arrival shows that all earlier packets were processed.
 const SENTINEL: u16 = 9999;
 
-fn nothing_that_an_isolated_pod_can_send_arrives_anywhere() {
+fn isolated_pod_sends_no_packet_of_any_kind() {
     let bed = bed(deny_egress("a"));
     let (a, d) = (bed.lab.pod("x/a"), bed.lab.pod("x/d"));
     let targets = [bed.lab.pod("x/b"), bed.lab.pod("x/c"), bed.lab.outside()];
@@ -30,7 +30,7 @@ fn nothing_that_an_isolated_pod_can_send_arrives_anywhere() {
     }
 }
 
-fn nothing_that_a_pod_or_a_stranger_can_send_arrives_at_an_isolated_pod() {
+fn isolated_pod_receives_no_packet_of_any_kind() {
     let bed = bed(deny_ingress("b"));
     let (b, node) = (bed.lab.pod("x/b"), bed.lab.node(0));
     let outside = bed.lab.outside();

@@ -12,10 +12,10 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_client_hears_the_same_as_on_the_bare_network,
-    a_denied_client_hears_nothing_just_as_from_a_host_that_is_not_there,
-    with_reject_a_denied_client_is_reset_at_once,
-    an_open_port_costs_a_proxied_client_one_syn,
+    client_sees_the_same_as_without_portreeve,
+    denied_client_sees_a_silent_host,
+    reject_resets_a_denied_client_immediately,
+    proxied_client_connects_with_one_syn,
 ];
 
 /// What a client sees of a dial.
@@ -27,7 +27,7 @@ struct Seen {
     syn_acks: usize,
 }
 
-fn a_client_hears_the_same_as_on_the_bare_network() {
+fn client_sees_the_same_as_without_portreeve() {
     let mut bed = Bed::bare(small());
     let on_bare = look(&bed);
     bed.write_policies(&[allow_all()]);
@@ -121,7 +121,7 @@ fn policies() -> [serde_json::Value; 4] {
     ]
 }
 
-fn a_denied_client_hears_nothing_just_as_from_a_host_that_is_not_there() {
+fn denied_client_sees_a_silent_host() {
     let bed = Bed::enforced(&[], &policies());
     // Nobody is there, and nobody denies it: x/a may send what it likes, and no proxy sees it.
     let (nobody, a) = (bed.lab.blackhole(80)[0], bed.lab.pod("x/a"));
@@ -146,7 +146,7 @@ fn hears_nothing(client: Host, targets: Vec<SocketAddr>, asked_nobody: impl Fn()
     }
 }
 
-fn with_reject_a_denied_client_is_reset_at_once() {
+fn reject_resets_a_denied_client_immediately() {
     let bed = Bed::enforced(&["--deny", "reject"], &policies());
     for (client, targets) in denied(&bed) {
         let capture = client.capture().unwrap();
@@ -167,7 +167,7 @@ fn with_reject_a_denied_client_is_reset_at_once() {
     }
 }
 
-fn an_open_port_costs_a_proxied_client_one_syn() {
+fn proxied_client_connects_with_one_syn() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     for way in bed.ways(80) {

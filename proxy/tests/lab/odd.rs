@@ -17,15 +17,15 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_datagram_in_fragments_is_judged_once_and_whole,
-    nonsense_is_dropped_and_counted,
-    data_in_a_syn_waits_for_the_verdict_and_arrives_once,
+    fragmented_datagram_is_judged_once,
+    invalid_tcp_segments_are_dropped_and_counted,
+    fast_open_data_waits_and_arrives_once,
     a_multipath_client_falls_back_to_plain_tcp,
     an_ipv4_mapped_address_is_the_ipv4_address,
-    two_that_open_at_once_refuse_each_other_and_nothing_denied_gets_through,
+    simultaneous_open_is_refused_and_bypasses_no_policy,
 ];
 
-fn a_datagram_in_fragments_is_judged_once_and_whole() {
+fn fragmented_datagram_is_judged_once() {
     let ports = json!([{ "port": 53, "protocol": "UDP" }]);
     let spec = json!({ "podSelector": { "matchLabels": { "pod": "a" } }, "policyTypes": ["Egress"], "egress": [{ "ports": ports }] });
     let mut bed = Bed::bare(small());
@@ -65,7 +65,7 @@ fn a_datagram_in_fragments_is_judged_once_and_whole() {
     }
 }
 
-fn nonsense_is_dropped_and_counted() {
+fn invalid_tcp_segments_are_dropped_and_counted() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
     let capture = b.capture().unwrap();
@@ -105,7 +105,7 @@ fn nonsense_is_dropped_and_counted() {
 }
 
 /// TCP Fast Open (RFC 7413), with data in the SYN although the server gave no cookie.
-fn data_in_a_syn_waits_for_the_verdict_and_arrives_once() {
+fn fast_open_data_waits_and_arrives_once() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     // ip-sysctl, tcp_fastopen: 1 as a client, 4 without a cookie.
@@ -194,7 +194,7 @@ fn an_ipv4_mapped_address_is_the_ipv4_address() {
 }
 
 /// RFC 9293, 3.5: it cannot work where the server sees another port than the client's.
-fn two_that_open_at_once_refuse_each_other_and_nothing_denied_gets_through() {
+fn simultaneous_open_is_refused_and_bypasses_no_policy() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     let both = |port: u16| {

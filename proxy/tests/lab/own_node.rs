@@ -21,15 +21,15 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_pod_reaches_its_own_node_and_no_other_whatever_policy_says,
-    a_dns_cache_on_the_node_that_nobody_tracks_answers_its_pods,
-    judged_the_own_node_is_one_more_destination_of_a_pod,
-    judged_a_change_stops_what_a_pod_has_with_its_node,
-    judged_a_node_that_goes_on_sending_keeps_no_stream_open_that_a_change_denies,
+    pod_reaches_only_its_own_node_despite_policy,
+    untracked_node_local_dns_cache_answers_pods,
+    judged_own_node_needs_an_egress_rule,
+    judged_own_node_streams_are_severed_by_policy,
+    judged_node_cannot_keep_denied_stream_open,
     judged_link_local_senders_cannot_reach_the_node,
-    a_node_reaches_its_pods_and_no_others_whatever_policy_says,
-    pods_on_the_hosts_network_are_the_node_as_target_and_as_peer,
-    a_pod_reaches_itself_and_by_its_own_service_whatever_policy_says,
+    node_reaches_only_its_own_isolated_pods,
+    host_network_pods_are_judged_as_the_node,
+    pod_reaches_itself_despite_policy,
 ];
 
 /// Conntrack forgets a severed connection after two seconds; both ends retransmit lost data after three and six.
@@ -74,7 +74,7 @@ fn gateway() -> SocketAddr {
     "10.244.0.1:80".parse().unwrap()
 }
 
-fn a_pod_reaches_its_own_node_and_no_other_whatever_policy_says() {
+fn pod_reaches_only_its_own_node_despite_policy() {
     let bed = bed(&[], &[deny_egress("a"), deny_ingress("a")]);
     let (a, own, other) = (bed.lab.pod("x/a"), bed.lab.node(0), bed.lab.node(1));
     // As NodePorts have it: one leads to the node itself, one to a pod.
@@ -104,7 +104,7 @@ fn a_pod_reaches_its_own_node_and_no_other_whatever_policy_says() {
 }
 
 /// As NodeLocal DNSCache has it: a link-local address of the node, whose packets conntrack passes over.
-fn a_dns_cache_on_the_node_that_nobody_tracks_answers_its_pods() {
+fn untracked_node_local_dns_cache_answers_pods() {
     let bed = bed(&[], &[deny_egress("a"), deny_ingress("a")]);
     let (a, own) = (bed.lab.pod("x/a"), bed.lab.node(0));
     let cache = SocketAddr::from(([169, 254, 20, 10], 53));
@@ -136,7 +136,7 @@ fn to_blocks(pod: &str, blocks: &[IpAddr]) -> Value {
     policy(&format!("to-blocks-{pod}"), &spec)
 }
 
-fn judged_the_own_node_is_one_more_destination_of_a_pod() {
+fn judged_own_node_needs_an_egress_rule() {
     let bed = bed(&["--own-node", "judge"], &[deny_egress("a")]);
     let (a, d, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/d"), bed.lab.node(0));
     let ways: Vec<_> = node.addrs(80).into_iter().chain([gateway()]).collect();
@@ -172,7 +172,7 @@ fn judged_the_own_node_is_one_more_destination_of_a_pod() {
     );
 }
 
-fn judged_a_change_stops_what_a_pod_has_with_its_node() {
+fn judged_own_node_streams_are_severed_by_policy() {
     let bed = bed(&["--own-node", "judge"], &[]);
     let (a, node) = (bed.lab.pod("x/a"), bed.lab.node(0));
     let ways: Vec<_> = node.addrs(80).into_iter().chain([gateway()]).collect();
@@ -193,7 +193,7 @@ fn judged_a_change_stops_what_a_pod_has_with_its_node() {
 }
 
 /// Once conntrack has forgotten the stream, the node's retransmits would create a new entry, as a node may.
-fn judged_a_node_that_goes_on_sending_keeps_no_stream_open_that_a_change_denies() {
+fn judged_node_cannot_keep_denied_stream_open() {
     let bed = bed(&["--own-node", "judge"], &[]);
     let (a, node) = (bed.lab.pod("x/a"), bed.lab.node(0));
     let servers = node.addrs(82).map(|at| {
@@ -327,7 +327,7 @@ fn tells(from: &Host, source: Ipv6Addr, to: Ipv6Addr, text: &[u8]) {
     .unwrap();
 }
 
-fn a_node_reaches_its_pods_and_no_others_whatever_policy_says() {
+fn node_reaches_only_its_own_isolated_pods() {
     let bed = bed(&[], &[deny_ingress("b"), deny_egress("b")]);
     let (own, other, b) = (bed.lab.node(0), bed.lab.node(1), bed.lab.pod("x/b"));
     for to in b.addrs(80) {
@@ -341,7 +341,7 @@ fn a_node_reaches_its_pods_and_no_others_whatever_policy_says() {
     }
 }
 
-fn pods_on_the_hosts_network_are_the_node_as_target_and_as_peer() {
+fn host_network_pods_are_judged_as_the_node() {
     let on_host = PodSpec::new("x", "h")
         .node(1)
         .label("pod", "h")
@@ -382,7 +382,7 @@ fn pods_on_the_hosts_network_are_the_node_as_target_and_as_peer() {
     }
 }
 
-fn a_pod_reaches_itself_and_by_its_own_service_whatever_policy_says() {
+fn pod_reaches_itself_despite_policy() {
     let service = ServiceSpec::new("x", "self")
         .selects("pod", "a")
         .port(80, 80)

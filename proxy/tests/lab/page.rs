@@ -11,8 +11,8 @@ use crate::browser::Browser;
 use crate::support::{Bed, DEADLINE, SOON, connected, deny_ingress, metric, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    the_page_shows_what_policy_asks_for_and_why_and_denials_as_they_come,
-    names_that_are_html_are_shown_as_text,
+    page_shows_policy_matrix_reasons_and_live_denials,
+    html_in_names_is_shown_as_text,
     five_hundred_pods_fold_into_their_namespaces,
 ];
 
@@ -93,7 +93,7 @@ fn shop_policies() -> Vec<Value> {
     ]
 }
 
-fn the_page_shows_what_policy_asks_for_and_why_and_denials_as_they_come() {
+fn page_shows_policy_matrix_reasons_and_live_denials() {
     let bed = shop();
     let pod = |key: &str| bed.lab.pod(key);
     let browser = Browser::on(&bed.lab.node(0), 1400, 980);
@@ -165,7 +165,7 @@ fn the_page_shows_what_policy_asks_for_and_why_and_denials_as_they_come() {
     seen("open, no policy isolates them");
 }
 
-fn names_that_are_html_are_shown_as_text() {
+fn html_in_names_is_shown_as_text() {
     const NAME: &str = "<img src=x onerror=\"document.title='owned'\">";
     let bed = Bed::enforced(&[], &[deny_ingress("b")]);
     // Kubernetes and the daemon refuse such names; the fault that says so has them, though.

@@ -10,8 +10,8 @@ use lab::{Host, Packet, Serve};
 use crate::support::{Bed, DEADLINE, allow_all, metric};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    bulk_data_finds_the_mtu_of_its_path_on_both_legs,
-    a_datagram_that_is_too_long_for_its_path_is_told_so,
+    path_mtu_discovery_works_on_both_legs,
+    oversized_datagram_gets_packet_too_big,
 ];
 
 /// Smaller than the link of any pod or node, larger than IPv6's least.
@@ -36,7 +36,7 @@ fn too_big(packet: &Packet, family: SocketAddr) -> bool {
     packet.way == Way::In && packet.protocol == if family.is_ipv4() { 1 } else { 58 }
 }
 
-fn bulk_data_finds_the_mtu_of_its_path_on_both_legs() {
+fn path_mtu_discovery_works_on_both_legs() {
     let bed = bed();
     let (a, c, outside) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"), bed.lab.outside());
     outside.serve_as(&[90], Serve::Sink).unwrap();
@@ -83,7 +83,7 @@ fn dial(from: &Host, to: SocketAddr) -> TcpStream {
     stream
 }
 
-fn a_datagram_that_is_too_long_for_its_path_is_told_so() {
+fn oversized_datagram_gets_packet_too_big() {
     let bed = bed();
     let (a, outside) = (bed.lab.pod("x/a"), bed.lab.outside());
     outside.serve_udp(&[53]).unwrap();

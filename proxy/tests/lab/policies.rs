@@ -12,31 +12,31 @@ use crate::stage::{self, Source, Stage};
 use crate::support::{Bed, SOON, marker, policy, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    the_policies_of_the_kubernetes_documentation_hold_on_real_connections,
-    the_upstream_cases_hold_on_the_wire_by_tcp_udp_and_sctp,
-    the_recipes_hold_on_real_connections,
-    what_the_known_suites_leave_out_holds_on_real_connections,
-    an_egress_rule_means_the_pod_behind_a_service_and_not_its_address,
+    kubernetes_documentation_policies_pass_on_real_connections,
+    upstream_cases_pass_with_tcp_udp_and_sctp,
+    network_policy_recipes_pass_on_real_connections,
+    additional_conformance_cases_pass_on_real_connections,
+    egress_rules_match_pods_behind_a_service,
 ];
 
-fn the_policies_of_the_kubernetes_documentation_hold_on_real_connections() {
+fn kubernetes_documentation_policies_pass_on_real_connections() {
     replay("docs", 13);
 }
 
-fn the_upstream_cases_hold_on_the_wire_by_tcp_udp_and_sctp() {
+fn upstream_cases_pass_with_tcp_udp_and_sctp() {
     replay("upstream", 48);
 }
 
-fn the_recipes_hold_on_real_connections() {
+fn network_policy_recipes_pass_on_real_connections() {
     replay("recipes", 14);
 }
 
-fn what_the_known_suites_leave_out_holds_on_real_connections() {
+fn additional_conformance_cases_pass_on_real_connections() {
     replay("more", 7);
 }
 
 /// Policies match pods' addresses and ports, after DNAT of the Service.
-fn an_egress_rule_means_the_pod_behind_a_service_and_not_its_address() {
+fn egress_rules_match_pods_behind_a_service() {
     let front = ServiceSpec::new("x", "front").selects("pod", "b");
     let front = front.port(8080, 80).port_of(5353, 53, Protocol::Udp);
     let mut bed = Bed::bare(small().service(front));

@@ -17,18 +17,18 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    two_pods_that_dial_from_the_same_port_do_not_disturb_each_other,
-    a_pod_on_the_proxys_own_upstream_ports_disturbs_nobody,
-    a_released_pod_on_the_proxys_own_upstream_ports_disturbs_nobody,
-    a_source_port_can_be_used_again_right_after_the_server_closed,
-    a_source_port_can_be_used_again_right_after_a_reset,
-    a_source_port_can_go_to_a_pod_and_then_to_its_service,
+    two_pods_may_use_the_same_source_port,
+    pod_using_proxy_upstream_ports_disturbs_nobody,
+    non_isolated_pod_on_upstream_ports_disturbs_nobody,
+    source_port_is_reusable_after_server_close,
+    source_port_is_reusable_after_a_reset,
+    source_port_works_for_pod_then_its_service,
     a_stale_upstream_entry_exposes_no_listener,
     streams_to_the_proxys_port_outlive_conntracks_memory,
-    nobody_answers_for_others_on_the_proxys_port,
+    proxy_port_never_answers_for_other_hosts,
 ];
 
-fn two_pods_that_dial_from_the_same_port_do_not_disturb_each_other() {
+fn two_pods_may_use_the_same_source_port() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     let clients = ["x/a", "x/d"].map(|key| bed.lab.pod(key));
     for way in bed.ways(80) {
@@ -57,14 +57,14 @@ fn two_pods_that_dial_from_the_same_port_do_not_disturb_each_other() {
     }
 }
 
-fn a_pod_on_the_proxys_own_upstream_ports_disturbs_nobody() {
+fn pod_using_proxy_upstream_ports_disturbs_nobody() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     for way in bed.ways(80) {
         disturb(&bed, "x/a", &way.what, way.to);
     }
 }
 
-fn a_released_pod_on_the_proxys_own_upstream_ports_disturbs_nobody() {
+fn non_isolated_pod_on_upstream_ports_disturbs_nobody() {
     // Only the servers are under policy: what x/a sends is taken because of its destination.
     let bed = Bed::enforced(&[], &[allow_ingress("b"), allow_ingress("c")]);
     for way in bed.ways(80) {
@@ -110,7 +110,7 @@ fn disturb(bed: &Bed, client: &str, what: &str, to: SocketAddr) {
     echoes(&first, "the first one stands");
 }
 
-fn a_source_port_can_be_used_again_right_after_the_server_closed() {
+fn source_port_is_reusable_after_server_close() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     for server in ["x/b", "x/c"] {
@@ -141,7 +141,7 @@ fn a_source_port_can_be_used_again_right_after_the_server_closed() {
     }
 }
 
-fn a_source_port_can_be_used_again_right_after_a_reset() {
+fn source_port_is_reusable_after_a_reset() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     for way in bed.ways(80) {
@@ -168,7 +168,7 @@ fn a_source_port_can_be_used_again_right_after_a_reset() {
     }
 }
 
-fn a_source_port_can_go_to_a_pod_and_then_to_its_service() {
+fn source_port_works_for_pod_then_its_service() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     for server in ["x/b", "x/c"] {
@@ -248,7 +248,7 @@ fn streams_to_the_proxys_port_outlive_conntracks_memory() {
 }
 
 /// Neither for addresses that no host has, nor for pods; for any kind of packet.
-fn nobody_answers_for_others_on_the_proxys_port() {
+fn proxy_port_never_answers_for_other_hosts() {
     let bed = Bed::enforced(&[], &[deny_ingress("d")]);
     let (a, b, outside) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.outside());
     for to in b.addrs(80) {

@@ -20,16 +20,16 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    with_the_daemon_killed_denied_stays_denied_and_released_pods_go_on,
-    with_fail_open_new_connections_pass_while_no_daemon_runs,
-    sigterm_ends_it_within_two_seconds_and_resets_live_streams,
+    killed_daemon_keeps_denials_and_non_isolated_pods,
+    fail_open_passes_new_connections_without_daemon,
+    sigterm_resets_streams_and_exits_in_two_seconds,
     a_killed_daemon_resets_streams_and_completes_none,
-    an_orderly_close_delivers_what_still_waits,
-    uninstall_restores_the_node_to_the_byte_after_a_full_run,
-    a_redirect_that_is_taken_away_is_reported_and_one_that_comes_anew_is_filled_again,
+    orderly_close_delivers_pending_data,
+    uninstall_after_enforcement_restores_the_node_exactly,
+    removed_redirect_is_reported_and_reinstalled_one_filled,
 ];
 
-fn with_the_daemon_killed_denied_stays_denied_and_released_pods_go_on() {
+fn killed_daemon_keeps_denials_and_non_isolated_pods() {
     let mut bed = Bed::enforced(&[], &[deny_ingress("b"), allow_ingress("c")]);
     let [a, b, c, d] = ["a", "b", "c", "d"].map(|name| bed.lab.pod(&format!("x/{name}")));
     // No policy names x/a and x/d: their connections pass no proxy.
@@ -67,7 +67,7 @@ fn with_the_daemon_killed_denied_stays_denied_and_released_pods_go_on() {
     }
 }
 
-fn with_fail_open_new_connections_pass_while_no_daemon_runs() {
+fn fail_open_passes_new_connections_without_daemon() {
     let mut bed = Bed::bare(small());
     bed.write_policies(&[deny_ingress("b"), deny_ingress("c")]);
     for node in 0..2 {
@@ -91,7 +91,7 @@ fn with_fail_open_new_connections_pass_while_no_daemon_runs() {
     }
 }
 
-fn sigterm_ends_it_within_two_seconds_and_resets_live_streams() {
+fn sigterm_resets_streams_and_exits_in_two_seconds() {
     let mut bed = Bed::enforced(&[], &[allow_all()]);
     let (a, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"));
     let listener = c.listen(c.addr_v4(82)).unwrap();
@@ -204,7 +204,7 @@ fn a_killed_daemon_resets_streams_and_completes_none() {
     });
 }
 
-fn an_orderly_close_delivers_what_still_waits() {
+fn orderly_close_delivers_pending_data() {
     const TOTAL: u64 = 40 << 10;
     let mut bed = Bed::enforced(&[], &[allow_all()]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
@@ -241,7 +241,7 @@ fn waiting_to_be_sent(netns: &Netns) -> u64 {
     queues.sum()
 }
 
-fn uninstall_restores_the_node_to_the_byte_after_a_full_run() {
+fn uninstall_after_enforcement_restores_the_node_exactly() {
     // The first use on a machine loads modules, which adds sysctls for good.
     drop(Bed::enforced(&[], &[allow_all()]));
     let mut bed = Bed::bare(small());
@@ -302,7 +302,7 @@ fn read_tree(directory: &Path, into: &mut BTreeMap<String, String>) {
     }
 }
 
-fn a_redirect_that_is_taken_away_is_reported_and_one_that_comes_anew_is_filled_again() {
+fn removed_redirect_is_reported_and_reinstalled_one_filled() {
     let bed = Bed::enforced(&[], &[deny_ingress("b")]);
     let node = bed.lab.node(0);
     let [a, b, d] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));

@@ -18,8 +18,7 @@ use crate::first::egress_by_access;
 use crate::sever::reset_after;
 use crate::support::{Bed, DEADLINE, metric};
 
-pub(crate) const TESTS: &[Test] =
-    &lab::tests![ten_thousand_pods_on_reused_addresses_have_their_own_rights_and_no_others];
+pub(crate) const TESTS: &[Test] = &lab::tests![pods_on_reused_addresses_have_only_own_rights];
 
 /// Pods at a time ...
 const PODS: u8 = 250;
@@ -32,7 +31,7 @@ const SERVER: u8 = 254;
 /// What became of the flows of a pod, by its uid and the protocol.
 type Verdicts = BTreeMap<(String, &'static str), Vec<String>>;
 
-fn ten_thousand_pods_on_reused_addresses_have_their_own_rights_and_no_others() {
+fn pods_on_reused_addresses_have_only_own_rights() {
     let records = tempfile::NamedTempFile::new().unwrap();
     let bed = crowded(&["--trace-file", records.path().to_str().unwrap()]);
     let (crowd, server) = (bed.lab.pod("x/crowd"), bed.lab.pod("x/server"));

@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use crate::support::{Bed, DEADLINE, deny_egress, deny_ingress, metric, policy, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    sctp_is_judged_by_its_ports_in_both_directions_and_on_both_nodes,
-    an_answer_passes_in_its_own_association_only,
+    sctp_ports_are_judged_both_ways_on_nodes,
+    sctp_replies_pass_only_in_their_association,
 ];
 
 /// The tag that an INIT asks its peer to use, as the lab makes it.
@@ -104,7 +104,7 @@ impl<'a> Attempt<'a> {
     }
 }
 
-fn sctp_is_judged_by_its_ports_in_both_directions_and_on_both_nodes() {
+fn sctp_ports_are_judged_both_ways_on_nodes() {
     let mut bed = Bed::bare(small());
     let trace = bed.file("trace.json");
     bed.enforce(&["--trace-file", trace.to_str().unwrap()]);
@@ -134,7 +134,7 @@ fn sctp_is_judged_by_its_ports_in_both_directions_and_on_both_nodes() {
     assert!(denied, "{records}");
 }
 
-fn an_answer_passes_in_its_own_association_only() {
+fn sctp_replies_pass_only_in_their_association() {
     let mut bed = Bed::bare(small());
     // a may only begin, b may only be begun with: what comes back is no flow of its own.
     bed.write_policies(&[

@@ -16,10 +16,10 @@ use crate::ending::{self, Live};
 use crate::support::{Bed, DEADLINE, connected, deny_egress, deny_ingress, echoes, policy, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    each_kind_of_change_cuts_what_it_denies_and_nothing_else,
-    a_severed_connection_is_recorded_with_the_policies_that_did_it,
-    the_clients_node_lets_a_reset_in_for_what_it_has_cut_before,
-    a_terminating_pod_keeps_its_rights_and_connections_until_it_is_gone,
+    every_kind_of_change_severs_only_denied_flows,
+    severed_connection_record_names_its_policies,
+    reset_reaches_client_after_its_node_severed_flow,
+    terminating_pod_keeps_rights_and_connections_until_deleted,
 ];
 
 /// From the change on disk to the reset at the client.
@@ -135,7 +135,7 @@ const CHANGES: &[Change] = &[
     }),
 ];
 
-fn each_kind_of_change_cuts_what_it_denies_and_nothing_else() {
+fn every_kind_of_change_severs_only_denied_flows() {
     let records = tempfile::NamedTempFile::new().unwrap();
     let bed = open_bed(&["--trace-file", records.path().to_str().unwrap()]);
     let server = bed.lab.pod("x/c");
@@ -215,7 +215,7 @@ fn all_records(file: &Path) -> Vec<Value> {
         .collect()
 }
 
-fn a_severed_connection_is_recorded_with_the_policies_that_did_it() {
+fn severed_connection_record_names_its_policies() {
     let records = tempfile::NamedTempFile::new().unwrap();
     let path = records.path().to_str().unwrap().to_owned();
     let bed = open_bed(&["--trace-file", &path]);
@@ -239,7 +239,7 @@ fn a_severed_connection_is_recorded_with_the_policies_that_did_it() {
 
 /// The client's node only forwards the connection, since before its pod was isolated; the server's node
 /// relays it, and learns of the change later.
-fn the_clients_node_lets_a_reset_in_for_what_it_has_cut_before() {
+fn reset_reaches_client_after_its_node_severed_flow() {
     let records = tempfile::NamedTempFile::new().unwrap();
     let mut bed = open_bed(&["--trace-file", records.path().to_str().unwrap()]);
     let server = bed.lab.pod("x/c");
@@ -264,7 +264,7 @@ fn the_clients_node_lets_a_reset_in_for_what_it_has_cut_before() {
     bed.wait_in_force(&mark);
 }
 
-fn a_terminating_pod_keeps_its_rights_and_connections_until_it_is_gone() {
+fn terminating_pod_keeps_rights_and_connections_until_deleted() {
     let mut bed = ending::bed();
     bed.write_policies(&ending::policies());
     bed.enforce(&["--hold", "300ms"]);

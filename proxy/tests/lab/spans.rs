@@ -24,12 +24,12 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    every_denied_connection_of_the_upstream_cases_is_found_in_jaeger,
-    a_connection_through_two_nodes_is_one_trace_with_both_decisions,
-    what_one_node_allows_and_the_next_denies_is_one_trace_too,
-    a_retrying_client_is_told_once_and_then_counted,
-    a_collector_that_proves_itself_gets_spans_over_tls_and_no_impostor_does,
-    no_collector_however_bad_delays_a_packet_and_every_lost_span_is_counted,
+    denied_upstream_connections_are_found_in_jaeger,
+    connection_across_nodes_is_one_trace,
+    connection_denied_by_second_node_is_one_trace,
+    denials_of_retrying_client_become_counted_spans,
+    only_verified_tls_collectors_get_spans,
+    faulty_collector_delays_nothing_and_losses_are_counted,
 ];
 
 /// Spans are sent this soon in tests.
@@ -82,7 +82,7 @@ impl Source for Told {
     }
 }
 
-fn every_denied_connection_of_the_upstream_cases_is_found_in_jaeger() {
+fn denied_upstream_connections_are_found_in_jaeger() {
     let cases = stage::cases("upstream", 48);
     let mut stage = Stage::new(&cases, |bed| Told {
         manifests: Manifests::new(bed),
@@ -160,7 +160,7 @@ fn node(span: &Span) -> &str {
     span.process["k8s.node.name"].as_str().unwrap()
 }
 
-fn a_connection_through_two_nodes_is_one_trace_with_both_decisions() {
+fn connection_across_nodes_is_one_trace() {
     let mut bed = Bed::bare(small());
     let jaeger = Jaeger::start(bed.lab.outside());
     // What the kernel carries is told when conntrack forgets it.
@@ -221,7 +221,7 @@ fn a_connection_through_two_nodes_is_one_trace_with_both_decisions() {
     }
 }
 
-fn what_one_node_allows_and_the_next_denies_is_one_trace_too() {
+fn connection_denied_by_second_node_is_one_trace() {
     let mut bed = Bed::bare(small());
     let jaeger = Jaeger::start(bed.lab.outside());
     bed.set_env("OTEL_BSP_SCHEDULE_DELAY", PROMPT);
@@ -294,7 +294,7 @@ fn picture(browser: &Browser, page: &str) -> Vec<u8> {
     browser.screenshot()
 }
 
-fn a_retrying_client_is_told_once_and_then_counted() {
+fn denials_of_retrying_client_become_counted_spans() {
     const TRIES: u64 = 60;
     let mut bed = Bed::bare(small());
     let jaeger = Jaeger::start(bed.lab.outside());
@@ -310,7 +310,7 @@ fn a_retrying_client_is_told_once_and_then_counted() {
     assert!(spans.len() <= 3, "{spans:#?}");
 }
 
-fn a_collector_that_proves_itself_gets_spans_over_tls_and_no_impostor_does() {
+fn only_verified_tls_collectors_get_spans() {
     let mut bed = Bed::bare(small());
     let outside = bed.lab.outside();
     let addresses = [outside.ipv4().into(), outside.ipv6().into()];
@@ -369,7 +369,7 @@ fn a_collector_that_proves_itself_gets_spans_over_tls_and_no_impostor_does() {
     assert!(said.contains(own), "{said}");
 }
 
-fn no_collector_however_bad_delays_a_packet_and_every_lost_span_is_counted() {
+fn faulty_collector_delays_nothing_and_losses_are_counted() {
     const CONNECTIONS: u64 = 100;
     let mut bed = Bed::bare(small());
     let outside = bed.lab.outside();

@@ -12,13 +12,13 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_pod_that_sends_in_anothers_name_is_refused_by_its_link,
-    a_new_pods_link_is_known_at_once_and_without_any_policy,
-    what_comes_back_another_way_than_it_went_is_no_lie_on_the_nodes_own_link,
-    what_a_pod_wraps_for_its_own_node_is_not_unwrapped,
-    a_pod_cannot_send_into_a_flow_that_another_has_with_leave,
-    a_stranger_cannot_send_into_a_flow_of_a_pod,
-    an_address_that_is_routed_elsewhere_is_a_lie_where_it_was_before,
+    spoofed_source_is_dropped_at_the_pod_link,
+    new_pod_link_is_known_without_any_policy,
+    asymmetric_return_path_is_not_spoofing,
+    vxlan_from_a_pod_is_not_decapsulated,
+    pod_cannot_spoof_into_an_allowed_flow,
+    outside_host_cannot_spoof_into_a_pod_flow,
+    moved_address_is_dropped_on_its_old_link,
 ];
 
 /// A cluster without any reverse path filter, and without policy.
@@ -42,7 +42,7 @@ fn wait_for_count(node: &Host, name: &str, expected: u64) {
     assert_eq!(reached.map(|()| counter(node, name)).unwrap(), expected);
 }
 
-fn a_pod_that_sends_in_anothers_name_is_refused_by_its_link() {
+fn spoofed_source_is_dropped_at_the_pod_link() {
     for gateway in [Gateway::LinkLocal, Gateway::NodeAddress] {
         let bed = bed(gateway);
         let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
@@ -83,7 +83,7 @@ fn a_pod_that_sends_in_anothers_name_is_refused_by_its_link() {
     }
 }
 
-fn a_new_pods_link_is_known_at_once_and_without_any_policy() {
+fn new_pod_link_is_known_without_any_policy() {
     let mut bed = bed(Gateway::LinkLocal);
     // Nobody has told the daemon of this pod.
     bed.lab.add_pod(PodSpec::new("x", "new").node(0)).unwrap();
@@ -108,7 +108,7 @@ fn a_new_pods_link_is_known_at_once_and_without_any_policy() {
 }
 
 /// The node's route to the sender uses another link: asymmetric routing, which pods do not have.
-fn what_comes_back_another_way_than_it_went_is_no_lie_on_the_nodes_own_link() {
+fn asymmetric_return_path_is_not_spoofing() {
     let bed = bed(Gateway::LinkLocal);
     let (outside, node, b) = (bed.lab.outside(), bed.lab.node(0), bed.lab.pod("x/b"));
     let live = connected(&outside, b.addr_v4(80));
@@ -137,7 +137,7 @@ fn what_comes_back_another_way_than_it_went_is_no_lie_on_the_nodes_own_link() {
 }
 
 /// A tunnel device does not show who encapsulated a packet; its inner source may be another node's pod.
-fn what_a_pod_wraps_for_its_own_node_is_not_unwrapped() {
+fn vxlan_from_a_pod_is_not_decapsulated() {
     let cluster = small().rp_filter(RpFilter::Off).between(Between::Vxlan);
     let mut bed = Bed::bare(cluster);
     let (a, b, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/c"));
@@ -196,7 +196,7 @@ fn tunnel_address(node: &Host) -> [u8; 6] {
 }
 
 /// Conntrack assigns any packet with a flow's addresses and ports to it, so its mark proves nothing.
-fn a_pod_cannot_send_into_a_flow_that_another_has_with_leave() {
+fn pod_cannot_spoof_into_an_allowed_flow() {
     for gateway in [Gateway::LinkLocal, Gateway::NodeAddress] {
         let mut bed = Bed::bare(small().rp_filter(RpFilter::Off).gateway(gateway));
         let (a, b, liar) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/d"));
@@ -226,7 +226,7 @@ fn a_pod_cannot_send_into_a_flow_that_another_has_with_leave() {
 }
 
 /// From outside, as either end of a flow of datagrams, before and after it was answered.
-fn a_stranger_cannot_send_into_a_flow_of_a_pod() {
+fn outside_host_cannot_spoof_into_a_pod_flow() {
     let mut bed = Bed::bare(small().rp_filter(RpFilter::Loose));
     let (a, b, outside) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.outside());
     for to in b.addrs(81) {
@@ -280,7 +280,7 @@ fn a_stranger_cannot_send_into_a_flow_of_a_pod() {
     }
 }
 
-fn an_address_that_is_routed_elsewhere_is_a_lie_where_it_was_before() {
+fn moved_address_is_dropped_on_its_old_link() {
     let bed = bed(Gateway::LinkLocal);
     let (node, a, b, d) = (
         bed.lab.node(0),

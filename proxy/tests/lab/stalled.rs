@@ -19,7 +19,7 @@ pub(crate) const TESTS: &[Test] = &lab::tests![
     a_handover_with_stalled_streams_keeps_the_neighbours,
     unread_bytes_of_a_pod_are_bounded,
     only_the_pods_own_streams_are_reset,
-    strangers_who_do_not_read_end_nobodys_stream,
+    outside_clients_not_reading_end_no_other_stream,
 ];
 
 /// Both ends of a stream, of which neither reads, and what each has sent.
@@ -314,7 +314,7 @@ fn only_the_pods_own_streams_are_reset() {
 }
 
 /// From a network each (RFC 3849), with less each than the neighbour.
-fn strangers_who_do_not_read_end_nobodys_stream() {
+fn outside_clients_not_reading_end_no_other_stream() {
     const STRANGERS: u16 = 100;
     let bed = Bed::enforced(&["--max-unread", "16"], &[allow_all()]);
     let [a, b, d] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));

@@ -15,17 +15,17 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    without_install_the_daemon_says_so,
-    with_other_flags_than_install_the_daemon_says_so,
-    without_privilege_the_daemon_says_so,
-    a_second_daemon_is_refused_and_disturbs_nothing,
+    daemon_reports_missing_install,
+    daemon_reports_flags_that_differ_from_install,
+    daemon_reports_missing_privilege,
+    second_daemon_fails_to_start_and_disturbs_nothing,
     a_port_in_use_is_named,
     wrong_flags_and_manifests_are_usage_errors,
-    variables_without_a_value_are_as_if_they_were_not_there,
+    daemon_ignores_empty_environment_variables,
     a_node_without_pod_addresses_is_named,
-    a_source_that_cannot_be_used_is_refused,
-    a_trace_file_that_cannot_be_opened_is_named,
-    ipvs_that_begins_beside_a_daemon_is_reported,
+    unusable_source_fails_the_start,
+    unopenable_trace_file_is_named,
+    ipvs_started_beside_the_daemon_is_reported,
 ];
 
 /// Expects a failure with this exit code and all of these texts.
@@ -39,7 +39,7 @@ fn refused(command: Command, code: i32, parts: &[&str]) {
     assert!(!said.contains("panicked"), "{said}");
 }
 
-fn without_install_the_daemon_says_so() {
+fn daemon_reports_missing_install() {
     let bed = Bed::bare(small());
     refused(
         bed.run_command(0, &[]),
@@ -48,7 +48,7 @@ fn without_install_the_daemon_says_so() {
     );
 }
 
-fn with_other_flags_than_install_the_daemon_says_so() {
+fn daemon_reports_flags_that_differ_from_install() {
     let bed = Bed::bare(small());
     bed.install(0, &["--proxy-port", "7000"]);
     refused(
@@ -58,7 +58,7 @@ fn with_other_flags_than_install_the_daemon_says_so() {
     );
 }
 
-fn without_privilege_the_daemon_says_so() {
+fn daemon_reports_missing_privilege() {
     let bed = Bed::bare(small());
     bed.install(0, &[]);
     let node = bed.lab.node(0);
@@ -76,7 +76,7 @@ fn without_privilege_the_daemon_says_so() {
     refused(command, 1, &["CAP_NET_ADMIN"]);
 }
 
-fn a_second_daemon_is_refused_and_disturbs_nothing() {
+fn second_daemon_fails_to_start_and_disturbs_nothing() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     let live = connected(&a, b.addr_v4(80));
@@ -183,7 +183,7 @@ fn wrong_flags_and_manifests_are_usage_errors() {
     refused(bed.run_command(0, &[]), 2, &["wrong.json"]);
 }
 
-fn variables_without_a_value_are_as_if_they_were_not_there() {
+fn daemon_ignores_empty_environment_variables() {
     let mut bed = Bed::bare(small());
     bed.install(0, &[]);
     let mut help = bed.lab.node(0).command(PORTREEVE);
@@ -214,7 +214,7 @@ fn a_node_without_pod_addresses_is_named() {
     refused(command, 1, &["stranger", "--node", "--pod-cidr"]);
 }
 
-fn a_source_that_cannot_be_used_is_refused() {
+fn unusable_source_fails_the_start() {
     let bed = Bed::bare(small());
     bed.install(0, &[]);
     let absent = bed.file("no-kubeconfig");
@@ -243,7 +243,7 @@ fn a_source_that_cannot_be_used_is_refused() {
     }
 }
 
-fn a_trace_file_that_cannot_be_opened_is_named() {
+fn unopenable_trace_file_is_named() {
     let bed = Bed::bare(small());
     bed.write_policies(&[deny_ingress("b")]);
     bed.install(0, &[]);
@@ -258,7 +258,7 @@ fn a_trace_file_that_cannot_be_opened_is_named() {
 }
 
 /// The kernel here has no IPVS: what kube-proxy makes for it is a link, of whatever kind.
-fn ipvs_that_begins_beside_a_daemon_is_reported() {
+fn ipvs_started_beside_the_daemon_is_reported() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     let node = bed.lab.node(0);
     let readyz = || ask(&node, "/readyz").unwrap();

@@ -17,14 +17,14 @@ use crate::support::{
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     the_server_sees_the_clients_own_address,
-    a_hundred_megabytes_arrive_unchanged_both_ways_at_once,
+    hundred_megabytes_arrive_unchanged_both_ways,
     bulk_in_one_direction_arrives_whole_and_ends,
-    every_end_of_a_stream_is_the_same_as_on_the_bare_network,
-    a_server_that_speaks_first_is_heard_and_a_silent_one_is_awaited,
-    urgent_data_arrives_in_its_place_and_what_follows_it_too,
-    both_legs_of_an_idle_connection_have_keep_alive,
+    streams_end_the_same_as_without_portreeve,
+    server_may_send_first_or_stay_silent,
+    urgent_data_arrives_in_order,
+    both_legs_of_idle_connection_have_keepalive,
     two_thousand_idle_connections_cost_two_descriptors_each,
-    a_thousand_connects_at_once_succeed_and_lose_no_syn,
+    thousand_parallel_connects_lose_no_syn,
 ];
 
 const MEGABYTE: u64 = 1 << 20;
@@ -83,7 +83,7 @@ pub(crate) fn ends(client: &Host, server: &Host, to: SocketAddr) -> (TcpStream, 
     (stream, accepted)
 }
 
-fn a_hundred_megabytes_arrive_unchanged_both_ways_at_once() {
+fn hundred_megabytes_arrive_unchanged_both_ways() {
     const TOTAL: u64 = 100 * MEGABYTE;
     let bed = Bed::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
@@ -192,7 +192,7 @@ const ENDINGS: [Ending; 9] = [
     }),
 ];
 
-fn every_end_of_a_stream_is_the_same_as_on_the_bare_network() {
+fn streams_end_the_same_as_without_portreeve() {
     let mut bed = Bed::bare(small());
     let bare = observe_endings(&bed);
     bed.write_policies(&[allow_all()]);
@@ -283,7 +283,7 @@ fn read(mut stream: &TcpStream) -> String {
     }
 }
 
-fn a_server_that_speaks_first_is_heard_and_a_silent_one_is_awaited() {
+fn server_may_send_first_or_stay_silent() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     for way in bed.ways(82) {
@@ -303,7 +303,7 @@ fn a_server_that_speaks_first_is_heard_and_a_silent_one_is_awaited() {
     }
 }
 
-fn urgent_data_arrives_in_its_place_and_what_follows_it_too() {
+fn urgent_data_arrives_in_order() {
     let bed = Bed::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     for way in bed.ways(83) {
@@ -319,7 +319,7 @@ fn urgent_data_arrives_in_its_place_and_what_follows_it_too() {
     }
 }
 
-fn both_legs_of_an_idle_connection_have_keep_alive() {
+fn both_legs_of_idle_connection_have_keepalive() {
     const ESTABLISHED: &str = "01";
     const KEEP_ALIVE: &str = "02";
     let bed = Bed::enforced(&[], &[allow_all()]);
@@ -422,7 +422,7 @@ const FIRST_REPEAT: Duration = Duration::from_secs(1);
 
 /// On a machine that is too busy to answer within a second a client retransmits its SYN, as it should; no
 /// SYN may be lost on any.
-fn a_thousand_connects_at_once_succeed_and_lose_no_syn() {
+fn thousand_parallel_connects_lose_no_syn() {
     const AT_ONCE: u16 = 1000;
     let bed = Bed::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");

@@ -15,15 +15,15 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_pods_probe_asks_its_own_daemon_and_no_other,
-    a_container_that_is_started_again_leaves_the_node_to_the_newer_pod,
-    a_daemon_whose_successor_is_gone_has_the_node_again,
+    probe_succeeds_only_for_its_own_daemon,
+    restarted_old_container_leaves_node_to_newer_pod,
+    old_daemon_resumes_when_the_new_one_exits,
     a_new_daemon_that_cannot_start_disturbs_nothing,
-    a_handover_that_breaks_off_costs_nothing,
+    failed_handover_loses_no_connection,
     a_new_daemon_waits_for_the_old_one,
-    the_old_daemon_goes_on_under_the_rules_of_the_new_version,
-    with_other_ports_the_new_daemon_gets_the_node_without_the_streams,
-    a_daemon_that_cannot_be_relieved_is_waited_for,
+    old_daemon_keeps_enforcing_under_new_rules,
+    changed_ports_hand_over_node_without_streams,
+    new_daemon_waits_for_one_without_handover,
 ];
 
 /// The daemon of a pod of node 0.
@@ -75,7 +75,7 @@ fn enforces(bed: &Bed) {
     assert_eq!(outcome.kind(), Kind::TimedOut);
 }
 
-fn a_pods_probe_asks_its_own_daemon_and_no_other() {
+fn probe_succeeds_only_for_its_own_daemon() {
     let mut bed = bed();
     assert_eq!(probe(&bed, "old"), (Some(0), String::new()));
     assert_eq!(probe(&bed, ""), (Some(0), String::new()), "by hand");
@@ -93,7 +93,7 @@ fn a_pods_probe_asks_its_own_daemon_and_no_other() {
     assert!(said.contains("no daemon answers"), "{said}");
 }
 
-fn a_container_that_is_started_again_leaves_the_node_to_the_newer_pod() {
+fn restarted_old_container_leaves_node_to_newer_pod() {
     let mut bed = bed();
     let [a, b] = ["x/a", "x/b"].map(|name| bed.lab.pod(name));
     let live = connected(&a, b.addr_v4(80));
@@ -116,7 +116,7 @@ fn a_container_that_is_started_again_leaves_the_node_to_the_newer_pod() {
     again.terminate();
 }
 
-fn a_daemon_whose_successor_is_gone_has_the_node_again() {
+fn old_daemon_resumes_when_the_new_one_exits() {
     let mut bed = bed();
     let [a, b] = ["x/a", "x/b"].map(|name| bed.lab.pod(name));
     let mut old = bed.relieve_by(0, pod(&bed, "new", &[]));
@@ -159,7 +159,7 @@ fn a_new_daemon_that_cannot_start_disturbs_nothing() {
     enforces(&bed);
 }
 
-fn a_handover_that_breaks_off_costs_nothing() {
+fn failed_handover_loses_no_connection() {
     let mut bed = bed();
     let [a, b] = ["x/a", "x/b"].map(|name| bed.lab.pod(name));
     let live: Vec<_> = b.addrs(80).map(|to| connected(&a, to)).into();
@@ -225,7 +225,7 @@ fn a_new_daemon_waits_for_the_old_one() {
     enforces(&bed);
 }
 
-fn the_old_daemon_goes_on_under_the_rules_of_the_new_version() {
+fn old_daemon_keeps_enforcing_under_new_rules() {
     let mut bed = bed();
     let node = bed.lab.node(0);
     let [a, b, c] = ["x/a", "x/b", "x/c"].map(|name| bed.lab.pod(name));
@@ -266,7 +266,7 @@ fn the_old_daemon_goes_on_under_the_rules_of_the_new_version() {
     enforces(&bed);
 }
 
-fn with_other_ports_the_new_daemon_gets_the_node_without_the_streams() {
+fn changed_ports_hand_over_node_without_streams() {
     let mut bed = bed();
     let [a, b] = ["x/a", "x/b"].map(|name| bed.lab.pod(name));
     let live = connected(&a, b.addr_v4(80));
@@ -283,7 +283,7 @@ fn with_other_ports_the_new_daemon_gets_the_node_without_the_streams() {
 }
 
 /// An older version, and a daemon whose socket path cannot be created.
-fn a_daemon_that_cannot_be_relieved_is_waited_for() {
+fn new_daemon_waits_for_one_without_handover() {
     let mut bed = Bed::enforced(&[], &policies());
     let [a, b] = ["x/a", "x/b"].map(|name| bed.lab.pod(name));
     for place in [None, Some("/proc/nowhere/handover.sock")] {

@@ -15,40 +15,40 @@ use crate::support::{
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    pods_on_a_bridge_are_policed,
-    pods_on_a_bridge_with_hairpin_mode_that_never_looked_into_packets_are_policed,
-    pods_on_a_veth_each_behind_their_nodes_address_are_policed,
-    pods_behind_a_proxy_arp_gateway_are_policed,
-    pods_on_bridges_joined_by_vxlan_are_policed,
-    pods_on_a_veth_each_joined_by_vxlan_are_policed,
+    policies_hold_on_a_bridge,
+    policies_hold_on_hairpin_bridge_without_nf_call,
+    policies_hold_on_veths_behind_node_address,
+    policies_hold_behind_a_proxy_arp_gateway,
+    policies_hold_on_bridges_over_vxlan,
+    policies_hold_on_veths_over_vxlan,
 ];
 
 const BRIDGE: Gateway = Gateway::Bridge { hairpin: false };
 const ASK: Duration = Duration::from_millis(500);
 const MEGABYTES: u64 = 8 << 20;
 
-fn pods_on_a_bridge_are_policed() {
+fn policies_hold_on_a_bridge() {
     // As the kernel begins with it, and as kubeadm wants it.
     hold_on(small().gateway(BRIDGE), "1");
 }
 
-fn pods_on_a_bridge_with_hairpin_mode_that_never_looked_into_packets_are_policed() {
+fn policies_hold_on_hairpin_bridge_without_nf_call() {
     hold_on(small().gateway(Gateway::Bridge { hairpin: true }), "0");
 }
 
-fn pods_on_a_veth_each_behind_their_nodes_address_are_policed() {
+fn policies_hold_on_veths_behind_node_address() {
     hold_on(small().gateway(Gateway::NodeAddress), "1");
 }
 
-fn pods_behind_a_proxy_arp_gateway_are_policed() {
+fn policies_hold_behind_a_proxy_arp_gateway() {
     hold_on(small().gateway(Gateway::LinkLocal), "1");
 }
 
-fn pods_on_bridges_joined_by_vxlan_are_policed() {
+fn policies_hold_on_bridges_over_vxlan() {
     hold_on(small().gateway(BRIDGE).between(Between::Vxlan), "1");
 }
 
-fn pods_on_a_veth_each_joined_by_vxlan_are_policed() {
+fn policies_hold_on_veths_over_vxlan() {
     hold_on(small().between(Between::Vxlan), "1");
 }
 

@@ -8,12 +8,12 @@ use serde_json::Value;
 use crate::pods::is_ready;
 use crate::room::{NAMESPACE, Room, room};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![kubelet_runs_the_daemonset_as_its_manifest_has_it];
+pub(crate) const TESTS: &[Test] = &lab::tests![kubelet_runs_the_daemonset_manifest];
 
 /// CAP_NET_ADMIN and CAP_NET_RAW (linux/capability.h).
 const CAPABILITIES: u64 = 1 << 12 | 1 << 13;
 
-fn kubelet_runs_the_daemonset_as_its_manifest_has_it() {
+fn kubelet_runs_the_daemonset_manifest() {
     let room = room();
     let pod = room.daemon();
     assert!(is_ready(&pod), "{pod}");

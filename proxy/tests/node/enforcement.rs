@@ -12,10 +12,10 @@ use crate::pods::{
 use crate::room::{NAMESPACE, PATIENCE, Room, room};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_policy_closes_a_pod_that_kubelet_started_and_not_to_its_probes,
-    without_a_daemon_pods_stay_closed_and_the_next_one_takes_them_on,
-    a_daemon_that_is_killed_is_started_again_and_enforces,
-    what_a_pod_dials_as_its_first_act_is_judged,
+    policy_isolates_kubelet_pod_except_its_probes,
+    pods_stay_isolated_without_daemon_until_the_next,
+    killed_daemon_is_restarted_and_enforces,
+    first_connection_of_a_pod_is_judged,
 ];
 
 /// The clients that policies allow.
@@ -23,7 +23,7 @@ fn friends() -> Value {
     json!({ "pod": "friend" })
 }
 
-fn a_policy_closes_a_pod_that_kubelet_started_and_not_to_its_probes() {
+fn policy_isolates_kubelet_pod_except_its_probes() {
     let room = room();
     namespace(&room, "probes");
     let mut probed = server("probes", "web");
@@ -101,7 +101,7 @@ fn a_policy_closes_a_pod_that_kubelet_started_and_not_to_its_probes() {
     assert!(explain("stranger").is_err());
 }
 
-fn without_a_daemon_pods_stay_closed_and_the_next_one_takes_them_on() {
+fn pods_stay_isolated_without_daemon_until_the_next() {
     let room = room();
     let (web, friend, stranger) = policed(&room, "gone");
     let free = started(&room, &server("gone", "free"));
@@ -119,7 +119,7 @@ fn without_a_daemon_pods_stay_closed_and_the_next_one_takes_them_on() {
     is_kept_from(&stranger, &web);
 }
 
-fn a_daemon_that_is_killed_is_started_again_and_enforces() {
+fn killed_daemon_is_restarted_and_enforces() {
     let room = room();
     let (web, friend, stranger) = policed(&room, "killed");
     let pod = room.daemon();
@@ -136,7 +136,7 @@ fn a_daemon_that_is_killed_is_started_again_and_enforces() {
 }
 
 /// A pod's address is known to the API some time after it can send: until then it is held back.
-fn what_a_pod_dials_as_its_first_act_is_judged() {
+fn first_connection_of_a_pod_is_judged() {
     let room = room();
     let (web, ..) = policed(&room, "first");
     for number in 0..20 {

@@ -10,14 +10,14 @@ use crate::room::{Room, room};
 use crate::support::SEVERAL_SYNS;
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    a_host_port_is_judged_by_its_clients_own_address,
-    pods_on_the_bridge_of_a_cni_plugin_are_policed,
+    host_port_is_judged_by_client_address,
+    policies_hold_on_the_cni_bridge_plugin,
 ];
 
 /// Of the node, mapped by the plugin `portmap`.
 const HOST_PORT: u16 = 8081;
 
-fn a_host_port_is_judged_by_its_clients_own_address() {
+fn host_port_is_judged_by_client_address() {
     let room = room();
     namespace(&room, "ports");
     let mut pod = server("ports", "web");
@@ -59,7 +59,7 @@ fn open(room: &Room, from: &Host) -> [bool; 2] {
 }
 
 /// The plugin `bridge` makes its bridge with the first pod, and kubelet's node looks into bridged packets.
-fn pods_on_the_bridge_of_a_cni_plugin_are_policed() {
+fn policies_hold_on_the_cni_bridge_plugin() {
     let room = room();
     let node = room.lab.node(0);
     node.netns()

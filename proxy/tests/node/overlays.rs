@@ -6,13 +6,13 @@ use crate::pods::{idle, is_kept_from, namespace, reaches, ready};
 use crate::room::room;
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    the_taint_of_a_new_node_goes_when_its_daemon_enforces_and_pods_start_then,
-    uninstalled_a_node_is_as_it_was_and_installed_again_it_is_policed,
+    taint_is_removed_once_the_daemon_enforces,
+    uninstall_restores_node_and_reinstall_enforces,
 ];
 
 const TAINT: &str = "portreeve.io/agent-not-ready";
 
-fn the_taint_of_a_new_node_goes_when_its_daemon_enforces_and_pods_start_then() {
+fn taint_is_removed_once_the_daemon_enforces() {
     let room = room();
     namespace(&room, "new");
     room.kubectl(&[
@@ -38,7 +38,7 @@ fn the_taint_of_a_new_node_goes_when_its_daemon_enforces_and_pods_start_then() {
     room.rolled_out();
 }
 
-fn uninstalled_a_node_is_as_it_was_and_installed_again_it_is_policed() {
+fn uninstall_restores_node_and_reinstall_enforces() {
     let room = room();
     let (web, friend, stranger) = policed(&room, "out");
     room.install("overlays/uninstall");

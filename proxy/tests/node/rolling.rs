@@ -15,13 +15,13 @@ use crate::enforcement::policed;
 use crate::room::{NAMESPACE, PATIENCE, Room, room};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
-    streams_go_on_byte_for_byte_while_the_daemonset_is_rolled,
-    a_rollout_that_fails_and_is_undone_ends_no_stream,
+    streams_survive_a_daemonset_rollout_unchanged,
+    failed_and_undone_rollout_ends_no_stream,
 ];
 
 const PORT: u16 = 9000;
 
-fn streams_go_on_byte_for_byte_while_the_daemonset_is_rolled() {
+fn streams_survive_a_daemonset_rollout_unchanged() {
     let room = room();
     let (web, friend, stranger) = policed(&room, "rolled");
     let streams = Streams::new(&friend, &web);
@@ -42,7 +42,7 @@ fn streams_go_on_byte_for_byte_while_the_daemonset_is_rolled() {
     });
 }
 
-fn a_rollout_that_fails_and_is_undone_ends_no_stream() {
+fn failed_and_undone_rollout_ends_no_stream() {
     let room = room();
     let (web, friend, stranger) = policed(&room, "undone");
     let streams = Streams::new(&friend, &web);

@@ -30,7 +30,7 @@ fn kept(folder: &TempDir, now: SystemTime) -> Snapshot {
 }
 
 #[test]
-fn what_was_kept_is_read_again_with_its_time() {
+fn snapshot_is_read_back_with_its_time() {
     let folder = TempDir::new().expect("a folder");
     let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
     let snapshot = kept(&folder, now);
@@ -41,7 +41,7 @@ fn what_was_kept_is_read_again_with_its_time() {
 }
 
 #[test]
-fn only_its_owner_may_read_it_and_nothing_else_is_left_in_the_folder() {
+fn snapshot_has_mode_0600_and_no_leftover_files() {
     use std::os::unix::fs::PermissionsExt as _;
     let folder = TempDir::new().expect("a folder");
     let snapshot = kept(&folder, SystemTime::now());
@@ -80,7 +80,7 @@ fn any_damage_is_noticed() {
 }
 
 #[test]
-fn what_is_not_ours_or_not_fresh_is_refused_with_the_reason() {
+fn foreign_or_stale_snapshot_is_rejected_with_reason() {
     let folder = TempDir::new().expect("a folder");
     let now = SystemTime::now();
     let good = kept(&folder, now);
@@ -114,7 +114,7 @@ fn what_is_not_ours_or_not_fresh_is_refused_with_the_reason() {
 }
 
 #[test]
-fn a_cluster_is_known_by_an_authority_that_it_kept() {
+fn shared_ca_identifies_the_same_cluster() {
     let of = |authorities: &[&str]| ClusterIdentity {
         server: "https://a/".to_owned(),
         authorities: authorities.iter().map(ToString::to_string).collect(),

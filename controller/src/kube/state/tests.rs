@@ -64,7 +64,7 @@ fn an_empty_cluster_has_a_first_state_too() {
 }
 
 #[test]
-fn kinds_that_are_back_wait_for_the_others() {
+fn reconnected_kinds_wait_for_the_others() {
     let now = Instant::now();
     let mut state = listed(now);
     lose_all(&mut state, now);
@@ -81,7 +81,7 @@ fn kinds_that_are_back_wait_for_the_others() {
 }
 
 #[test]
-fn but_they_do_not_wait_for_ever() {
+fn reconnected_kinds_wait_a_bounded_time() {
     let now = Instant::now();
     let mut state = listed(now);
     lose_all(&mut state, now);
@@ -99,7 +99,7 @@ fn but_they_do_not_wait_for_ever() {
 }
 
 #[test]
-fn one_kind_that_is_lost_holds_up_none_of_the_others() {
+fn one_lost_kind_does_not_delay_the_others() {
     let now = Instant::now();
     let mut state = listed(now);
     state.take(Kind::Node, News::Lost, now);
@@ -120,7 +120,7 @@ fn a_list_that_breaks_off_deletes_nothing() {
 }
 
 #[test]
-fn a_list_with_a_nameless_object_deletes_nothing_and_says_why() {
+fn list_with_nameless_object_deletes_nothing_and_warns() {
     let now = Instant::now();
     let mut state = listed(now);
     list(&mut state, Kind::Pod, vec![json!({"metadata": {}})], now);
@@ -134,7 +134,7 @@ fn a_list_with_a_nameless_object_deletes_nothing_and_says_why() {
 }
 
 #[test]
-fn what_was_made_and_deleted_in_between_is_not_told() {
+fn object_created_and_deleted_between_batches_is_skipped() {
     let now = Instant::now();
     let mut state = listed(now);
     state.take(Kind::Pod, News::Changed(pod("b")), now);
@@ -146,7 +146,7 @@ fn what_was_made_and_deleted_in_between_is_not_told() {
 }
 
 #[test]
-fn a_bad_version_of_a_good_policy_changes_nothing_but_a_bad_new_one_is_closed() {
+fn invalid_update_keeps_policy_invalid_new_policy_denies() {
     let now = Instant::now();
     let mut state = listed(now);
     let bad = json!({"podSelector": {}, "ingress": [{"fron": []}]});
@@ -168,7 +168,7 @@ fn a_bad_version_of_a_good_policy_changes_nothing_but_a_bad_new_one_is_closed() 
 }
 
 #[test]
-fn what_stands_for_a_bad_policy_is_no_wider_than_what_can_be_read_of_it() {
+fn invalid_new_policy_isolates_its_declared_directions() {
     use policy::Direction::{Egress, Ingress};
     for (spec, ingress, egress) in [
         (
@@ -219,7 +219,7 @@ fn what_stands_for_a_bad_policy_is_no_wider_than_what_can_be_read_of_it() {
 }
 
 #[test]
-fn the_kept_objects_give_the_same_state_again() {
+fn saved_objects_restore_the_same_state() {
     let now = Instant::now();
     let mut state = listed(now);
     let bad = json!({"podSelector": {"matchLabels": {"a": "b"}}, "odd": 1});

@@ -2,7 +2,7 @@
 use super::*;
 
 #[tokio::test]
-async fn a_disk_that_does_not_take_the_state_is_named() {
+async fn failed_snapshot_write_is_reported() {
     let bed = Bed::new().await;
     std::fs::write(bed.folder.path().join("state"), "a file, not a folder").expect("written");
     let mut source = bed.source().await;
@@ -20,7 +20,7 @@ async fn a_disk_that_does_not_take_the_state_is_named() {
 }
 
 #[tokio::test]
-async fn a_missing_permission_is_named_and_nothing_is_in_force_until_it_is_granted() {
+async fn missing_permission_is_named_and_delays_first_state() {
     let bed = Bed::new().await;
     bed.api.world().refuse.insert("networkpolicies", 403);
     let mut source = bed.source().await;
@@ -35,7 +35,7 @@ async fn a_missing_permission_is_named_and_nothing_is_in_force_until_it_is_grant
 }
 
 #[tokio::test]
-async fn credentials_that_expired_are_tried_again_until_they_are_good() {
+async fn expired_credentials_are_retried_until_valid() {
     let bed = Bed::new().await;
     for resource in ["pods", "nodes", "namespaces", "networkpolicies"] {
         bed.api.world().refuse.insert(resource, 401);
@@ -71,7 +71,7 @@ async fn garbage_on_a_watch_loses_no_change() {
 }
 
 #[tokio::test]
-async fn an_object_that_cannot_be_read_keeps_its_last_good_state_and_is_reported() {
+async fn unreadable_object_keeps_last_good_state_with_report() {
     let bed = Bed::new().await;
     let mut source = bed.source().await;
     next(&mut source).await;
@@ -91,7 +91,7 @@ async fn an_object_that_cannot_be_read_keeps_its_last_good_state_and_is_reported
 }
 
 #[tokio::test]
-async fn a_policy_that_never_could_be_read_closes_the_pods_that_it_selects() {
+async fn policy_never_readable_isolates_its_selected_pods() {
     let bed = Bed::new().await;
     bed.api.delete("networkpolicies", "x/deny");
     let spec = json!({

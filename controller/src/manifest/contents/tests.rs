@@ -26,7 +26,7 @@ fn faulty(contents: &Contents) -> bool {
 }
 
 #[test]
-fn lists_of_every_form_are_unpacked() {
+fn every_form_of_list_is_unpacked() {
     for (text, expected) in [
         (
             "{apiVersion: v1, kind: List, items: [{apiVersion: v1, kind: Namespace, metadata: {name: x}}]}",
@@ -57,7 +57,7 @@ fn lists_of_every_form_are_unpacked() {
 }
 
 #[test]
-fn other_kinds_are_passed_over() {
+fn other_kinds_are_skipped() {
     for text in [
         "{apiVersion: v1, kind: Service, metadata: {name: s}}",
         "{apiVersion: apps/v1, kind: Deployment, metadata: {name: s}}",
@@ -304,7 +304,7 @@ fn bytes_that_are_not_text_are_one_problem() {
 }
 
 #[test]
-fn a_thousand_faults_are_a_hundred_lines() {
+fn thousand_faults_give_a_hundred_lines() {
     let contents = read(&"---\njust text\n".repeat(1_000));
     assert_eq!(contents.problems.len(), 101);
     assert_eq!(

@@ -85,7 +85,7 @@ fn values_are_those_that_kubectl_reads() {
 }
 
 #[test]
-fn documents_are_numbered_as_a_person_counts_them() {
+fn document_numbers_include_empty_documents() {
     let text = "# licence\n---\na: 1\n---\n# nothing\n--- {b: 2}\n---\nc: [\n---\nd: 4\n";
     let seen: Vec<_> = documents(text)
         .into_iter()
@@ -103,7 +103,7 @@ fn documents_are_numbered_as_a_person_counts_them() {
 }
 
 #[test]
-fn texts_that_mean_nothing_hold_no_document() {
+fn empty_texts_hold_no_document() {
     for text in [
         "",
         "\n\n",
@@ -131,7 +131,7 @@ fn a_key_given_twice_is_an_error() {
 }
 
 #[test]
-fn the_line_of_a_fault_is_the_files() {
+fn fault_line_counts_from_start_of_file() {
     let [_, Err(problem)] = &values("a: 1\n---\nb:\n  - c\n d: 1\n")[..] else {
         panic!("accepted")
     };
@@ -139,7 +139,7 @@ fn the_line_of_a_fault_is_the_files() {
 }
 
 #[test]
-fn an_alias_bomb_is_refused() {
+fn alias_bomb_is_rejected() {
     let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
     for level in 1..12 {
         let previous = format!("*a{}, ", level - 1).repeat(10);
@@ -151,7 +151,7 @@ fn an_alias_bomb_is_refused() {
 }
 
 #[test]
-fn no_text_makes_it_panic() {
+fn parser_never_panics() {
     let deep = "[".repeat(100_000);
     let deep_map = "a: ".repeat(50_000);
     let indented: String = (0..2_000)

@@ -9,7 +9,7 @@ use tempfile::tempdir;
 use super::*;
 
 #[test]
-fn manifests_of_the_directory_itself_are_listed_by_name() {
+fn only_top_level_manifests_are_listed_by_name() {
     let dir = tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     for name in [
@@ -59,7 +59,7 @@ fn manifests_of_the_directory_itself_are_listed_by_name() {
 }
 
 #[test]
-fn a_directory_without_manifests_is_a_warning_and_a_missing_path_an_error() {
+fn empty_directory_warns_and_missing_path_fails() {
     let dir = tempdir().unwrap();
     write(dir.path().join("ELF"), [0x7f, b'E', b'L', b'F']).unwrap();
     let [warning] = &list(dir.path()).unwrap().warnings[..] else {
@@ -77,7 +77,7 @@ fn a_directory_without_manifests_is_a_warning_and_a_missing_path_an_error() {
 }
 
 #[test]
-fn a_file_over_the_limit_is_refused_unread() {
+fn file_over_the_limit_is_rejected_unread() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("big.yaml");
     // Sparse: were it read, the test would need 100 GiB.
@@ -90,7 +90,7 @@ fn a_file_over_the_limit_is_refused_unread() {
 }
 
 #[test]
-fn what_is_no_plain_file_is_refused_without_waiting_for_it() {
+fn fifo_is_rejected_without_blocking() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("fifo.yaml");
     mkfifo(&path, Mode::S_IRWXU).unwrap();

@@ -60,7 +60,7 @@ fn only_real_changes_are_sent() {
 }
 
 #[test]
-fn an_invalid_object_keeps_its_last_good_state_and_its_neighbours_change() {
+fn invalid_object_keeps_last_state_while_others_change() {
     let mut state = State::default();
     state.update(&name("a"), contents(&(pod("p", "one") + &pod("q", "one"))));
     state.changes();
@@ -87,7 +87,7 @@ fn an_invalid_object_keeps_its_last_good_state_and_its_neighbours_change() {
 }
 
 #[test]
-fn a_file_whose_meaning_is_hidden_keeps_all_its_objects() {
+fn unparsable_file_keeps_all_its_objects() {
     for (text, why) in [
         ("---\n{apiVersion: v1, kind: [", "no YAML"),
         ("---\nkind: Pod\n", "no apiVersion"),
@@ -107,7 +107,7 @@ fn a_file_whose_meaning_is_hidden_keeps_all_its_objects() {
 }
 
 #[test]
-fn of_an_object_given_twice_the_later_counts_and_it_is_said() {
+fn later_duplicate_object_wins_with_a_warning() {
     let mut state = State::default();
     state.update(&name("b"), contents(&pod("p", "late")));
     state.update(

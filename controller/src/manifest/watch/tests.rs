@@ -57,7 +57,7 @@ async fn next_events(source: &mut ManifestSource) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_change_is_in_force_within_a_second_however_it_is_made() {
+async fn every_kind_of_file_change_applies_promptly() {
     let (dir, mut source) = watched();
     let at = |name: &str| dir.path().join(name);
     let (p, q) = (|v: &str| pod("p", v), pod("q", "one"));
@@ -126,7 +126,7 @@ async fn a_change_is_in_force_within_a_second_however_it_is_made() {
 }
 
 #[tokio::test]
-async fn a_config_map_volume_is_followed_through_its_swap() {
+async fn configmap_volume_update_is_followed() {
     let dir = tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     create_dir(at("..1")).unwrap();
@@ -159,7 +159,7 @@ async fn a_config_map_volume_is_followed_through_its_swap() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_still_written_to_keeps_its_last_state_until_it_is_closed() {
+async fn file_being_written_keeps_state_until_closed() {
     for replace in [false, true] {
         let (dir, mut source) = watched();
         let path = dir.path().join("a.yaml");
@@ -200,7 +200,7 @@ async fn a_file_that_is_still_written_to_keeps_its_last_state_until_it_is_closed
 }
 
 #[tokio::test]
-async fn what_cannot_be_read_keeps_its_last_good_state_and_is_reported() {
+async fn unreadable_file_keeps_last_good_state_with_report() {
     let (dir, mut source) = watched();
     let path = dir.path().join("a.yaml");
     type Break<'a> = (&'a str, Box<dyn Fn() + 'a>, &'a str);
@@ -249,7 +249,7 @@ async fn what_cannot_be_read_keeps_its_last_good_state_and_is_reported() {
 }
 
 #[tokio::test]
-async fn a_directory_that_vanishes_deletes_nothing_and_is_followed_when_it_is_back() {
+async fn removed_directory_deletes_nothing_and_is_followed_again() {
     let dir = tempdir().unwrap();
     let root = dir.path().join("state");
     create_dir(&root).unwrap();
@@ -274,7 +274,7 @@ async fn a_directory_that_vanishes_deletes_nothing_and_is_followed_when_it_is_ba
 }
 
 #[tokio::test]
-async fn changes_get_through_while_another_file_never_rests() {
+async fn constant_writes_to_one_file_delay_no_other() {
     let (dir, mut source) = watched();
     let busy = dir.path().join("busy.yaml");
     let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
@@ -336,7 +336,7 @@ fn followed() -> (TempDir, Follower, impl Fn(u64) -> Instant) {
 }
 
 #[test]
-fn what_is_gone_is_waited_for_and_longer_if_its_going_could_open_something() {
+fn deletions_are_delayed_longer_when_access_could_widen() {
     let (dir, mut follower, at) = followed();
     remove_file(dir.path().join("a.yaml")).unwrap();
     remove_file(dir.path().join("b.yaml")).unwrap();
@@ -351,7 +351,7 @@ fn what_is_gone_is_waited_for_and_longer_if_its_going_could_open_something() {
 }
 
 #[test]
-fn what_is_replaced_in_two_steps_is_never_gone() {
+fn file_replaced_in_two_steps_deletes_nothing() {
     let (dir, mut follower, at) = followed();
     let path = dir.path().join("a.yaml");
     for (round, label) in [(0, "two"), (1, "three")] {
@@ -370,7 +370,7 @@ fn what_is_replaced_in_two_steps_is_never_gone() {
 }
 
 #[test]
-fn a_change_whose_event_was_lost_is_found_all_the_same() {
+fn change_is_found_after_inotify_overflow() {
     let (dir, mut follower, at) = followed();
     // Each creates, and deletes again: no two events in a row are equal, which would be one.
     let queue = std::fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap();
@@ -385,7 +385,7 @@ fn a_change_whose_event_was_lost_is_found_all_the_same() {
 }
 
 #[test]
-fn two_writings_that_cannot_be_told_apart_by_time_and_length_are_both_read() {
+fn writes_of_equal_time_and_length_are_read() {
     let (dir, mut follower, at) = followed();
     let path = dir.path().join("a.yaml");
     for (round, label) in (0..100).zip(["six", "two"].into_iter().cycle()) {
@@ -396,7 +396,7 @@ fn two_writings_that_cannot_be_told_apart_by_time_and_length_are_both_read() {
 }
 
 #[test]
-fn what_is_wrong_at_the_start_is_refused_and_an_empty_directory_is_not() {
+fn start_rejects_faults_but_accepts_empty_directory() {
     let dir = tempdir().unwrap();
     let (_, batch) = ManifestSource::open(dir.path()).unwrap();
     assert_eq!((batch.events.len(), batch.problems.len()), (0, 1));

@@ -2,7 +2,7 @@
 use super::*;
 
 #[test]
-fn an_address_belongs_to_the_pod_that_holds_it_now() {
+fn address_belongs_to_its_current_pod() {
     let mut cluster = three_pods();
     let _ = cluster.upsert_policy(policy("x/p", "podSelector: {matchLabels: {pod: a}}"));
     let owner = |cluster: &Cluster| {
@@ -39,7 +39,7 @@ fn an_address_belongs_to_the_pod_that_holds_it_now() {
 
 /// Only pods labelled b may talk to c; x/b gives its address to y/d, which may not.
 #[test]
-fn whatever_the_order_of_events_a_reused_address_is_its_new_holders() {
+fn reused_address_follows_new_pod_in_any_order() {
     let old = || pod("x/b", B);
     let new = || Pod {
         started: "2026-01-01T00:00:09Z".into(),
@@ -101,7 +101,7 @@ fn whatever_the_order_of_events_a_reused_address_is_its_new_holders() {
 }
 
 #[test]
-fn a_terminating_pod_keeps_its_policies_and_its_address_until_it_is_gone() {
+fn terminating_pod_keeps_policies_and_address_until_deleted() {
     let mut cluster = three_pods();
     let _ = cluster.upsert_policy(policy("x/p", FROM_C));
     let before = cluster.endpoint(address(A));
@@ -116,7 +116,7 @@ fn a_terminating_pod_keeps_its_policies_and_its_address_until_it_is_gone() {
 }
 
 #[test]
-fn a_pod_that_comes_back_under_its_name_is_another_pod() {
+fn recreated_pod_of_same_name_is_another_pod() {
     let mut cluster = three_pods();
     let again = Pod {
         uid: "second".into(),
@@ -154,7 +154,7 @@ fn host_network_pods_are_their_node() {
 }
 
 #[test]
-fn a_contested_address_gets_what_all_claimants_have_and_no_grant() {
+fn contested_address_gets_isolation_but_no_grants() {
     let mut cluster = three_pods();
     // Everybody may talk to a; only c may be talked to by a pod labelled b.
     let _ = cluster.upsert_policy(policy(
@@ -225,7 +225,7 @@ fn a_contested_address_gets_what_all_claimants_have_and_no_grant() {
 }
 
 #[test]
-fn a_contested_addresss_claimants_may_keep_changing() {
+fn claimants_of_contested_address_may_keep_changing() {
     let mut cluster = three_pods();
     let _ = cluster.upsert_pod(pod("y/d", A));
     let spec = "{podSelector: {matchLabels: {pod: d}}, policyTypes: [Egress], egress: [{}]}";

@@ -104,7 +104,7 @@ fn the_first_surplus_policy_isolates_the_namespace() {
 }
 
 #[test]
-fn arrival_order_does_not_decide_which_are_refused() {
+fn arrival_order_does_not_decide_policies_over_budget() {
     let names = ["x/1", "x/2", "x/3", "x/4"];
     let specs = [A_FROM_C, TWO_RULES, TWO_RULES, A_FROM_C];
     for first in 0..4 {
@@ -144,7 +144,7 @@ fn isolating(cluster: &Cluster, at: &str, direction: Direction) -> Vec<String> {
 }
 
 #[test]
-fn a_policy_too_many_on_a_pod_closes_it() {
+fn policy_over_pod_limit_isolates_the_pod() {
     let from_c = "{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{namespaceSelector: {}, podSelector: {matchLabels: {pod: c}}}]}]}";
     let open = "ingress: [{}]";
     let mut cluster = two_for_a_pod();

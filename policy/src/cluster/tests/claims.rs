@@ -100,7 +100,7 @@ fn claiming_an_isolated_pods_address_opens_nothing() {
 }
 
 #[test]
-fn what_the_claimants_own_policy_allows_opens_nothing() {
+fn policy_of_another_claimant_opens_nothing() {
     let ghost = Pod {
         started: "2027-01-01T00:00:00Z".into(),
         addresses: vec![address("10.0.0.9"), address(A)],

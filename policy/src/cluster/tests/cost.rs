@@ -85,7 +85,7 @@ fn selectors_matching_every_pod_are_evaluated_together() {
 }
 
 #[test]
-fn a_long_pod_selector_is_not_compared_pod_by_pod() {
+fn long_pod_selector_needs_no_per_pod_comparison() {
     let mut cluster = Cluster::with_budget(Budget::default().with(Resource::Rules, 1));
     for number in 0..10 {
         let _ = cluster.upsert_pod(one_of_many(number));

@@ -167,7 +167,7 @@ mod tests {
     use super::distance;
 
     #[test]
-    fn the_distance_counts_slips() {
+    fn edit_distance_counts_typing_errors() {
         for (a, b, expected) in [
             ("x/a", "x/a", 0),
             ("x/a", "x/b", 1),

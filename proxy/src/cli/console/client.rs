@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_encoded_and_what_is_not_given_is_left_out() {
+    fn query_values_are_encoded_and_absent_ones_omitted() {
         let parameters = [
             ("from", Some("x/a b")),
             ("pod", None),

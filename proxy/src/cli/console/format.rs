@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ends_are_named_by_pod_and_address() {
+    fn endpoints_are_shown_by_pod_and_address() {
         let record = json!({
             "source.address": "10.0.0.1", "source.port": 4711,
             "source.k8s.namespace.name": "x", "source.k8s.pod.name": "a",
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_cannot_steer_the_terminal() {
+    fn terminal_escapes_in_names_are_removed() {
         assert_eq!(harmless("x/\x1b[2Ja"), "x/\u{fffd}[2Ja");
     }
 }

@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_decision_is_one_line_and_so_is_what_was_lost() {
+    fn decisions_and_losses_take_one_line_each() {
         let decision = json!({
             "time": "2026-01-01T12:00:00.123456Z", "verdict": "deny", "direction": "ingress",
             "policies": ["x/deny-all"], "protocol": "TCP",

@@ -99,7 +99,7 @@ fn end_of(mut stream: &TcpStream) -> ErrorKind {
 }
 
 #[test]
-fn what_is_given_is_what_is_taken() {
+fn handover_transfers_everything_unchanged() {
     let (giving, mut taking) = lines(WITHIN);
     let (mut estate, mut outside) = (Estate::default(), Vec::new());
     estate.seats.extend([(100, seat()), (101, seat())]);
@@ -180,7 +180,7 @@ fn what_is_given_is_what_is_taken() {
 }
 
 #[test]
-fn late_connections_are_reset_alone() {
+fn connections_late_for_handover_are_reset() {
     let (mut giving, mut taking) = lines(WITHIN);
     let (mut estate, mut outside) = (Estate::default(), Vec::new());
     for port in 1..=3 {
@@ -205,7 +205,7 @@ fn late_connections_are_reset_alone() {
 }
 
 #[test]
-fn one_daemon_goes_on_after_a_broken_handover() {
+fn old_daemon_keeps_connections_after_broken_handover() {
     for dies in [false, true] {
         let (mut giving, mut taking) = lines(WITHIN);
         let (mut estate, mut taken) = (Estate::default(), Estate::default());
@@ -245,7 +245,7 @@ fn one_daemon_goes_on_after_a_broken_handover() {
 }
 
 #[test]
-fn a_message_that_is_cut_or_bent_is_refused_without_panic() {
+fn damaged_handover_message_is_rejected_without_panic() {
     let (connection, _ends) = connection(1, Default::default());
     let load = |bytes: usize, piped: usize| serde_json::json!({ "bytes": bytes, "piped": piped });
     let of = |client: bool, in_flight: [serde_json::Value; 2]| {
@@ -298,7 +298,7 @@ fn a_message_that_is_cut_or_bent_is_refused_without_panic() {
 }
 
 #[test]
-fn who_belongs_to_another_user_is_refused_before_anything_is_said() {
+fn handover_peer_of_another_user_is_rejected() {
     let (kind, flags) = (SockType::SeqPacket, SockFlag::empty());
     let (one, other) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
     let another = Uid::from_raw(Uid::effective().as_raw() + 1);
@@ -311,7 +311,7 @@ fn who_belongs_to_another_user_is_refused_before_anything_is_said() {
 }
 
 #[test]
-fn who_says_nothing_is_not_waited_for() {
+fn silent_handover_peer_times_out() {
     let (_silent, mut line) = lines(Duration::from_millis(20));
     assert!(matches!(line.receive(), Err(HandoverError::Late)));
     let (connection, _ends) = connection(1, [bytes(vec![0; 3 << 20]), Left::default()]);
@@ -342,7 +342,7 @@ fn connections_not_handed_over_are_reset_or_kept() {
 }
 
 #[test]
-fn who_may_not_take_over_is_refused_and_who_cannot_use_it_gets_the_place_only() {
+fn unfit_successor_is_rejected_or_gets_no_connections() {
     let folder = tempfile::tempdir().unwrap();
     let place = folder.path().join("handover.sock");
     let of = |pod: Option<&str>| Terms {
@@ -377,7 +377,7 @@ fn who_may_not_take_over_is_refused_and_who_cannot_use_it_gets_the_place_only() 
 }
 
 #[tokio::test]
-async fn a_daemon_is_relieved_at_its_path_once_and_nobody_waits_there_afterwards() {
+async fn handover_offer_is_taken_once() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("handover.sock");
     assert!(!is_offered(&path), "nobody has been there");

@@ -73,7 +73,7 @@ fn a_newcomer_displaces_the_biggest_user() {
 }
 
 #[test]
-fn a_local_pod_is_refused_beyond_its_share() {
+fn local_pod_is_limited_to_its_share() {
     let pending = Pending::new(10 / 2, 10);
     let flood = |name: &str| -> Vec<_> {
         let enter = || enter(&pending, local(name), pod(&format!("{name}s server")), 0).ok();
@@ -93,7 +93,7 @@ fn a_local_pod_is_refused_beyond_its_share() {
 }
 
 #[test]
-fn spoofable_sources_are_never_refused() {
+fn spoofable_sources_displace_instead_of_being_limited() {
     let pending = Pending::new(10 / 2, 10);
     let mut places = Vec::new();
     for n in 0..100 {
@@ -133,7 +133,7 @@ fn a_flood_renews_entries_at_a_limited_rate() {
 
 /// Compares with a list that is searched from end to end each time.
 #[test]
-fn it_agrees_with_a_linear_search() {
+fn pending_table_agrees_with_a_linear_search() {
     const ROOM: usize = 12;
     let pending = Pending::new(ROOM / 2, ROOM);
     let mut places: BTreeMap<u64, Place<u64>> = BTreeMap::new();

@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flow_is_found_by_either_end_and_only_once() {
+    fn flow_is_found_once_by_either_address() {
         let index = ByAddress::default();
         let flows: Vec<_> = [(1, 2), (1, 3), (3, 1), (4, 4)]
             .into_iter()

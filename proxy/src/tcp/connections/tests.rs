@@ -67,7 +67,7 @@ async fn is_reset(stream: &TcpStream) -> bool {
 }
 
 #[test]
-fn a_repeated_syn_is_the_same_attempt_even_when_translated_to_another_server() {
+fn repeated_syn_after_new_dnat_is_same_attempt() {
     let bench = Bench::new();
     let _first = bench.new_flow(key(1, 2), 7);
     assert!(
@@ -82,7 +82,7 @@ fn a_repeated_syn_is_the_same_attempt_even_when_translated_to_another_server() {
 }
 
 #[test]
-fn another_sequence_number_is_a_new_attempt_and_ends_the_held_one() {
+fn new_sequence_number_replaces_the_held_attempt() {
     let bench = Bench::new();
     let first = bench.new_flow(key(1, 2), 7);
     let second = bench.new_flow(key(1, 2), 8);
@@ -97,7 +97,7 @@ fn another_sequence_number_is_a_new_attempt_and_ends_the_held_one() {
 }
 
 #[test]
-fn the_same_client_port_towards_another_server_is_another_connection() {
+fn same_client_port_to_another_server_is_separate() {
     let bench = Bench::new();
     let _first = bench.new_flow(key(1, 2), 7);
     let _second = bench.new_flow(key(1, 3), 8);
@@ -105,7 +105,7 @@ fn the_same_client_port_towards_another_server_is_another_connection() {
 }
 
 #[test]
-fn a_source_over_its_bound_leaves_no_trace_in_the_table() {
+fn source_over_its_bound_adds_no_flow() {
     let bench = Bench::new();
     let held: Vec<_> = (1..=2)
         .map(|port| bench.new_flow(key(port, 2), 7))
@@ -121,7 +121,7 @@ fn a_source_over_its_bound_leaves_no_trace_in_the_table() {
 }
 
 #[tokio::test]
-async fn an_admitted_connection_is_paired_once_and_its_syn_goes_to_the_socket() {
+async fn admitted_connection_is_paired_once() {
     let bench = Bench::new();
     let flow = bench.new_flow(key(1, 2), 7);
     assert!(
@@ -142,7 +142,7 @@ async fn an_admitted_connection_is_paired_once_and_its_syn_goes_to_the_socket() 
 }
 
 #[tokio::test]
-async fn a_new_attempt_over_a_live_connection_waits_for_its_end_once() {
+async fn new_attempt_waits_once_for_live_connection() {
     let bench = Bench::new();
     let flow = bench.new_flow(key(1, 2), 7);
     assert!(bench.flows.admit(&flow, stream().await, 0));
@@ -165,7 +165,7 @@ async fn a_new_attempt_over_a_live_connection_waits_for_its_end_once() {
 }
 
 #[tokio::test]
-async fn a_live_connection_is_reset_though_nobody_runs_its_relay() {
+async fn severing_resets_a_connection_without_running_relay() {
     let bench = Bench::new();
     let flow = bench.new_flow(key(1, 2), 7);
     let (to_server, server) = stream_and_peer().await;
@@ -187,7 +187,7 @@ async fn a_live_connection_is_reset_though_nobody_runs_its_relay() {
 }
 
 #[tokio::test]
-async fn what_nobody_waits_for_expires() {
+async fn abandoned_attempts_expire() {
     let bench = Bench::new();
     let held = bench.new_flow(key(1, 2), 7);
     let admitted = bench.new_flow(key(2, 2), 7);
@@ -218,7 +218,7 @@ async fn what_nobody_waits_for_expires() {
 }
 
 #[tokio::test]
-async fn a_connection_that_was_cut_is_not_admitted() {
+async fn severed_connection_is_not_admitted() {
     let bench = Bench::new();
     let cut = bench.new_flow(key(1, 2), 7);
     cut.cut();
@@ -262,7 +262,7 @@ async fn an_admitted_connection_ends_by_a_reset() {
 }
 
 #[tokio::test]
-async fn a_clients_reset_ends_its_half_open_connection_only() {
+async fn client_reset_ends_only_its_half_open_connection() {
     let bench = Bench::new();
     let flow = bench.new_flow(key(1, 2), 7);
     let reset = |sequence| bench.flows.reset_by_client(&key(1, 2), sequence);
@@ -283,7 +283,7 @@ async fn a_clients_reset_ends_its_half_open_connection_only() {
 }
 
 #[tokio::test]
-async fn a_live_connection_gives_way_to_nobody() {
+async fn live_connection_is_never_displaced() {
     let bench = Bench::new();
     let held = bench.new_flow(key(1, 2), 7);
     assert_eq!(bench.flows.give_way(&held), Some(StageName::Held));
@@ -368,7 +368,7 @@ async fn no_syn_goes_to_a_closed_socket() {
 }
 
 #[tokio::test]
-async fn live_connections_get_keep_alive_and_others_do_not() {
+async fn only_live_connections_get_keepalive() {
     let bench = Bench::new();
     let keeps_alive = |legs: &Legs| SockRef::from(&legs.server).keepalive().unwrap();
     let admitted = bench.new_flow(key(1, 2), 7);

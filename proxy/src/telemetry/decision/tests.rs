@@ -80,7 +80,7 @@ fn after(events: Vec<Event>, client: &str, server: &str) -> Option<Severance> {
 }
 
 #[test]
-fn a_flow_outlives_what_concerns_neither_its_verdict_nor_its_pods() {
+fn flow_survives_changes_that_do_not_affect_it() {
     let relabelled = Pod {
         labels: Labels::from([("seen".into(), "twice".into())]),
         ..pod("a", "a1", A)
@@ -105,7 +105,7 @@ fn a_flow_outlives_what_concerns_neither_its_verdict_nor_its_pods() {
 }
 
 #[test]
-fn a_flow_ends_with_its_pod_even_if_the_next_one_were_allowed_it() {
+fn flow_of_a_replaced_pod_is_severed() {
     let finished = Pod {
         finished: true,
         ..pod("a", "a1", A)
@@ -147,7 +147,7 @@ fn a_flow_ends_with_its_pod_even_if_the_next_one_were_allowed_it() {
 }
 
 #[test]
-fn a_flow_that_policy_denies_by_now_is_cut_in_its_name() {
+fn flow_denied_by_new_policy_names_that_policy() {
     let severance = after(vec![deny()], A, B).unwrap();
     assert_eq!(severance.decision.policies()[0].to_string(), "x/deny");
     assert_eq!(severance.decision.direction(), "both");

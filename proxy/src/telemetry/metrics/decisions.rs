@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_combination_has_a_place_of_its_own_in_the_order_of_the_counters() {
+    fn every_decision_combination_has_its_own_counter() {
         let mut expected = 0;
         for word in WORDS {
             for spoke in SPOKE {

@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn our_queues_are_summed_and_others_left_out() {
+    fn only_own_queues_are_summed() {
         let table = "    7  12345     9 2  256     1     1       50  1\n  \
                      100   4711     3 2  256     5     2      900  1\n  \
                      101   4711     1 2  256     0     1      900  1\nnonsense\n";

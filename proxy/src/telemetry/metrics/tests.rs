@@ -20,7 +20,7 @@ fn every_cause_has_the_counter_of_its_name() {
 }
 
 #[test]
-fn bytes_of_a_connection_are_counted_once_however_often_it_is_looked_at() {
+fn connection_bytes_are_counted_once() {
     let (metrics, moved) = (Metrics::new(), Moved::default());
     moved.sent.store(100, Ordering::Relaxed);
     metrics.moved(&moved);

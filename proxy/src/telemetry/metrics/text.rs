@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn families_are_named_as_their_samples_and_the_rest_stays() {
+    fn openmetrics_becomes_prometheus_text_format() {
         let openmetrics = "# HELP a_build Of what.\n# TYPE a_build info\na_build_info{version=\"1\"} 1\n\
              # HELP a_hits Hits.\n# TYPE a_hits counter\na_hits_total{x=\"#\"} 2\n\
              # HELP a_wait_seconds Wait.\n# TYPE a_wait_seconds histogram\n# UNIT a_wait_seconds seconds\na_wait_seconds_sum 0.5\n\

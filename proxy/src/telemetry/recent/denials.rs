@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_again_is_counted_and_the_longest_ago_gives_way() {
+    fn repeated_denials_are_counted_and_oldest_evicted() {
         let mut denials = Denials::default();
         for port in 1..=200 {
             denials.note(&sighting(port));

@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn what_finds_no_room_is_lost_and_counted_and_what_is_inside_stays() {
+    fn full_queue_counts_losses_and_keeps_entries() {
         let queue = Queue::new(2, 2);
         (1..=5).for_each(|entry| queue.push(entry));
         assert_eq!(queue.lost(), 3);
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_queue_gives_what_it_has_and_then_says_so() {
+    fn closed_queue_is_drained_before_it_ends() {
         let queue = Queue::new(10, 10);
         queue.push(1);
         queue.close();
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_with_something_else_to_do_is_not_kept() {
+    fn queue_read_returns_at_its_deadline() {
         let queue = Queue::<u32>::new(10, 10);
         let mut out = Vec::new();
         assert!(queue.take(&mut out, AGES, Some(Instant::now())));

@@ -67,7 +67,7 @@ mod tests {
     const LENGTH: Duration = Duration::from_secs(10);
 
     #[test]
-    fn a_window_runs_for_its_length_and_ends_once() {
+    fn window_ends_once_after_its_length() {
         let (mut windows, now) = (Windows::<_, u32>::new(LENGTH, 8), Instant::now());
         assert_eq!(windows.begin("a", now), None);
         *windows.running(&"a").unwrap() += 1;
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn beyond_the_room_the_oldest_ends_early_and_is_handed_out() {
+    fn full_window_table_ends_the_oldest_early() {
         let (mut windows, now) = (Windows::<_, u32>::new(LENGTH, 2), Instant::now());
         let pushed_out: Vec<_> = (0..5).map(|key| windows.begin(key, now)).collect();
         assert_eq!(

@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn each_pod_and_policy_has_so_many_lines_and_the_rest_is_counted() {
+    fn log_lines_are_limited_per_pod_and_policy() {
         let (mut limiter, now) = (Limiter::new(), Instant::now());
         let mut lines = |pod, policy| {
             let admitted = (0..20).map(|_| limiter.admit(refuser(pod, policy), now).0);

@@ -35,7 +35,7 @@ fn counts(told: impl IntoIterator<Item = Folded>) -> Vec<u64> {
 }
 
 #[test]
-fn the_first_denial_is_told_at_once_and_its_repeats_as_one_with_their_count() {
+fn repeated_denials_become_one_counted_span() {
     let (mut fold, now) = (Fold::default(), Instant::now());
     assert_eq!(counts(fold.add(denied(1), now)), [1]);
     for port in 2..=200 {
@@ -62,7 +62,7 @@ fn the_first_denial_is_told_at_once_and_its_repeats_as_one_with_their_count() {
 }
 
 #[test]
-fn who_keeps_trying_is_told_of_once_a_window_and_who_paused_at_once_again() {
+fn ongoing_denials_give_one_span_per_window() {
     let (mut fold, now) = (Fold::default(), Instant::now());
     let at = |windows| now + WINDOW * windows;
     assert_eq!(counts(fold.add(denied(1), at(0))), [1]);
@@ -99,7 +99,7 @@ fn only_denials_that_are_alike_are_folded() {
 }
 
 #[test]
-fn memory_is_bounded_and_what_is_pushed_out_is_told() {
+fn evicted_denials_are_exported() {
     let (mut fold, now) = (Fold::default(), Instant::now());
     let scan = |n: usize| {
         let [high, low] = u16::try_from(n).unwrap().to_be_bytes();
@@ -124,7 +124,7 @@ fn memory_is_bounded_and_what_is_pushed_out_is_told() {
 }
 
 #[test]
-fn at_the_end_nothing_is_left_untold() {
+fn all_denials_are_exported_at_the_end() {
     let (mut fold, now) = (Fold::default(), Instant::now());
     assert_eq!(
         (1..=5)

@@ -21,7 +21,7 @@ fn read(
 }
 
 #[test]
-fn where_spans_go_and_how_follows_flag_then_variables_then_the_port() {
+fn collector_settings_follow_flag_then_variables_then_port() {
     use Transport::{Grpc, Http};
     let base = "OTEL_EXPORTER_OTLP_ENDPOINT";
     let traces = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT";
@@ -103,7 +103,7 @@ fn where_spans_go_and_how_follows_flag_then_variables_then_the_port() {
 }
 
 #[test]
-fn what_is_wrong_is_named_with_its_variable() {
+fn invalid_setting_names_its_variable() {
     let to = Some("http://c:4317");
     for (flag, variables, named) in [
         (
@@ -156,7 +156,7 @@ fn what_is_wrong_is_named_with_its_variable() {
 }
 
 #[test]
-fn the_sender_says_who_it_is_and_the_operator_has_the_last_word() {
+fn resource_attributes_can_be_overridden_by_variables() {
     let resource = |variables: &[(&str, &str)], name: &'static str| {
         let settings = read(Some("http://c:4317"), variables).unwrap().unwrap();
         let value = settings.resource.get(&Key::from_static_str(name));
@@ -179,7 +179,7 @@ fn the_sender_says_who_it_is_and_the_operator_has_the_last_word() {
 }
 
 #[test]
-fn a_share_is_a_number_from_0_to_1() {
+fn sampling_share_is_from_0_to_1() {
     assert_eq!(share("0.25"), Ok(0.25));
     for text in ["", "x", "-0.1", "1.1", "NaN"] {
         assert!(share(text).is_err(), "{text:?}");

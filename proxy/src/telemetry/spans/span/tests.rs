@@ -39,7 +39,7 @@ fn attribute(span: &SpanData, key: &str) -> Option<String> {
 }
 
 #[test]
-fn a_denial_is_an_error_with_its_reason_and_how_often_it_was() {
+fn denial_span_has_error_reason_and_count() {
     let span = spanned(Fate::Denied, None, 12);
     assert_eq!(span.name, "deny");
     assert!(matches!(&span.status, Status::Error { description } if !description.is_empty()));
@@ -64,7 +64,7 @@ fn a_denial_is_an_error_with_its_reason_and_how_often_it_was() {
 }
 
 #[test]
-fn an_allowed_connection_is_no_error_and_tells_what_happened_when() {
+fn allowed_connection_span_has_events_without_error() {
     let trail = Trail::new(Instant::now(), None);
     for moment in [
         Moment::Connected,
@@ -106,7 +106,7 @@ fn an_allowed_connection_is_no_error_and_tells_what_happened_when() {
 }
 
 #[test]
-fn every_key_of_the_trace_file_is_in_the_span() {
+fn span_has_every_key_of_trace_file() {
     let span = spanned(Fate::Severed { replaced: None }, None, 1);
     let record = Record {
         ended: UNIX_EPOCH,

@@ -49,7 +49,7 @@ fn allowed() -> Fate {
 }
 
 #[test]
-fn the_second_node_derives_the_trace_and_the_parent_that_the_first_one_has() {
+fn second_node_derives_the_trace_and_parent() {
     let first = subject(
         40_000,
         seen(Some(1), Some((16_001, Some(900_000)))),
@@ -66,7 +66,7 @@ fn the_second_node_derives_the_trace_and_the_parent_that_the_first_one_has() {
 }
 
 #[test]
-fn what_the_kernel_carries_is_one_trace_on_both_nodes() {
+fn kernel_flow_is_one_trace_on_both_nodes() {
     let flow = |fate| record(subject(40_000, None, Way::Kernel), "node-1", true, fate);
     let first = Place::of(&flow(allowed()), "node-1");
     let second = Place::of(&flow(Fate::Denied), "node-2");
@@ -76,7 +76,7 @@ fn what_the_kernel_carries_is_one_trace_on_both_nodes() {
 }
 
 #[test]
-fn a_parent_is_claimed_only_where_another_node_has_judged() {
+fn span_has_parent_only_if_first_node_judged() {
     let claims = |port, home, isolated, way| {
         let seen = (way == Way::Spliced).then(|| seen(Some(1), None)).flatten();
         let record = record(subject(port, seen, way), home, isolated, allowed());
@@ -129,7 +129,7 @@ fn a_port_used_again_later_is_another_trace() {
 }
 
 #[test]
-fn the_ids_are_the_same_in_every_version_and_on_every_machine() {
+fn trace_ids_are_stable_across_versions_and_machines() {
     let subject = subject(16_001, seen(Some(1 << 20), None), Way::Spliced);
     let wire = Wire::of(&subject);
     assert_eq!(
@@ -140,7 +140,7 @@ fn the_ids_are_the_same_in_every_version_and_on_every_machine() {
 }
 
 #[test]
-fn a_share_of_traces_is_taken_and_it_is_the_same_share_everywhere() {
+fn sampling_takes_the_same_traces_everywhere() {
     let traces = || (1..=10_000).map(|port| Wire::of(&subject(port, None, Way::Kernel)).trace_id());
     let taken = |share| {
         traces()

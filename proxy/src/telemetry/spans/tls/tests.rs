@@ -7,7 +7,7 @@ use tempfile::TempDir;
 use super::*;
 
 #[test]
-fn a_file_without_what_it_is_named_for_is_said_with_its_variable() {
+fn invalid_tls_file_names_its_variable() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("ca.pem");
     let files = Files {

@@ -113,10 +113,11 @@ impl Cluster {
             let known = self.policies.get(key).map(|state| &state.policy);
             known != policy.as_ref()
         });
-        while let Some((first, _)) = changes.first_key_value() {
+        let mut changes = changes.into_iter().peekable();
+        while let Some((first, _)) = changes.peek() {
             let namespace = first.namespace.clone();
-            let own = changes.extract_if(.., |key, _| key.namespace == namespace);
-            let own = own.collect();
+            let own = || changes.next_if(|(key, _)| key.namespace == namespace);
+            let own = std::iter::from_fn(own).collect();
             self.settle_policies(&namespace, own, &mut touched);
         }
         // Frees their merged entries for other policies.

@@ -28,9 +28,9 @@ use socket2::SockRef;
 use crate::tcp::relay::Left;
 use crate::telemetry::timeline::Seen;
 
-use channel::Line;
+use channel::Channel;
 
-pub(crate) use listener::{Given, Kept, Offer, Successor, come, is_offered, take_over};
+pub(crate) use listener::{Given, Kept, Listener, Peer, come, is_offered, take_over};
 
 /// Version of the handover protocol; another daemon may use a different one.
 const FORMAT: u32 = 3;
@@ -80,7 +80,7 @@ pub(crate) enum HandoverError {
 
 /// The identity and settings of a daemon in a handover.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Terms {
+pub(crate) struct Hello {
     format: u32,
     /// Inode of the network namespace.
     namespace: u64,
@@ -91,7 +91,7 @@ pub(crate) struct Terms {
     pod: Option<String>,
 }
 
-impl Terms {
+impl Hello {
     /// This daemon's, which runs in `pod`.
     ///
     /// # Errors
@@ -129,17 +129,17 @@ impl Terms {
 /// The state that a daemon hands over. Connections that are still in it when it is dropped are reset: a plain close
 /// would look like a complete stream.
 #[derive(Debug, Default)]
-pub(crate) struct Estate {
+pub(crate) struct State {
     /// By number of the NFQUEUE.
-    pub(crate) seats: BTreeMap<u16, Seat>,
+    pub(crate) seats: BTreeMap<u16, WorkerSockets>,
     pub(crate) connections: Vec<Connection>,
     /// The channel to the old daemon, which resumes its work unless this one confirms the takeover.
-    from: Option<Line>,
+    from: Option<Channel>,
 }
 
 /// The sockets of a worker, bound and listening: packets and connections wait while no worker serves them.
 #[derive(Debug)]
-pub(crate) struct Seat {
+pub(crate) struct WorkerSockets {
     pub(crate) queue: OwnedFd,
     pub(crate) listener: OwnedFd,
 }
@@ -147,7 +147,7 @@ pub(crate) struct Seat {
 /// A relayed connection.
 #[derive(Debug)]
 pub(crate) struct Connection {
-    pub(crate) told: Told,
+    pub(crate) told: ConnectionState,
     pub(crate) server: OwnedFd,
     /// `None`: the listener still completes its handshake.
     pub(crate) client: Option<OwnedFd>,
@@ -157,7 +157,7 @@ pub(crate) struct Connection {
 
 /// What is known of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Told {
+pub(crate) struct ConnectionState {
     pub(crate) client: std::net::SocketAddr,
     pub(crate) server: std::net::SocketAddr,
     /// Of the client's SYN.
@@ -179,7 +179,7 @@ pub(crate) struct Pod {
     pub(crate) uid: String,
 }
 
-impl Estate {
+impl State {
     /// Bytes that were read from one side of a connection and not yet written to the other.
     pub(crate) fn in_flight(&self) -> usize {
         let left = self.connections.iter().flat_map(|it| &it.in_flight);
@@ -205,7 +205,7 @@ impl Estate {
     }
 }
 
-impl Drop for Estate {
+impl Drop for State {
     fn drop(&mut self) {
         self.take_connections()
             .into_iter()
@@ -227,7 +227,7 @@ impl Connection {
 #[derive(Debug, Default)]
 pub(crate) struct Outgoing {
     gates_stopped: AtomicUsize,
-    estate: Mutex<Estate>,
+    state: Mutex<State>,
 }
 
 impl Outgoing {
@@ -243,20 +243,20 @@ impl Outgoing {
 
     /// Adds a connection.
     pub(crate) fn connection(&self, connection: Connection) {
-        self.estate().connections.push(connection);
+        self.state().connections.push(connection);
     }
 
     /// Adds a worker's queue, of this number, and its listener.
-    pub(crate) fn seat(&self, queue: u16, seat: Seat) {
-        self.estate().seats.insert(queue, seat);
+    pub(crate) fn seat(&self, queue: u16, seat: WorkerSockets) {
+        self.state().seats.insert(queue, seat);
     }
 
     /// Takes the collected state.
-    pub(crate) fn take(&self) -> Estate {
-        std::mem::take(&mut *self.estate())
+    pub(crate) fn take(&self) -> State {
+        std::mem::take(&mut *self.state())
     }
 
-    fn estate(&self) -> std::sync::MutexGuard<'_, Estate> {
-        self.estate.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -21,8 +21,8 @@ use tracing::{info, warn};
 
 use crate::admin::{self, Admin};
 use crate::enforcer::{Draining, Enforcer};
-use crate::handover::standby::{self, Relief, Rest};
-use crate::handover::{Estate, Outgoing};
+use crate::handover::standby::{self, Rest, Standby};
+use crate::handover::{Outgoing, State};
 use crate::kernel_flows::Carried;
 use crate::limits::{Connections, Pending, WAITING_OF_SOURCE};
 use crate::node::bridges::Bridges;
@@ -77,20 +77,20 @@ struct Unusable(anyhow::Error);
 /// Enforces; stands by while another daemon enforces, then enforces again; resumes at once the connections that no
 /// other daemon took over.
 fn work_and_rest(args: &RunArgs) -> anyhow::Result<()> {
-    let mut resting: Option<(Relief, StopSignals)> = None;
+    let mut resting: Option<(Standby, StopSignals)> = None;
     let mut kept = None;
     loop {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .context("cannot start")?;
-        let (relief, mut signals, ended) = runtime.block_on(async {
+        let (standby, mut signals, ended) = runtime.block_on(async {
             let source = Source::open(args).await.map_err(Unusable)?;
             in_place(args)?;
-            let (relief, mut signals) = match resting.take() {
+            let (standby, mut signals) = match resting.take() {
                 Some(again) => again,
                 None => (
-                    Relief::new(
+                    Standby::new(
                         args.handover.clone(),
                         &args.redirect,
                         args.pod(),
@@ -99,40 +99,40 @@ fn work_and_rest(args: &RunArgs) -> anyhow::Result<()> {
                     StopSignals::listen()?,
                 ),
             };
-            let ended = enforce(args, &relief, source, &mut signals, kept.take()).await;
-            anyhow::Ok((relief, signals, ended))
+            let ended = enforce(args, &standby, source, &mut signals, kept.take()).await;
+            anyhow::Ok((standby, signals, ended))
         })?;
         let rest = match ended {
             Ok(Ended::Stopped) => return Ok(()),
             Ok(Ended::Relieved) => Rest::Relieved,
-            Ok(Ended::Kept(estate)) => {
+            Ok(Ended::Kept(state)) => {
                 runtime.shutdown_background();
-                kept = Some(estate);
-                resting = Some((relief, signals));
+                kept = Some(state);
+                resting = Some((standby, signals));
                 continue;
             }
             Err(error) => {
-                let Some(rest) = relief.rest_for(&error) else {
+                let Some(rest) = standby.rest_for(&error) else {
                     return Err(error);
                 };
                 warn!("waiting: {error:#}");
                 rest
             }
         };
-        if !relief.rest(runtime, signals.received(), rest)? {
+        if !standby.rest(runtime, signals.received(), rest)? {
             return Ok(());
         }
         info!("resuming enforcement");
-        resting = Some((relief, signals));
+        resting = Some((standby, signals));
     }
 }
 
 async fn enforce(
     args: &RunArgs,
-    relief: &Relief,
+    standby: &Standby,
     mut source: Source,
     signals: &mut StopSignals,
-    kept: Option<Estate>,
+    kept: Option<State>,
 ) -> anyhow::Result<Ended> {
     let node: Arc<str> = args.node()?.into();
     let table = table(args, &node);
@@ -146,10 +146,8 @@ async fn enforce(
     let serve = async || open_admin(args, patience, &pod, &enforcer, &readiness, &stopped).await;
     // Before the first state is there, which can take long: /readyz shows the reason. A daemon that is about
     // to hand over still has the port.
-    let serving = match kept.is_some() || relief.is_due() {
-        true => None,
-        false => Some(serve().await?),
-    };
+    let is_first = kept.is_none() && !standby.is_due();
+    let serving = if is_first { Some(serve().await?) } else { None };
     let kernel = iptables_init::probe_kernel()?;
     let redirect = Redirect::now(&args.redirect, kernel)?;
     let released = Released::closed(pods.clone(), kernel)?;
@@ -163,12 +161,12 @@ async fn enforce(
     let bridges = Bridges::new(&args.redirect.bridge, pods, vacancies.clone(), kernel)?;
     // From here on live connections may depend on this daemon.
     let began = kept.is_none().then(Instant::now);
-    let estate = relief.take_over(kept).await?;
+    let state = standby.take_over(kept).await?;
     let serving = match serving {
         Some(serving) => serving,
         None => serve().await?,
     };
-    let (workers, mut tasks) = begin(args, &enforcer, &outgoing, &stopped, estate, began)?;
+    let (workers, mut tasks) = begin(args, &enforcer, &outgoing, &stopped, state, began)?;
     let watched = (links, bridges, redirect);
     let renewed = crate::node::watch(&mut tasks, &readiness, &enforcer, watched);
     source::lift_taint(args, &readiness, &enforcer.node);
@@ -195,7 +193,7 @@ async fn enforce(
         serving,
         stop,
     };
-    let offer = relief.offer(&pod);
+    let offer = standby.offer(&pod);
     running.until_ended(&enforcer, signals, offer).await
 }
 
@@ -204,18 +202,18 @@ async fn follow(follower: Follower, readiness: Readiness) {
     readiness.not_ready("this daemon no longer follows the cluster's state; restart it");
 }
 
-/// Starts enforcing: resumes the connections of `estate` and accepts new ones.
+/// Starts enforcing: resumes the connections of `state` and accepts new ones.
 fn begin(
     args: &RunArgs,
     enforcer: &Arc<Enforcer>,
     outgoing: &Arc<Outgoing>,
     stopped: &watch::Receiver<bool>,
-    estate: Option<Estate>,
+    state: Option<State>,
     since: Option<Instant>,
 ) -> anyhow::Result<(Vec<Thread>, JoinSet<()>)> {
     let mut tasks = JoinSet::new();
     follow_carried(enforcer, &mut tasks)?;
-    let workers = start_workers(args, enforcer, outgoing, stopped, estate, since)?;
+    let workers = start_workers(args, enforcer, outgoing, stopped, state, since)?;
     tasks.spawn(expire(Arc::clone(enforcer)));
     reclaim::start(Arc::clone(enforcer), stopped.clone())?;
     Ok((workers, tasks))

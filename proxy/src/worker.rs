@@ -18,7 +18,7 @@ use tokio::task::LocalSet;
 use crate::enforcer::Enforcer;
 use crate::gate::Gate;
 use crate::handover::transfer::Relayed;
-use crate::handover::{Outgoing, Seat};
+use crate::handover::{Outgoing, WorkerSockets};
 use crate::tcp::connections::StageName;
 
 use accept::Relays;
@@ -195,7 +195,7 @@ async fn leave(gate: &Gate, listener: tokio::net::TcpListener, relays: &Relays) 
     within(STOP_WITHIN, || !flows.has_any(&at_work)).await;
     let (number, queue) = gate.leave()?;
     let listener = listener.into_std()?.into();
-    outgoing.seat(number, Seat { queue, listener });
+    outgoing.seat(number, WorkerSockets { queue, listener });
     Ok(())
 }
 

@@ -18,7 +18,7 @@ pub(super) const LONGEST: usize = 64 << 10;
 
 /// A connected socket of kind `SOCK_SEQPACKET`.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct Channel {
     socket: OwnedFd,
     /// The time limit for each message.
     within: Duration,
@@ -35,7 +35,7 @@ pub(super) struct Heard<'a> {
     pub(super) whole: bool,
 }
 
-impl Line {
+impl Channel {
     /// Takes a socket whose other end belongs to `user`; each message is due `within` this time.
     ///
     /// # Errors

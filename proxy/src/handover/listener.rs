@@ -11,24 +11,24 @@ use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 use tokio::io::unix::AsyncFd;
 use tracing::{debug, warn};
 
-use super::channel::Line;
+use super::channel::Channel;
 use super::protocol::Reply;
 use super::{
-    CONNECTIONS_WITHIN, Connection, Estate, FORMAT, HandoverError, READY_WITHIN, Terms, WITHIN,
+    CONNECTIONS_WITHIN, Connection, FORMAT, HandoverError, Hello, READY_WITHIN, State, WITHIN,
     pod_order,
 };
 use crate::tcp::relay::Left;
 
 /// The listener of a running daemon for a handover.
-pub(crate) struct Offer {
+pub(crate) struct Listener {
     listener: AsyncFd<OwnedFd>,
     place: PathBuf,
-    terms: Terms,
+    terms: Hello,
 }
 
 /// The new daemon, which takes over from this one.
-pub(crate) struct Successor {
-    line: Line,
+pub(crate) struct Peer {
+    line: Channel,
     /// Whether it can use what would be handed over.
     suited: bool,
 }
@@ -49,16 +49,16 @@ pub(crate) struct Given {
 /// Everything that was not handed over, still complete, and the reason.
 #[derive(Debug)]
 pub(crate) struct Kept {
-    pub(crate) estate: Estate,
+    pub(crate) state: State,
     pub(crate) error: HandoverError,
 }
 
-impl Offer {
+impl Listener {
     /// Listens at `path` for daemons of the same user, and replaces an earlier socket there.
     ///
     /// # Errors
     /// If the socket cannot be created.
-    pub(crate) fn open(path: &Path, terms: Terms) -> Result<Self, HandoverError> {
+    pub(crate) fn open(path: &Path, terms: Hello) -> Result<Self, HandoverError> {
         let failed = |operation| {
             move |source: io::Error| HandoverError::Path {
                 operation,
@@ -87,7 +87,7 @@ impl Offer {
     }
 
     /// Waits for a new daemon that may take over.
-    pub(crate) async fn taken(&self) -> Successor {
+    pub(crate) async fn taken(&self) -> Peer {
         loop {
             match self.asked().await {
                 Ok(successor) => return successor,
@@ -98,7 +98,7 @@ impl Offer {
         }
     }
 
-    async fn asked(&self) -> Result<Successor, HandoverError> {
+    async fn asked(&self) -> Result<Peer, HandoverError> {
         let socket = loop {
             let mut ready = self.listener.readable().await?;
             match ready.try_io(|listener| SockRef::from(listener.get_ref()).accept()) {
@@ -107,22 +107,22 @@ impl Offer {
             }
         };
         let (place, terms) = (self.place.clone(), self.terms.clone());
-        let greet = move || Successor::greet(socket.into(), &place, &terms, Uid::effective());
+        let greet = move || Peer::greet(socket.into(), &place, &terms, Uid::effective());
         let greeted = tokio::task::spawn_blocking(greet).await;
         greeted.unwrap_or_else(|panicked| Err(io::Error::other(panicked).into()))
     }
 }
 
-impl Successor {
+impl Peer {
     /// Reads the request of the new daemon, and rejects it if it is not allowed.
     fn greet(
         socket: OwnedFd,
         place: &Path,
-        terms: &Terms,
+        terms: &Hello,
         user: Uid,
     ) -> Result<Self, HandoverError> {
-        let mut line = Line::to(socket, user, WITHIN)?;
-        let asked: Terms = line.hear()?;
+        let mut line = Channel::to(socket, user, WITHIN)?;
+        let asked: Hello = line.hear()?;
         let reply = reply(place, terms, &asked);
         line.say(&reply)?;
         match reply.refused {
@@ -139,8 +139,8 @@ impl Successor {
     ///
     /// # Errors
     /// If the new daemon does not take over: then this daemon must resume.
-    pub(crate) fn give(mut self, mut estate: Estate) -> Result<Given, Box<Kept>> {
-        let all = estate.connections.len();
+    pub(crate) fn give(mut self, mut state: State) -> Result<Given, Box<Kept>> {
+        let all = state.connections.len();
         if !self.suited {
             return Ok(Given {
                 suited: false,
@@ -153,14 +153,14 @@ impl Successor {
             let pipes = it.in_flight.iter().flat_map(|left| &left.pipe).count();
             (pipes, it.in_flight.iter().map(Left::len).sum::<usize>())
         };
-        estate.connections.sort_by_cached_key(cost);
-        match self.line.give(&estate, [CONNECTIONS_WITHIN, READY_WITHIN]) {
+        state.connections.sort_by_cached_key(cost);
+        match self.line.give(&state, [CONNECTIONS_WITHIN, READY_WITHIN]) {
             Ok(connections) => {
-                let reset = estate.connections.split_off(connections);
-                let in_flight = estate.in_flight();
+                let reset = state.connections.split_off(connections);
+                let in_flight = state.in_flight();
                 // The other daemon has copies of them.
-                drop(estate.take_connections());
-                estate.connections = reset;
+                drop(state.take_connections());
+                state.connections = reset;
                 Ok(Given {
                     suited: true,
                     connections,
@@ -168,13 +168,13 @@ impl Successor {
                     reset: all - connections,
                 })
             }
-            Err(error) => Err(Box::new(Kept { estate, error })),
+            Err(error) => Err(Box::new(Kept { state, error })),
         }
     }
 }
 
 /// The reply of the daemon with `terms` to a handover request.
-fn reply(place: &Path, terms: &Terms, asked: &Terms) -> Reply {
+fn reply(place: &Path, terms: &Hello, asked: &Hello) -> Reply {
     let newer = match (terms.pod(), asked.pod()) {
         (Some(ours), Some(theirs)) => pod_order::is_before(place, theirs, ours).then_some(ours),
         _ => None,
@@ -198,7 +198,7 @@ fn reply(place: &Path, terms: &Terms, asked: &Terms) -> Reply {
 ///
 /// # Errors
 /// If it cannot be recorded.
-pub(crate) fn come(path: &Path, terms: &Terms) -> Result<(), HandoverError> {
+pub(crate) fn come(path: &Path, terms: &Hello) -> Result<(), HandoverError> {
     let failed = |source| HandoverError::Path {
         operation: "record the order of pods at",
         path: path.to_owned(),
@@ -215,16 +215,16 @@ pub(crate) fn is_offered(path: &Path) -> bool {
 }
 
 /// Takes over from the daemon that waits at `path`, if there is one. Blocks, for seconds at most. A daemon with another
-/// format or other settings hands over no connection. The other daemon goes on itself until [`Estate::begin`] says that
+/// format or other settings hands over no connection. The other daemon goes on itself until [`State::begin`] says that
 /// this daemon begins.
 ///
 /// # Errors
 /// Why it did not hand over; [`HandoverError::BrokenOff`] if it had already stopped its work.
-pub(crate) fn take_over(path: &Path, terms: &Terms) -> Result<Option<Estate>, HandoverError> {
+pub(crate) fn take_over(path: &Path, terms: &Hello) -> Result<Option<State>, HandoverError> {
     let Some(socket) = connected(path)? else {
         return Ok(None);
     };
-    let mut line = Line::to(socket, Uid::effective(), WITHIN)?;
+    let mut line = Channel::to(socket, Uid::effective(), WITHIN)?;
     line.say(terms)?;
     let reply: Reply = line.hear()?;
     line.wait(READY_WITHIN);
@@ -238,7 +238,7 @@ pub(crate) fn take_over(path: &Path, terms: &Terms) -> Result<Option<Estate>, Ha
         } => return Err(HandoverError::Refused(reason)),
         _ => {}
     }
-    let mut estate = Estate::default();
+    let mut state = State::default();
     let differs = match &reply {
         Reply { format, .. } if *format != FORMAT => {
             format!("uses another format ({format}, not {FORMAT})")
@@ -247,15 +247,15 @@ pub(crate) fn take_over(path: &Path, terms: &Terms) -> Result<Option<Estate>, Ha
             format!("runs with other settings ({settings})")
         }
         _ => {
-            let taken = line.take(&mut estate);
+            let taken = line.take(&mut state);
             taken.map_err(|error| HandoverError::BrokenOff(error.into()))?;
-            estate.from = Some(line);
-            return Ok(Some(estate));
+            state.from = Some(line);
+            return Ok(Some(state));
         }
     };
     warn!("the running daemon {differs}: it ends without a handover");
     let error = match line.receive() {
-        Err(HandoverError::Gone) => return Ok(Some(estate)),
+        Err(HandoverError::Gone) => return Ok(Some(state)),
         Err(error) => error,
         Ok(_) => HandoverError::Malformed("an unexpected message".to_owned()),
     };

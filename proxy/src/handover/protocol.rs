@@ -7,15 +7,15 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use super::channel::{Heard, LONGEST, Line};
-use super::{Connection, Estate, HandoverError, Seat, Told};
+use super::channel::{Channel, Heard, LONGEST};
+use super::{Connection, ConnectionState, HandoverError, State, WorkerSockets};
 use crate::tcp::relay::{Left, Unread};
 
 /// Bytes that a direction can have in flight outside of a pipe, at most: more than a full buffer, so that buffers can
 /// grow later.
 const MOST_IN_FLIGHT: usize = 4 << 20;
 
-/// The running daemon's answer to [`super::Terms`]. Every version understands this message.
+/// The running daemon's answer to [`super::Hello`]. Every version understands this message.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Reply {
     pub(super) format: u32,
@@ -38,7 +38,7 @@ enum Part {
     /// With the socket to the server, the one to the client if there is one, and the pipes. The bytes follow, one
     /// direction after the other.
     Connection {
-        told: Box<Told>,
+        told: Box<ConnectionState>,
         client: bool,
         in_flight: [Load; 2],
     },
@@ -61,7 +61,7 @@ struct Begun {
     connections: usize,
 }
 
-impl Line {
+impl Channel {
     /// Sends a message without descriptors.
     pub(super) fn say(&self, message: &impl Serialize) -> Result<(), HandoverError> {
         self.send(&encoded(message)?, &[])
@@ -84,10 +84,10 @@ impl Line {
     /// Why the new daemon does not start; it will not start later either.
     pub(super) fn give(
         &mut self,
-        estate: &Estate,
+        state: &State,
         [connections, begun]: [Duration; 2],
     ) -> Result<usize, HandoverError> {
-        let given = self.give_all(estate, connections)?;
+        let given = self.give_all(state, connections)?;
         self.wait(begun);
         let begun = self.hear::<Begun>().or_else(|error| {
             // The message may have arrived at the last moment. After this none can arrive.
@@ -97,14 +97,14 @@ impl Line {
         begun.map(|Begun { .. }| given)
     }
 
-    fn give_all(&self, estate: &Estate, within: Duration) -> Result<usize, HandoverError> {
-        for (queue, seat) in &estate.seats {
+    fn give_all(&self, state: &State, within: Duration) -> Result<usize, HandoverError> {
+        for (queue, seat) in &state.seats {
             let part = encoded(&Part::Seat { queue: *queue })?;
             self.send(&part, &[seat.queue.as_fd(), seat.listener.as_fd()])?;
         }
         let until = Instant::now() + within;
         let mut connections = 0;
-        for connection in &estate.connections {
+        for connection in &state.connections {
             if Instant::now() >= until {
                 break;
             }
@@ -142,9 +142,9 @@ impl Line {
         chunks.try_for_each(|chunk| self.send(chunk, &[]))
     }
 
-    /// Receives everything into `estate`, piece by piece. Leaves out a connection if this process has no room for its
+    /// Receives everything into `state`, piece by piece. Leaves out a connection if this process has no room for its
     /// descriptors.
-    pub(super) fn take(&mut self, estate: &mut Estate) -> Result<(), HandoverError> {
+    pub(super) fn take(&mut self, state: &mut State) -> Result<(), HandoverError> {
         let mut told_of = 0;
         loop {
             let Heard {
@@ -155,11 +155,11 @@ impl Line {
             match decoded(message)? {
                 Part::Seat { queue } => {
                     let [queue_socket, listener] = exactly(descriptors)?;
-                    let seat = Seat {
+                    let seat = WorkerSockets {
                         queue: queue_socket,
                         listener,
                     };
-                    estate.seats.insert(queue, seat);
+                    state.seats.insert(queue, seat);
                 }
                 Part::Connection {
                     told,
@@ -174,11 +174,11 @@ impl Line {
                     if whole {
                         let piped = in_flight.map(|load| load.piped);
                         let connection = connection(*told, client, descriptors, bytes, piped)?;
-                        estate.connections.push(connection);
+                        state.connections.push(connection);
                     }
                 }
                 Part::End { connections } if connections == told_of => {
-                    let lost = connections - estate.connections.len();
+                    let lost = connections - state.connections.len();
                     if lost > 0 {
                         warn!(
                             lost,
@@ -210,7 +210,7 @@ impl Line {
 
 /// Rebuilds a connection from its parts.
 fn connection(
-    told: Told,
+    told: ConnectionState,
     client: bool,
     descriptors: Vec<OwnedFd>,
     bytes: [Vec<u8>; 2],

@@ -21,8 +21,8 @@ use crate::enforcer::Enforcer;
 
 use super::transfer;
 use super::{
-    Estate, Given, HandoverError, Kept, Offer, Outgoing, Successor, Terms, WITHIN, come,
-    is_offered, take_over,
+    Given, HandoverError, Hello, Kept, Listener, Outgoing, Peer, State, WITHIN, come, is_offered,
+    take_over,
 };
 
 /// How often a standby daemon looks for others.
@@ -37,8 +37,8 @@ const ATTEMPTS: usize = 3;
 const GRACE: Duration = Duration::from_secs(2);
 
 /// The handover settings; `place` is empty without `--handover`.
-pub(crate) struct Relief {
-    place: Option<(PathBuf, Terms)>,
+pub(crate) struct Standby {
+    place: Option<(PathBuf, Hello)>,
     admin: SocketAddr,
     /// The number of the first queue.
     queue: u16,
@@ -53,7 +53,7 @@ pub(crate) enum Rest {
     Occupied,
 }
 
-impl Relief {
+impl Standby {
     /// Of a daemon with the settings `redirect`, in `pod` if any, whose admin port is at `admin`.
     ///
     /// # Errors
@@ -72,7 +72,7 @@ impl Relief {
                 queue,
             });
         };
-        let terms = Terms::new(redirect, pod);
+        let terms = Hello::new(redirect, pod);
         let terms = terms.context("cannot identify this network namespace")?;
         if let Err(error) = come(&path, &terms) {
             warn!(
@@ -104,7 +104,7 @@ impl Relief {
     /// # Errors
     /// If this daemon may not take over from the running one. Other failures are not errors: then this daemon starts
     /// as the first one, and fails to bind its ports if the other still runs.
-    pub(crate) async fn take_over(&self, kept: Option<Estate>) -> anyhow::Result<Option<Estate>> {
+    pub(crate) async fn take_over(&self, kept: Option<State>) -> anyhow::Result<Option<State>> {
         let Some((path, terms)) = self.place.as_ref().filter(|_| kept.is_none()) else {
             return Ok(kept);
         };
@@ -114,7 +114,7 @@ impl Relief {
             let taking = move || take_over(&path, &terms);
             attempts += 1;
             let error = match tokio::task::spawn_blocking(taking).await? {
-                Ok(estate) => return Ok(estate),
+                Ok(state) => return Ok(state),
                 Err(
                     error @ (HandoverError::Refused(_)
                     | HandoverError::Newer { .. }
@@ -144,9 +144,9 @@ impl Relief {
     }
 
     /// Offers a handover from now on, and sets this daemon's pod in `whose`.
-    pub(crate) fn offer(&self, whose: &OnceLock<String>) -> Option<Offer> {
+    pub(crate) fn offer(&self, whose: &OnceLock<String>) -> Option<Listener> {
         let (path, terms) = self.place.clone()?;
-        let offer = Offer::open(&path, terms)
+        let offer = Listener::open(&path, terms)
             .inspect_err(|error| warn!("this daemon cannot be relieved: {error}"))
             .ok()?;
         if let Some(pod) = self.pod() {
@@ -226,19 +226,19 @@ pub(crate) async fn hand_over(
     enforcer: &Enforcer,
     outgoing: &Outgoing,
     following: JoinHandle<()>,
-    successor: Successor,
-) -> anyhow::Result<Option<Estate>> {
+    successor: Peer,
+) -> anyhow::Result<Option<State>> {
     let stuck = tokio::time::timeout(WITHIN, following).await.is_err();
     transfer::leave_admitted(enforcer, outgoing);
     let late = transfer::end_others(enforcer);
-    let estate = outgoing.take();
+    let state = outgoing.take();
     if stuck {
         warn!(
             "the last cluster change is not applied to the kernel yet: no handover, this daemon continues"
         );
-        return Ok(Some(estate));
+        return Ok(Some(state));
     }
-    let given = tokio::task::spawn_blocking(move || successor.give(estate)).await?;
+    let given = tokio::task::spawn_blocking(move || successor.give(state)).await?;
     let Given {
         suited,
         connections,
@@ -246,9 +246,9 @@ pub(crate) async fn hand_over(
         reset,
     } = match given.map_err(|kept| *kept) {
         Ok(given) => given,
-        Err(Kept { estate, error }) => {
+        Err(Kept { state, error }) => {
             warn!("the new daemon did not take over, this one goes on: {error}");
-            return Ok(Some(estate));
+            return Ok(Some(state));
         }
     };
     let reset = reset + late;

@@ -17,7 +17,7 @@ use crate::telemetry::moved::Moved;
 use crate::telemetry::record::Outcome;
 use crate::telemetry::timeline::Trail;
 
-use super::{Connection, Outgoing, Pod, Told};
+use super::{Connection, ConnectionState, Outgoing, Pod};
 
 /// The worker of a leg that the control thread watches until a worker wants it.
 const CONTROL: usize = usize::MAX;
@@ -94,7 +94,7 @@ fn enter(
         None => [None, None],
     };
     let subject = flow.subject();
-    let told = Told {
+    let told = ConnectionState {
         client: flow.key.client,
         server: flow.key.server,
         sequence: flow.sequence,
@@ -167,7 +167,7 @@ fn wait_for_client(enforcer: &Enforcer, flow: &Arc<Flow>, server: TcpStream) {
     }
 }
 
-fn adopted(told: Told) -> Adopted {
+fn adopted(told: ConnectionState) -> Adopted {
     let now = Instant::now();
     let started = now.checked_sub(told.age).unwrap_or(now);
     Adopted {

@@ -12,7 +12,7 @@ use tracing::info;
 
 use crate::enforcer::Enforcer;
 use crate::handover::standby;
-use crate::handover::{Estate, Offer, Outgoing, Successor};
+use crate::handover::{Listener, Outgoing, Peer, State};
 
 /// How long the last records may take to be written when the daemon stops.
 const FINISH_WITHIN: Duration = Duration::from_secs(2);
@@ -25,7 +25,7 @@ enum Ending {
     /// It got a signal to stop.
     Stopped,
     /// Another daemon takes over.
-    Relieved(Successor),
+    Relieved(Peer),
 }
 
 /// The signals that end the daemon.
@@ -63,7 +63,7 @@ pub(super) enum Ended {
     /// Nothing: another daemon has taken over.
     Relieved,
     /// Resume everything that another daemon did not take over.
-    Kept(Estate),
+    Kept(State),
 }
 
 /// The parts of a daemon that enforces.
@@ -87,7 +87,7 @@ impl Running {
         mut self,
         enforcer: &Arc<Enforcer>,
         signals: &mut StopSignals,
-        offer: Option<Offer>,
+        offer: Option<Listener>,
     ) -> anyhow::Result<Ended> {
         let stop = |ending: &Ending| {
             match ending {
@@ -123,7 +123,7 @@ impl Running {
 async fn until_told(
     workers: Vec<Thread>,
     signals: &mut StopSignals,
-    offer: Option<Offer>,
+    offer: Option<Listener>,
     stop: impl FnOnce(&Ending),
 ) -> anyhow::Result<Ending> {
     let (failed, mut failure) = tokio::sync::mpsc::channel(workers.len());

@@ -9,7 +9,7 @@ use tracing::info;
 
 use crate::enforcer::Enforcer;
 use crate::handover::transfer;
-use crate::handover::{Estate, Outgoing};
+use crate::handover::{Outgoing, State};
 use crate::worker::Worker;
 use crate::worker::accept;
 
@@ -17,28 +17,28 @@ use super::ending::Thread;
 use super::settings::RunArgs;
 
 /// Binds every queue before the first listener: a SYN that finds a listener must find its queue. Goes on with the
-/// connections of `estate`, none of which moves a byte before everything is in place. The estate is another daemon's,
+/// connections of `state`, none of which moves a byte before everything is in place. The state is another daemon's,
 /// which was asked at `since`, or this daemon's own.
 ///
 /// # Errors
-/// If a queue or the port is in use, or the daemon that left `estate` no longer waits.
+/// If a queue or the port is in use, or the daemon that left `state` no longer waits.
 pub(super) fn start_workers(
     args: &RunArgs,
     enforcer: &Arc<Enforcer>,
     outgoing: &Arc<Outgoing>,
     stopped: &watch::Receiver<bool>,
-    estate: Option<Estate>,
+    state: Option<State>,
     since: Option<Instant>,
 ) -> anyhow::Result<Vec<Thread>> {
     let settings = &args.redirect;
     let mut workers = Vec::new();
     let mut listeners = Vec::new();
     let count = settings.queue_count();
-    let relieves = estate.is_some();
-    let mut estate = estate.unwrap_or_default();
+    let relieves = state.is_some();
+    let mut state = state.unwrap_or_default();
     for number in 0..count {
         let queue = settings.queue + number;
-        let seat = estate.seats.remove(&queue);
+        let seat = state.seats.remove(&queue);
         let (bound, listener) = seat.map(|seat| (seat.queue, seat.listener)).unzip();
         listeners.push(listener);
         let worker = Worker::start(number.into(), count.into(), queue, bound, Arc::clone(enforcer), stopped.clone())
@@ -53,13 +53,13 @@ pub(super) fn start_workers(
     let listeners = listeners.into_iter().map(listen).collect::<Result<Vec<_>, _>>()
         .with_context(|| format!("cannot listen on port {port}: is it in use? (--proxy-port chooses another, for iptables-init too)"))?;
     let mut shares: Vec<Vec<_>> = workers.iter().map(|_| Vec::new()).collect();
-    let left = estate.take_connections();
+    let left = state.take_connections();
     let connections = left.len();
     let left = transfer::adopt(enforcer, left);
     for (turn, relayed) in left.into_iter().enumerate() {
         shares[turn % workers.len()].push(relayed);
     }
-    estate.begin(connections)?;
+    state.begin(connections)?;
     match since {
         Some(since) if relieves => {
             let milliseconds = since.elapsed().as_millis();

@@ -7,21 +7,21 @@ use std::time::{Duration, SystemTime};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
-use super::super::{Connection, Pod, Seat, Told};
+use super::super::{Connection, ConnectionState, Pod, WorkerSockets};
 use super::*;
 use crate::tcp::relay::Unread;
 use crate::telemetry::timeline::{Onward, Seen};
 
 /// Both ends of a line with this time limit for each message.
-fn lines(within: Duration) -> (Line, Line) {
+fn lines(within: Duration) -> (Channel, Channel) {
     let (kind, flags) = (SockType::SeqPacket, SockFlag::empty());
     let (one, other) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
-    let line = |socket| Line::to(socket, Uid::effective(), within).unwrap();
+    let line = |socket| Channel::to(socket, Uid::effective(), within).unwrap();
     (line(one), line(other))
 }
 
-fn terms() -> Terms {
-    Terms {
+fn terms() -> Hello {
+    Hello {
         format: FORMAT,
         namespace: 7,
         settings: "--proxy-port 15001".to_owned(),
@@ -29,8 +29,8 @@ fn terms() -> Terms {
     }
 }
 
-fn told(port: u16) -> Told {
-    Told {
+fn told(port: u16) -> ConnectionState {
+    ConnectionState {
         client: SocketAddr::from(([10, 0, 0, 1], port)),
         server: "[fd00::1]:80".parse().unwrap(),
         sequence: u32::MAX,
@@ -85,9 +85,9 @@ fn pipe(held: &[u8]) -> Unread {
     Unread { read, bytes }
 }
 
-fn seat() -> Seat {
+fn seat() -> WorkerSockets {
     let listener = || OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap());
-    Seat {
+    WorkerSockets {
         queue: listener(),
         listener: listener(),
     }
@@ -101,8 +101,8 @@ fn end_of(mut stream: &TcpStream) -> ErrorKind {
 #[test]
 fn handover_transfers_everything_unchanged() {
     let (giving, mut taking) = lines(WITHIN);
-    let (mut estate, mut outside) = (Estate::default(), Vec::new());
-    estate.seats.extend([(100, seat()), (101, seat())]);
+    let (mut state, mut outside) = (State::default(), Vec::new());
+    state.seats.extend([(100, seat()), (101, seat())]);
     let piped = |held: &[u8], rest: &[u8]| Left {
         bytes: rest.to_vec(),
         pipe: Some(pipe(held)),
@@ -114,27 +114,23 @@ fn handover_transfers_everything_unchanged() {
         (4, Default::default()),
     ] {
         let (connection, ends) = connection(port, in_flight);
-        estate.connections.push(connection);
+        state.connections.push(connection);
         outside.push(ends);
     }
     let (admitted, _ends) = connection(5, Default::default());
-    estate.connections.push(Connection {
+    state.connections.push(Connection {
         client: None,
         ..admitted
     });
-    let mut expected: Vec<_> = estate
-        .connections
-        .iter()
-        .map(|it| it.told.clone())
-        .collect();
-    let all = estate.in_flight();
-    let mut taken = Estate::default();
+    let mut expected: Vec<_> = state.connections.iter().map(|it| it.told.clone()).collect();
+    let all = state.in_flight();
+    let mut taken = State::default();
     let given = thread::scope(|scope| {
-        let successor = Successor {
+        let successor = Peer {
             line: giving,
             suited: true,
         };
-        let given = scope.spawn(move || successor.give(estate).unwrap());
+        let given = scope.spawn(move || successor.give(state).unwrap());
         taking.take(&mut taken).unwrap();
         taken.from = Some(taking);
         taken.begin(5).unwrap();
@@ -182,16 +178,16 @@ fn handover_transfers_everything_unchanged() {
 #[test]
 fn connections_late_for_handover_are_reset() {
     let (mut giving, mut taking) = lines(WITHIN);
-    let (mut estate, mut outside) = (Estate::default(), Vec::new());
+    let (mut state, mut outside) = (State::default(), Vec::new());
     for port in 1..=3 {
         let (connection, ends) = connection(port, Default::default());
-        estate.connections.push(connection);
+        state.connections.push(connection);
         outside.push(ends);
     }
-    let mut taken = Estate::default();
+    let mut taken = State::default();
     thread::scope(|scope| {
         let given = scope.spawn(move || {
-            assert_eq!(giving.give(&estate, [Duration::ZERO, WITHIN]).unwrap(), 0);
+            assert_eq!(giving.give(&state, [Duration::ZERO, WITHIN]).unwrap(), 0);
         });
         taking.take(&mut taken).unwrap();
         assert!(taken.connections.is_empty());
@@ -208,14 +204,14 @@ fn connections_late_for_handover_are_reset() {
 fn old_daemon_keeps_connections_after_broken_handover() {
     for dies in [false, true] {
         let (mut giving, mut taking) = lines(WITHIN);
-        let (mut estate, mut taken) = (Estate::default(), Estate::default());
+        let (mut state, mut taken) = (State::default(), State::default());
         let (connection, ends) = connection(1, [bytes(vec![7; 9]), Left::default()]);
-        estate.connections.push(connection);
+        state.connections.push(connection);
         let brief = Duration::from_millis(20);
-        let (error, mut estate) = thread::scope(|scope| {
+        let (error, mut state) = thread::scope(|scope| {
             let giving = scope.spawn(move || {
-                let error = giving.give(&estate, [WITHIN, brief]).unwrap_err();
-                (error, estate)
+                let error = giving.give(&state, [WITHIN, brief]).unwrap_err();
+                (error, state)
             });
             taking.take(&mut taken).unwrap();
             if dies {
@@ -234,7 +230,7 @@ fn old_daemon_keeps_connections_after_broken_handover() {
             false => matches!(error, HandoverError::Late),
         };
         assert!(expected, "{error}");
-        let connection = estate.take_connections().remove(0);
+        let connection = state.take_connections().remove(0);
         assert_eq!(connection.in_flight[0].bytes, [7; 9]);
         let mut client = TcpStream::from(connection.client.unwrap());
         client.write_all(b"goes on").unwrap();
@@ -264,7 +260,7 @@ fn damaged_handover_message_is_rejected_without_panic() {
             giving.send(message, &sockets[at.min(1)..]).unwrap();
         }
         drop(giving);
-        taking.take(&mut Estate::default())
+        taking.take(&mut State::default())
     };
     assert!(take(&[&message, &[7; 2], end]).is_ok());
     for length in (1..message.len()).step_by(7) {
@@ -302,11 +298,11 @@ fn handover_peer_of_another_user_is_rejected() {
     let (kind, flags) = (SockType::SeqPacket, SockFlag::empty());
     let (one, other) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
     let another = Uid::from_raw(Uid::effective().as_raw() + 1);
-    let refused = Successor::greet(one, Path::new(""), &terms(), another).err();
+    let refused = Peer::greet(one, Path::new(""), &terms(), another).err();
     assert!(
         matches!(refused, Some(HandoverError::Stranger { uid }) if uid == Uid::effective().as_raw())
     );
-    let mut line = Line::to(other, Uid::effective(), WITHIN).unwrap();
+    let mut line = Channel::to(other, Uid::effective(), WITHIN).unwrap();
     assert!(matches!(line.receive(), Err(HandoverError::Gone)));
 }
 
@@ -316,9 +312,9 @@ fn silent_handover_peer_times_out() {
     assert!(matches!(line.receive(), Err(HandoverError::Late)));
     let (connection, _ends) = connection(1, [bytes(vec![0; 3 << 20]), Left::default()]);
     let (_deaf, mut line) = lines(Duration::from_millis(20));
-    let mut estate = Estate::default();
-    estate.connections.push(connection);
-    let given = line.give(&estate, [WITHIN, WITHIN]);
+    let mut state = State::default();
+    state.connections.push(connection);
+    let given = line.give(&state, [WITHIN, WITHIN]);
     assert!(matches!(given, Err(HandoverError::Late)));
 }
 
@@ -328,12 +324,12 @@ fn connections_not_handed_over_are_reset_or_kept() {
         let (line, other) = lines(WITHIN);
         drop(other);
         let (connection, ends) = connection(1, Default::default());
-        let mut estate = Estate::default();
-        estate.connections.push(connection);
-        let given = Successor { line, suited }.give(estate);
+        let mut state = State::default();
+        state.connections.push(connection);
+        let given = Peer { line, suited }.give(state);
         match given {
             Ok(given) => assert_eq!((suited, given.connections, given.reset), (false, 0, 1)),
-            Err(kept) => assert!(suited && kept.estate.connections.len() == 1),
+            Err(kept) => assert!(suited && kept.state.connections.len() == 1),
         }
         for end in &ends {
             assert_eq!(end_of(end), ErrorKind::ConnectionReset);
@@ -345,7 +341,7 @@ fn connections_not_handed_over_are_reset_or_kept() {
 fn unfit_successor_is_rejected_or_gets_no_connections() {
     let folder = tempfile::tempdir().unwrap();
     let place = folder.path().join("handover.sock");
-    let of = |pod: Option<&str>| Terms {
+    let of = |pod: Option<&str>| Hello {
         pod: pod.map(str::to_owned),
         ..terms()
     };
@@ -353,7 +349,7 @@ fn unfit_successor_is_rejected_or_gets_no_connections() {
         come(&place, &of(Some(pod))).unwrap();
     }
     let (running, same) = (of(Some("running")), of(None));
-    let asked = |change: fn(&mut Terms)| {
+    let asked = |change: fn(&mut Hello)| {
         let mut others = same.clone();
         change(&mut others);
         let reply = reply(&place, &running, &others);
@@ -381,11 +377,11 @@ async fn handover_offer_is_taken_once() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("handover.sock");
     assert!(!is_offered(&path), "nobody has been there");
-    let offer = Offer::open(&path, terms()).unwrap();
+    let offer = Listener::open(&path, terms()).unwrap();
     // In the place of one that is gone.
     let offer = {
         drop(offer);
-        Offer::open(&path, terms()).unwrap()
+        Listener::open(&path, terms()).unwrap()
     };
     let asked = path.clone();
     let taking = tokio::task::spawn_blocking(move || {
@@ -394,7 +390,7 @@ async fn handover_offer_is_taken_once() {
     });
     let successor = offer.taken().await;
     drop(offer);
-    let given = tokio::task::spawn_blocking(|| successor.give(Estate::default()));
+    let given = tokio::task::spawn_blocking(|| successor.give(State::default()));
     let taken = taking.await.unwrap().unwrap();
     taken.unwrap().begin(0).unwrap();
     assert!(given.await.unwrap().unwrap().suited);

@@ -156,7 +156,7 @@ fn a_handover_with_stalled_streams_keeps_the_neighbours() {
     let set_buffers = |most| {
         [&a, &b, &d]
             .into_iter()
-            .for_each(|pod| small_buffers(pod, most))
+            .for_each(|pod| small_buffers(pod, most));
     };
     set_buffers(8 << 10);
     let [v4, v6] = b.addrs(83);

@@ -93,7 +93,7 @@ fn foreign_or_stale_snapshot_is_rejected_with_reason() {
             .to_string()
     };
     let reason = with(&|other| other.node = "n2".to_owned());
-    assert!(reason.contains("of node n1"), "{reason}");
+    assert!(reason.contains("belongs to node n1"), "{reason}");
     let reason = with(&|other| other.cluster.authorities = vec!["b".to_owned()]);
     assert!(reason.contains("another cluster"), "{reason}");
     let reason = with(&|other| other.max_age = Duration::from_secs(59));

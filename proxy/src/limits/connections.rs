@@ -114,6 +114,13 @@ fn take<K: Eq + Hash>(counts: &Counts<K>, whose: &K) {
     });
 }
 
+impl Permit {
+    /// The number of connections that its source has now.
+    pub(crate) fn connections_of_source(&self) -> usize {
+        count(&self.connections.sources, &self.source)
+    }
+}
+
 impl Drop for Permit {
     fn drop(&mut self) {
         let Connections {

@@ -78,7 +78,7 @@ pub(crate) struct Flow {
     succeeded: AtomicBool,
     /// Whether its leg to the server has keep-alive.
     keeps_alive: AtomicBool,
-    _permit: Permit,
+    permit: Permit,
 }
 
 /// How a SYN relates to the table.
@@ -242,6 +242,11 @@ impl Ends for Flow {
 
 impl Flow {
     /// A connection whose SYN has just arrived.
+    /// The number of connections that its source has now.
+    pub(crate) fn connections_of_source(&self) -> usize {
+        self.permit.connections_of_source()
+    }
+
     fn held(id: u64, key: FlowKey, sequence: u32, permit: Permit) -> Self {
         Self {
             id,
@@ -263,7 +268,7 @@ impl Flow {
             over: Notify::new(),
             succeeded: AtomicBool::new(false),
             keeps_alive: AtomicBool::new(false),
-            _permit: permit,
+            permit,
         }
     }
 

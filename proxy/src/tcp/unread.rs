@@ -19,8 +19,8 @@ use crate::limits::Source;
 
 /// Busy directions of one source up to which the kernel sizes the buffers.
 const FREE: usize = 4;
-/// Streams of one source whose buffers the kernel sizes from the beginning.
-const CROWD: usize = 8;
+/// Connections of one source up to which the kernel sizes the receive buffers of a new stream.
+pub(crate) const CROWD: usize = 8;
 /// Bytes of a new receive buffer (`tcp_rmem`, its default).
 const SMALL: usize = 128 << 10;
 /// Bytes that are left to each of a direction's buffers.
@@ -90,13 +90,6 @@ impl Unread {
             accounts: DashMap::default(),
             pressing: AtomicUsize::new(0),
         }
-    }
-
-    /// Notes the source of a stream that moves more than a few bytes. Returns whether that source has so many such
-    /// streams that this one has to keep small receive buffers.
-    pub(crate) fn is_crowded(&self, stream: &Holding, source: impl FnOnce() -> Source) -> bool {
-        let account = stream.account.get_or_init(|| self.account(source()));
-        Arc::strong_count(account) > CROWD
     }
 
     /// Counts a direction as busy, with this many bytes in the relay. Returns its share in bytes, if its source has
@@ -364,17 +357,6 @@ mod tests {
         drop((streams, one));
         unread.forget_gone();
         assert_eq!(unread.accounts.len(), 1);
-    }
-
-    #[test]
-    fn the_ninth_large_stream_keeps_small_buffers() {
-        let unread = Unread::new(2 << 20);
-        let streams: Vec<_> = (0..=CROWD).map(|_| Holding::default()).collect();
-        let crowded = streams
-            .iter()
-            .map(|it| unread.is_crowded(it, || source("a")));
-        assert_eq!(crowded.filter(|crowded| *crowded).count(), 1);
-        assert!(!unread.is_crowded(&Holding::default(), || source("b")));
     }
 
     #[test]

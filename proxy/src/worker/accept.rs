@@ -19,6 +19,7 @@ use crate::limits::Source;
 use crate::tcp::connect::{bound_unsent, keepalive, reset_when_closed};
 use crate::tcp::connections::{Flow, FlowKey, Legs, Upstream};
 use crate::tcp::relay::{InFlight, Pressure, relay};
+use crate::tcp::unread::CROWD;
 use crate::telemetry::occasional::warn_occasionally;
 use crate::telemetry::record::Outcome;
 
@@ -218,7 +219,8 @@ impl Pressure for Pressed<'_> {
         let (stream, [from, to]) = (&self.flow.holding, self.legs.of(direction));
         // It fails only if this is no socket of TCP.
         let _ = bound_unsent(to);
-        if self.enforcer.unread.is_crowded(stream, || self.source()) {
+        // Buffers that the kernel has enlarged would be reduced when many streams become busy, and lose segments.
+        if self.flow.connections_of_source() > CROWD {
             stream.keep_small(from);
         }
     }

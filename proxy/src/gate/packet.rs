@@ -115,22 +115,10 @@ impl Packet {
         let flow = |source, destination| flow_of(source, destination, 0);
         match (protocol, &sliced.transport) {
             (Protocol::Tcp, Some(TransportSlice::Tcp(tcp))) => {
-                match (tcp.syn(), tcp.ack(), tcp.fin() || tcp.rst()) {
-                    (false, acknowledges, true) if tcp.rst() => Self::Reset(Reset {
-                        from: SocketAddr::new(from, tcp.source_port()),
-                        to: SocketAddr::new(to, tcp.destination_port()),
-                        sequence: tcp.sequence_number(),
-                        acknowledges,
-                    }),
-                    (true, false, false) => Self::Syn(Syn {
-                        client: SocketAddr::new(from, tcp.source_port()),
-                        server: SocketAddr::new(to, tcp.destination_port()),
-                        sequence: tcp.sequence_number(),
-                        stamp: stamp(tcp),
-                    }),
-                    (false, true, _) => flow(tcp.source_port(), tcp.destination_port()),
-                    _ => Self::Odd,
-                }
+                let ends = [(from, tcp.source_port()), (to, tcp.destination_port())];
+                let [client, server] = ends.map(SocketAddr::from);
+                segment(client, server, tcp)
+                    .unwrap_or_else(|| flow(tcp.source_port(), tcp.destination_port()))
             }
             (Protocol::Udp, Some(TransportSlice::Udp(udp))) => {
                 flow(udp.source_port(), udp.destination_port())
@@ -144,6 +132,27 @@ impl Packet {
             _ => Self::Odd,
         }
     }
+}
+
+/// A segment that begins or resets a connection, or an invalid one; `None` for any other.
+fn segment(from: SocketAddr, to: SocketAddr, tcp: &TcpSlice<'_>) -> Option<Packet> {
+    let sequence = tcp.sequence_number();
+    Some(match (tcp.syn(), tcp.ack(), tcp.fin(), tcp.rst()) {
+        (true, false, false, false) => Packet::Syn(Syn {
+            client: from,
+            server: to,
+            sequence,
+            stamp: stamp(tcp),
+        }),
+        (false, acknowledges, _, true) => Packet::Reset(Reset {
+            from,
+            to,
+            sequence,
+            acknowledges,
+        }),
+        (false, true, _, false) => return None,
+        _ => Packet::Odd,
+    })
 }
 
 /// Whether it is a link-local IPv6 address (RFC 4291, section 2.5.6). Link-local IPv4 addresses are not meant: some

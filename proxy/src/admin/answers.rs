@@ -14,7 +14,7 @@ use crate::enforcer::Enforcer;
 use crate::kernel_flows::CarriedFlow;
 use crate::node::readiness::Readiness;
 use crate::tcp::connections::{Ends, Flow, StageName};
-use crate::telemetry::decision::Word;
+use crate::telemetry::decision::VerdictKind;
 use crate::telemetry::metrics::{Queues, Readings};
 use crate::telemetry::record::{shown, timestamp};
 
@@ -105,7 +105,7 @@ pub(super) fn connections(enforcer: &Enforcer, query: &str) -> Answer {
     };
     let asked_for = |ends: [IpAddr; 2]| {
         let ends = ends.map(|end| enforcer.table.endpoint(end));
-        filter.admits(Word::Allow, [ends[0].as_deref(), ends[1].as_deref()])
+        filter.admits(VerdictKind::Allow, [ends[0].as_deref(), ends[1].as_deref()])
     };
     let mut flows = enforcer.flows.all();
     flows.retain(|flow| asked_for(flow.ends()));

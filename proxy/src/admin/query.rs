@@ -5,7 +5,7 @@ use percent_encoding::percent_decode_str;
 use policy::{Endpoint, PodKey, Protocol};
 
 use crate::cli::ask::{self, Question};
-use crate::telemetry::decision::Word;
+use crate::telemetry::decision::VerdictKind;
 
 /// `key=value&...`, percent-encoded where need be (RFC 3986, section 3.4).
 pub(super) struct Query(Vec<(String, String)>);
@@ -102,9 +102,9 @@ impl Query {
             _ => Err(format!("{text:?} is not a pod; write it as NAMESPACE/NAME")),
         });
         let verdict = self.get("verdict").map(|text| {
-            let mut words = [Word::Allow, Word::Deny, Word::Sever].into_iter();
+            let mut words = [VerdictKind::Allow, VerdictKind::Deny, VerdictKind::Sever].into_iter();
             words
-                .find(|word| word.name() == text)
+                .find(|kind| kind.name() == text)
                 .ok_or_else(|| format!("{text:?} is not a verdict; there are: allow, deny, sever"))
         });
         Ok(Filter {
@@ -122,17 +122,17 @@ pub(super) struct Filter {
     pod: Option<PodKey>,
     /// Either end is in this namespace.
     namespace: Option<Arc<str>>,
-    verdict: Option<Word>,
+    verdict: Option<VerdictKind>,
 }
 
 impl Filter {
     /// Whether a connection between these endpoints, if they are pods, matches.
-    pub(super) fn admits(&self, word: Word, ends: [Option<&Endpoint>; 2]) -> bool {
+    pub(super) fn admits(&self, kind: VerdictKind, ends: [Option<&Endpoint>; 2]) -> bool {
         let any = |is_asked_for: &dyn Fn(&PodKey) -> bool| {
             let mut pods = ends.iter().flatten();
             pods.any(|end| is_asked_for(&end.identity.key))
         };
-        self.verdict.is_none_or(|asked| asked == word)
+        self.verdict.is_none_or(|asked| asked == kind)
             && self
                 .pod
                 .as_ref()
@@ -198,9 +198,11 @@ mod tests {
             let query = Query::parse(text, &["pod", "namespace", "verdict"])?;
             query.filter()
         };
-        assert!(filter("").is_ok_and(|all| all.admits(Word::Allow, [None, None])));
-        assert!(filter("verdict=deny").is_ok_and(|it| !it.admits(Word::Allow, [None, None])));
-        assert!(filter("namespace=x").is_ok_and(|it| !it.admits(Word::Allow, [None, None])));
+        assert!(filter("").is_ok_and(|all| all.admits(VerdictKind::Allow, [None, None])));
+        assert!(
+            filter("verdict=deny").is_ok_and(|it| !it.admits(VerdictKind::Allow, [None, None]))
+        );
+        assert!(filter("namespace=x").is_ok_and(|it| !it.admits(VerdictKind::Allow, [None, None])));
         for wrong in ["pod=a", "pod=x/", "verdict=drop", "pods=x/a"] {
             assert!(filter(wrong).is_err(), "{wrong}");
         }

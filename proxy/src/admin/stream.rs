@@ -70,7 +70,7 @@ async fn pass_on(
 fn put(lines: &mut String, sighting: &Sighting, filter: &Filter, node: &str) {
     let decision = &sighting.decision;
     if filter.admits(
-        sighting.word,
+        sighting.kind,
         [decision.from.as_deref(), decision.to.as_deref()],
     ) {
         // A `String` takes all.

@@ -24,16 +24,16 @@ impl Way {
     }
 }
 
-/// The word of a verdict, as records have it.
+/// What a record or a metric calls a verdict.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Word {
+pub(crate) enum VerdictKind {
     Allow,
     Deny,
-    /// Allowed once, cut by a later change.
+    /// Allowed once, and denied by a later change while the connection was live.
     Sever,
 }
 
-impl Word {
+impl VerdictKind {
     /// The value of `verdict` in records and metrics.
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -54,15 +54,15 @@ pub(crate) struct Decision {
     pub(crate) to: Option<Arc<Endpoint>>,
 }
 
-/// Whose policies spoke.
+/// Whose policies decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Spoke {
+pub(crate) enum DecidedBy {
     Egress,
     Ingress,
     Both,
 }
 
-impl Spoke {
+impl DecidedBy {
     /// The value of `direction` in records and metrics.
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -75,9 +75,9 @@ impl Spoke {
 
 /// The reason for a verdict, as a label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ground {
+pub(crate) enum Reason {
     /// No policy isolates either end.
-    Open,
+    NoPolicy,
     /// A rule allows it.
     Rule,
     /// A pod to itself, or a pod and its node.
@@ -85,21 +85,21 @@ pub(crate) enum Ground {
     /// An end is isolated and no rule allows it.
     NoRule,
     /// Several running pods claim an endpoint's address, so no rule can allow it.
-    Contested,
+    DuplicateIp,
     /// The pod of a live flow has lost its address.
-    Replaced,
+    EndpointReplaced,
 }
 
-impl Ground {
+impl Reason {
     /// The value of the label `reason` of a decision.
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Self::Open => "no_policy",
+            Self::NoPolicy => "no_policy",
             Self::Rule => "rule",
             Self::Exempt => "exempt",
             Self::NoRule => "no_rule",
-            Self::Contested => "duplicate_ip",
-            Self::Replaced => "endpoint_replaced",
+            Self::DuplicateIp => "duplicate_ip",
+            Self::EndpointReplaced => "endpoint_replaced",
         }
     }
 }
@@ -210,11 +210,11 @@ impl Decision {
 
     /// The deciding policies: `egress`, `ingress` or `both`. For a denial, those that denied.
     pub(crate) fn direction(&self) -> &'static str {
-        self.spoke().name()
+        self.decided_by().name()
     }
 
     /// The direction of the deciding policies. For a denial, those that denied.
-    pub(crate) fn spoke(&self) -> Spoke {
+    pub(crate) fn decided_by(&self) -> DecidedBy {
         let Decided {
             egress, ingress, ..
         } = &self.verdict;
@@ -224,14 +224,14 @@ impl Decision {
             (!egress.allowed, !ingress.allowed)
         };
         match (egress, ingress) {
-            (true, false) => Spoke::Egress,
-            (false, true) => Spoke::Ingress,
-            _ => Spoke::Both,
+            (true, false) => DecidedBy::Egress,
+            (false, true) => DecidedBy::Ingress,
+            _ => DecidedBy::Both,
         }
     }
 
     /// The reason for the verdict.
-    pub(crate) fn ground(&self) -> Ground {
+    pub(crate) fn reason_label(&self) -> Reason {
         let Decided {
             egress,
             ingress,
@@ -239,21 +239,21 @@ impl Decision {
             ..
         } = &self.verdict;
         if exempt.is_some() {
-            Ground::Exempt
+            Reason::Exempt
         } else if !self.verdict.allowed() {
             let mut refusing = [egress, ingress].into_iter().filter(|side| !side.allowed);
             // A policy denies only if it isolates the endpoint.
             if refusing.clone().any(|side| !side.isolated) {
-                Ground::Replaced
+                Reason::EndpointReplaced
             } else if refusing.any(|side| side.contested) {
-                Ground::Contested
+                Reason::DuplicateIp
             } else {
-                Ground::NoRule
+                Reason::NoRule
             }
         } else if egress.isolated || ingress.isolated {
-            Ground::Rule
+            Reason::Rule
         } else {
-            Ground::Open
+            Reason::NoPolicy
         }
     }
 

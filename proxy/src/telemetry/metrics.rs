@@ -20,7 +20,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::limits::Full;
-use crate::telemetry::decision::{Decision, Way, Word};
+use crate::telemetry::decision::{Decision, VerdictKind, Way};
 use crate::telemetry::moved::Moved;
 
 use decisions::Decisions;
@@ -210,18 +210,18 @@ impl Metrics {
 
     /// Counts a connection that policy has judged, and how long that took from its first packet.
     pub(crate) fn decided(&self, decision: &Decision, way: Way, waited: Duration) {
-        let word = if decision.verdict.allowed() {
-            Word::Allow
+        let kind = if decision.verdict.allowed() {
+            VerdictKind::Allow
         } else {
-            Word::Deny
+            VerdictKind::Deny
         };
-        self.decisions.count(word, decision, way);
+        self.decisions.count(kind, decision, way);
         self.verdict.observe(waited.as_secs_f64());
     }
 
     /// Counts a severed connection.
     pub(crate) fn severed(&self, severance: &Decision, way: Way) {
-        self.decisions.count(Word::Sever, severance, way);
+        self.decisions.count(VerdictKind::Sever, severance, way);
     }
 
     /// Counts a packet that was dropped for another reason than policy.

@@ -13,7 +13,7 @@ use policy::{Endpoint, PodKey};
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
-use crate::telemetry::decision::{Decision, Word};
+use crate::telemetry::decision::{Decision, VerdictKind};
 use crate::telemetry::record::{Subject, shown, timestamp};
 
 use denials::Denials;
@@ -26,7 +26,7 @@ const PAIRS: usize = 16_384;
 /// A decision at the time it was made.
 #[derive(Debug)]
 pub(crate) struct Sighting {
-    pub(crate) word: Word,
+    pub(crate) kind: VerdictKind,
     pub(crate) subject: Subject,
     pub(crate) decision: Arc<Decision>,
     pub(crate) at: SystemTime,
@@ -67,22 +67,22 @@ impl Observed {
     /// of its first packet; for a severed one `replaced` says why, if not by policy.
     pub(crate) fn saw(
         &self,
-        word: Word,
+        kind: VerdictKind,
         subject: &Subject,
         decision: &Arc<Decision>,
         replaced: Option<String>,
     ) {
-        self.count(word, decision);
+        self.count(kind, decision);
         let sighting = || {
             Arc::new(Sighting {
-                word,
+                kind,
                 subject: subject.clone(),
                 decision: Arc::clone(decision),
                 at: SystemTime::now(),
                 replaced,
             })
         };
-        if word == Word::Deny {
+        if kind == VerdictKind::Deny {
             let sighting = sighting();
             self.denials
                 .lock()
@@ -131,13 +131,13 @@ impl Observed {
         })
     }
 
-    fn count(&self, word: Word, decision: &Decision) {
+    fn count(&self, kind: VerdictKind, decision: &Decision) {
         let pod = |end: &Option<Arc<Endpoint>>| end.as_ref().map(|it| it.identity.key.clone());
         let pair = (pod(&decision.from), pod(&decision.to));
         if let Some(mut tally) = self.pairs.get_mut(&pair) {
-            tally.0[word as usize] += 1;
+            tally.0[kind as usize] += 1;
         } else if self.pairs.len() < PAIRS {
-            self.pairs.entry(pair).or_default().0[word as usize] += 1;
+            self.pairs.entry(pair).or_default().0[kind as usize] += 1;
         } else {
             self.uncounted.fetch_add(1, Ordering::Relaxed);
         }
@@ -153,7 +153,7 @@ impl Sighting {
         for unknown in ["bytes.sent", "bytes.received"] {
             fields.remove(unknown);
         }
-        fields.insert("verdict".to_owned(), self.word.name().into());
+        fields.insert("verdict".to_owned(), self.kind.name().into());
         fields.insert("time".to_owned(), timestamp(self.at).into());
         Value::Object(fields)
     }
@@ -198,7 +198,7 @@ pub(super) mod tests {
         let mut reader = observed.stream();
         let (subject, decision) = denied(80);
         for _ in 0..STREAM + 10 {
-            observed.saw(Word::Allow, &subject, &decision, None);
+            observed.saw(VerdictKind::Allow, &subject, &decision, None);
         }
         assert!(matches!(
             reader.try_recv(),
@@ -211,8 +211,13 @@ pub(super) mod tests {
     fn decisions_are_counted_by_pair_and_verdict() {
         let observed = Observed::new();
         let (subject, decision) = denied(80);
-        for word in [Word::Deny, Word::Deny, Word::Allow, Word::Sever] {
-            observed.saw(word, &subject, &decision, None);
+        for kind in [
+            VerdictKind::Deny,
+            VerdictKind::Deny,
+            VerdictKind::Allow,
+            VerdictKind::Sever,
+        ] {
+            observed.saw(kind, &subject, &decision, None);
         }
         let told = observed.json("node", |_| true);
         assert_eq!(

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use policy::{Endpoint, Protocol};
 
-use crate::telemetry::decision::{Decision, Severance, Way, Word};
+use crate::telemetry::decision::{Decision, Severance, VerdictKind, Way};
 use crate::telemetry::recent::Observed;
 use crate::telemetry::record::{Fate, Outcome, Record, Sink, Subject, Windows};
 use crate::telemetry::spans::{SpanCounts, Spans};
@@ -111,14 +111,16 @@ impl Recorder {
             .is_first(&subject, decision, Instant::now());
         if first {
             let decision = &Arc::new(decision.to_keep());
-            self.observed.saw(Word::Deny, &subject, decision, None);
+            self.observed
+                .saw(VerdictKind::Deny, &subject, decision, None);
             self.tell(subject, Fate::Denied, decision);
         }
     }
 
     /// Publishes that a connection is allowed; its record follows at its end.
     pub(crate) fn allowed(&self, subject: &Subject, decision: &Arc<Decision>) {
-        self.observed.saw(Word::Allow, subject, decision, None);
+        self.observed
+            .saw(VerdictKind::Allow, subject, decision, None);
     }
 
     /// Records an allowed connection that is over.
@@ -130,7 +132,7 @@ impl Recorder {
     pub(crate) fn severed(&self, subject: Subject, severance: Severance) {
         let Severance { decision, replaced } = severance;
         self.observed
-            .saw(Word::Sever, &subject, &decision, replaced.clone());
+            .saw(VerdictKind::Sever, &subject, &decision, replaced.clone());
         self.tell(subject, Fate::Severed { replaced }, &decision);
     }
 

@@ -134,7 +134,7 @@ fn flow_of_a_replaced_pod_is_severed() {
             assert_eq!(severance.replaced.as_deref(), Some(reason));
             assert_eq!(severance.decision.direction(), direction);
             assert!(severance.decision.policies().is_empty(), "no policy did it");
-            assert_eq!(severance.decision.ground(), Ground::Replaced);
+            assert_eq!(severance.decision.reason_label(), Reason::EndpointReplaced);
             let from = severance.decision.from.as_ref().unwrap();
             let was = if client == A { "a1" } else { "b1" };
             assert_eq!(&*from.identity.uid, was, "the flow's own pods");
@@ -151,6 +151,6 @@ fn flow_denied_by_new_policy_names_that_policy() {
     let severance = after(vec![deny()], A, B).unwrap();
     assert_eq!(severance.decision.policies()[0].to_string(), "x/deny");
     assert_eq!(severance.decision.direction(), "both");
-    assert_eq!(severance.decision.ground(), Ground::NoRule);
+    assert_eq!(severance.decision.reason_label(), Reason::NoRule);
     assert_eq!(severance.replaced, None);
 }

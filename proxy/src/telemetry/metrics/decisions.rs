@@ -3,18 +3,18 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 
-use crate::telemetry::decision::{Decision, Ground, Spoke, Way, Word};
+use crate::telemetry::decision::{DecidedBy, Decision, Reason, VerdictKind, Way};
 
-const WORDS: [Word; 3] = [Word::Allow, Word::Deny, Word::Sever];
-const SPOKE: [Spoke; 3] = [Spoke::Egress, Spoke::Ingress, Spoke::Both];
+const KINDS: [VerdictKind; 3] = [VerdictKind::Allow, VerdictKind::Deny, VerdictKind::Sever];
+const DECIDED_BY: [DecidedBy; 3] = [DecidedBy::Egress, DecidedBy::Ingress, DecidedBy::Both];
 const WAYS: [Way; 2] = [Way::Spliced, Way::Kernel];
-const GROUNDS: [Ground; 6] = [
-    Ground::Open,
-    Ground::Rule,
-    Ground::Exempt,
-    Ground::NoRule,
-    Ground::Contested,
-    Ground::Replaced,
+const REASONS: [Reason; 6] = [
+    Reason::NoPolicy,
+    Reason::Rule,
+    Reason::Exempt,
+    Reason::NoRule,
+    Reason::DuplicateIp,
+    Reason::EndpointReplaced,
 ];
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -33,16 +33,16 @@ impl Decisions {
     pub(super) fn new() -> (Self, Family<Labels, Counter>) {
         let family = Family::<Labels, Counter>::default();
         let mut counters = Vec::new();
-        for word in WORDS {
-            for spoke in SPOKE {
+        for kind in KINDS {
+            for decided_by in DECIDED_BY {
                 for way in WAYS {
-                    for ground in GROUNDS {
-                        counters.push(if can_be(word, spoke, ground) {
+                    for reason in REASONS {
+                        counters.push(if can_be(kind, decided_by, reason) {
                             family.get_or_create_owned(&Labels {
-                                verdict: word.name(),
-                                direction: spoke.name(),
+                                verdict: kind.name(),
+                                direction: decided_by.name(),
                                 path: way.name(),
-                                reason: ground.name(),
+                                reason: reason.name(),
                             })
                         } else {
                             Counter::default()
@@ -54,8 +54,8 @@ impl Decisions {
         (Self(counters), family)
     }
 
-    pub(super) fn count(&self, word: Word, decision: &Decision, way: Way) {
-        let place = place(word, decision.spoke(), way, decision.ground());
+    pub(super) fn count(&self, kind: VerdictKind, decision: &Decision, way: Way) {
+        let place = place(kind, decision.decided_by(), way, decision.reason_label());
         if let Some(counter) = self.0.get(place) {
             counter.inc();
         }
@@ -63,18 +63,19 @@ impl Decisions {
 }
 
 /// Whether such a decision is possible; series that are always zero would confuse.
-fn can_be(word: Word, spoke: Spoke, ground: Ground) -> bool {
-    match ground {
-        Ground::Open => word == Word::Allow && spoke == Spoke::Both,
-        Ground::Rule | Ground::Exempt => word == Word::Allow,
-        Ground::NoRule | Ground::Contested => word != Word::Allow,
-        Ground::Replaced => word == Word::Sever && spoke != Spoke::Both,
+fn can_be(kind: VerdictKind, decided_by: DecidedBy, reason: Reason) -> bool {
+    match reason {
+        Reason::NoPolicy => kind == VerdictKind::Allow && decided_by == DecidedBy::Both,
+        Reason::Rule | Reason::Exempt => kind == VerdictKind::Allow,
+        Reason::NoRule | Reason::DuplicateIp => kind != VerdictKind::Allow,
+        Reason::EndpointReplaced => kind == VerdictKind::Sever && decided_by != DecidedBy::Both,
     }
 }
 
-fn place(word: Word, spoke: Spoke, way: Way, ground: Ground) -> usize {
-    let upper = (word as usize * SPOKE.len() + spoke as usize) * WAYS.len() + way as usize;
-    upper * GROUNDS.len() + ground as usize
+fn place(kind: VerdictKind, decided_by: DecidedBy, way: Way, reason: Reason) -> usize {
+    let upper =
+        (kind as usize * DECIDED_BY.len() + decided_by as usize) * WAYS.len() + way as usize;
+    upper * REASONS.len() + reason as usize
 }
 
 #[cfg(test)]
@@ -84,11 +85,11 @@ mod tests {
     #[test]
     fn every_decision_combination_has_its_own_counter() {
         let mut expected = 0;
-        for word in WORDS {
-            for spoke in SPOKE {
+        for kind in KINDS {
+            for decided_by in DECIDED_BY {
                 for way in WAYS {
-                    for ground in GROUNDS {
-                        assert_eq!(place(word, spoke, way, ground), expected);
+                    for reason in REASONS {
+                        assert_eq!(place(kind, decided_by, way, reason), expected);
                         expected += 1;
                     }
                 }

@@ -82,12 +82,12 @@ impl Denials {
 mod tests {
     use super::super::tests::denied;
     use super::*;
-    use crate::telemetry::decision::Word;
+    use crate::telemetry::decision::VerdictKind;
 
     fn sighting(port: u16) -> Arc<Sighting> {
         let (subject, decision) = denied(port);
         Arc::new(Sighting {
-            word: Word::Deny,
+            kind: VerdictKind::Deny,
             subject,
             decision,
             at: SystemTime::now(),

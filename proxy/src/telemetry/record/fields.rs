@@ -7,7 +7,7 @@ use policy::Endpoint;
 use serde_json::{Map, Value, json};
 
 use super::{Fate, Record, Subject};
-use crate::telemetry::decision::{Decision, Word};
+use crate::telemetry::decision::{Decision, VerdictKind};
 
 /// The value of a key.
 pub(crate) enum Field<'a> {
@@ -44,11 +44,11 @@ const DESTINATION: Names = Names {
 
 impl Fate {
     /// What records call it (`verdict`).
-    pub(crate) fn word(&self) -> Word {
+    pub(crate) fn kind(&self) -> VerdictKind {
         match self {
-            Self::Denied => Word::Deny,
-            Self::Allowed(_) => Word::Allow,
-            Self::Severed { .. } => Word::Sever,
+            Self::Denied => VerdictKind::Deny,
+            Self::Allowed(_) => VerdictKind::Allow,
+            Self::Severed { .. } => VerdictKind::Sever,
         }
     }
 }
@@ -56,7 +56,7 @@ impl Fate {
 impl Record {
     /// Passes every key but the times to `put`, as reported by `node`.
     pub(crate) fn fields(&self, node: &str, mut put: impl FnMut(&'static str, Field<'_>)) {
-        put("verdict", Field::Text(self.fate.word().name()));
+        put("verdict", Field::Text(self.fate.kind().name()));
         fields(&self.subject, &self.decision, self.reason(), node, put);
     }
 
@@ -64,7 +64,7 @@ impl Record {
     pub(crate) fn json(&self, node: &str) -> Value {
         let mut shown = shown(&self.subject, &self.decision, self.reason(), node);
         let mut put = |key: &str, value: Value| shown.insert(key.to_owned(), value);
-        put("verdict", self.fate.word().name().into());
+        put("verdict", self.fate.kind().name().into());
         put("end_time", timestamp(self.ended).into());
         Value::Object(shown)
     }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use policy::Endpoint;
 use tracing::info;
 
-use crate::telemetry::decision::Spoke;
+use crate::telemetry::decision::DecidedBy;
 use crate::telemetry::record::{Fate, Queue, Record, Sink, Windows};
 
 /// Records that may wait for their line.
@@ -90,9 +90,9 @@ impl Limiter {
 impl Refuser {
     fn of(record: &Record) -> Self {
         let decision = &record.decision;
-        let (pod, address) = match decision.spoke() {
-            Spoke::Egress | Spoke::Both => (&decision.from, record.subject.client),
-            Spoke::Ingress => (&decision.to, record.subject.server),
+        let (pod, address) = match decision.decided_by() {
+            DecidedBy::Egress | DecidedBy::Both => (&decision.from, record.subject.client),
+            DecidedBy::Ingress => (&decision.to, record.subject.server),
         };
         Self {
             pod: pod.as_ref().map(|pod| name(pod)),
@@ -117,7 +117,7 @@ fn write(record: &Record) {
     } = record;
     info!(
         target: TARGET,
-        verdict = record.fate.word().name(),
+        verdict = record.fate.kind().name(),
         source = decision.from.as_deref().map(name).as_deref(),
         source.address = %subject.client.ip(),
         source.port = subject.client.port(),

@@ -48,7 +48,7 @@ impl Spanner {
             parent_span_id: place.parent.unwrap_or(SpanId::INVALID),
             parent_span_is_remote: place.parent.is_some(),
             span_kind: SpanKind::Internal,
-            name: record.fate.word().name().into(),
+            name: record.fate.kind().name().into(),
             start_time: folded.since,
             end_time: record.ended,
             attributes: self.attributes(record, folded.count),

@@ -64,11 +64,11 @@ pub struct Queued<'a> {
 
 /// The verdict on a waiting packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ruling {
+pub enum PacketVerdict {
     /// It is dropped.
     Drop,
     /// `NF_REPEAT`: the packet traverses the chain that queued it again, with this mark.
-    Answer {
+    Repeat {
         /// The whole mark.
         mark: u32,
     },
@@ -78,7 +78,7 @@ pub enum Ruling {
 pub struct Queue {
     socket: AsyncFd<OwnedFd>,
     number: u16,
-    rulings: RefCell<Vec<u8>>,
+    verdicts: RefCell<Vec<u8>>,
     /// The last packet that came.
     last: Cell<Option<PacketId>>,
 }
@@ -112,7 +112,7 @@ impl Queue {
         Ok(Self {
             socket: sys::watch(socket)?,
             number,
-            rulings: RefCell::new(Vec::with_capacity(4096)),
+            verdicts: RefCell::new(Vec::with_capacity(4096)),
             last: Cell::new(None),
         })
     }
@@ -126,7 +126,13 @@ impl Queue {
         self.flush()?;
         if let Some(last) = self.last.get() {
             let mut out = Vec::with_capacity(32);
-            write_verdict(&mut out, VERDICT_BATCH, self.number, last, Ruling::Drop);
+            write_verdict(
+                &mut out,
+                VERDICT_BATCH,
+                self.number,
+                last,
+                PacketVerdict::Drop,
+            );
             send(self.socket.as_fd().as_raw_fd(), &out, MsgFlags::empty())?;
         }
         Ok((self.number, self.socket.get_ref().try_clone()?))
@@ -183,8 +189,8 @@ impl Queue {
     }
 
     /// Queues the verdict on a packet; [`Self::flush`] sends it.
-    pub fn rule(&self, id: PacketId, ruling: Ruling) {
-        write_ruling(&mut self.rulings.borrow_mut(), self.number, id, ruling);
+    pub fn decide(&self, id: PacketId, verdict: PacketVerdict) {
+        write_packet_verdict(&mut self.verdicts.borrow_mut(), self.number, id, verdict);
     }
 
     /// Sends all queued verdicts to the kernel, in one call.
@@ -192,7 +198,7 @@ impl Queue {
     /// # Errors
     /// The error of `send`. The packets keep waiting.
     pub fn flush(&self) -> io::Result<()> {
-        let mut out = self.rulings.borrow_mut();
+        let mut out = self.verdicts.borrow_mut();
         if out.is_empty() {
             return Ok(());
         }
@@ -225,9 +231,9 @@ fn configure(fd: &OwnedFd, number: u16) -> io::Result<()> {
         let length = recv(fd.as_raw_fd(), &mut answer, MsgFlags::empty())?;
         for message in messages(&answer[..length]) {
             if let Some(early) = queued(&message) {
-                let mut ruling = Vec::with_capacity(32);
-                write_ruling(&mut ruling, number, early.id, Ruling::Drop);
-                send(fd.as_raw_fd(), &ruling, MsgFlags::empty())?;
+                let mut verdict = Vec::with_capacity(32);
+                write_packet_verdict(&mut verdict, number, early.id, PacketVerdict::Drop);
+                send(fd.as_raw_fd(), &verdict, MsgFlags::empty())?;
             }
             match message.errno().filter(|_| message.kind == netlink::ERROR) {
                 Some(0) => return Ok(()),
@@ -250,15 +256,15 @@ fn header(kind: u16, flags: u16, number: u16) -> Header {
 }
 
 /// A verdict on one packet.
-fn write_ruling(out: &mut Vec<u8>, number: u16, id: PacketId, ruling: Ruling) {
-    write_verdict(out, VERDICT, number, id, ruling);
+fn write_packet_verdict(out: &mut Vec<u8>, number: u16, id: PacketId, verdict: PacketVerdict) {
+    write_verdict(out, VERDICT, number, id, verdict);
 }
 
 /// A verdict on one packet, or on all up to it.
-fn write_verdict(out: &mut Vec<u8>, kind: u16, number: u16, id: PacketId, ruling: Ruling) {
-    let (verdict, mark) = match ruling {
-        Ruling::Drop => (NF_DROP, None),
-        Ruling::Answer { mark } => (NF_REPEAT, Some(mark)),
+fn write_verdict(out: &mut Vec<u8>, kind: u16, number: u16, id: PacketId, verdict: PacketVerdict) {
+    let (verdict, mark) = match verdict {
+        PacketVerdict::Drop => (NF_DROP, None),
+        PacketVerdict::Repeat { mark } => (NF_REPEAT, Some(mark)),
     };
     let mut both = [0; 8];
     both[..4].copy_from_slice(&verdict.to_be_bytes());

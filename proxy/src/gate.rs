@@ -18,7 +18,7 @@ use std::time::Duration;
 use controller::Judgement;
 use kernel::conntrack::FlowId;
 use kernel::marks::Answer;
-use kernel::nfqueue::{PacketId, Queue, Queued, Ruling};
+use kernel::nfqueue::{PacketId, PacketVerdict, Queue, Queued};
 use policy::Protocol;
 
 use crate::enforcer::{Deny, Enforcer, Waiting};
@@ -153,7 +153,7 @@ impl Gate {
             enforcer.limits.permit(client, server)
         }) {
             Err(full) => self.refuse(id, full.into()),
-            Ok(Arrival::Repeated) => self.queue.rule(id, Ruling::Drop),
+            Ok(Arrival::Repeated) => self.queue.decide(id, PacketVerdict::Drop),
             Ok(Arrival::PastSyn) => self.answer(id, Answer::Accept),
             Ok(Arrival::Successor(last)) => {
                 tokio::task::spawn_local(Rc::clone(self).succeed(id, syn, last));
@@ -192,7 +192,7 @@ impl Gate {
             self.answer(id, Answer::Accept);
         } else {
             // The connection's task is late. The client repeats its SYN, which is judged then.
-            self.queue.rule(id, Ruling::Drop);
+            self.queue.decide(id, PacketVerdict::Drop);
         }
         self.flush();
     }
@@ -328,7 +328,7 @@ impl Gate {
             }
             Some(Err(ConnectError::Answered { answer, source, .. })) => {
                 if unreachable::tell(client, server, flow.sequence, answer) {
-                    self.queue.rule(id, Ruling::Drop);
+                    self.queue.decide(id, PacketVerdict::Drop);
                 } else {
                     self.answer(id, answer);
                 }
@@ -336,7 +336,7 @@ impl Gate {
             }
             None if enforcer.draining.has_begun() => {
                 // The client retransmits its SYN to the new daemon.
-                self.queue.rule(id, Ruling::Drop);
+                self.queue.decide(id, PacketVerdict::Drop);
                 enforcer.flows.remove(&flow);
             }
             Some(Err(ConnectError::Silent { .. })) | None => self.not_answered(id, &flow),
@@ -356,13 +356,13 @@ impl Gate {
 
     /// Drops the SYN of an allowed connection that gets no answer.
     fn not_answered(&self, id: PacketId, flow: &Arc<Flow>) {
-        self.queue.rule(id, Ruling::Drop);
+        self.queue.decide(id, PacketVerdict::Drop);
         self.enforcer.ended(flow, flow.why_unanswered());
     }
 
     fn deny(&self, id: PacketId, flow: &Arc<Flow>) {
         match self.enforcer.deny {
-            Deny::Drop => self.queue.rule(id, Ruling::Drop),
+            Deny::Drop => self.queue.decide(id, PacketVerdict::Drop),
             Deny::Reject => self.answer(id, Answer::Reset),
         }
         self.enforcer.denied(flow);
@@ -370,16 +370,16 @@ impl Gate {
 
     /// Drops a packet for a reason other than policy, and counts the reason.
     fn refuse(&self, id: PacketId, cause: DropReason) {
-        self.queue.rule(id, Ruling::Drop);
+        self.queue.decide(id, PacketVerdict::Drop);
         self.enforcer.metrics.dropped(cause);
     }
 
     /// Clears the marks of other programs: with kube-proxy's, the packet would be masqueraded to this node, and
     /// the next node would evaluate another source.
     fn answer(&self, id: PacketId, answer: Answer) {
-        self.queue.rule(
+        self.queue.decide(
             id,
-            Ruling::Answer {
+            PacketVerdict::Repeat {
                 mark: self.enforcer.marks.answer(answer),
             },
         );

@@ -7,7 +7,7 @@ use std::time::{Instant, SystemTime};
 
 use kernel::conntrack::FlowId;
 use kernel::marks::Answer;
-use kernel::nfqueue::{PacketId, Ruling};
+use kernel::nfqueue::{PacketId, PacketVerdict};
 use policy::Protocol;
 
 use super::{Deny, Gate};
@@ -77,7 +77,7 @@ impl Gate {
             self.answer(id, Answer::Carry);
         } else {
             match (self.enforcer.deny, packet.protocol) {
-                (Deny::Drop, _) => self.queue.rule(id, Ruling::Drop),
+                (Deny::Drop, _) => self.queue.decide(id, PacketVerdict::Drop),
                 (Deny::Reject, Protocol::Tcp) => self.answer(id, Answer::Reset),
                 (Deny::Reject, _) => self.answer(id, Answer::Prohibited),
             }

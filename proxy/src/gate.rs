@@ -134,11 +134,11 @@ impl Gate {
             Packet::Reset(reset) if came.mark & self.enforcer.marks.divert() != 0 => {
                 self.reset(id, reset);
             }
-            Packet::Reset(reset) if !reset.acknowledges => self.refuse(id, DropReason::Odd),
+            Packet::Reset(reset) if !reset.acknowledges => self.refuse(id, DropReason::Invalid),
             Packet::Reset(reset) => self.flow(id, length, judged(reset.into())),
-            Packet::Flow(packet) => self.flow(id, length, judged(packet)),
-            Packet::Odd => self.refuse(id, DropReason::Odd),
-            Packet::Unreadable => self.refuse(id, DropReason::Unreadable),
+            Packet::Other(packet) => self.flow(id, length, judged(packet)),
+            Packet::Invalid => self.refuse(id, DropReason::Invalid),
+            Packet::Malformed => self.refuse(id, DropReason::Malformed),
         }
     }
 

@@ -24,12 +24,12 @@ pub(crate) enum Packet {
     Reset(Reset),
     /// In the original direction of a flow that becomes a kernel flow if allowed: UDP, SCTP,
     /// ICMP, another protocol, or TCP that began before.
-    Flow(FlowId),
+    Other(FlowId),
     /// A TCP segment that is neither a SYN nor part of a connection, a packet too short to judge, or a link-local
     /// source.
-    Odd,
+    Invalid,
     /// Not an IP packet that we can read.
-    Unreadable,
+    Malformed,
 }
 
 /// A SYN without ACK, FIN or RST.
@@ -79,7 +79,7 @@ impl Packet {
     /// Parses a packet from its IP header on; it may be truncated after its headers.
     pub(crate) fn parse(bytes: &[u8]) -> Self {
         let Ok(sliced) = LaxSlicedPacket::from_ip(bytes) else {
-            return Self::Unreadable;
+            return Self::Malformed;
         };
         let Some(Network {
             from,
@@ -88,11 +88,11 @@ impl Packet {
             authenticated,
         }) = sliced.net.as_ref().and_then(network)
         else {
-            return Self::Unreadable;
+            return Self::Malformed;
         };
         // A link-local address identifies no sender beyond its link, and cannot be answered.
         if is_link_local(from) {
-            return Self::Odd;
+            return Self::Invalid;
         }
         // The kernel treats AH as a separate protocol: TCP inside it cannot be proxied.
         let protocol = Protocol::from_ip_number(if authenticated {
@@ -105,7 +105,7 @@ impl Packet {
                 SocketAddr::new(from, source),
                 SocketAddr::new(to, destination),
             );
-            Self::Flow(FlowId {
+            Self::Other(FlowId {
                 protocol,
                 client,
                 server,
@@ -124,12 +124,14 @@ impl Packet {
                 flow(udp.source_port(), udp.destination_port())
             }
             (Protocol::Sctp, _) if !payload.fragmented => sctp_ports(payload.payload)
-                .map_or(Self::Odd, |(source, destination)| flow(source, destination)),
+                .map_or(Self::Invalid, |(source, destination)| {
+                    flow(source, destination)
+                }),
             (Protocol::Other(_), _) if ICMP.contains(&protocol) => {
                 flow_of(0, 0, icmp_identifier(payload.payload))
             }
             (Protocol::Other(_), _) => flow(0, 0),
-            _ => Self::Odd,
+            _ => Self::Invalid,
         }
     }
 }
@@ -151,7 +153,7 @@ fn segment(from: SocketAddr, to: SocketAddr, tcp: &TcpSlice<'_>) -> Option<Packe
             acknowledges,
         }),
         (false, true, _, false) => return None,
-        _ => Packet::Odd,
+        _ => Packet::Invalid,
     })
 }
 
@@ -280,7 +282,7 @@ mod tests {
     }
 
     fn flow(client: &str, server: &str, protocol: Protocol) -> Packet {
-        Packet::Flow(FlowId {
+        Packet::Other(FlowId {
             protocol,
             client: client.parse().unwrap(),
             server: server.parse().unwrap(),
@@ -356,29 +358,37 @@ mod tests {
             ),
             (
                 ipv4(6, 0, &tcp(SYN | ACK)),
-                Packet::Odd,
+                Packet::Invalid,
                 "an answer to nothing",
             ),
-            (ipv4(6, 0, &tcp(SYN | 0x01)), Packet::Odd, "SYN with FIN"),
-            (ipv4(6, 0, &tcp(SYN | 0x04)), Packet::Odd, "SYN with RST"),
+            (
+                ipv4(6, 0, &tcp(SYN | 0x01)),
+                Packet::Invalid,
+                "SYN with FIN",
+            ),
+            (
+                ipv4(6, 0, &tcp(SYN | 0x04)),
+                Packet::Invalid,
+                "SYN with RST",
+            ),
             (ipv4(6, 0, &tcp(0x04)), reset(false), "RST"),
             (ipv4(6, 0, &tcp(0x14)), reset(true), "RST with ACK"),
             (ipv4(6, 0, &tcp(0x05)), reset(false), "RST with FIN"),
-            (ipv4(6, 0, &tcp(0)), Packet::Odd, "no flag at all"),
+            (ipv4(6, 0, &tcp(0)), Packet::Invalid, "no flag at all"),
             (
                 ipv4(6, 0, &tcp(SYN)[..12]),
-                Packet::Odd,
+                Packet::Invalid,
                 "cut inside its header",
             ),
             (
                 ipv4(6, 0x0003, &tcp(SYN)),
-                Packet::Odd,
+                Packet::Invalid,
                 "a later fragment: no header of TCP",
             ),
             (ipv4(17, 0, &ports), v4((40_000, 53), Protocol::Udp), "UDP"),
             (
                 ipv4(17, 0x0003, &ports),
-                Packet::Odd,
+                Packet::Invalid,
                 "a later fragment of UDP",
             ),
             (
@@ -388,7 +398,7 @@ mod tests {
             ),
             (
                 ipv4(132, 0, &ports[..3]),
-                Packet::Odd,
+                Packet::Invalid,
                 "SCTP cut inside its ports",
             ),
             (
@@ -416,8 +426,8 @@ mod tests {
                 flow("[fd00::1]:0", "[fd00::2]:0", Protocol::Other(59)),
                 "no next header",
             ),
-            (vec![], Packet::Unreadable, "nothing"),
-            (vec![0x75; 40], Packet::Unreadable, "IP version 7"),
+            (vec![], Packet::Malformed, "nothing"),
+            (vec![0x75; 40], Packet::Malformed, "IP version 7"),
         ] {
             assert_eq!(Packet::parse(&bytes), expected, "{why}");
         }
@@ -456,7 +466,7 @@ mod tests {
                 (ipv4(1, 0, &echo(8, identifier)), "ICMP"),
                 (ipv6(58, &echo(128, identifier)), "ICMPv6"),
             ] {
-                let Packet::Flow(flow) = Packet::parse(&bytes) else {
+                let Packet::Other(flow) = Packet::parse(&bytes) else {
                     panic!("{why}")
                 };
                 assert_eq!(flow.identifier, u16::from(identifier), "{why}");
@@ -474,7 +484,7 @@ mod tests {
         ] {
             let mut packet = ipv6(payload.0, &payload.1);
             packet[8..10].copy_from_slice(&[0xfe, 0x80]);
-            assert_eq!(Packet::parse(&packet), Packet::Odd, "{payload:?}");
+            assert_eq!(Packet::parse(&packet), Packet::Invalid, "{payload:?}");
         }
     }
 

@@ -43,8 +43,8 @@ impl Gate {
         let (client, server) = match &came.packet {
             Packet::Syn(syn) => (syn.client, syn.server),
             Packet::Reset(reset) => (reset.from, reset.to),
-            Packet::Flow(flow) => (flow.client, flow.server),
-            Packet::Odd | Packet::Unreadable => return self.decide(came),
+            Packet::Other(flow) => (flow.client, flow.server),
+            Packet::Invalid | Packet::Malformed => return self.decide(came),
         };
         let user = self.user(client.ip(), server.ip());
         let is_long = came.length > LONGEST_WAITING;

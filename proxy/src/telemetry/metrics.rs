@@ -56,9 +56,9 @@ pub(crate) enum DropReason {
     NoPort,
     /// A TCP segment that is neither a SYN nor part of a connection, a packet too short to judge, or a link-local
     /// source.
-    Odd,
+    Invalid,
     /// No IP packet that we can read.
-    Unreadable,
+    Malformed,
     /// An error of this host; see the log.
     Internal,
 }
@@ -88,8 +88,8 @@ impl DropReason {
         Self::Crowded,
         Self::UnknownPod,
         Self::NoPort,
-        Self::Odd,
-        Self::Unreadable,
+        Self::Invalid,
+        Self::Malformed,
         Self::Internal,
     ];
 
@@ -107,8 +107,8 @@ impl DropReason {
             Self::Crowded => "crowded",
             Self::UnknownPod => "unknown_pod",
             Self::NoPort => "no_port",
-            Self::Odd => "invalid",
-            Self::Unreadable => "malformed",
+            Self::Invalid => "invalid",
+            Self::Malformed => "malformed",
             Self::Internal => "internal",
         }
     }

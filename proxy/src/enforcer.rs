@@ -14,7 +14,7 @@ use policy::{Endpoint, Protocol};
 use tokio::sync::Notify;
 
 use crate::kernel_flows::{Carried, Listed};
-use crate::limits::{Asking, Connections, Party, Pending, Place, ShareUsedUp, Source};
+use crate::limits::{Asking, ConnectionLimits, Party, Pending, Place, ShareUsedUp, Source};
 use crate::tcp::connections::{Flow, FlowKey, Flows, StageName};
 use crate::tcp::unread::Unread;
 use crate::telemetry::decision::{Decision, Severance, Way};
@@ -53,7 +53,7 @@ pub(crate) struct Enforcer {
     pub(crate) flows: Flows,
     pub(crate) carried: Carried,
     /// All connections.
-    pub(crate) limits: Arc<Connections>,
+    pub(crate) limits: Arc<ConnectionLimits>,
     /// Allowed connections whose client has not completed its handshake.
     pub(crate) half_open: Arc<Pending<Weak<Flow>>>,
     /// Packets that wait until an address is known; one that has to make room is notified.

@@ -132,7 +132,7 @@ impl Hello {
 pub(crate) struct State {
     /// By number of the NFQUEUE.
     pub(crate) seats: BTreeMap<u16, WorkerSockets>,
-    pub(crate) connections: Vec<Connection>,
+    pub(crate) connections: Vec<HandoverConnection>,
     /// The channel to the old daemon, which resumes its work unless this one confirms the takeover.
     from: Option<Channel>,
 }
@@ -146,7 +146,7 @@ pub(crate) struct WorkerSockets {
 
 /// A relayed connection.
 #[derive(Debug)]
-pub(crate) struct Connection {
+pub(crate) struct HandoverConnection {
     pub(crate) told: ConnectionState,
     pub(crate) server: OwnedFd,
     /// `None`: the listener still completes its handshake.
@@ -200,7 +200,7 @@ impl State {
     }
 
     /// The connections, which are the caller's from now on.
-    pub(crate) fn take_connections(&mut self) -> Vec<Connection> {
+    pub(crate) fn take_connections(&mut self) -> Vec<HandoverConnection> {
         std::mem::take(&mut self.connections)
     }
 }
@@ -209,11 +209,11 @@ impl Drop for State {
     fn drop(&mut self) {
         self.take_connections()
             .into_iter()
-            .for_each(Connection::reset);
+            .for_each(HandoverConnection::reset);
     }
 }
 
-impl Connection {
+impl HandoverConnection {
     /// Ends it by a reset on both sides.
     pub(crate) fn reset(self) {
         for socket in self.client.iter().chain([&self.server]) {
@@ -242,7 +242,7 @@ impl Outgoing {
     }
 
     /// Adds a connection.
-    pub(crate) fn connection(&self, connection: Connection) {
+    pub(crate) fn connection(&self, connection: HandoverConnection) {
         self.state().connections.push(connection);
     }
 

@@ -17,7 +17,7 @@ mod memory;
 mod pending;
 mod source;
 
-pub(crate) use connections::{Connections, Permit};
+pub(crate) use connections::{ConnectionLimits, Permit};
 pub(crate) use pending::{Asking, Pending, Place, ShareUsedUp};
 pub(crate) use source::{Party, Source};
 
@@ -28,7 +28,7 @@ pub(crate) const WAITING_OF_SOURCE: usize = 256;
 /// Bytes of a packet that may wait, headers included: more than an Ethernet frame has. The kernel keeps the whole
 /// packet.
 pub(crate) const LONGEST_WAITING: usize = 2048;
-/// Connections that may be half-open, however many descriptors there are. With the packets that wait for unknown
+/// ConnectionLimits that may be half-open, however many descriptors there are. With the packets that wait for unknown
 /// addresses they fit into one core's queue, and into the backlog of one listener (`net.core.somaxconn`, 4096), whose
 /// overflow would affect all connections.
 const HALF_OPEN: usize = 3072;
@@ -43,11 +43,11 @@ const MEMORY_KEPT: usize = 64 << 20;
 /// The bounds of the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Bounds {
-    /// Connections of one source, even if more are free.
+    /// ConnectionLimits of one source, even if more are free.
     pub(crate) per_source: usize,
-    /// Connections in all, half-open ones included.
+    /// ConnectionLimits in all, half-open ones included.
     pub(crate) total: usize,
-    /// Connections whose client has not completed its handshake.
+    /// ConnectionLimits whose client has not completed its handshake.
     pub(crate) half_open: usize,
     /// Packets that wait for an unknown address. A SYN among them counts as a connection.
     pub(crate) waiting: usize,

@@ -24,7 +24,7 @@ use crate::enforcer::{Draining, Enforcer};
 use crate::handover::standby::{self, Rest, Standby};
 use crate::handover::{Outgoing, State};
 use crate::kernel_flows::Carried;
-use crate::limits::{Connections, Pending, WAITING_OF_SOURCE};
+use crate::limits::{ConnectionLimits, Pending, WAITING_OF_SOURCE};
 use crate::node::bridges::Bridges;
 use crate::node::conntrack;
 use crate::node::occupancy::Vacancies;
@@ -258,7 +258,7 @@ fn enforcer(
         table,
         flows: Flows::new(args.redirect.mark_mask),
         carried: Carried::default(),
-        limits: Connections::new(bounds.per_source, bounds.total),
+        limits: ConnectionLimits::new(bounds.per_source, bounds.total),
         half_open: Pending::new(bounds.half_open / 3 * 2, bounds.half_open),
         waiting: Pending::new(WAITING_OF_SOURCE, bounds.waiting),
         unread: Unread::new(args.max_unread.saturating_mul(1 << 20)),

@@ -14,8 +14,8 @@ use tracing::{debug, warn};
 use super::channel::Channel;
 use super::protocol::Reply;
 use super::{
-    CONNECTIONS_WITHIN, Connection, FORMAT, HandoverError, Hello, READY_WITHIN, State, WITHIN,
-    pod_order,
+    CONNECTIONS_WITHIN, FORMAT, HandoverConnection, HandoverError, Hello, READY_WITHIN, State,
+    WITHIN, pod_order,
 };
 use crate::tcp::relay::Left;
 
@@ -149,7 +149,7 @@ impl Peer {
                 reset: all,
             });
         }
-        let cost = |it: &Connection| {
+        let cost = |it: &HandoverConnection| {
             let pipes = it.in_flight.iter().flat_map(|left| &left.pipe).count();
             (pipes, it.in_flight.iter().map(Left::len).sum::<usize>())
         };

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::channel::{Channel, Heard, LONGEST};
-use super::{Connection, ConnectionState, HandoverError, State, WorkerSockets};
+use super::{ConnectionState, HandoverConnection, HandoverError, State, WorkerSockets};
 use crate::tcp::relay::{Left, Unread};
 
 /// Bytes that a direction can have in flight outside of a pipe, at most: more than a full buffer, so that buffers can
@@ -115,8 +115,8 @@ impl Channel {
         Ok(connections)
     }
 
-    fn give_connection(&self, connection: &Connection) -> Result<(), HandoverError> {
-        let Connection {
+    fn give_connection(&self, connection: &HandoverConnection) -> Result<(), HandoverError> {
+        let HandoverConnection {
             told,
             server,
             client,
@@ -215,7 +215,7 @@ fn connection(
     descriptors: Vec<OwnedFd>,
     bytes: [Vec<u8>; 2],
     piped: [usize; 2],
-) -> Result<Connection, HandoverError> {
+) -> Result<HandoverConnection, HandoverError> {
     let mut descriptors = descriptors.into_iter();
     let mut next = || {
         let descriptor = descriptors.next();
@@ -239,7 +239,7 @@ fn connection(
         },
     ];
     match descriptors.next() {
-        None => Ok(Connection {
+        None => Ok(HandoverConnection {
             told,
             server,
             client,

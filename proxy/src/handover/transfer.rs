@@ -17,7 +17,7 @@ use crate::telemetry::moved::Moved;
 use crate::telemetry::record::Outcome;
 use crate::telemetry::timeline::Trail;
 
-use super::{Connection, ConnectionState, Outgoing, Pod};
+use super::{ConnectionState, HandoverConnection, Outgoing, Pod};
 
 /// The worker of a leg that the control thread watches until a worker wants it.
 const CONTROL: usize = usize::MAX;
@@ -104,7 +104,7 @@ fn enter(
         pods,
         seen: subject.seen,
     };
-    outgoing.connection(Connection {
+    outgoing.connection(HandoverConnection {
         told,
         server,
         client,
@@ -124,13 +124,13 @@ fn named(pod: &Endpoint) -> Pod {
 
 /// Enters the connections of another daemon, before the first packet arrives at this one, and ends those
 /// that are denied. Call within a tokio runtime. Returns the connections to resume.
-pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<Connection>) -> Vec<Relayed> {
+pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<HandoverConnection>) -> Vec<Relayed> {
     let adopted = left.into_iter().filter_map(|connection| {
         let ends = [connection.told.client, connection.told.server];
         // A live stream is not reset because shares have changed.
         let [client, server] = ends.map(|end| enforcer.party(end.ip()));
         let permit = enforcer.limits.take_over(client, server);
-        let Connection {
+        let HandoverConnection {
             told,
             server,
             client,

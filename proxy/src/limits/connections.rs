@@ -8,7 +8,7 @@ use dashmap::DashMap;
 use super::{Full, Party, Source};
 
 /// The counts behind the bound of connections.
-pub(crate) struct Connections {
+pub(crate) struct ConnectionLimits {
     /// Of one source.
     per_source: usize,
     /// In all.
@@ -21,21 +21,21 @@ pub(crate) struct Connections {
 
 type Counts<K> = DashMap<K, usize, ahash::RandomState>;
 
-/// Connections of a namespace for each one that is still free: three quarters of all if it is alone on the node.
+/// ConnectionLimits of a namespace for each one that is still free: three quarters of all if it is alone on the node.
 const OF_NAMESPACE: usize = 3;
 /// The same of one server: more than a source, so that no single source takes all of it.
 const OF_SERVER: usize = 2;
 
 /// A permit for one connection, released when dropped.
 pub(crate) struct Permit {
-    connections: Arc<Connections>,
+    connections: Arc<ConnectionLimits>,
     source: Source,
     /// None for a connection of a pod.
     server: Option<Source>,
     namespace: Option<Arc<str>>,
 }
 
-impl Connections {
+impl ConnectionLimits {
     /// Counts from zero.
     pub(crate) fn new(per_source: usize, total: usize) -> Arc<Self> {
         Arc::new(Self {
@@ -123,7 +123,7 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let Connections {
+        let ConnectionLimits {
             used,
             sources,
             servers,
@@ -164,13 +164,13 @@ mod tests {
     }
 
     /// As many permits as a source gets.
-    fn all_of(connections: &Arc<Connections>, last: u8) -> Vec<Permit> {
+    fn all_of(connections: &Arc<ConnectionLimits>, last: u8) -> Vec<Permit> {
         std::iter::from_fn(|| connections.permit(source(last), server(last)).ok()).collect()
     }
 
     #[test]
     fn only_source_over_its_bound_is_limited() {
-        let connections = Connections::new(2, 8);
+        let connections = ConnectionLimits::new(2, 8);
         let _held = all_of(&connections, 1);
         assert_eq!(
             connections.permit(source(1), server(1)).err(),
@@ -182,7 +182,7 @@ mod tests {
     #[test]
     fn greedy_sources_leave_an_equal_share() {
         for greedy in 1..10 {
-            let connections = Connections::new(usize::MAX, 1000);
+            let connections = ConnectionLimits::new(usize::MAX, 1000);
             // In turns, as connections arrive; otherwise the first source would get half.
             let mut held = Vec::new();
             while (1..=greedy)
@@ -207,7 +207,7 @@ mod tests {
 
     #[test]
     fn one_server_gets_two_thirds_at_most() {
-        let connections = Connections::new(usize::MAX, 100);
+        let connections = ConnectionLimits::new(usize::MAX, 100);
         let held: Vec<_> = (0..200)
             .filter_map(|last| connections.permit(source(last), server(1)).ok())
             .collect();
@@ -223,7 +223,7 @@ mod tests {
     fn one_source_leaves_its_server_to_others() {
         let bank = || pod("bank", 1);
         for (greedy, what) in [(pod("evil", 1), "a pod"), (source(1), "one from outside")] {
-            let connections = Connections::new(usize::MAX, 100);
+            let connections = ConnectionLimits::new(usize::MAX, 100);
             let permit = |client: &Party| connections.permit(client.clone(), bank());
             let held: Vec<_> = (0..200).filter_map(|_| permit(&greedy).ok()).collect();
             assert_eq!(held.len(), 50, "{what}");
@@ -236,7 +236,7 @@ mod tests {
 
     #[test]
     fn namespaces_do_not_use_each_others_share() {
-        let connections = Connections::new(usize::MAX, 1000);
+        let connections = ConnectionLimits::new(usize::MAX, 1000);
         let held: Vec<_> = (0..1000)
             .filter_map(|n| connections.permit(pod("evil", n), pod("bank", n % 3)).ok())
             .collect();
@@ -265,7 +265,7 @@ mod tests {
             (|n| (pod("greedy", n), pod("greedy", n + 5000)), "both"),
         ];
         for (ends, what) in ways {
-            let connections = Connections::new(usize::MAX, 1000);
+            let connections = ConnectionLimits::new(usize::MAX, 1000);
             let permit = |n| {
                 let (client, server) = ends(n);
                 connections.permit(client, server).ok()
@@ -285,7 +285,7 @@ mod tests {
 
     #[test]
     fn handed_over_connections_may_exceed_the_bounds() {
-        let connections = Connections::new(1, 2);
+        let connections = ConnectionLimits::new(1, 2);
         let held: Vec<_> = (0..5)
             .map(|_| connections.take_over(source(1), server(1)))
             .collect();
@@ -299,7 +299,7 @@ mod tests {
 
     #[test]
     fn total_bound_applies_to_every_source() {
-        let connections = Connections::new(usize::MAX, 2);
+        let connections = ConnectionLimits::new(usize::MAX, 2);
         let _held: Vec<_> = (1..=2)
             .map(|n| connections.permit(source(n), server(n)).ok())
             .collect();
@@ -311,7 +311,7 @@ mod tests {
 
     #[test]
     fn released_permit_leaves_no_trace() {
-        let connections = Connections::new(1, 1);
+        let connections = ConnectionLimits::new(1, 1);
         drop(connections.permit(source(1), server(1)));
         assert!(connections.sources.is_empty());
         assert!(connections.permit(source(1), server(1)).is_ok());
@@ -319,7 +319,7 @@ mod tests {
 
     #[test]
     fn limited_source_leaves_no_trace() {
-        let connections = Connections::new(usize::MAX, 1);
+        let connections = ConnectionLimits::new(usize::MAX, 1);
         let _held = connections.permit(source(1), server(1));
         assert!(connections.permit(source(2), server(2)).is_err());
         assert_eq!(connections.sources.len(), 1);

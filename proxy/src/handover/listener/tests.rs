@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
-use super::super::{Connection, ConnectionState, Pod, WorkerSockets};
+use super::super::{ConnectionState, HandoverConnection, Pod, WorkerSockets};
 use super::*;
 use crate::tcp::relay::Unread;
 use crate::telemetry::timeline::{Onward, Seen};
@@ -57,14 +57,14 @@ fn told(port: u16) -> ConnectionState {
 }
 
 /// A connection, and what it looks like from outside: the client's end and the server's.
-fn connection(port: u16, in_flight: [Left; 2]) -> (Connection, [TcpStream; 2]) {
+fn connection(port: u16, in_flight: [Left; 2]) -> (HandoverConnection, [TcpStream; 2]) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let pair = || {
         let dialled = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         (dialled, listener.accept().unwrap().0)
     };
     let ((client, ours), (to_server, server)) = (pair(), pair());
-    let connection = Connection {
+    let connection = HandoverConnection {
         told: told(port),
         server: to_server.into(),
         client: Some(ours.into()),
@@ -118,7 +118,7 @@ fn handover_transfers_everything_unchanged() {
         outside.push(ends);
     }
     let (admitted, _ends) = connection(5, Default::default());
-    state.connections.push(Connection {
+    state.connections.push(HandoverConnection {
         client: None,
         ..admitted
     });

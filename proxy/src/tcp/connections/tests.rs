@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 use socket2::SockRef;
 
 use super::*;
-use crate::limits::{Asking, Connections, Full, Party, Pending, Source};
+use crate::limits::{Asking, ConnectionLimits, Full, Party, Pending, Source};
 use crate::tcp::connect::reset_when_closed;
 
 fn key(client: u16, server: u8) -> FlowKey {
@@ -16,14 +16,14 @@ fn key(client: u16, server: u8) -> FlowKey {
 
 struct Bench {
     flows: Flows,
-    limits: Arc<Connections>,
+    limits: Arc<ConnectionLimits>,
 }
 
 impl Bench {
     fn new() -> Self {
         Self {
             flows: Flows::default(),
-            limits: Connections::new(2, 8),
+            limits: ConnectionLimits::new(2, 8),
         }
     }
 

@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 
 use crate::kernel_flows::{Carried, Listed};
 use crate::limits::{Asking, ConnectionLimits, Party, Pending, Place, ShareUsedUp, Source};
-use crate::tcp::connections::{Flow, FlowKey, Flows, StageName};
+use crate::tcp::connections::{Connection, ConnectionKey, ConnectionTable, StageName};
 use crate::tcp::unread::Unread;
 use crate::telemetry::decision::{Decision, Severance, Way};
 use crate::telemetry::metrics::{DropReason, Metrics};
@@ -50,12 +50,12 @@ pub(crate) struct Enforcer {
     /// `metadata.name` of the Node.
     pub(crate) node: Arc<str>,
     pub(crate) table: Arc<Table>,
-    pub(crate) flows: Flows,
+    pub(crate) flows: ConnectionTable,
     pub(crate) carried: Carried,
     /// All connections.
     pub(crate) limits: Arc<ConnectionLimits>,
     /// Allowed connections whose client has not completed its handshake.
-    pub(crate) half_open: Arc<Pending<Weak<Flow>>>,
+    pub(crate) half_open: Arc<Pending<Weak<Connection>>>,
     /// Packets that wait until an address is known; one that has to make room is notified.
     pub(crate) waiting: Arc<Pending<Arc<Notify>>>,
     pub(crate) unread: Unread,
@@ -121,8 +121,8 @@ impl Enforcer {
     ///
     /// # Errors
     /// If its source has its share.
-    pub(crate) fn opens(&self, flow: &Arc<Flow>) -> Result<(), ShareUsedUp> {
-        let FlowKey { client, server } = flow.key;
+    pub(crate) fn opens(&self, flow: &Arc<Connection>) -> Result<(), ShareUsedUp> {
+        let ConnectionKey { client, server } = flow.key;
         let (asking, asked) = (self.asking(client.ip()), self.source_of(server.ip()));
         let now = Instant::now();
         let (place, gave_way) = self
@@ -168,7 +168,7 @@ impl Enforcer {
             let Some(rests_on) = flow.decision().filter(|it| it.verdict.allowed()) else {
                 continue;
             };
-            let FlowKey { client, server } = flow.key;
+            let ConnectionKey { client, server } = flow.key;
             let (client, server, port) = (client.ip(), server.ip(), Some(server.port()));
             let now = self.table.judge(client, server, port, Protocol::Tcp);
             if let Some(severance) = rests_on.overturned(client, server, now.clone()) {
@@ -182,7 +182,7 @@ impl Enforcer {
     }
 
     /// Takes a denied connection out of the table, counts it and records it.
-    pub(crate) fn denied(&self, flow: &Arc<Flow>) {
+    pub(crate) fn denied(&self, flow: &Arc<Connection>) {
         self.flows.remove(flow);
         if let Some(decision) = flow.decision() {
             let waited = flow.started.elapsed();
@@ -219,7 +219,7 @@ impl Enforcer {
     }
 
     /// Counts a connection that policy allows.
-    pub(crate) fn allowed(&self, flow: &Flow) {
+    pub(crate) fn allowed(&self, flow: &Connection) {
         if let Some(decision) = flow.decision() {
             let waited = flow.started.elapsed();
             self.metrics.decided(&decision, Way::Spliced, waited);
@@ -228,7 +228,7 @@ impl Enforcer {
     }
 
     /// Removes an allowed connection that has ended from the table, counts it and records it.
-    pub(crate) fn ended(&self, flow: &Arc<Flow>, outcome: Outcome) {
+    pub(crate) fn ended(&self, flow: &Arc<Connection>, outcome: Outcome) {
         self.flows.remove(flow);
         if let Some(decision) = flow.decision() {
             self.metrics.moved(&flow.moved);

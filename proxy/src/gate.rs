@@ -24,7 +24,7 @@ use policy::Protocol;
 use crate::enforcer::{Deny, Enforcer, Waiting};
 use crate::limits::{LONGEST_WAITING, ShareUsedUp};
 use crate::tcp::connect::{self, ConnectError, Leg};
-use crate::tcp::connections::{Arrival, Flow, FlowKey};
+use crate::tcp::connections::{Arrival, Connection, ConnectionKey};
 use crate::telemetry::decision::Decision;
 use crate::telemetry::metrics::DropReason;
 use crate::telemetry::occasional::warn_occasionally;
@@ -143,7 +143,7 @@ impl Gate {
     }
 
     fn syn(self: &Rc<Self>, id: PacketId, syn: Syn) {
-        let key = FlowKey {
+        let key = ConnectionKey {
             client: syn.client,
             server: syn.server,
         };
@@ -180,7 +180,7 @@ impl Gate {
     /// closed already without notice (for example, the client reset it): then this is a new attempt, and
     /// without the gate the listener would answer it. Otherwise the socket answers as TCP requires
     /// (RFC 5961, section 4).
-    async fn succeed(self: Rc<Self>, id: PacketId, syn: Syn, last: Arc<Flow>) {
+    async fn succeed(self: Rc<Self>, id: PacketId, syn: Syn, last: Arc<Connection>) {
         let over = last.over_within(SUCCESSION).await;
         if over && self.enforcer.draining.has_begun() {
             // It is dropped with the rest; the client retransmits it to the new daemon.
@@ -199,7 +199,7 @@ impl Gate {
 
     /// Ends the half-open connection whose client answers the SYN-ACK with this reset, and lets the kernel do the same.
     fn reset(&self, id: PacketId, reset: Reset) {
-        let key = FlowKey {
+        let key = ConnectionKey {
             client: reset.from,
             server: reset.to,
         };
@@ -210,8 +210,8 @@ impl Gate {
     }
 
     /// Evaluates a connection by the newest table and stores the decision on it.
-    fn judge(&self, flow: &Flow) -> Judged {
-        let FlowKey { client, server } = flow.key;
+    fn judge(&self, flow: &Connection) -> Judged {
+        let ConnectionKey { client, server } = flow.key;
         let (table, port) = (&self.enforcer.table, Some(server.port()));
         loop {
             let generation = table.generation();
@@ -225,7 +225,7 @@ impl Gate {
     }
 
     /// Stores a judgement on its connection.
-    fn note(&self, flow: &Flow, judged: Judgement) -> Judged {
+    fn note(&self, flow: &Connection, judged: Judgement) -> Judged {
         match judged {
             Judgement::Unknown(_) => Judged::Unknown,
             Judgement::Settled { verdict, from, to } => {
@@ -247,7 +247,7 @@ impl Gate {
 
     /// Counts an allowed connection as half-open, before it takes a descriptor. Returns false if its source has used up
     /// its share; then its SYN was dropped.
-    fn opens(&self, id: PacketId, flow: &Arc<Flow>) -> bool {
+    fn opens(&self, id: PacketId, flow: &Arc<Connection>) -> bool {
         let opens = self.enforcer.opens(flow);
         if opens.is_err() {
             self.enforcer.flows.remove(flow);
@@ -257,8 +257,8 @@ impl Gate {
     }
 
     /// Holds a SYN with an unknown end, unless its source has used up its share.
-    fn wait(self: &Rc<Self>, id: PacketId, flow: Arc<Flow>) {
-        let FlowKey { client, server } = flow.key;
+    fn wait(self: &Rc<Self>, id: PacketId, flow: Arc<Connection>) {
+        let ConnectionKey { client, server } = flow.key;
         match self.enforcer.waits(client.ip(), server.ip()) {
             Ok(waiting) => {
                 tokio::task::spawn_local(Rc::clone(self).hold(id, flow, waiting));
@@ -271,7 +271,7 @@ impl Gate {
     }
 
     /// Holds a SYN until both its ends are known, for as long as `--hold` says.
-    async fn hold(self: Rc<Self>, id: PacketId, flow: Arc<Flow>, waiting: Waiting) {
+    async fn hold(self: Rc<Self>, id: PacketId, flow: Arc<Connection>, waiting: Waiting) {
         let mut changed = self.enforcer.table.changed();
         let deadline = tokio::time::Instant::from_std(flow.started + self.enforcer.hold);
         let cause = loop {
@@ -304,8 +304,8 @@ impl Gate {
     }
 
     /// Connects to the server and passes the result on to the client.
-    async fn admit(self: Rc<Self>, id: PacketId, flow: Arc<Flow>, leg: Leg) {
-        let FlowKey { client, server } = flow.key;
+    async fn admit(self: Rc<Self>, id: PacketId, flow: Arc<Connection>, leg: Leg) {
+        let ConnectionKey { client, server } = flow.key;
         let enforcer = &self.enforcer;
         enforcer.allowed(&flow);
         let connected = tokio::select! {
@@ -355,12 +355,12 @@ impl Gate {
     }
 
     /// Drops the SYN of an allowed connection that gets no answer.
-    fn not_answered(&self, id: PacketId, flow: &Arc<Flow>) {
+    fn not_answered(&self, id: PacketId, flow: &Arc<Connection>) {
         self.queue.decide(id, PacketVerdict::Drop);
         self.enforcer.ended(flow, flow.why_unanswered());
     }
 
-    fn deny(&self, id: PacketId, flow: &Arc<Flow>) {
+    fn deny(&self, id: PacketId, flow: &Arc<Connection>) {
         match self.enforcer.deny {
             Deny::Drop => self.queue.decide(id, PacketVerdict::Drop),
             Deny::Reject => self.answer(id, Answer::Reset),

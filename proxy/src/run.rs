@@ -32,7 +32,7 @@ use crate::node::pod_links::PodLinks;
 use crate::node::pod_sets::{LocalPods, Released};
 use crate::node::readiness::Readiness;
 use crate::node::redirect::Redirect;
-use crate::tcp::connections::Flows;
+use crate::tcp::connections::ConnectionTable;
 use crate::tcp::relay;
 use crate::tcp::unread::Unread;
 use crate::telemetry::metrics::Metrics;
@@ -256,7 +256,7 @@ fn enforcer(
     Ok(Arc::new(Enforcer {
         node,
         table,
-        flows: Flows::new(args.redirect.mark_mask),
+        flows: ConnectionTable::new(args.redirect.mark_mask),
         carried: Carried::default(),
         limits: ConnectionLimits::new(bounds.per_source, bounds.total),
         half_open: Pending::new(bounds.half_open / 3 * 2, bounds.half_open),

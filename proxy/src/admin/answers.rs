@@ -13,7 +13,7 @@ use crate::cli::ask;
 use crate::enforcer::Enforcer;
 use crate::kernel_flows::CarriedFlow;
 use crate::node::readiness::Readiness;
-use crate::tcp::connections::{Ends, Flow, StageName};
+use crate::tcp::connections::{Connection, Ends, StageName};
 use crate::telemetry::decision::VerdictKind;
 use crate::telemetry::metrics::{Queues, Readings};
 use crate::telemetry::record::{shown, timestamp};
@@ -164,7 +164,7 @@ pub(super) fn observed(enforcer: &Enforcer) -> Answer {
 }
 
 /// The keys of a record as far as they are known, and the stage.
-fn connection(node: &str, flow: &Flow) -> serde_json::Value {
+fn connection(node: &str, flow: &Connection) -> serde_json::Value {
     let stage = flow.stage_name();
     let mut shown = match flow.decision() {
         Some(decision) => {

@@ -10,7 +10,7 @@ use controller::Judgement;
 use policy::{Decided, DecidedSide, Endpoint, Identity, PodKey, Protocol};
 
 use crate::enforcer::Enforcer;
-use crate::tcp::connections::{Adopted, Flow, FlowKey, Legs, StageName};
+use crate::tcp::connections::{Adopted, Connection, ConnectionKey, Legs, StageName};
 use crate::tcp::relay::{InFlight, Left};
 use crate::telemetry::decision::{Decision, Way};
 use crate::telemetry::moved::Moved;
@@ -24,7 +24,7 @@ const CONTROL: usize = usize::MAX;
 
 /// A connection whose relay is to be resumed.
 pub(crate) struct Relayed {
-    pub(crate) flow: Arc<Flow>,
+    pub(crate) flow: Arc<Connection>,
     pub(crate) client: TcpStream,
     pub(crate) server: TcpStream,
     pub(crate) in_flight: [Left; 2],
@@ -35,7 +35,7 @@ pub(crate) struct Relayed {
 pub(crate) fn leave(
     enforcer: &Enforcer,
     outgoing: &Outgoing,
-    flow: &Arc<Flow>,
+    flow: &Arc<Connection>,
     legs: Arc<Legs>,
     in_flight: InFlight,
 ) -> bool {
@@ -74,7 +74,7 @@ pub(crate) fn leave_admitted(enforcer: &Enforcer, outgoing: &Outgoing) {
 /// Records the end of all other connections, whose sockets were reset with their worker; no worker may run any more.
 /// Returns how many were live.
 pub(crate) fn end_others(enforcer: &Enforcer) -> usize {
-    let live = |flow: &Arc<Flow>| flow.stage_name() == StageName::Live;
+    let live = |flow: &Arc<Connection>| flow.stage_name() == StageName::Live;
     let others = enforcer.flows.all().into_iter().filter(live);
     others
         .map(|flow| enforcer.ended(&flow, Outcome::Stopped))
@@ -84,7 +84,7 @@ pub(crate) fn end_others(enforcer: &Enforcer) -> usize {
 fn enter(
     enforcer: &Enforcer,
     outgoing: &Outgoing,
-    flow: &Arc<Flow>,
+    flow: &Arc<Connection>,
     (server, client): (OwnedFd, Option<OwnedFd>),
     in_flight: [Left; 2],
 ) {
@@ -159,7 +159,7 @@ pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<HandoverConnection>) -> Vec<R
 }
 
 /// Goes on waiting for the client of a connection to complete its handshake.
-fn wait_for_client(enforcer: &Enforcer, flow: &Arc<Flow>, server: TcpStream) {
+fn wait_for_client(enforcer: &Enforcer, flow: &Arc<Connection>, server: TcpStream) {
     let admitted = tokio::net::TcpStream::from_std(server)
         .is_ok_and(|server| enforcer.flows.admit(flow, server, CONTROL));
     if !admitted || enforcer.opens(flow).is_err() {
@@ -171,7 +171,7 @@ fn adopted(told: ConnectionState) -> Adopted {
     let now = Instant::now();
     let started = now.checked_sub(told.age).unwrap_or(now);
     Adopted {
-        key: FlowKey {
+        key: ConnectionKey {
             client: told.client,
             server: told.server,
         },
@@ -184,8 +184,8 @@ fn adopted(told: ConnectionState) -> Adopted {
 }
 
 /// Evaluates a connection by this daemon's policy table, and severs it if it is denied or its pod has changed.
-fn judge(enforcer: &Enforcer, flow: &Arc<Flow>, pods: [Option<Pod>; 2]) {
-    let FlowKey { client, server } = flow.key;
+fn judge(enforcer: &Enforcer, flow: &Arc<Connection>, pods: [Option<Pod>; 2]) {
+    let ConnectionKey { client, server } = flow.key;
     let port = Some(server.port());
     let judge = || {
         let table = &enforcer.table;

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tracing::warn;
 
 use crate::enforcer::Enforcer;
-use crate::tcp::connections::Flow;
+use crate::tcp::connections::Connection;
 use crate::tcp::unread::{Holding, Use};
 
 /// The shortest and the longest pause between two measurements of busy streams. In between, measuring takes a twentieth
@@ -73,7 +73,7 @@ fn look(enforcer: &Enforcer, log: &mut Log) -> usize {
 }
 
 /// Measures a stream, and adapts its buffers to its share.
-fn measure(enforcer: &Enforcer, flow: &Flow, now: Instant) -> Option<Use> {
+fn measure(enforcer: &Enforcer, flow: &Connection, now: Instant) -> Option<Use> {
     let legs = flow.legs()?;
     let stream = &flow.holding;
     let presses = stream.pressing();
@@ -119,7 +119,7 @@ struct Log {
 }
 
 impl Log {
-    fn note<'a>(&mut self, gone: impl Iterator<Item = &'a Flow>, now: Instant) {
+    fn note<'a>(&mut self, gone: impl Iterator<Item = &'a Connection>, now: Instant) {
         let mut one = None;
         for flow in gone {
             self.since += 1;

@@ -39,7 +39,7 @@ use stage::Stage;
 
 /// Client and server of a connection, the server after translation of Service addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct FlowKey {
+pub(crate) struct ConnectionKey {
     pub(crate) client: SocketAddr,
     pub(crate) server: SocketAddr,
 }
@@ -50,9 +50,9 @@ const ACCEPT_WITHIN: Duration = Duration::from_secs(70);
 const REPEAT_SLACK: Duration = Duration::from_secs(4);
 
 /// One TCP connection through this node.
-pub(crate) struct Flow {
+pub(crate) struct Connection {
     pub(crate) id: u64,
-    pub(crate) key: FlowKey,
+    pub(crate) key: ConnectionKey,
     /// Initial sequence number of the client's SYN.
     pub(crate) sequence: u32,
     pub(crate) opened: SystemTime,
@@ -68,7 +68,7 @@ pub(crate) struct Flow {
     /// Milliseconds from `started` to the last time the client sent its SYN.
     last_syn: AtomicU32,
     cut: Notify,
-    /// Whether [`Flow::cut`] was called; written under the lock of the stage.
+    /// Whether [`Connection::cut`] was called; written under the lock of the stage.
     is_cut: AtomicBool,
     gave_way: AtomicBool,
     /// Whether the client reset it during the handshake.
@@ -84,28 +84,28 @@ pub(crate) struct Flow {
 /// How a SYN relates to the table.
 pub(crate) enum Arrival {
     /// A new attempt, now in the table as held.
-    New(Arc<Flow>),
+    New(Arc<Connection>),
     /// A copy of a SYN while the first one is held, or after its socket was closed: it is dropped.
     Repeated,
     /// The connection is past its SYN: the packet goes to its socket.
     PastSyn,
     /// A new attempt with the addresses and ports of a live connection, which may be ending.
-    Successor(Arc<Flow>),
+    Successor(Arc<Connection>),
 }
 
 /// All connections of the node.
 #[derive(Default)]
-pub(crate) struct Flows {
-    by_key: DashMap<FlowKey, Arc<Flow>, ahash::RandomState>,
-    by_address: ByAddress<Flow>,
+pub(crate) struct ConnectionTable {
+    by_key: DashMap<ConnectionKey, Arc<Connection>, ahash::RandomState>,
+    by_address: ByAddress<Connection>,
     /// Held attempts by the fields that DNAT keeps: behind a Service, a retransmitted SYN may be sent
     /// to another pod, because the first one's conntrack entry is not confirmed while it is held.
-    attempts: DashMap<(SocketAddr, u32), FlowKey, ahash::RandomState>,
+    attempts: DashMap<(SocketAddr, u32), ConnectionKey, ahash::RandomState>,
     next_id: AtomicU64,
     handshakes: Handshakes,
 }
 
-impl Flows {
+impl ConnectionTable {
     /// An empty table; `marks` are for packets that the daemon sends to this host.
     pub(crate) fn new(marks: Marks) -> Self {
         Self {
@@ -120,7 +120,7 @@ impl Flows {
     /// That of `permit`.
     pub(crate) fn arrive<E>(
         &self,
-        key: FlowKey,
+        key: ConnectionKey,
         sequence: u32,
         permit: impl FnOnce() -> Result<Permit, E>,
     ) -> Result<Arrival, E> {
@@ -151,7 +151,7 @@ impl Flows {
         }
         let permit = permit()?;
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let flow = Arc::new(Flow::held(id, key, sequence, permit));
+        let flow = Arc::new(Connection::held(id, key, sequence, permit));
         // First, since from the next step on it may be taken out again.
         self.by_address.insert(&flow);
         match self.by_key.entry(key) {
@@ -169,7 +169,7 @@ impl Flows {
     }
 
     /// The upstream that waits for this connection's client, if there is one; it is live from now on.
-    pub(crate) fn pair(&self, key: &FlowKey) -> Option<(Arc<Flow>, Upstream)> {
+    pub(crate) fn pair(&self, key: &ConnectionKey) -> Option<(Arc<Connection>, Upstream)> {
         let flow = self.get(key)?;
         let mut stage = flow.stage();
         match std::mem::replace(&mut *stage, Stage::Live(Weak::new())) {
@@ -185,14 +185,14 @@ impl Flows {
     }
 
     /// The connection between these two, whatever its stage.
-    pub(crate) fn get(&self, key: &FlowKey) -> Option<Arc<Flow>> {
+    pub(crate) fn get(&self, key: &ConnectionKey) -> Option<Arc<Connection>> {
         self.by_key.get(key).map(|entry| Arc::clone(&entry))
     }
 
     /// Marks a connection as admitted; from now on a repeated SYN goes to the socket. False if it has been cut
     /// meanwhile: its SYN must not be answered, and the upstream is reset.
     #[must_use]
-    pub(crate) fn admit(&self, flow: &Flow, stream: TcpStream, worker: usize) -> bool {
+    pub(crate) fn admit(&self, flow: &Connection, stream: TcpStream, worker: usize) -> bool {
         let upstream = Upstream { stream, worker };
         let mut stage = flow.stage();
         if flow.is_cut() || matches!(*stage, Stage::Over) {
@@ -220,17 +220,17 @@ impl Flows {
     }
 
     /// Every connection, in no order.
-    pub(crate) fn all(&self) -> Vec<Arc<Flow>> {
+    pub(crate) fn all(&self) -> Vec<Arc<Connection>> {
         self.by_key.iter().map(|entry| Arc::clone(&entry)).collect()
     }
 
     /// Every connection with an end among these addresses, in no order.
-    pub(crate) fn of(&self, addresses: &BTreeSet<IpAddr>) -> Vec<Arc<Flow>> {
+    pub(crate) fn of(&self, addresses: &BTreeSet<IpAddr>) -> Vec<Arc<Connection>> {
         self.by_address.of(addresses)
     }
 }
 
-impl Ends for Flow {
+impl Ends for Connection {
     fn id(&self) -> u64 {
         self.id
     }
@@ -240,14 +240,14 @@ impl Ends for Flow {
     }
 }
 
-impl Flow {
+impl Connection {
     /// A connection whose SYN has just arrived.
     /// The number of connections that its source has now.
     pub(crate) fn connections_of_source(&self) -> usize {
         self.permit.connections_of_source()
     }
 
-    fn held(id: u64, key: FlowKey, sequence: u32, permit: Permit) -> Self {
+    fn held(id: u64, key: ConnectionKey, sequence: u32, permit: Permit) -> Self {
         Self {
             id,
             key,

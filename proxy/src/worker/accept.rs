@@ -17,7 +17,7 @@ use crate::handover::Outgoing;
 use crate::handover::transfer::{self, Relayed};
 use crate::limits::Source;
 use crate::tcp::connect::{bound_unsent, keepalive, reset_when_closed};
-use crate::tcp::connections::{Flow, FlowKey, Legs, Upstream};
+use crate::tcp::connections::{Connection, ConnectionKey, Legs, Upstream};
 use crate::tcp::relay::{InFlight, Pressure, relay};
 use crate::tcp::unread::CROWD;
 use crate::telemetry::occasional::warn_occasionally;
@@ -95,7 +95,7 @@ pub(crate) async fn serve(listener: &TcpListener, relays: &Rc<Relays>) {
 
 fn accepted(client: TcpStream, peer: SocketAddr, relays: &Rc<Relays>) {
     let pair = client.local_addr().ok().and_then(|server| {
-        relays.enforcer.flows.pair(&FlowKey {
+        relays.enforcer.flows.pair(&ConnectionKey {
             client: unmapped(peer),
             server: unmapped(server),
         })
@@ -139,7 +139,7 @@ async fn live(
     client: TcpStream,
     upstream: Upstream,
     in_flight: InFlight,
-    flow: Arc<Flow>,
+    flow: Arc<Connection>,
     relays: Rc<Relays>,
 ) {
     let Relays {
@@ -175,7 +175,7 @@ async fn live(
 /// Relays until both sides have ended, one breaks, or the connection is cut.
 async fn relayed(
     legs: &Arc<Legs>,
-    flow: &Flow,
+    flow: &Connection,
     in_flight: &InFlight,
     enforcer: &Enforcer,
 ) -> Outcome {
@@ -202,7 +202,7 @@ async fn relayed(
 /// A stream whose unread bytes are counted.
 struct Pressed<'a> {
     legs: &'a Legs,
-    flow: &'a Flow,
+    flow: &'a Connection,
     enforcer: &'a Enforcer,
 }
 

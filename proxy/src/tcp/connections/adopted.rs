@@ -3,14 +3,14 @@
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Instant, SystemTime};
 
-use super::{Flow, FlowKey, Flows, Stage, StageName};
+use super::{Connection, ConnectionKey, ConnectionTable, Stage, StageName};
 use crate::limits::Permit;
 use crate::telemetry::moved::Moved;
 use crate::telemetry::timeline::Trail;
 
 /// A connection that the old daemon allowed.
 pub(crate) struct Adopted {
-    pub(crate) key: FlowKey,
+    pub(crate) key: ConnectionKey,
     /// Initial sequence number of the client's SYN.
     pub(crate) sequence: u32,
     pub(crate) opened: SystemTime,
@@ -19,9 +19,9 @@ pub(crate) struct Adopted {
     pub(crate) trail: Option<Trail>,
 }
 
-impl Flows {
+impl ConnectionTable {
     /// Enters a connection as live.
-    pub(crate) fn adopt(&self, adopted: Adopted, permit: Permit) -> Arc<Flow> {
+    pub(crate) fn adopt(&self, adopted: Adopted, permit: Permit) -> Arc<Connection> {
         let Adopted {
             key,
             sequence,
@@ -33,13 +33,13 @@ impl Flows {
         let id = self
             .next_id
             .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let flow = Arc::new(Flow {
+        let flow = Arc::new(Connection {
             opened,
             started,
             moved,
             trail: trail.map_or_else(OnceLock::new, OnceLock::from),
             stage: Mutex::new(Stage::Live(Weak::new())),
-            ..Flow::held(id, key, sequence, permit)
+            ..Connection::held(id, key, sequence, permit)
         });
         self.by_address.insert(&flow);
         self.by_key.insert(key, Arc::clone(&flow));

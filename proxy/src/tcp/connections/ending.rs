@@ -4,19 +4,19 @@ use std::sync::{Arc, PoisonError, Weak};
 use std::time::Instant;
 
 use super::stage::Stage;
-use super::{Flow, FlowKey, Flows, StageName};
+use super::{Connection, ConnectionKey, ConnectionTable, StageName};
 use crate::telemetry::decision::Severance;
 use crate::telemetry::record::Outcome;
 
-impl Flows {
+impl ConnectionTable {
     /// Removes a connection that has ended from the table.
-    pub(crate) fn remove(&self, flow: &Arc<Flow>) {
+    pub(crate) fn remove(&self, flow: &Arc<Connection>) {
         let stage = std::mem::replace(&mut *flow.stage(), Stage::Over);
         self.removed(flow, stage);
     }
 
     /// Removes a connection that has ended at `stage` from the table.
-    fn removed(&self, flow: &Arc<Flow>, stage: Stage) {
+    fn removed(&self, flow: &Arc<Connection>, stage: Stage) {
         if let Stage::Admitted { upstream, .. } = stage {
             drop(upstream);
             self.handshakes.forget(flow);
@@ -29,14 +29,14 @@ impl Flows {
     }
 
     /// Forgets the SYN of a connection that is past it.
-    pub(super) fn no_longer_held(&self, flow: &Flow) {
+    pub(super) fn no_longer_held(&self, flow: &Connection) {
         self.attempts
             .remove_if(&(flow.key.client, flow.sequence), |_, key| *key == flow.key);
     }
 
     /// Ends a half-open connection so that another can begin. Returns its last stage: a held one is recorded
     /// by the task that connects. `None` if it is live or has ended already: then nothing happens to it.
-    pub(crate) fn give_way(&self, flow: &Arc<Flow>) -> Option<StageName> {
+    pub(crate) fn give_way(&self, flow: &Arc<Connection>) -> Option<StageName> {
         let mut stage = flow.stage();
         let name = stage.name();
         match *stage {
@@ -58,7 +58,11 @@ impl Flows {
 
     /// Ends the half-open connection whose client has answered the SYN-ACK with a reset of this sequence number.
     /// `None` if there is none, or if the number does not match the handshake: anybody can guess addresses and ports.
-    pub(crate) fn reset_by_client(&self, key: &FlowKey, sequence: u32) -> Option<Arc<Flow>> {
+    pub(crate) fn reset_by_client(
+        &self,
+        key: &ConnectionKey,
+        sequence: u32,
+    ) -> Option<Arc<Connection>> {
         let flow = self.get(key)?;
         let mut stage = flow.stage();
         if sequence != flow.sequence.wrapping_add(1) || !matches!(*stage, Stage::Admitted { .. }) {
@@ -79,7 +83,7 @@ impl Flows {
     }
 
     /// Ends a connection that a change denies.
-    pub(crate) fn sever(&self, flow: &Arc<Flow>, severance: Severance) {
+    pub(crate) fn sever(&self, flow: &Arc<Connection>, severance: Severance) {
         *flow
             .severance
             .lock()
@@ -95,7 +99,7 @@ impl Flows {
     }
 
     /// Notifies the connection's task to end it; an admitted one has no task and is removed here.
-    fn end(&self, flow: &Arc<Flow>) {
+    fn end(&self, flow: &Arc<Connection>) {
         flow.cut();
         if flow.stage_name() == StageName::Admitted {
             self.remove(flow);
@@ -103,7 +107,7 @@ impl Flows {
     }
 }
 
-impl Flow {
+impl Connection {
     /// Ends the connection at any stage: the held SYN is dropped, live legs are reset at once, even if
     /// their worker is busy.
     pub(crate) fn cut(&self) {

@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use kernel::marks::Marks;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::Flow;
+use super::Connection;
 use crate::checksum;
 
 /// IANA protocol number of TCP.
@@ -39,7 +39,7 @@ impl Handshakes {
 
     /// Removes the handshake of this connection's client from the backlog. If the client has completed it meanwhile,
     /// the connection is reset.
-    pub(super) fn forget(&self, flow: &Flow) {
+    pub(super) fn forget(&self, flow: &Connection) {
         let (client, server) = (flow.key.client, flow.key.server);
         let socket = match client {
             SocketAddr::V4(_) => &self.v4,

@@ -5,15 +5,15 @@ use std::sync::atomic::Ordering;
 
 use socket2::SockRef;
 
-use super::{Flow, Flows};
+use super::{Connection, ConnectionTable};
 use crate::tcp::connect::keepalive;
 
-impl Flows {
+impl ConnectionTable {
     /// Sets keep-alive for every live connection that does not have it yet.
     pub(crate) fn keep_alive(&self) {
         let all = self.by_key.iter();
         let new = all.filter(|flow| !flow.keeps_alive.load(Ordering::Relaxed));
-        let new: Vec<Arc<Flow>> = new.map(|flow| Arc::clone(&flow)).collect();
+        let new: Vec<Arc<Connection>> = new.map(|flow| Arc::clone(&flow)).collect();
         for flow in new {
             let Some(legs) = flow.legs() else {
                 continue;

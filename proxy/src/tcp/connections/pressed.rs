@@ -1,17 +1,17 @@
 //! Finds and ends streams with unread bytes from outside of their relay.
 use std::sync::Arc;
 
-use super::{Flow, Flows, Legs};
+use super::{Connection, ConnectionTable, Legs};
 
-impl Flows {
+impl ConnectionTable {
     /// Every stream with a busy direction or with reduced buffers, in no order.
-    pub(crate) fn pressed(&self) -> Vec<Arc<Flow>> {
+    pub(crate) fn pressed(&self) -> Vec<Arc<Connection>> {
         let pressed = self.by_key.iter().filter(|flow| flow.holding.is_pressed());
         pressed.map(|flow| Arc::clone(&flow)).collect()
     }
 }
 
-impl Flow {
+impl Connection {
     /// Its sockets, if it is live.
     pub(crate) fn legs(&self) -> Option<Arc<Legs>> {
         self.stage().legs()

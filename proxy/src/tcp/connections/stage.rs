@@ -4,13 +4,13 @@ use std::time::Instant;
 
 use tokio::net::TcpStream;
 
-use super::Flow;
+use super::Connection;
 use crate::limits::Place;
 
 use kernel::sys;
 
 /// The place of a connection among the half-open ones; its value leads to the connection.
-pub(crate) type HalfOpen = Place<Weak<Flow>>;
+pub(crate) type HalfOpen = Place<Weak<Connection>>;
 
 /// The stage of a connection.
 pub(super) enum Stage {

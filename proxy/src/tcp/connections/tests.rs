@@ -7,27 +7,27 @@ use super::*;
 use crate::limits::{Asking, ConnectionLimits, Full, Party, Pending, Source};
 use crate::tcp::connect::reset_when_closed;
 
-fn key(client: u16, server: u8) -> FlowKey {
-    FlowKey {
+fn key(client: u16, server: u8) -> ConnectionKey {
+    ConnectionKey {
         client: SocketAddr::from(([10, 0, 0, 1], client)),
         server: SocketAddr::from(([10, 0, 0, server], 80)),
     }
 }
 
 struct Bench {
-    flows: Flows,
+    flows: ConnectionTable,
     limits: Arc<ConnectionLimits>,
 }
 
 impl Bench {
     fn new() -> Self {
         Self {
-            flows: Flows::default(),
+            flows: ConnectionTable::default(),
             limits: ConnectionLimits::new(2, 8),
         }
     }
 
-    fn arrive(&self, key: FlowKey, sequence: u32) -> Result<Arrival, Full> {
+    fn arrive(&self, key: ConnectionKey, sequence: u32) -> Result<Arrival, Full> {
         let party = |end: SocketAddr| Party {
             source: Source::Outside(end.ip()),
             namespace: None,
@@ -37,7 +37,7 @@ impl Bench {
         })
     }
 
-    fn new_flow(&self, key: FlowKey, sequence: u32) -> Arc<Flow> {
+    fn new_flow(&self, key: ConnectionKey, sequence: u32) -> Arc<Connection> {
         match self.arrive(key, sequence) {
             Ok(Arrival::New(flow)) => flow,
             _ => panic!("not taken for new"),
@@ -237,7 +237,7 @@ async fn severed_connection_is_not_admitted() {
 
 #[tokio::test]
 async fn an_admitted_connection_ends_by_a_reset() {
-    type End = fn(&Flows, &Arc<Flow>);
+    type End = fn(&ConnectionTable, &Arc<Connection>);
     let ends: [(End, &str); 3] = [
         (
             |flows, flow| assert!(flows.give_way(flow).is_some()),
@@ -301,7 +301,7 @@ async fn live_connection_is_never_displaced() {
 async fn a_place_is_freed_once_live_or_over() {
     let bench = Bench::new();
     let half_open = Pending::new(8, 8);
-    let enter = |flow: &Arc<Flow>| {
+    let enter = |flow: &Arc<Connection>| {
         let asking = Asking {
             source: Source::Outside([10, 0, 0, 1].into()),
             is_bound: true,

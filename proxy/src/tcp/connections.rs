@@ -151,31 +151,31 @@ impl ConnectionTable {
         }
         let permit = permit()?;
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let flow = Arc::new(Connection::held(id, key, sequence, permit));
+        let connection = Arc::new(Connection::held(id, key, sequence, permit));
         // First, since from the next step on it may be taken out again.
-        self.by_address.insert(&flow);
+        self.by_address.insert(&connection);
         match self.by_key.entry(key) {
             // Another core has just entered the same SYN.
             Entry::Occupied(_) => {
-                self.by_address.remove(&flow);
+                self.by_address.remove(&connection);
                 return Ok(Arrival::Repeated);
             }
             Entry::Vacant(place) => {
-                place.insert(Arc::clone(&flow));
+                place.insert(Arc::clone(&connection));
             }
         }
         self.attempts.insert(attempt, key);
-        Ok(Arrival::New(flow))
+        Ok(Arrival::New(connection))
     }
 
     /// The upstream that waits for this connection's client, if there is one; it is live from now on.
     pub(crate) fn pair(&self, key: &ConnectionKey) -> Option<(Arc<Connection>, Upstream)> {
-        let flow = self.get(key)?;
-        let mut stage = flow.stage();
+        let connection = self.get(key)?;
+        let mut stage = connection.stage();
         match std::mem::replace(&mut *stage, Stage::Live(Weak::new())) {
             Stage::Admitted { upstream, .. } => {
                 drop(stage);
-                Some((flow, upstream))
+                Some((connection, upstream))
             }
             other => {
                 *stage = other;
@@ -192,10 +192,10 @@ impl ConnectionTable {
     /// Marks a connection as admitted; from now on a repeated SYN goes to the socket. False if it has been cut
     /// meanwhile: its SYN must not be answered, and the upstream is reset.
     #[must_use]
-    pub(crate) fn admit(&self, flow: &Connection, stream: TcpStream, worker: usize) -> bool {
+    pub(crate) fn admit(&self, connection: &Connection, stream: TcpStream, worker: usize) -> bool {
         let upstream = Upstream { stream, worker };
-        let mut stage = flow.stage();
-        if flow.is_cut() || matches!(*stage, Stage::Over) {
+        let mut stage = connection.stage();
+        if connection.is_cut() || matches!(*stage, Stage::Over) {
             drop(stage);
             drop(upstream);
             return false;
@@ -210,7 +210,7 @@ impl ConnectionTable {
             place,
         };
         drop(stage);
-        self.no_longer_held(flow);
+        self.no_longer_held(connection);
         true
     }
 

@@ -33,7 +33,7 @@ impl ConnectionTable {
         let id = self
             .next_id
             .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let flow = Arc::new(Connection {
+        let connection = Arc::new(Connection {
             opened,
             started,
             moved,
@@ -41,24 +41,24 @@ impl ConnectionTable {
             stage: Mutex::new(Stage::Live(Weak::new())),
             ..Connection::held(id, key, sequence, permit)
         });
-        self.by_address.insert(&flow);
-        self.by_key.insert(key, Arc::clone(&flow));
-        flow
+        self.by_address.insert(&connection);
+        self.by_key.insert(key, Arc::clone(&connection));
+        connection
     }
 
     /// Stops the task of every connection; one that waits for its client to complete its
     /// handshake stays.
     pub(crate) fn let_go(&self) {
-        for flow in self.all() {
-            if flow.stage_name() != StageName::Admitted {
-                flow.cut.notify_one();
+        for connection in self.all() {
+            if connection.stage_name() != StageName::Admitted {
+                connection.cut.notify_one();
             }
         }
     }
 
     /// Whether there is a connection at one of these stages.
     pub(crate) fn has_any(&self, stages: &[StageName]) -> bool {
-        let mut flows = self.by_key.iter();
-        flows.any(|flow| stages.contains(&flow.stage_name()))
+        let mut connections = self.by_key.iter();
+        connections.any(|connection| stages.contains(&connection.stage_name()))
     }
 }

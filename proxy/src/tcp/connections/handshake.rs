@@ -39,14 +39,14 @@ impl Handshakes {
 
     /// Removes the handshake of this connection's client from the backlog. If the client has completed it meanwhile,
     /// the connection is reset.
-    pub(super) fn forget(&self, flow: &Connection) {
-        let (client, server) = (flow.key.client, flow.key.server);
+    pub(super) fn forget(&self, connection: &Connection) {
+        let (client, server) = (connection.key.client, connection.key.server);
         let socket = match client {
             SocketAddr::V4(_) => &self.v4,
             SocketAddr::V6(_) => &self.v6,
         };
         if let Some(socket) = socket
-            && let Some(packet) = reset(client, server, flow.sequence.wrapping_add(1))
+            && let Some(packet) = reset(client, server, connection.sequence.wrapping_add(1))
         {
             // A raw socket has no port. If sending fails, the handshake times out.
             let to = SocketAddr::new(server.ip(), 0);

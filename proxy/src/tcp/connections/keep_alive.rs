@@ -12,15 +12,15 @@ impl ConnectionTable {
     /// Sets keep-alive for every live connection that does not have it yet.
     pub(crate) fn keep_alive(&self) {
         let all = self.by_key.iter();
-        let new = all.filter(|flow| !flow.keeps_alive.load(Ordering::Relaxed));
-        let new: Vec<Arc<Connection>> = new.map(|flow| Arc::clone(&flow)).collect();
-        for flow in new {
-            let Some(legs) = flow.legs() else {
+        let new = all.filter(|connection| !connection.keeps_alive.load(Ordering::Relaxed));
+        let new: Vec<Arc<Connection>> = new.map(|connection| Arc::clone(&connection)).collect();
+        for connection in new {
+            let Some(legs) = connection.legs() else {
                 continue;
             };
             // It fails only if this is no socket of TCP.
             let _ = SockRef::from(&legs.server).set_tcp_keepalive(&keepalive());
-            flow.keeps_alive.store(true, Ordering::Relaxed);
+            connection.keeps_alive.store(true, Ordering::Relaxed);
         }
     }
 }

@@ -6,8 +6,11 @@ use super::{Connection, ConnectionTable, Legs};
 impl ConnectionTable {
     /// Every stream with a busy direction or with reduced buffers, in no order.
     pub(crate) fn pressed(&self) -> Vec<Arc<Connection>> {
-        let pressed = self.by_key.iter().filter(|flow| flow.holding.is_pressed());
-        pressed.map(|flow| Arc::clone(&flow)).collect()
+        let pressed = self
+            .by_key
+            .iter()
+            .filter(|connection| connection.holding.is_pressed());
+        pressed.map(|connection| Arc::clone(&connection)).collect()
     }
 }
 

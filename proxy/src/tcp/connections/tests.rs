@@ -15,14 +15,14 @@ fn key(client: u16, server: u8) -> ConnectionKey {
 }
 
 struct Bench {
-    flows: ConnectionTable,
+    connections: ConnectionTable,
     limits: Arc<ConnectionLimits>,
 }
 
 impl Bench {
     fn new() -> Self {
         Self {
-            flows: ConnectionTable::default(),
+            connections: ConnectionTable::default(),
             limits: ConnectionLimits::new(2, 8),
         }
     }
@@ -32,14 +32,14 @@ impl Bench {
             source: Source::Outside(end.ip()),
             namespace: None,
         };
-        self.flows.arrive(key, sequence, || {
+        self.connections.arrive(key, sequence, || {
             self.limits.permit(party(key.client), party(key.server))
         })
     }
 
     fn new_flow(&self, key: ConnectionKey, sequence: u32) -> Arc<Connection> {
         match self.arrive(key, sequence) {
-            Ok(Arrival::New(flow)) => flow,
+            Ok(Arrival::New(connection)) => connection,
             _ => panic!("not taken for new"),
         }
     }
@@ -78,7 +78,7 @@ fn repeated_syn_after_new_dnat_is_same_attempt() {
         matches!(bench.arrive(key(1, 3), 7), Ok(Arrival::Repeated)),
         "sent to another pod of the Service"
     );
-    assert_eq!(bench.flows.len(), 1);
+    assert_eq!(bench.connections.len(), 1);
 }
 
 #[test]
@@ -88,9 +88,9 @@ fn new_sequence_number_replaces_the_held_attempt() {
     let second = bench.new_flow(key(1, 2), 8);
     assert_eq!(first.stage_name(), StageName::Over);
     assert_eq!(second.stage_name(), StageName::Held);
-    bench.flows.remove(&first);
+    bench.connections.remove(&first);
     assert_eq!(
-        bench.flows.len(),
+        bench.connections.len(),
         1,
         "removing the old one again leaves the new one"
     );
@@ -101,7 +101,7 @@ fn same_client_port_to_another_server_is_separate() {
     let bench = Bench::new();
     let _first = bench.new_flow(key(1, 2), 7);
     let _second = bench.new_flow(key(1, 3), 8);
-    assert_eq!(bench.flows.len(), 2);
+    assert_eq!(bench.connections.len(), 2);
 }
 
 #[test]
@@ -111,8 +111,8 @@ fn source_over_its_bound_adds_no_flow() {
         .map(|port| bench.new_flow(key(port, 2), 7))
         .collect();
     assert_eq!(bench.arrive(key(3, 2), 7).err(), Some(Full::Source));
-    assert_eq!(bench.flows.len(), 2);
-    bench.flows.remove(&held[0]);
+    assert_eq!(bench.connections.len(), 2);
+    bench.connections.remove(&held[0]);
     drop(held);
     assert!(
         matches!(bench.arrive(key(3, 2), 7), Ok(Arrival::New(_))),
@@ -123,18 +123,18 @@ fn source_over_its_bound_adds_no_flow() {
 #[tokio::test]
 async fn admitted_connection_is_paired_once() {
     let bench = Bench::new();
-    let flow = bench.new_flow(key(1, 2), 7);
+    let connection = bench.new_flow(key(1, 2), 7);
     assert!(
-        bench.flows.pair(&key(1, 2)).is_none(),
+        bench.connections.pair(&key(1, 2)).is_none(),
         "held: there is no upstream yet"
     );
-    assert!(bench.flows.admit(&flow, stream().await, 0));
+    assert!(bench.connections.admit(&connection, stream().await, 0));
     assert!(
         matches!(bench.arrive(key(1, 2), 7), Ok(Arrival::PastSyn)),
         "the SYN-ACK was lost"
     );
-    assert!(bench.flows.pair(&key(1, 2)).is_some());
-    assert!(bench.flows.pair(&key(1, 2)).is_none(), "once only");
+    assert!(bench.connections.pair(&key(1, 2)).is_some());
+    assert!(bench.connections.pair(&key(1, 2)).is_none(), "once only");
     assert!(
         matches!(bench.arrive(key(1, 2), 7), Ok(Arrival::PastSyn)),
         "a live socket answers itself"
@@ -144,9 +144,9 @@ async fn admitted_connection_is_paired_once() {
 #[tokio::test]
 async fn new_attempt_waits_once_for_live_connection() {
     let bench = Bench::new();
-    let flow = bench.new_flow(key(1, 2), 7);
-    assert!(bench.flows.admit(&flow, stream().await, 0));
-    assert!(bench.flows.pair(&key(1, 2)).is_some());
+    let connection = bench.new_flow(key(1, 2), 7);
+    assert!(bench.connections.admit(&connection, stream().await, 0));
+    assert!(bench.connections.pair(&key(1, 2)).is_some());
     assert!(matches!(
         bench.arrive(key(1, 2), 9),
         Ok(Arrival::Successor(_))
@@ -155,11 +155,11 @@ async fn new_attempt_waits_once_for_live_connection() {
         matches!(bench.arrive(key(1, 2), 10), Ok(Arrival::Repeated)),
         "one waits already; a flood must not fill the queue"
     );
-    assert!(!flow.over_within(Duration::ZERO).await, "it goes on");
+    assert!(!connection.over_within(Duration::ZERO).await, "it goes on");
     let Ok(Arrival::Successor(last)) = bench.arrive(key(1, 2), 9) else {
         panic!("none waits any more");
     };
-    bench.flows.remove(&flow);
+    bench.connections.remove(&connection);
     assert!(last.over_within(Duration::from_secs(1)).await);
     assert!(matches!(bench.arrive(key(1, 2), 9), Ok(Arrival::New(_))));
 }
@@ -167,21 +167,21 @@ async fn new_attempt_waits_once_for_live_connection() {
 #[tokio::test]
 async fn severing_resets_a_connection_without_running_relay() {
     let bench = Bench::new();
-    let flow = bench.new_flow(key(1, 2), 7);
+    let connection = bench.new_flow(key(1, 2), 7);
     let (to_server, server) = stream_and_peer().await;
     let (to_client, client) = stream_and_peer().await;
-    assert!(bench.flows.admit(&flow, to_server, 0));
-    let (_, upstream) = bench.flows.pair(&key(1, 2)).unwrap();
+    assert!(bench.connections.admit(&connection, to_server, 0));
+    let (_, upstream) = bench.connections.pair(&key(1, 2)).unwrap();
     let legs = Arc::new(Legs {
         server: upstream.stream,
         client: to_client,
     });
-    flow.lend(&legs);
-    flow.cut();
+    connection.lend(&legs);
+    connection.cut();
     for stream in [&client, &server, &legs.client, &legs.server] {
         assert!(is_reset(stream).await);
     }
-    tokio::time::timeout(Duration::from_secs(1), flow.cut_off())
+    tokio::time::timeout(Duration::from_secs(1), connection.cut_off())
         .await
         .expect("the relay is told too");
 }
@@ -191,30 +191,30 @@ async fn abandoned_attempts_expire() {
     let bench = Bench::new();
     let held = bench.new_flow(key(1, 2), 7);
     let admitted = bench.new_flow(key(2, 2), 7);
-    assert!(bench.flows.admit(&admitted, stream().await, 0));
+    assert!(bench.connections.admit(&admitted, stream().await, 0));
     let at = |seconds| held.started + Duration::from_secs(seconds);
     assert_eq!(
-        bench.flows.expire(at(3)),
+        bench.connections.expire(at(3)),
         0,
         "the client may still repeat its SYN"
     );
     held.last_syn.store(3000, Ordering::Relaxed);
     assert_eq!(
-        bench.flows.expire(at(9)),
+        bench.connections.expire(at(9)),
         0,
         "it did, and would again at 7 s"
     );
-    assert_eq!(bench.flows.expire(at(11)), 1, "it did not");
+    assert_eq!(bench.connections.expire(at(11)), 1, "it did not");
     tokio::time::timeout(Duration::from_secs(1), held.cut_off())
         .await
         .expect("who connects for it is told");
-    bench.flows.remove(&held);
+    bench.connections.remove(&held);
     assert_eq!(
-        bench.flows.expire(at(75)),
+        bench.connections.expire(at(75)),
         1,
         "the handshake was never completed"
     );
-    assert_eq!(bench.flows.len(), 0);
+    assert_eq!(bench.connections.len(), 0);
 }
 
 #[tokio::test]
@@ -224,7 +224,7 @@ async fn severed_connection_is_not_admitted() {
     cut.cut();
     let (upstream, server) = stream_and_peer().await;
     assert!(
-        !bench.flows.admit(&cut, upstream, 0),
+        !bench.connections.admit(&cut, upstream, 0),
         "its SYN would be answered"
     );
     assert!(is_reset(&server).await, "the server saw no complete stream");
@@ -232,7 +232,7 @@ async fn severed_connection_is_not_admitted() {
     let bench = Bench::new();
     let replaced = bench.new_flow(key(2, 2), 7);
     let _ = bench.new_flow(key(2, 2), 8);
-    assert!(!bench.flows.admit(&replaced, stream().await, 0));
+    assert!(!bench.connections.admit(&replaced, stream().await, 0));
 }
 
 #[tokio::test]
@@ -240,60 +240,65 @@ async fn an_admitted_connection_ends_by_a_reset() {
     type End = fn(&ConnectionTable, &Arc<Connection>);
     let ends: [(End, &str); 3] = [
         (
-            |flows, flow| assert!(flows.give_way(flow).is_some()),
+            |connections, connection| assert!(connections.give_way(connection).is_some()),
             "gives way",
         ),
         (
-            |flows, flow| assert_eq!(flows.expire(flow.started + ACCEPT_WITHIN * 2), 1),
+            |connections, connection| {
+                assert_eq!(
+                    connections.expire(connection.started + ACCEPT_WITHIN * 2),
+                    1
+                )
+            },
             "expires",
         ),
-        (|flows, _| flows.end_all(), "the daemon stops"),
+        (|connections, _| connections.end_all(), "the daemon stops"),
     ];
     for (end, why) in ends {
         let bench = Bench::new();
-        let flow = bench.new_flow(key(1, 2), 7);
+        let connection = bench.new_flow(key(1, 2), 7);
         let (upstream, server) = stream_and_peer().await;
-        assert!(bench.flows.admit(&flow, upstream, 0));
-        end(&bench.flows, &flow);
+        assert!(bench.connections.admit(&connection, upstream, 0));
+        end(&bench.connections, &connection);
         assert!(is_reset(&server).await, "{why}");
-        assert!(bench.flows.pair(&key(1, 2)).is_none(), "{why}");
-        assert_eq!(bench.flows.len(), 0, "{why}");
+        assert!(bench.connections.pair(&key(1, 2)).is_none(), "{why}");
+        assert_eq!(bench.connections.len(), 0, "{why}");
     }
 }
 
 #[tokio::test]
 async fn client_reset_ends_only_its_half_open_connection() {
     let bench = Bench::new();
-    let flow = bench.new_flow(key(1, 2), 7);
-    let reset = |sequence| bench.flows.reset_by_client(&key(1, 2), sequence);
+    let connection = bench.new_flow(key(1, 2), 7);
+    let reset = |sequence| bench.connections.reset_by_client(&key(1, 2), sequence);
     assert!(reset(8).is_none(), "nobody has answered its SYN");
     let (upstream, server) = stream_and_peer().await;
-    assert!(bench.flows.admit(&flow, upstream, 0));
+    assert!(bench.connections.admit(&connection, upstream, 0));
     for forged in [7, 9, u32::MAX] {
         assert!(reset(forged).is_none(), "another sequence number");
     }
     assert!(reset(8).is_some());
     assert!(is_reset(&server).await);
-    assert_eq!(bench.flows.len(), 0);
+    assert_eq!(bench.connections.len(), 0);
 
     let live = bench.new_flow(key(2, 2), 7);
-    assert!(bench.flows.admit(&live, stream().await, 0));
-    assert!(bench.flows.pair(&key(2, 2)).is_some());
-    assert!(bench.flows.reset_by_client(&key(2, 2), 8).is_none());
+    assert!(bench.connections.admit(&live, stream().await, 0));
+    assert!(bench.connections.pair(&key(2, 2)).is_some());
+    assert!(bench.connections.reset_by_client(&key(2, 2), 8).is_none());
 }
 
 #[tokio::test]
 async fn live_connection_is_never_displaced() {
     let bench = Bench::new();
     let held = bench.new_flow(key(1, 2), 7);
-    assert_eq!(bench.flows.give_way(&held), Some(StageName::Held));
+    assert_eq!(bench.connections.give_way(&held), Some(StageName::Held));
     let told = tokio::time::timeout(Duration::from_secs(1), held.cut_off());
     told.await.expect("who connects for it is told");
 
     let live = bench.new_flow(key(2, 2), 7);
-    assert!(bench.flows.admit(&live, stream().await, 0));
-    assert!(bench.flows.pair(&key(2, 2)).is_some());
-    assert_eq!(bench.flows.give_way(&live), None);
+    assert!(bench.connections.admit(&live, stream().await, 0));
+    assert!(bench.connections.pair(&key(2, 2)).is_some());
+    assert_eq!(bench.connections.give_way(&live), None);
     assert!(!live.is_cut());
 }
 
@@ -301,46 +306,51 @@ async fn live_connection_is_never_displaced() {
 async fn a_place_is_freed_once_live_or_over() {
     let bench = Bench::new();
     let half_open = Pending::new(8, 8);
-    let enter = |flow: &Arc<Connection>| {
+    let enter = |connection: &Arc<Connection>| {
         let asking = Asking {
             source: Source::Outside([10, 0, 0, 1].into()),
             is_bound: true,
         };
         let asked = Source::Outside([10, 0, 0, 2].into());
         let (place, _) = half_open
-            .enter(asking, asked, Arc::downgrade(flow), flow.started)
+            .enter(
+                asking,
+                asked,
+                Arc::downgrade(connection),
+                connection.started,
+            )
             .unwrap();
-        flow.takes(place);
+        connection.takes(place);
     };
-    let flows: Vec<_> = (1..=2)
+    let connections: Vec<_> = (1..=2)
         .map(|port| bench.new_flow(key(port, 2), 7))
         .collect();
-    flows.iter().for_each(enter);
-    assert!(bench.flows.admit(&flows[0], stream().await, 0));
+    connections.iter().for_each(enter);
+    assert!(bench.connections.admit(&connections[0], stream().await, 0));
     assert_eq!(half_open.len(), 2, "admitted is half-open too");
-    assert!(bench.flows.pair(&key(1, 2)).is_some());
+    assert!(bench.connections.pair(&key(1, 2)).is_some());
     assert_eq!(half_open.len(), 1, "live");
-    bench.flows.remove(&flows[1]);
+    bench.connections.remove(&connections[1]);
     assert_eq!(half_open.len(), 0, "over");
 }
 
 #[tokio::test]
 async fn no_syn_goes_to_a_closed_socket() {
     let live = async |bench: &Bench| {
-        let flow = bench.new_flow(key(1, 2), 7);
-        assert!(bench.flows.admit(&flow, stream().await, 0));
-        let (_, upstream) = bench.flows.pair(&key(1, 2)).unwrap();
+        let connection = bench.new_flow(key(1, 2), 7);
+        assert!(bench.connections.admit(&connection, stream().await, 0));
+        let (_, upstream) = bench.connections.pair(&key(1, 2)).unwrap();
         let (client, peer) = stream_and_peer().await;
         let legs = Arc::new(Legs {
             server: upstream.stream,
             client,
         });
-        flow.lend(&legs);
-        (flow, legs, peer)
+        connection.lend(&legs);
+        (connection, legs, peer)
     };
     let syn = |bench: &Bench| bench.arrive(key(1, 2), 7).unwrap();
     let bench = Bench::new();
-    let (flow, legs, peer) = live(&bench).await;
+    let (connection, legs, peer) = live(&bench).await;
     assert!(matches!(syn(&bench), Arrival::PastSyn), "an old copy");
     reset_when_closed(&peer).unwrap();
     drop(peer);
@@ -349,22 +359,22 @@ async fn no_syn_goes_to_a_closed_socket() {
         matches!(syn(&bench), Arrival::Repeated),
         "the client has reset it"
     );
-    assert!(!flow.takes_syn());
+    assert!(!connection.takes_syn());
 
     let bench = Bench::new();
-    let (flow, _legs, _peer) = live(&bench).await;
-    assert!(flow.takes_syn());
-    flow.cut();
+    let (connection, _legs, _peer) = live(&bench).await;
+    assert!(connection.takes_syn());
+    connection.cut();
     assert!(
         matches!(syn(&bench), Arrival::Repeated),
         "a change has cut it"
     );
-    assert!(!flow.takes_syn());
+    assert!(!connection.takes_syn());
 
     let bench = Bench::new();
-    let (flow, legs, _peer) = live(&bench).await;
+    let (connection, legs, _peer) = live(&bench).await;
     drop(legs);
-    assert!(!flow.takes_syn(), "its task is about to take it out");
+    assert!(!connection.takes_syn(), "its task is about to take it out");
 }
 
 #[tokio::test]
@@ -372,17 +382,17 @@ async fn only_live_connections_get_keepalive() {
     let bench = Bench::new();
     let keeps_alive = |legs: &Legs| SockRef::from(&legs.server).keepalive().unwrap();
     let admitted = bench.new_flow(key(1, 2), 7);
-    assert!(bench.flows.admit(&admitted, stream().await, 0));
-    bench.flows.keep_alive();
-    let (live, upstream) = bench.flows.pair(&key(1, 2)).unwrap();
+    assert!(bench.connections.admit(&admitted, stream().await, 0));
+    bench.connections.keep_alive();
+    let (live, upstream) = bench.connections.pair(&key(1, 2)).unwrap();
     let (server, client) = (upstream.stream, stream().await);
     let legs = Arc::new(Legs { server, client });
     live.lend(&legs);
     assert!(!keeps_alive(&legs), "it was not live yet");
-    bench.flows.keep_alive();
+    bench.connections.keep_alive();
     assert!(keeps_alive(&legs));
     // It is done once.
     SockRef::from(&legs.server).set_keepalive(false).unwrap();
-    bench.flows.keep_alive();
+    bench.connections.keep_alive();
     assert!(!keeps_alive(&legs));
 }

@@ -13,11 +13,11 @@ use kernel::marks::Marks;
 use policy::{Endpoint, Protocol};
 use tokio::sync::Notify;
 
-use crate::kernel_flows::{Carried, Listed};
+use crate::kernel_flows::{KernelFlows, Listed};
 use crate::limits::{Asking, ConnectionLimits, Party, Pending, Place, ShareUsedUp, Source};
 use crate::tcp::connections::{Connection, ConnectionKey, ConnectionTable, StageName};
 use crate::tcp::unread::Unread;
-use crate::telemetry::decision::{Decision, Severance, Way};
+use crate::telemetry::decision::{DataPath, Decision, Severance};
 use crate::telemetry::metrics::{DropReason, Metrics};
 use crate::telemetry::record::{Outcome, Subject};
 use crate::telemetry::recorder::Recorder;
@@ -51,7 +51,7 @@ pub(crate) struct Enforcer {
     pub(crate) node: Arc<str>,
     pub(crate) table: Arc<Table>,
     pub(crate) flows: ConnectionTable,
-    pub(crate) carried: Carried,
+    pub(crate) carried: KernelFlows,
     /// All connections.
     pub(crate) limits: Arc<ConnectionLimits>,
     /// Allowed connections whose client has not completed its handshake.
@@ -172,7 +172,7 @@ impl Enforcer {
             let (client, server, port) = (client.ip(), server.ip(), Some(server.port()));
             let now = self.table.judge(client, server, port, Protocol::Tcp);
             if let Some(severance) = rests_on.overturned(client, server, now.clone()) {
-                self.metrics.severed(&severance.decision, Way::Spliced);
+                self.metrics.severed(&severance.decision, DataPath::Spliced);
                 self.flows.sever(&flow, severance);
             } else if let Some(now) = Decision::of(now) {
                 // From now on this decision allows it, and the old policies are not kept in memory.
@@ -186,7 +186,7 @@ impl Enforcer {
         self.flows.remove(flow);
         if let Some(decision) = flow.decision() {
             let waited = flow.started.elapsed();
-            self.metrics.decided(&decision, Way::Spliced, waited);
+            self.metrics.decided(&decision, DataPath::Spliced, waited);
             self.recorder.denied(flow.subject(), &decision);
         }
     }
@@ -207,7 +207,7 @@ impl Enforcer {
             Some(Listed::Again) => {}
             Some(Listed::Full) => {
                 self.recorder.allowed(&subject, decision);
-                self.recorder.ended(subject, decision, Outcome::Carried);
+                self.recorder.ended(subject, decision, Outcome::KernelFlows);
             }
         }
     }
@@ -222,7 +222,7 @@ impl Enforcer {
     pub(crate) fn allowed(&self, flow: &Connection) {
         if let Some(decision) = flow.decision() {
             let waited = flow.started.elapsed();
-            self.metrics.decided(&decision, Way::Spliced, waited);
+            self.metrics.decided(&decision, DataPath::Spliced, waited);
             self.recorder.allowed(&flow.subject(), &decision);
         }
     }

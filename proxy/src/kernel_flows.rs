@@ -18,7 +18,7 @@ use kernel::conntrack::{Entry, FlowId};
 
 use crate::limits::Source;
 use crate::tcp::connections::{ByAddress, Ends};
-use crate::telemetry::decision::{Decision, Severance, Way};
+use crate::telemetry::decision::{DataPath, Decision, Severance};
 use crate::telemetry::record::Subject;
 
 use backlog::Backlog;
@@ -31,11 +31,11 @@ const SHARE: usize = 4096;
 pub(crate) const ON_ITS_WAY: Duration = Duration::from_millis(100);
 
 /// All listed flows.
-pub(crate) struct Carried {
+pub(crate) struct KernelFlows {
     most: usize,
     share: usize,
-    by_id: DashMap<FlowId, Arc<CarriedFlow>, ahash::RandomState>,
-    by_address: ByAddress<CarriedFlow>,
+    by_id: DashMap<FlowId, Arc<KernelFlow>, ahash::RandomState>,
+    by_address: ByAddress<KernelFlow>,
     by_source: DashMap<Source, usize, ahash::RandomState>,
     next: AtomicU64,
     /// How often the list was compared with conntrack.
@@ -53,7 +53,7 @@ pub(crate) struct Carried {
 }
 
 /// A flow that was allowed at its first packet.
-pub(crate) struct CarriedFlow {
+pub(crate) struct KernelFlow {
     number: u64,
     pub(crate) id: FlowId,
     /// The source whose share it counts against, even if the table has another pod at the address by now.
@@ -88,13 +88,13 @@ pub(crate) enum Listed {
     Full,
 }
 
-impl Default for Carried {
+impl Default for KernelFlows {
     fn default() -> Self {
         Self::with_room_for(MOST, SHARE)
     }
 }
 
-impl Carried {
+impl KernelFlows {
     fn with_room_for(most: usize, share: usize) -> Self {
         Self {
             most,
@@ -139,7 +139,7 @@ impl Carried {
             self.pass_over();
             return Listed::Full;
         }
-        let flow = Arc::new(CarriedFlow {
+        let flow = Arc::new(KernelFlow {
             number: self.next.fetch_add(1, Ordering::Relaxed),
             id,
             source: source.clone(),
@@ -190,7 +190,7 @@ impl Carried {
     }
 
     /// Removes a flow; only one caller gets it.
-    pub(crate) fn remove(&self, id: &FlowId) -> Option<Arc<CarriedFlow>> {
+    pub(crate) fn remove(&self, id: &FlowId) -> Option<Arc<KernelFlow>> {
         let (_, flow) = self.by_id.remove(id)?;
         self.by_address.remove(&flow);
         self.by_source.remove_if_mut(&flow.source, |_, count| {
@@ -211,7 +211,7 @@ impl Carried {
 
     /// Removes the flow whose conntrack entry was deleted, unless that may be an earlier one between
     /// the same endpoints: then the next comparisons with conntrack find out.
-    pub(crate) fn ended(&self, entry: &Entry) -> Option<Arc<CarriedFlow>> {
+    pub(crate) fn ended(&self, entry: &Entry) -> Option<Arc<KernelFlow>> {
         let flow = self.get(&entry.flow)?;
         flow.note(entry);
         if flow.again.swap(false, Ordering::Relaxed) {
@@ -221,17 +221,17 @@ impl Carried {
     }
 
     /// The flow of this name.
-    pub(crate) fn get(&self, id: &FlowId) -> Option<Arc<CarriedFlow>> {
+    pub(crate) fn get(&self, id: &FlowId) -> Option<Arc<KernelFlow>> {
         self.by_id.get(id).map(|flow| Arc::clone(&flow))
     }
 
     /// Every flow with an end among these addresses, in no order.
-    pub(crate) fn of(&self, addresses: &BTreeSet<IpAddr>) -> Vec<Arc<CarriedFlow>> {
+    pub(crate) fn of(&self, addresses: &BTreeSet<IpAddr>) -> Vec<Arc<KernelFlow>> {
         self.by_address.of(addresses)
     }
 
     /// Every flow, in no order.
-    pub(crate) fn all(&self) -> Vec<Arc<CarriedFlow>> {
+    pub(crate) fn all(&self) -> Vec<Arc<KernelFlow>> {
         self.by_id.iter().map(|flow| Arc::clone(&flow)).collect()
     }
 
@@ -257,7 +257,7 @@ impl Carried {
     /// Ends it, after all conntrack entries were entered. Returns the flows that conntrack did not
     /// have in two consecutive rounds: in one round a flow may not be there yet, or the kernel may have
     /// moved it during the dump.
-    pub(crate) fn end_round(&self, round: Round) -> Vec<Arc<CarriedFlow>> {
+    pub(crate) fn end_round(&self, round: Round) -> Vec<Arc<KernelFlow>> {
         // If another did not fit meanwhile, or so shortly before that conntrack did not have it yet, the list stays
         // incomplete.
         if !self.has_unlisted_on_its_way(round.began) {
@@ -266,12 +266,12 @@ impl Carried {
                 .unlisted
                 .compare_exchange(round.unlisted, 0, relaxed, relaxed);
         }
-        let lost = |flow: &CarriedFlow| flow.seen.load(Ordering::Relaxed) + 2 <= round.number;
+        let lost = |flow: &KernelFlow| flow.seen.load(Ordering::Relaxed) + 2 <= round.number;
         self.all().into_iter().filter(|flow| lost(flow)).collect()
     }
 }
 
-impl Ends for CarriedFlow {
+impl Ends for KernelFlow {
     fn id(&self) -> u64 {
         self.number
     }
@@ -291,7 +291,7 @@ pub(crate) fn unlisted(entry: &Entry) -> Subject {
         client: entry.flow.client,
         server: entry.flow.server,
         protocol: entry.flow.protocol,
-        way: Way::Kernel,
+        way: DataPath::Kernel,
         sent: entry.sent,
         received: entry.received,
         opened: entry.began.unwrap_or_else(SystemTime::now),
@@ -300,14 +300,14 @@ pub(crate) fn unlisted(entry: &Entry) -> Subject {
     }
 }
 
-impl CarriedFlow {
+impl KernelFlow {
     /// The flow as a record shows it.
     pub(crate) fn subject(&self) -> Subject {
         Subject {
             client: self.id.client,
             server: self.id.server,
             protocol: self.id.protocol,
-            way: Way::Kernel,
+            way: DataPath::Kernel,
             sent: self.sent.load(Ordering::Relaxed),
             received: self.received.load(Ordering::Relaxed),
             opened: self.opened,
@@ -403,7 +403,7 @@ mod tests {
         Entry::read(&message).unwrap()
     }
 
-    fn enter(carried: &Carried, client: u16) -> Listed {
+    fn enter(carried: &KernelFlows, client: u16) -> Listed {
         carried.enter(id(client), SystemTime::now(), &allowed())
     }
 
@@ -413,7 +413,7 @@ mod tests {
 
     #[test]
     fn kernel_flow_is_found_until_it_ends() {
-        let carried = Carried::default();
+        let carried = KernelFlows::default();
         assert_eq!(enter(&carried, 1), Listed::New);
         assert_eq!(carried.of(&addresses(2)).len(), 1);
         let flow = carried.ended(&entry(1, 100)).unwrap();
@@ -424,7 +424,7 @@ mod tests {
 
     #[test]
     fn late_end_event_keeps_the_newer_flow() {
-        let carried = Carried::default();
+        let carried = KernelFlows::default();
         enter(&carried, 1);
         assert_eq!(enter(&carried, 1), Listed::Again);
         assert!(carried.ended(&entry(1, 100)).is_none());
@@ -438,7 +438,7 @@ mod tests {
 
     #[test]
     fn flow_missing_from_two_dumps_has_ended() {
-        let carried = Carried::default();
+        let carried = KernelFlows::default();
         enter(&carried, 1);
         enter(&carried, 2);
         for expected in [vec![], vec![2]] {
@@ -452,7 +452,7 @@ mod tests {
 
     #[test]
     fn full_flow_list_is_marked_incomplete() {
-        let carried = Carried::with_room_for(1, 1);
+        let carried = KernelFlows::with_room_for(1, 1);
         assert!(
             carried.is_incomplete(),
             "at the start conntrack is not read"
@@ -475,7 +475,7 @@ mod tests {
 
     #[test]
     fn a_source_over_its_share_leaves_room() {
-        let carried = Carried::with_room_for(3, 2);
+        let carried = KernelFlows::with_room_for(3, 2);
         let listed: Vec<_> = (1..=3).map(|port| enter(&carried, port)).collect();
         assert_eq!(listed, [Listed::New, Listed::New, Listed::Full]);
         let mut other = id(1);

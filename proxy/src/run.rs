@@ -23,7 +23,7 @@ use crate::admin::{self, Admin};
 use crate::enforcer::{Draining, Enforcer};
 use crate::handover::standby::{self, Rest, Standby};
 use crate::handover::{Outgoing, State};
-use crate::kernel_flows::Carried;
+use crate::kernel_flows::KernelFlows;
 use crate::limits::{ConnectionLimits, Pending, WAITING_OF_SOURCE};
 use crate::node::bridges::Bridges;
 use crate::node::conntrack;
@@ -257,7 +257,7 @@ fn enforcer(
         node,
         table,
         flows: ConnectionTable::new(args.redirect.mark_mask),
-        carried: Carried::default(),
+        carried: KernelFlows::default(),
         limits: ConnectionLimits::new(bounds.per_source, bounds.total),
         half_open: Pending::new(bounds.half_open / 3 * 2, bounds.half_open),
         waiting: Pending::new(WAITING_OF_SOURCE, bounds.waiting),

@@ -11,7 +11,7 @@ use super::Answer;
 use super::query::Query;
 use crate::cli::ask;
 use crate::enforcer::Enforcer;
-use crate::kernel_flows::CarriedFlow;
+use crate::kernel_flows::KernelFlow;
 use crate::node::readiness::Readiness;
 use crate::tcp::connections::{Connection, Ends, StageName};
 use crate::telemetry::decision::VerdictKind;
@@ -187,7 +187,7 @@ fn connection(node: &str, flow: &Connection) -> serde_json::Value {
 }
 
 /// The same of a kernel flow; its byte counts are those of the last dump of conntrack.
-fn carried(node: &str, flow: &CarriedFlow) -> serde_json::Value {
+fn carried(node: &str, flow: &KernelFlow) -> serde_json::Value {
     let decision = flow.decision();
     let reason = decision.reason();
     let mut fields = shown(&flow.subject(), &decision, reason, node);

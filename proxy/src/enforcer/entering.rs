@@ -6,7 +6,7 @@ use controller::Judgement;
 use kernel::conntrack::FlowId;
 
 use super::Enforcer;
-use crate::kernel_flows::{CarriedFlow, Listed};
+use crate::kernel_flows::{KernelFlow, Listed};
 use crate::telemetry::decision::Decision;
 use crate::telemetry::record::Outcome;
 
@@ -45,7 +45,7 @@ impl Enforcer {
     }
 
     /// Counts and records a kernel flow that has ended and left the list.
-    pub(crate) fn carried_over(&self, flow: &CarriedFlow) {
+    pub(crate) fn carried_over(&self, flow: &KernelFlow) {
         let subject = flow.subject();
         self.metrics.carried(subject.sent, subject.received);
         match flow.severance() {

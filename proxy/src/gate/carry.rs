@@ -13,7 +13,7 @@ use policy::Protocol;
 use super::{Deny, Gate};
 use crate::enforcer::Waiting;
 use crate::limits::{LONGEST_WAITING, ShareUsedUp};
-use crate::telemetry::decision::Way;
+use crate::telemetry::decision::DataPath;
 use crate::telemetry::metrics::DropReason;
 use crate::telemetry::record::Subject;
 
@@ -95,7 +95,7 @@ fn subject(packet: &FlowId, opened: SystemTime) -> Subject {
         client: packet.client,
         server: packet.server,
         protocol: packet.protocol,
-        way: Way::Kernel,
+        way: DataPath::Kernel,
         sent: 0,
         received: 0,
         opened,

@@ -12,7 +12,7 @@ use policy::{Decided, DecidedSide, Endpoint, Identity, PodKey, Protocol};
 use crate::enforcer::Enforcer;
 use crate::tcp::connections::{Adopted, Connection, ConnectionKey, Legs, StageName};
 use crate::tcp::relay::{InFlight, Left};
-use crate::telemetry::decision::{Decision, Way};
+use crate::telemetry::decision::{DataPath, Decision};
 use crate::telemetry::moved::Moved;
 use crate::telemetry::record::Outcome;
 use crate::telemetry::timeline::Trail;
@@ -194,7 +194,9 @@ fn judge(enforcer: &Enforcer, flow: &Arc<Connection>, pods: [Option<Pod>; 2]) {
     let was = let_in_between(pods);
     if let Some(severance) = was.overturned(client.ip(), server.ip(), judge()) {
         flow.decide(Arc::new(was));
-        enforcer.metrics.severed(&severance.decision, Way::Spliced);
+        enforcer
+            .metrics
+            .severed(&severance.decision, DataPath::Spliced);
         enforcer.flows.sever(flow, severance);
         return;
     }

@@ -25,7 +25,7 @@ use tokio::sync::Notify;
 
 use crate::limits::Permit;
 use crate::tcp::unread::Holding;
-use crate::telemetry::decision::{Decision, Severance, Way};
+use crate::telemetry::decision::{DataPath, Decision, Severance};
 use crate::telemetry::moved::Moved;
 use crate::telemetry::record::Subject;
 use crate::telemetry::timeline::Trail;
@@ -319,7 +319,7 @@ impl Connection {
             client: self.key.client,
             server: self.key.server,
             protocol: Protocol::Tcp,
-            way: Way::Spliced,
+            way: DataPath::Spliced,
             sent: self.moved.sent.load(Ordering::Relaxed),
             received: self.moved.received.load(Ordering::Relaxed),
             opened: self.opened,

@@ -7,14 +7,14 @@ use policy::{Decided, DecidedSide, Endpoint, PolicyKey, Verdict};
 
 /// How an allowed flow gets to its server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Way {
+pub(crate) enum DataPath {
     /// Proxied by two TCP connections.
     Spliced,
     /// Accepted at its first packet, then forwarded by the kernel.
     Kernel,
 }
 
-impl Way {
+impl DataPath {
     /// The value of `path` in records and metrics.
     pub(crate) fn name(self) -> &'static str {
         match self {

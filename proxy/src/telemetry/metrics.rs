@@ -20,7 +20,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::limits::Full;
-use crate::telemetry::decision::{Decision, VerdictKind, Way};
+use crate::telemetry::decision::{DataPath, Decision, VerdictKind};
 use crate::telemetry::moved::Moved;
 
 use decisions::Decisions;
@@ -209,7 +209,7 @@ impl Metrics {
     }
 
     /// Counts a connection that policy has judged, and how long that took from its first packet.
-    pub(crate) fn decided(&self, decision: &Decision, way: Way, waited: Duration) {
+    pub(crate) fn decided(&self, decision: &Decision, way: DataPath, waited: Duration) {
         let kind = if decision.verdict.allowed() {
             VerdictKind::Allow
         } else {
@@ -220,7 +220,7 @@ impl Metrics {
     }
 
     /// Counts a severed connection.
-    pub(crate) fn severed(&self, severance: &Decision, way: Way) {
+    pub(crate) fn severed(&self, severance: &Decision, way: DataPath) {
         self.decisions.count(VerdictKind::Sever, severance, way);
     }
 
@@ -266,14 +266,17 @@ impl Metrics {
 
     /// Counts what a relayed connection has moved since this was last asked about it.
     pub(crate) fn moved(&self, moved: &Moved) {
-        for (counter, bytes) in self.bytes[Way::Spliced as usize].iter().zip(moved.untold()) {
+        for (counter, bytes) in self.bytes[DataPath::Spliced as usize]
+            .iter()
+            .zip(moved.untold())
+        {
             counter.inc_by(bytes);
         }
     }
 
     /// Counts the bytes of a kernel flow.
     pub(crate) fn carried(&self, sent: u64, received: u64) {
-        let [sent_by, received_by] = &self.bytes[Way::Kernel as usize];
+        let [sent_by, received_by] = &self.bytes[DataPath::Kernel as usize];
         sent_by.inc_by(sent);
         received_by.inc_by(received);
     }
@@ -318,7 +321,7 @@ fn counted(registry: &mut Registry) -> (Decisions, Vec<Counter>, [[Counter; 2]; 
         "Bytes moved, from the client's side",
         bytes.clone(),
     );
-    let by_way = [Way::Spliced, Way::Kernel].map(|way| {
+    let by_way = [DataPath::Spliced, DataPath::Kernel].map(|way| {
         ["sent", "received"].map(|direction| {
             bytes.get_or_create_owned(&BytesLabels {
                 direction,

@@ -166,14 +166,14 @@ pub(super) mod tests {
     use policy::{Decided, DecidedSide, Protocol};
 
     use super::*;
-    use crate::telemetry::decision::Way;
+    use crate::telemetry::decision::DataPath;
 
     pub(crate) fn denied(port: u16) -> (Subject, Arc<Decision>) {
         let subject = Subject {
             client: SocketAddr::from(([10, 0, 0, 1], 4711)),
             server: SocketAddr::from(([10, 0, 0, 2], port)),
             protocol: Protocol::Tcp,
-            way: Way::Spliced,
+            way: DataPath::Spliced,
             sent: 0,
             received: 0,
             opened: SystemTime::now(),

@@ -16,7 +16,7 @@ use std::time::SystemTime;
 
 use policy::Protocol;
 
-use crate::telemetry::decision::{Decision, Way};
+use crate::telemetry::decision::{DataPath, Decision};
 use crate::telemetry::timeline::Seen;
 
 pub(crate) use fields::{Field, shown, timestamp};
@@ -30,7 +30,7 @@ pub(crate) struct Subject {
     pub(crate) client: SocketAddr,
     pub(crate) server: SocketAddr,
     pub(crate) protocol: Protocol,
-    pub(crate) way: Way,
+    pub(crate) way: DataPath,
     /// Payload bytes from the client.
     pub(crate) sent: u64,
     /// Payload bytes to the client.
@@ -54,7 +54,7 @@ pub(crate) enum Outcome {
     /// The daemon reset it because of its unread bytes.
     Unread,
     /// It continues as a kernel flow; this is its first packet.
-    Carried,
+    KernelFlows,
     /// The connection to the server failed; the client got the same answer.
     Unanswered(String),
 }
@@ -95,7 +95,7 @@ impl Record {
             Fate::Allowed(outcome) => (reason(), outcome),
         };
         match outcome {
-            Outcome::Closed | Outcome::Carried => reason,
+            Outcome::Closed | Outcome::KernelFlows => reason,
             Outcome::Broken(kind) => format!("{reason} Broken off: {kind}."),
             Outcome::Unread => {
                 format!("{reason} Reset: its source has more unread bytes than its share.")

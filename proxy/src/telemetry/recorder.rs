@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use policy::{Endpoint, Protocol};
 
-use crate::telemetry::decision::{Decision, Severance, VerdictKind, Way};
+use crate::telemetry::decision::{DataPath, Decision, Severance, VerdictKind};
 use crate::telemetry::recent::Observed;
 use crate::telemetry::record::{Fate, Outcome, Record, Sink, Subject, Windows};
 use crate::telemetry::spans::{SpanCounts, Spans};
@@ -198,7 +198,7 @@ impl Attempt {
     fn of(subject: &Subject, decision: &Decision) -> Self {
         let uid = |pod: &Option<Arc<Endpoint>>| pod.as_ref().map(|it| Arc::clone(&it.identity.uid));
         let mut client = subject.client;
-        if subject.way == Way::Spliced {
+        if subject.way == DataPath::Spliced {
             client.set_port(0);
         }
         Self {
@@ -221,7 +221,7 @@ mod tests {
             client: SocketAddr::from(([10, 0, 0, 1], port)),
             server: SocketAddr::from(([10, 0, 0, 2], 80)),
             protocol: Protocol::Tcp,
-            way: Way::Spliced,
+            way: DataPath::Spliced,
             sent: 0,
             received: 0,
             opened: SystemTime::now(),
@@ -233,7 +233,7 @@ mod tests {
     fn datagram(port: u16) -> Subject {
         Subject {
             protocol: Protocol::Udp,
-            way: Way::Kernel,
+            way: DataPath::Kernel,
             ..syn(port, 0)
         }
     }

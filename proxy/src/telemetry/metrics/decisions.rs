@@ -3,11 +3,11 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 
-use crate::telemetry::decision::{DecidedBy, Decision, Reason, VerdictKind, Way};
+use crate::telemetry::decision::{DataPath, DecidedBy, Decision, Reason, VerdictKind};
 
 const KINDS: [VerdictKind; 3] = [VerdictKind::Allow, VerdictKind::Deny, VerdictKind::Sever];
 const DECIDED_BY: [DecidedBy; 3] = [DecidedBy::Egress, DecidedBy::Ingress, DecidedBy::Both];
-const WAYS: [Way; 2] = [Way::Spliced, Way::Kernel];
+const WAYS: [DataPath; 2] = [DataPath::Spliced, DataPath::Kernel];
 const REASONS: [Reason; 6] = [
     Reason::NoPolicy,
     Reason::Rule,
@@ -54,7 +54,7 @@ impl Decisions {
         (Self(counters), family)
     }
 
-    pub(super) fn count(&self, kind: VerdictKind, decision: &Decision, way: Way) {
+    pub(super) fn count(&self, kind: VerdictKind, decision: &Decision, way: DataPath) {
         let place = place(kind, decision.decided_by(), way, decision.reason_label());
         if let Some(counter) = self.0.get(place) {
             counter.inc();
@@ -72,7 +72,7 @@ fn can_be(kind: VerdictKind, decided_by: DecidedBy, reason: Reason) -> bool {
     }
 }
 
-fn place(kind: VerdictKind, decided_by: DecidedBy, way: Way, reason: Reason) -> usize {
+fn place(kind: VerdictKind, decided_by: DecidedBy, way: DataPath, reason: Reason) -> usize {
     let upper =
         (kind as usize * DECIDED_BY.len() + decided_by as usize) * WAYS.len() + way as usize;
     upper * REASONS.len() + reason as usize

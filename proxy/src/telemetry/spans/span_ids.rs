@@ -13,7 +13,7 @@ use opentelemetry::trace::{SpanId, TraceId};
 use policy::{Endpoint, Protocol};
 use siphasher::sip128::{Hasher128, SipHasher13};
 
-use crate::telemetry::decision::Way;
+use crate::telemetry::decision::DataPath;
 use crate::telemetry::record::{Fate, Record, Subject};
 use kernel::names::REMOTE_PORTS;
 
@@ -133,8 +133,8 @@ impl Place {
         let lives_here = |pod: &Endpoint| *pod.identity.node_name == *node;
         let (from, to) = (decision.from.as_deref(), decision.to.as_deref());
         let leaves = match subject.way {
-            Way::Spliced => subject.seen.is_some_and(|seen| seen.onward.is_some()),
-            Way::Kernel => {
+            DataPath::Spliced => subject.seen.is_some_and(|seen| seen.onward.is_some()),
+            DataPath::Kernel => {
                 from.is_some_and(lives_here)
                     && !to.is_some_and(lives_here)
                     && !matches!(fate, Fate::Denied)
@@ -143,7 +143,7 @@ impl Place {
         let comes = !leaves
             && from.is_some_and(|pod| !lives_here(pod))
             && decision.verdict.egress.isolated
-            && (subject.way == Way::Kernel || REMOTE_PORTS.contains(&subject.client.port()));
+            && (subject.way == DataPath::Kernel || REMOTE_PORTS.contains(&subject.client.port()));
         Self {
             trace: wire.trace_id(),
             span: leaves.then(|| wire.first_span_id()),

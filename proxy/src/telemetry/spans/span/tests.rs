@@ -2,7 +2,7 @@
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use super::*;
-use crate::telemetry::decision::Way;
+use crate::telemetry::decision::DataPath;
 use crate::telemetry::record::testing::{CLIENT, SERVER, decision};
 use crate::telemetry::record::{Outcome, Subject};
 use crate::telemetry::timeline::Trail;
@@ -14,7 +14,7 @@ fn spanned(fate: Fate, trail: Option<&Trail>, count: u64) -> SpanData {
             client: (CLIENT, 40_000).into(),
             server: (SERVER, 80).into(),
             protocol: Protocol::Tcp,
-            way: Way::Spliced,
+            way: DataPath::Spliced,
             sent: 3,
             received: 5,
             opened,
@@ -116,7 +116,7 @@ fn span_has_every_key_of_trace_file() {
             client: (CLIENT, 1).into(),
             server: (SERVER, 2).into(),
             protocol: Protocol::Tcp,
-            way: Way::Spliced,
+            way: DataPath::Spliced,
             sent: 0,
             received: 0,
             opened: UNIX_EPOCH,

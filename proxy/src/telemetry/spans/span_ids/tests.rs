@@ -8,11 +8,11 @@ use crate::telemetry::record::testing::{CLIENT, SERVER, decision};
 use crate::telemetry::record::{Outcome, Record, Subject};
 use crate::telemetry::timeline::{Seen, Trail};
 
-fn subject(port: u16, seen: Option<Seen>, way: Way) -> Subject {
+fn subject(port: u16, seen: Option<Seen>, way: DataPath) -> Subject {
     Subject {
         client: (CLIENT, port).into(),
         server: (SERVER, 80).into(),
-        protocol: if way == Way::Spliced {
+        protocol: if way == DataPath::Spliced {
             Protocol::Tcp
         } else {
             Protocol::Udp
@@ -53,10 +53,10 @@ fn second_node_derives_the_trace_and_parent() {
     let first = subject(
         40_000,
         seen(Some(1), Some((16_001, Some(900_000)))),
-        Way::Spliced,
+        DataPath::Spliced,
     );
     // The stamp in the SYN is a little older than the one read after it.
-    let second = subject(16_001, seen(Some(899_998), None), Way::Spliced);
+    let second = subject(16_001, seen(Some(899_998), None), DataPath::Spliced);
     let first = Place::of(&record(first, "node-1", true, allowed()), "node-1");
     let second = Place::of(&record(second, "node-1", true, allowed()), "node-2");
     assert_eq!(first.trace, second.trace);
@@ -67,7 +67,14 @@ fn second_node_derives_the_trace_and_parent() {
 
 #[test]
 fn kernel_flow_is_one_trace_on_both_nodes() {
-    let flow = |fate| record(subject(40_000, None, Way::Kernel), "node-1", true, fate);
+    let flow = |fate| {
+        record(
+            subject(40_000, None, DataPath::Kernel),
+            "node-1",
+            true,
+            fate,
+        )
+    };
     let first = Place::of(&flow(allowed()), "node-1");
     let second = Place::of(&flow(Fate::Denied), "node-2");
     assert_eq!(first.trace, second.trace);
@@ -78,39 +85,41 @@ fn kernel_flow_is_one_trace_on_both_nodes() {
 #[test]
 fn span_has_parent_only_if_first_node_judged() {
     let claims = |port, home, isolated, way| {
-        let seen = (way == Way::Spliced).then(|| seen(Some(1), None)).flatten();
+        let seen = (way == DataPath::Spliced)
+            .then(|| seen(Some(1), None))
+            .flatten();
         let record = record(subject(port, seen, way), home, isolated, allowed());
         Place::of(&record, "node-2").parent.is_some()
     };
     for (expected, claimed, why) in [
         (
             true,
-            claims(16_001, "node-1", true, Way::Spliced),
+            claims(16_001, "node-1", true, DataPath::Spliced),
             "its proxy sent it on",
         ),
         (
             false,
-            claims(40_000, "node-1", true, Way::Spliced),
+            claims(40_000, "node-1", true, DataPath::Spliced),
             "no port of a proxy: no daemon there",
         ),
         (
             false,
-            claims(16_001, "node-1", false, Way::Spliced),
+            claims(16_001, "node-1", false, DataPath::Spliced),
             "a released pod, that chose the port itself",
         ),
         (
             false,
-            claims(16_001, "node-2", true, Way::Spliced),
+            claims(16_001, "node-2", true, DataPath::Spliced),
             "a pod of this very node",
         ),
         (
             true,
-            claims(40_000, "node-1", true, Way::Kernel),
+            claims(40_000, "node-1", true, DataPath::Kernel),
             "the other node let the first packet pass",
         ),
         (
             false,
-            claims(40_000, "node-1", false, Way::Kernel),
+            claims(40_000, "node-1", false, DataPath::Kernel),
             "no policy asked there",
         ),
     ] {
@@ -121,7 +130,7 @@ fn span_has_parent_only_if_first_node_judged() {
 #[test]
 fn a_port_used_again_later_is_another_trace() {
     let trace = |stamp| {
-        let subject = subject(16_001, seen(Some(stamp), None), Way::Spliced);
+        let subject = subject(16_001, seen(Some(stamp), None), DataPath::Spliced);
         Wire::of(&subject).trace_id()
     };
     assert_eq!(trace(0), trace((1 << STAMP_BITS) - 1), "within one window");
@@ -130,7 +139,7 @@ fn a_port_used_again_later_is_another_trace() {
 
 #[test]
 fn trace_ids_are_stable_across_versions_and_machines() {
-    let subject = subject(16_001, seen(Some(1 << 20), None), Way::Spliced);
+    let subject = subject(16_001, seen(Some(1 << 20), None), DataPath::Spliced);
     let wire = Wire::of(&subject);
     assert_eq!(
         wire.trace_id().to_string(),
@@ -141,7 +150,8 @@ fn trace_ids_are_stable_across_versions_and_machines() {
 
 #[test]
 fn sampling_takes_the_same_traces_everywhere() {
-    let traces = || (1..=10_000).map(|port| Wire::of(&subject(port, None, Way::Kernel)).trace_id());
+    let traces =
+        || (1..=10_000).map(|port| Wire::of(&subject(port, None, DataPath::Kernel)).trace_id());
     let taken = |share| {
         traces()
             .filter(|trace| Sampler::new(share).takes(*trace))

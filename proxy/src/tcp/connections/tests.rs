@@ -248,7 +248,7 @@ async fn an_admitted_connection_ends_by_a_reset() {
                 assert_eq!(
                     connections.expire(connection.started + ACCEPT_WITHIN * 2),
                     1
-                )
+                );
             },
             "expires",
         ),

@@ -101,7 +101,7 @@ impl Resource {
 }
 
 /// Bounds far above any hand-written set of policies, with which one namespace takes some tens of
-/// MiB at most; see docs/operations.md, "How much one namespace may ask for".
+/// MiB at most; see docs/limits.md, "How much one namespace may ask for".
 impl Default for Budget {
     fn default() -> Self {
         Self([

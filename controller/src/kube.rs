@@ -6,6 +6,7 @@
 mod backoff;
 mod connect;
 mod error;
+mod events;
 mod foreign;
 mod list;
 mod load;
@@ -13,7 +14,6 @@ mod snapshot;
 mod state;
 mod status;
 mod taint;
-mod told;
 mod turns;
 mod watch;
 
@@ -28,9 +28,9 @@ use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
 use self::connect::Connector;
+use self::events::EventReporter;
 use self::snapshot::{Snapshot, Unusable};
 use self::state::{Kept, State};
-use self::told::Teller;
 use self::watch::{News, Patience, Watch};
 use crate::objects::Kind;
 use crate::{Batch, Problem};
@@ -71,7 +71,7 @@ pub struct KubeSource {
     news: mpsc::Receiver<(Kind, News)>,
     state: State,
     status: Arc<WatchStatus>,
-    teller: Teller,
+    reporter: EventReporter,
     keeper: Keeper,
     /// When the state on disk is used instead; `None` once it was looked at.
     fall_back: Option<Instant>,
@@ -117,12 +117,12 @@ impl KubeSource {
         }
         let state = State::new(&snapshot.node);
         tasks.spawn(foreign::watch(connector.clone()));
-        let (teller, telling) = Teller::new(&snapshot.node, connector);
+        let (reporter, telling) = EventReporter::new(&snapshot.node, connector);
         tasks.spawn(telling);
         Ok(Self {
             news,
             state,
-            teller,
+            reporter,
             keeper: Keeper::new(snapshot, Arc::clone(&status)),
             status,
             fall_back: Some(Instant::now() + FIRST_WITHIN),
@@ -173,7 +173,7 @@ impl KubeSource {
     pub fn tell(&mut self, problems: &[Problem]) {
         // Problems that are known from disk only may be fixed already.
         if self.state.is_complete() {
-            self.teller.tell(problems, |key| self.state.written(key));
+            self.reporter.tell(problems, |key| self.state.written(key));
         }
     }
 

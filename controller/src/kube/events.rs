@@ -26,26 +26,26 @@ const NOTE_BYTES: usize = 1024;
 
 /// Hands Events to a task that sends them one by one.
 #[derive(Debug)]
-pub(super) struct Teller {
+pub(super) struct EventReporter {
     events: mpsc::Sender<Value>,
     /// Names of those that were handed over, by the policy that they are about.
     told: BTreeMap<PolicyKey, BTreeSet<String>>,
     node: String,
 }
 
-impl Teller {
-    /// A teller for `node`, and the task's work.
+impl EventReporter {
+    /// A reporter for `node`, and the task's work.
     pub(super) fn new(
         node: &str,
         connector: Connector,
     ) -> (Self, impl Future<Output = ()> + use<>) {
         let (events, waiting) = mpsc::channel(WAITING);
-        let teller = Self {
+        let reporter = Self {
             events,
             told: BTreeMap::new(),
             node: node.to_owned(),
         };
-        (teller, send(waiting, connector))
+        (reporter, send(waiting, connector))
     }
 
     /// Reports the problems of policies that the API server has; `written` finds them.
@@ -226,7 +226,7 @@ mod tests {
 
     #[test]
     fn fault_is_sent_once_per_policy_version() {
-        let (mut teller, _task) = Teller::new("n1", Connector::default());
+        let (mut reporter, _task) = EventReporter::new("n1", Connector::default());
         let faults = [
             Problem::error("bad", "mend")
                 .of("NetworkPolicy x/deny")
@@ -236,12 +236,12 @@ mod tests {
         ];
         let (old, new) = (written("1"), written("2"));
         let known = |written| move |asked: &PolicyKey| (*asked == key()).then_some(written);
-        let before = teller.events.capacity();
-        teller.tell(&faults, known(&old));
-        teller.tell(&faults, known(&old));
-        assert_eq!(teller.events.capacity(), before - 1);
-        teller.tell(&faults, known(&new));
-        assert_eq!(teller.events.capacity(), before - 2);
+        let before = reporter.events.capacity();
+        reporter.tell(&faults, known(&old));
+        reporter.tell(&faults, known(&old));
+        assert_eq!(reporter.events.capacity(), before - 1);
+        reporter.tell(&faults, known(&new));
+        assert_eq!(reporter.events.capacity(), before - 2);
     }
 
     #[test]

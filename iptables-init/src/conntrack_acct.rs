@@ -7,7 +7,7 @@ use kernel::names::TABLE;
 use kernel::sets::{self, SetsError};
 use kernel::sysctl;
 
-use crate::table::Loaded;
+use crate::nft_table::Loaded;
 
 /// Under /proc/sys/net.
 pub(crate) const SYSCTL: &str = "netfilter/nf_conntrack_acct";

@@ -11,7 +11,7 @@ use kernel::names::TABLE;
 use kernel::netlink::{attributes, chunk, find};
 use kernel::nf_tables::{BRIDGE, INET, dump, generation};
 
-use crate::table::STAMP_CHAIN;
+use crate::nft_table::STAMP_CHAIN;
 
 const NFT_MSG_GETTABLE: u16 = 1;
 const NFT_MSG_GETCHAIN: u16 = 4;

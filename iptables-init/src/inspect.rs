@@ -12,13 +12,13 @@ use kernel::names::{BRIDGE, MODULE_PACKAGES, TABLE};
 
 use crate::contents::Contents;
 use crate::lookup;
+use crate::nft_table::{Loaded, Stamp};
 use crate::probe::{FEATURES, Feature, ProbeError, probe_kernel};
 use crate::queue_target;
 use crate::redirect::{self, RedirectError};
 use crate::routes::{self, Family, State};
 use crate::ruleset::{Kernel, QUEUE_CHAIN, Ruleset};
 use crate::settings::Settings;
-use crate::table::{Loaded, Stamp};
 
 pub use sysctls::without_timestamps;
 pub(crate) use sysctls::{breaking_sysctls, interfaces, validates_by_mark};

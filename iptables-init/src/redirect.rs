@@ -10,15 +10,15 @@ use kernel::command::{self, CommandError, Program};
 use kernel::names::{BRIDGE, TABLE};
 use kernel::sets::SetsError;
 
-use crate::accounting;
+use crate::conntrack_acct;
 use crate::contents::Contents;
+pub use crate::nft_table::UnknownElement;
+use crate::nft_table::{self, Loaded, Stamp};
 use crate::probe::{ProbeError, probe_kernel};
 use crate::queue_target::{self, QueueTarget};
 use crate::routes::{self, Family};
 use crate::ruleset::{Kernel, QUEUE_CHAIN, QueueRule, Ruleset};
 use crate::settings::Settings;
-pub use crate::table::UnknownElement;
-use crate::table::{self, Loaded, Stamp};
 
 /// Why the redirect could not be installed or uninstalled.
 #[derive(Debug, thiserror::Error)]
@@ -86,10 +86,10 @@ pub fn install(settings: &Settings) -> Result<Outcome, RedirectError> {
         return Err(BridgeError::NoFamily.into());
     }
     let ruleset = Ruleset::new(settings, kernel);
-    let counting = accounting::is_on();
+    let counting = conntrack_acct::is_on();
     let mut changed = install_routes(settings)?;
     changed |= load_table(&ruleset)?;
-    changed |= accounting::switch_on(counting)?;
+    changed |= conntrack_acct::switch_on(counting)?;
     if !settings.bridge.is_empty() {
         changed |= bridges::switch_off()?;
     }
@@ -109,7 +109,7 @@ pub fn uninstall() -> Result<Outcome, RedirectError> {
     let loaded = Loaded::read()?;
     if loaded.is_some() {
         // A running daemon must not repair what is uninstalled now. Without the chain there is no place for the mark.
-        let _ = command::run(Program::Nft, &["-f", "-"], &table::leaving_script());
+        let _ = command::run(Program::Nft, &["-f", "-"], &nft_table::leaving_script());
     }
     for family in Family::ALL {
         changed |= routes::uninstall(family)?;
@@ -120,7 +120,7 @@ pub fn uninstall() -> Result<Outcome, RedirectError> {
             loaded.strings(BRIDGE, bridges::SWITCHED_OFF),
             loaded.strings(BRIDGE, bridges::KEPT_FROM_LEARNING),
         )?;
-        accounting::switch_off_again(&loaded);
+        conntrack_acct::switch_off_again(&loaded);
         command::run(Program::Nft, &["-f", "-"], &loaded.delete_script())?;
         changed = true;
     }
@@ -152,7 +152,7 @@ pub fn script(settings: &Settings, kernel: Kernel, families: Families) -> String
     let _ = writeln!(
         script,
         "nft -f - <<'END'\n{}END",
-        table::create_script(&ruleset)
+        nft_table::create_script(&ruleset)
     );
     if let Some(target) = queue_target(&ruleset) {
         let _ = writeln!(
@@ -160,7 +160,7 @@ pub fn script(settings: &Settings, kernel: Kernel, families: Families) -> String
             "# Then, by netlink since nft cannot write it, into chain {QUEUE_CHAIN}:\n# {target}"
         );
     }
-    script += &accounting::switch_on_script();
+    script += &conntrack_acct::switch_on_script();
     if !settings.bridge.is_empty() {
         script += &bridges::switch_off_script();
     }
@@ -232,17 +232,17 @@ fn of_routes(error: CommandError) -> RedirectError {
 /// # Errors
 /// [`CommandError::Refused`] with what nft said.
 pub(crate) fn dry_run(ruleset: &Ruleset) -> Result<(), CommandError> {
-    let script = table::create_script(ruleset);
-    let counting = accounting::is_on();
+    let script = nft_table::create_script(ruleset);
+    let counting = conntrack_acct::is_on();
     let tried = command::run(Program::Nft, &["-c", "-f", "-"], &script).map(drop);
-    accounting::leave_as(counting);
+    conntrack_acct::leave_as(counting);
     tried
 }
 
 /// Loads the tables if they differ from `ruleset`, and then stores the digest of what the kernel has.
 fn load_table(ruleset: &Ruleset) -> Result<bool, RedirectError> {
     let script = match Loaded::read()? {
-        None => table::create_script(ruleset),
+        None => nft_table::create_script(ruleset),
         Some(loaded) => {
             let now = Contents::read()
                 .map_err(RedirectError::Contents)?
@@ -254,7 +254,7 @@ fn load_table(ruleset: &Ruleset) -> Result<bool, RedirectError> {
             {
                 return Ok(false);
             }
-            table::replace_script(&loaded, ruleset, now)?
+            nft_table::replace_script(&loaded, ruleset, now)?
         }
     };
     command::run(Program::Nft, &["-f", "-"], &script)?;
@@ -267,7 +267,7 @@ fn load_table(ruleset: &Ruleset) -> Result<bool, RedirectError> {
         .map_err(RedirectError::Contents)?
         .1
         .digest();
-    let note = table::note_script(ruleset, now);
+    let note = nft_table::note_script(ruleset, now);
     command::run(Program::Nft, &["-f", "-"], &note)?;
     Ok(true)
 }

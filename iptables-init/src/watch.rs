@@ -10,15 +10,15 @@ use kernel::elements;
 use kernel::names::TABLE;
 use kernel::nf_tables;
 
-use crate::accounting;
+use crate::conntrack_acct;
 use crate::contents::Contents;
 use crate::inspect::{Finding, breaking_sysctls, interfaces, validates_by_mark};
 use crate::lookup;
+use crate::nft_table::{Loaded, Stamp};
 use crate::redirect::{self, RedirectError};
 use crate::routes::{self, Family, State};
 use crate::ruleset::{Kernel, Ruleset};
 use crate::settings::Settings;
-use crate::table::{Loaded, Stamp};
 
 const NET: &str = "/proc/sys/net";
 /// Links whose sysctls are read at one look, unless there are more than [`LOOKS`] times as many.
@@ -147,7 +147,7 @@ impl Watch {
             checked: false,
             generation: None,
             unfinished: false,
-            counts: accounting::is_on(),
+            counts: conntrack_acct::is_on(),
             links: Vec::new(),
             at_a_look: LINKS,
             broken: Vec::new(),
@@ -168,9 +168,9 @@ impl Watch {
             found.damages.iter_mut().for_each(|it| it.ours = false);
         }
         self.sysctls(&mut found);
-        if self.counts && !accounting::is_on() {
-            accounting::switch_on_again()?;
-            self.counts = accounting::is_on();
+        if self.counts && !conntrack_acct::is_on() {
+            conntrack_acct::switch_on_again()?;
+            self.counts = conntrack_acct::is_on();
             found.counts_again = self.counts;
         }
         Ok(found)

@@ -1,8 +1,8 @@
 //! `portreeve run`: builds the parts, runs them, and takes them down.
-mod ending;
 mod follow;
 mod reclaim;
 mod settings;
+mod shutdown;
 mod source;
 mod workers;
 
@@ -39,9 +39,9 @@ use crate::telemetry::metrics::Metrics;
 use crate::telemetry::recorder::Recorder;
 use crate::telemetry::spans::{Spans, TelemetryError};
 
-use ending::{Ended, Running, StopSignals, Thread};
 use follow::{Follower, first_state};
 pub(crate) use settings::{LogFormat, RunArgs};
+use shutdown::{Ended, Running, StopSignals, Thread};
 use source::Source;
 use workers::start_workers;
 

@@ -13,8 +13,8 @@ use crate::handover::{Outgoing, State};
 use crate::worker::Worker;
 use crate::worker::accept;
 
-use super::ending::Thread;
 use super::settings::RunArgs;
+use super::shutdown::Thread;
 
 /// Binds every queue before the first listener: a SYN that finds a listener must find its queue. Goes on with the
 /// connections of `state`, none of which moves a byte before everything is in place. The state is another daemon's,

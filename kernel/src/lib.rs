@@ -2,6 +2,7 @@
 //! packet marks mean. Knows no policies.
 pub mod bridge_addresses;
 pub mod bridges;
+pub mod checksum;
 pub mod command;
 pub mod conntrack;
 pub mod counters;

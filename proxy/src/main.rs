@@ -1,6 +1,5 @@
 //! `portreeve`: the per-node daemon and its command line.
 mod admin;
-mod checksum;
 mod cli;
 mod demo;
 mod enforcer;

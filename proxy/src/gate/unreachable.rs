@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use kernel::marks::Answer;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::checksum;
+use kernel::checksum;
 
 const DESTINATION_UNREACHABLE: u8 = 3;
 

@@ -9,7 +9,7 @@ use kernel::marks::Marks;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::Connection;
-use crate::checksum;
+use kernel::checksum;
 
 /// IANA protocol number of TCP.
 const TCP: u8 = 6;

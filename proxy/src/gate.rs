@@ -29,7 +29,7 @@ use crate::telemetry::decision::Decision;
 use crate::telemetry::metrics::DropReason;
 use crate::telemetry::occasional::warn_occasionally;
 use crate::telemetry::record::Outcome;
-use crate::telemetry::timeline::{Moment, Trail};
+use crate::telemetry::timeline::{Milestone, Timeline};
 
 use packet::{Packet, Reset, Syn};
 
@@ -161,7 +161,7 @@ impl Gate {
             Ok(Arrival::New(flow)) => {
                 if enforcer.recorder.follows() {
                     flow.trail
-                        .get_or_init(|| Trail::new(flow.started, syn.stamp));
+                        .get_or_init(|| Timeline::new(flow.started, syn.stamp));
                 }
                 match self.judge(&flow) {
                     Judged::Denied => self.deny(id, &flow),
@@ -317,7 +317,7 @@ impl Gate {
         match connected {
             Some(Ok(upstream)) => {
                 if let Some(trail) = flow.trail.get() {
-                    trail.note(Moment::Connected);
+                    trail.note(Milestone::Connected);
                 }
                 // First the table, then the kernel: the client may complete its handshake at once.
                 if enforcer.flows.admit(&flow, upstream, self.worker) {

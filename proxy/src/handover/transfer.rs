@@ -15,7 +15,7 @@ use crate::tcp::relay::{InFlight, Left};
 use crate::telemetry::decision::{DataPath, Decision};
 use crate::telemetry::moved::Moved;
 use crate::telemetry::record::Outcome;
-use crate::telemetry::timeline::Trail;
+use crate::telemetry::timeline::Timeline;
 
 use super::{ConnectionState, HandoverConnection, Outgoing, Pod};
 
@@ -179,7 +179,7 @@ fn adopted(told: ConnectionState) -> Adopted {
         opened: told.opened,
         started,
         moved: Moved::resumed(told.moved),
-        trail: told.seen.map(|seen| Trail::resumed(started, seen)),
+        trail: told.seen.map(|seen| Timeline::resumed(started, seen)),
     }
 }
 

@@ -16,7 +16,7 @@ use kernel::sys;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
-use crate::telemetry::timeline::Trail;
+use crate::telemetry::timeline::Timeline;
 
 /// Ports that are tried for one connection before it fails.
 const PORTS_TRIED: usize = 256;
@@ -88,7 +88,7 @@ pub(crate) async fn connect(
     server: SocketAddr,
     leg: Leg,
     marks: Marks,
-    trail: Option<&Trail>,
+    trail: Option<&Timeline>,
 ) -> Result<TcpStream, ConnectError> {
     let refused = |operation| {
         move |source: io::Error| ConnectError::Refused {

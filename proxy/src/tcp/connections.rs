@@ -28,7 +28,7 @@ use crate::tcp::unread::Holding;
 use crate::telemetry::decision::{DataPath, Decision, Severance};
 use crate::telemetry::moved::Moved;
 use crate::telemetry::record::Subject;
-use crate::telemetry::timeline::Trail;
+use crate::telemetry::timeline::Timeline;
 
 pub(crate) use adopted::Adopted;
 pub(crate) use by_address::{ByAddress, Ends};
@@ -60,7 +60,7 @@ pub(crate) struct Connection {
     pub(crate) moved: Moved,
     pub(crate) holding: Holding,
     /// Kept if the connection is followed for a span.
-    pub(crate) trail: OnceLock<Trail>,
+    pub(crate) trail: OnceLock<Timeline>,
     decision: Mutex<Option<Arc<Decision>>>,
     /// The later change that ended the connection, if one did.
     severance: Mutex<Option<Severance>>,
@@ -324,7 +324,7 @@ impl Connection {
             received: self.moved.received.load(Ordering::Relaxed),
             opened: self.opened,
             attempt: self.sequence,
-            seen: self.trail.get().map(Trail::seen),
+            seen: self.trail.get().map(Timeline::seen),
         }
     }
 

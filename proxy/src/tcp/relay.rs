@@ -21,7 +21,7 @@ use tokio::io::{Interest, Ready};
 use tokio::net::TcpStream;
 
 use crate::telemetry::moved::Moved;
-use crate::telemetry::timeline::{Moment, Trail};
+use crate::telemetry::timeline::{Milestone, Timeline};
 
 use in_flight::Passing;
 pub(crate) use in_flight::{InFlight, Left};
@@ -78,7 +78,7 @@ pub(crate) async fn relay(
     client: &TcpStream,
     server: &TcpStream,
     moved: &Moved,
-    trail: Option<&Trail>,
+    trail: Option<&Timeline>,
     in_flight: &InFlight,
     pressure: &dyn Pressure,
 ) -> io::Result<()> {
@@ -90,8 +90,8 @@ pub(crate) async fn relay(
             moved: &moved.sent,
             passing: &in_flight.up,
             trail,
-            first: Moment::Sent,
-            last: Moment::ClientEnded,
+            first: Milestone::Sent,
+            last: Milestone::ClientEnded,
             direction: 0,
             pressure,
         },
@@ -105,8 +105,8 @@ pub(crate) async fn relay(
             moved: &moved.received,
             passing: &in_flight.down,
             trail,
-            first: Moment::Received,
-            last: Moment::ServerEnded,
+            first: Milestone::Received,
+            last: Milestone::ServerEnded,
             direction: 1,
             pressure,
         },
@@ -134,11 +134,11 @@ pub(crate) async fn relay(
 struct Side<'a> {
     moved: &'a AtomicU64,
     passing: &'a Passing,
-    trail: Option<&'a Trail>,
+    trail: Option<&'a Timeline>,
     /// Its first byte.
-    first: Moment,
+    first: Milestone,
     /// Its end before the other's.
-    last: Moment,
+    last: Milestone,
     direction: usize,
     pressure: &'a dyn Pressure,
 }
@@ -168,7 +168,7 @@ impl<'a> Side<'a> {
         }
     }
 
-    fn note(&self, moment: Moment) {
+    fn note(&self, moment: Milestone) {
         if let Some(trail) = self.trail {
             trail.note(moment);
         }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 /// Something that happens once in a connection's life, after its first packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Moment {
+pub(crate) enum Milestone {
     /// The server has answered our SYN.
     Connected,
     /// The first byte from the client has arrived.
@@ -22,7 +22,7 @@ pub(crate) enum Moment {
     ServerEnded,
 }
 
-impl Moment {
+impl Milestone {
     pub(crate) const ALL: [Self; 5] = [
         Self::Connected,
         Self::Sent,
@@ -41,25 +41,25 @@ pub(crate) struct Onward {
 
 /// The notes on one connection.
 #[derive(Debug)]
-pub(crate) struct Trail {
+pub(crate) struct Timeline {
     started: Instant,
     /// Timestamp of the client's SYN (RFC 7323, TSval), if it has one.
     stamp: Option<u32>,
     onward: OnceLock<Onward>,
     /// Nanoseconds since `started`, and one; 0 as long as it has not happened.
-    moments: [AtomicU64; Moment::ALL.len()],
+    moments: [AtomicU64; Milestone::ALL.len()],
 }
 
-/// What a [`Trail`] says at one time.
+/// What a [`Timeline`] says at one time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Seen {
     pub(crate) stamp: Option<u32>,
     pub(crate) onward: Option<Onward>,
-    /// In the order of [`Moment::ALL`], since the first packet.
-    pub(crate) moments: [Option<Duration>; Moment::ALL.len()],
+    /// In the order of [`Milestone::ALL`], since the first packet.
+    pub(crate) moments: [Option<Duration>; Milestone::ALL.len()],
 }
 
-impl Trail {
+impl Timeline {
     /// Begins with the first packet.
     pub(crate) fn new(started: Instant, stamp: Option<u32>) -> Self {
         Self {
@@ -85,7 +85,7 @@ impl Trail {
     }
 
     /// Notes that it happens now, unless it has happened before.
-    pub(crate) fn note(&self, moment: Moment) {
+    pub(crate) fn note(&self, moment: Milestone) {
         let place = &self.moments[moment as usize];
         if place.load(Ordering::Relaxed) == 0 {
             place.store(nanos(self.started.elapsed()) + 1, Ordering::Relaxed);
@@ -122,31 +122,31 @@ mod tests {
 
     #[test]
     fn first_time_of_each_moment_is_kept() {
-        let trail = Trail::new(Instant::now(), None);
+        let trail = Timeline::new(Instant::now(), None);
         assert!(trail.seen().moments.iter().all(Option::is_none));
-        trail.note(Moment::Sent);
-        let first = trail.seen().moments[Moment::Sent as usize];
-        trail.note(Moment::Sent);
+        trail.note(Milestone::Sent);
+        let first = trail.seen().moments[Milestone::Sent as usize];
+        trail.note(Milestone::Sent);
         assert!(first.is_some());
-        assert_eq!(trail.seen().moments[Moment::Sent as usize], first);
-        assert_eq!(trail.seen().moments[Moment::Received as usize], None);
+        assert_eq!(trail.seen().moments[Milestone::Sent as usize], first);
+        assert_eq!(trail.seen().moments[Milestone::Received as usize], None);
     }
 
     #[test]
     fn trail_keeps_moments_of_the_old_daemon() {
         let started = Instant::now();
-        let first = Trail::new(started, Some(7));
+        let first = Timeline::new(started, Some(7));
         first.goes_on(16_000, Some(8));
-        first.note(Moment::Sent);
+        first.note(Milestone::Sent);
         let seen = first.seen();
-        let second = Trail::resumed(started, seen);
+        let second = Timeline::resumed(started, seen);
         assert_eq!(second.seen(), seen);
-        second.note(Moment::Sent);
-        second.note(Moment::Received);
+        second.note(Milestone::Sent);
+        second.note(Milestone::Received);
         assert_eq!(
-            second.seen().moments[Moment::Sent as usize],
-            seen.moments[Moment::Sent as usize]
+            second.seen().moments[Milestone::Sent as usize],
+            seen.moments[Milestone::Sent as usize]
         );
-        assert!(second.seen().moments[Moment::Received as usize].is_some());
+        assert!(second.seen().moments[Milestone::Received as usize].is_some());
     }
 }

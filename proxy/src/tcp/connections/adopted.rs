@@ -6,7 +6,7 @@ use std::time::{Instant, SystemTime};
 use super::{Connection, ConnectionKey, ConnectionTable, Stage, StageName};
 use crate::limits::Permit;
 use crate::telemetry::moved::Moved;
-use crate::telemetry::timeline::Trail;
+use crate::telemetry::timeline::Timeline;
 
 /// A connection that the old daemon allowed.
 pub(crate) struct Adopted {
@@ -16,7 +16,7 @@ pub(crate) struct Adopted {
     pub(crate) opened: SystemTime,
     pub(crate) started: Instant,
     pub(crate) moved: Moved,
-    pub(crate) trail: Option<Trail>,
+    pub(crate) trail: Option<Timeline>,
 }
 
 impl ConnectionTable {

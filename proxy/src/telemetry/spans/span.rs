@@ -10,7 +10,7 @@ use policy::Protocol;
 use super::aggregate::Folded;
 use super::span_ids::Place;
 use crate::telemetry::record::{Fate, Field, Record};
-use crate::telemetry::timeline::Moment;
+use crate::telemetry::timeline::Milestone;
 
 /// Makes the spans of one node.
 pub(super) struct Spanner {
@@ -129,7 +129,7 @@ fn events(record: &Record) -> SpanEvents {
         .events
         .push(Event::new("held", opened, Vec::new(), 0));
     if let Some(seen) = &record.subject.seen {
-        let mut happened: Vec<_> = Moment::ALL
+        let mut happened: Vec<_> = Milestone::ALL
             .into_iter()
             .zip(seen.moments)
             .filter_map(|(moment, after)| Some((after?, moment)))
@@ -147,13 +147,13 @@ fn events(record: &Record) -> SpanEvents {
 }
 
 /// The name of the event, and its side.
-fn words(moment: Moment) -> (&'static str, Option<&'static str>) {
+fn words(moment: Milestone) -> (&'static str, Option<&'static str>) {
     match moment {
-        Moment::Connected => ("upstream connected", None),
-        Moment::Sent => ("first byte", Some("client")),
-        Moment::Received => ("first byte", Some("server")),
-        Moment::ClientEnded => ("half-closed", Some("client")),
-        Moment::ServerEnded => ("half-closed", Some("server")),
+        Milestone::Connected => ("upstream connected", None),
+        Milestone::Sent => ("first byte", Some("client")),
+        Milestone::Received => ("first byte", Some("server")),
+        Milestone::ClientEnded => ("half-closed", Some("client")),
+        Milestone::ServerEnded => ("half-closed", Some("server")),
     }
 }
 

@@ -5,9 +5,9 @@ use super::*;
 use crate::telemetry::decision::DataPath;
 use crate::telemetry::record::testing::{CLIENT, SERVER, decision};
 use crate::telemetry::record::{Outcome, Subject};
-use crate::telemetry::timeline::Trail;
+use crate::telemetry::timeline::Timeline;
 
-fn spanned(fate: Fate, trail: Option<&Trail>, count: u64) -> SpanData {
+fn spanned(fate: Fate, trail: Option<&Timeline>, count: u64) -> SpanData {
     let opened = UNIX_EPOCH + Duration::from_secs(1000);
     let record = Record {
         subject: Subject {
@@ -19,7 +19,7 @@ fn spanned(fate: Fate, trail: Option<&Trail>, count: u64) -> SpanData {
             received: 5,
             opened,
             attempt: 7,
-            seen: trail.map(Trail::seen),
+            seen: trail.map(Timeline::seen),
         },
         fate,
         decision: decision("node-1", true),
@@ -65,12 +65,12 @@ fn denial_span_has_error_reason_and_count() {
 
 #[test]
 fn allowed_connection_span_has_events_without_error() {
-    let trail = Trail::new(Instant::now(), None);
+    let trail = Timeline::new(Instant::now(), None);
     for moment in [
-        Moment::Connected,
-        Moment::Received,
-        Moment::Sent,
-        Moment::ServerEnded,
+        Milestone::Connected,
+        Milestone::Received,
+        Milestone::Sent,
+        Milestone::ServerEnded,
     ] {
         trail.note(moment);
     }

@@ -6,7 +6,7 @@ use policy::Protocol;
 use super::*;
 use crate::telemetry::record::testing::{CLIENT, SERVER, decision};
 use crate::telemetry::record::{Outcome, Record, Subject};
-use crate::telemetry::timeline::{Seen, Trail};
+use crate::telemetry::timeline::{Seen, Timeline};
 
 fn subject(port: u16, seen: Option<Seen>, way: DataPath) -> Subject {
     Subject {
@@ -28,7 +28,7 @@ fn subject(port: u16, seen: Option<Seen>, way: DataPath) -> Subject {
 
 /// What a relayed connection leaves behind that came with one timestamp and left with another.
 fn seen(came: Option<u32>, left: Option<(u16, Option<u32>)>) -> Option<Seen> {
-    let trail = Trail::new(Instant::now(), came);
+    let trail = Timeline::new(Instant::now(), came);
     if let Some((port, stamp)) = left {
         trail.goes_on(port, stamp);
     }

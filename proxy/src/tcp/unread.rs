@@ -236,10 +236,13 @@ impl Holding {
     }
 
     /// Fixes the receive buffer of a direction at its initial size: the first large read would make it ten times as
-    /// large.
+    /// large. A buffer that is enlarged already, as after a handover, keeps its size: the kernel would drop segments
+    /// that its advertised window has allowed.
     pub(crate) fn keep_small(&self, from: impl AsFd) {
-        self.small.store(true, Ordering::Relaxed);
-        set_receive_buffer(from, SMALL);
+        if sys::socket_memory(&from).is_ok_and(|now| now.receive_buffer <= 2 * SMALL) {
+            self.small.store(true, Ordering::Relaxed);
+            set_receive_buffer(from, SMALL);
+        }
     }
 
     /// Assumes small buffers for a stream of another daemon, which may have fixed them.
@@ -357,6 +360,23 @@ mod tests {
         drop((streams, one));
         unread.forget_gone();
         assert_eq!(unread.accounts.len(), 1);
+    }
+
+    #[test]
+    fn enlarged_receive_buffers_keep_their_size() {
+        let open =
+            || socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        let size = |socket: &socket2::Socket| sys::socket_memory(socket).unwrap().receive_buffer;
+        let (enlarged, small) = (open(), open());
+        setsockopt(&enlarged, sockopt::RcvBuf, &(2 * SMALL)).unwrap();
+        let before = size(&enlarged);
+        assert!(before > 2 * SMALL, "{before}");
+        let stream = Holding::default();
+        stream.keep_small(&enlarged);
+        assert_eq!(size(&enlarged), before);
+        setsockopt(&small, sockopt::RcvBuf, &(SMALL / 4)).unwrap();
+        stream.keep_small(&small);
+        assert_eq!(size(&small), SMALL);
     }
 
     #[test]

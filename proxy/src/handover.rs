@@ -147,7 +147,7 @@ pub(crate) struct WorkerSockets {
 /// A relayed connection.
 #[derive(Debug)]
 pub(crate) struct HandoverConnection {
-    pub(crate) told: ConnectionState,
+    pub(crate) state: ConnectionState,
     pub(crate) server: OwnedFd,
     /// `None`: the listener still completes its handshake.
     pub(crate) client: Option<OwnedFd>,

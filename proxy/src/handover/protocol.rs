@@ -38,7 +38,8 @@ enum Part {
     /// With the socket to the server, the one to the client if there is one, and the pipes. The bytes follow, one
     /// direction after the other.
     Connection {
-        told: Box<ConnectionState>,
+        #[serde(rename = "told")]
+        state: Box<ConnectionState>,
         client: bool,
         in_flight: [Load; 2],
     },
@@ -117,13 +118,13 @@ impl Channel {
 
     fn give_connection(&self, connection: &HandoverConnection) -> Result<(), HandoverError> {
         let HandoverConnection {
-            told,
+            state,
             server,
             client,
             in_flight,
         } = connection;
         let part = encoded(&Part::Connection {
-            told: Box::new(told.clone()),
+            state: Box::new(state.clone()),
             client: client.is_some(),
             in_flight: in_flight.each_ref().map(|left| Load {
                 bytes: left.bytes.len(),
@@ -145,7 +146,7 @@ impl Channel {
     /// Receives everything into `state`, piece by piece. Leaves out a connection if this process has no room for its
     /// descriptors.
     pub(super) fn take(&mut self, state: &mut State) -> Result<(), HandoverError> {
-        let mut told_of = 0;
+        let mut connections_read = 0;
         loop {
             let Heard {
                 message,
@@ -162,22 +163,22 @@ impl Channel {
                     state.seats.insert(queue, seat);
                 }
                 Part::Connection {
-                    told,
+                    state: own,
                     client,
                     in_flight,
                 } => {
-                    told_of += 1;
+                    connections_read += 1;
                     let bytes = [
                         self.bytes(in_flight[0].bytes)?,
                         self.bytes(in_flight[1].bytes)?,
                     ];
                     if whole {
                         let piped = in_flight.map(|load| load.piped);
-                        let connection = connection(*told, client, descriptors, bytes, piped)?;
+                        let connection = connection(*own, client, descriptors, bytes, piped)?;
                         state.connections.push(connection);
                     }
                 }
-                Part::End { connections } if connections == told_of => {
+                Part::End { connections } if connections == connections_read => {
                     let lost = connections - state.connections.len();
                     if lost > 0 {
                         warn!(
@@ -210,7 +211,7 @@ impl Channel {
 
 /// Rebuilds a connection from its parts.
 fn connection(
-    told: ConnectionState,
+    state: ConnectionState,
     client: bool,
     descriptors: Vec<OwnedFd>,
     bytes: [Vec<u8>; 2],
@@ -240,7 +241,7 @@ fn connection(
     ];
     match descriptors.next() {
         None => Ok(HandoverConnection {
-            told,
+            state,
             server,
             client,
             in_flight,

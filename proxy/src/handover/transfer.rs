@@ -94,7 +94,7 @@ fn enter(
         None => [None, None],
     };
     let subject = flow.subject();
-    let told = ConnectionState {
+    let state = ConnectionState {
         client: flow.key.client,
         server: flow.key.server,
         sequence: flow.sequence,
@@ -105,7 +105,7 @@ fn enter(
         seen: subject.seen,
     };
     outgoing.connection(HandoverConnection {
-        told,
+        state,
         server,
         client,
         in_flight,
@@ -126,18 +126,18 @@ fn named(pod: &Endpoint) -> Pod {
 /// that are denied. Call within a tokio runtime. Returns the connections to resume.
 pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<HandoverConnection>) -> Vec<Relayed> {
     let adopted = left.into_iter().filter_map(|connection| {
-        let ends = [connection.told.client, connection.told.server];
+        let ends = [connection.state.client, connection.state.server];
         // A live stream is not reset because shares have changed.
         let [client, server] = ends.map(|end| enforcer.party(end.ip()));
         let permit = enforcer.limits.take_over(client, server);
         let HandoverConnection {
-            told,
+            state,
             server,
             client,
             in_flight,
         } = connection;
-        let pods = told.pods.clone();
-        let flow = enforcer.flows.adopt(adopted(told), permit);
+        let pods = state.pods.clone();
+        let flow = enforcer.flows.adopt(adopted(state), permit);
         enforcer.metrics.taken_over();
         let server = TcpStream::from(server);
         let relayed = match client {
@@ -167,19 +167,19 @@ fn wait_for_client(enforcer: &Enforcer, flow: &Arc<Connection>, server: TcpStrea
     }
 }
 
-fn adopted(told: ConnectionState) -> Adopted {
+fn adopted(state: ConnectionState) -> Adopted {
     let now = Instant::now();
-    let started = now.checked_sub(told.age).unwrap_or(now);
+    let started = now.checked_sub(state.age).unwrap_or(now);
     Adopted {
         key: ConnectionKey {
-            client: told.client,
-            server: told.server,
+            client: state.client,
+            server: state.server,
         },
-        sequence: told.sequence,
-        opened: told.opened,
+        sequence: state.sequence,
+        opened: state.opened,
         started,
-        moved: Moved::resumed(told.moved),
-        trail: told.seen.map(|seen| Timeline::resumed(started, seen)),
+        moved: Moved::resumed(state.moved),
+        trail: state.seen.map(|seen| Timeline::resumed(started, seen)),
     }
 }
 

@@ -29,7 +29,7 @@ fn terms() -> Hello {
     }
 }
 
-fn told(port: u16) -> ConnectionState {
+fn known(port: u16) -> ConnectionState {
     ConnectionState {
         client: SocketAddr::from(([10, 0, 0, 1], port)),
         server: "[fd00::1]:80".parse().unwrap(),
@@ -65,7 +65,7 @@ fn connection(port: u16, in_flight: [Left; 2]) -> (HandoverConnection, [TcpStrea
     };
     let ((client, ours), (to_server, server)) = (pair(), pair());
     let connection = HandoverConnection {
-        told: told(port),
+        state: known(port),
         server: to_server.into(),
         client: Some(ours.into()),
         in_flight,
@@ -122,7 +122,11 @@ fn handover_transfers_everything_unchanged() {
         client: None,
         ..admitted
     });
-    let mut expected: Vec<_> = state.connections.iter().map(|it| it.told.clone()).collect();
+    let mut expected: Vec<_> = state
+        .connections
+        .iter()
+        .map(|it| it.state.clone())
+        .collect();
     let all = state.in_flight();
     let mut taken = State::default();
     let given = thread::scope(|scope| {
@@ -145,13 +149,17 @@ fn handover_transfers_everything_unchanged() {
     let order: Vec<_> = taken
         .connections
         .iter()
-        .map(|it| it.told.client.port())
+        .map(|it| it.state.client.port())
         .collect();
     assert_eq!(order, [4, 5, 2, 3, 1]);
-    let mut told: Vec<_> = taken.connections.iter().map(|it| it.told.clone()).collect();
-    told.sort_by_key(|told| told.client.port());
-    expected.sort_by_key(|told| told.client.port());
-    assert_eq!(told, expected);
+    let mut known: Vec<_> = taken
+        .connections
+        .iter()
+        .map(|it| it.state.clone())
+        .collect();
+    known.sort_by_key(|known| known.client.port());
+    expected.sort_by_key(|known| known.client.port());
+    assert_eq!(known, expected);
     assert_eq!(taken.seats.keys().collect::<Vec<_>>(), [&100, &101]);
     let rest = |at: usize, way: usize| taken.connections[at].in_flight[way].bytes.clone();
     assert_eq!([rest(2, 0), rest(2, 1)], [vec![1; 3 << 20], vec![2; 7]]);
@@ -168,7 +176,7 @@ fn handover_transfers_everything_unchanged() {
         [b"held", b"back", b"down"]
     );
     assert!(taken.connections[1].client.is_none() && taken.connections[0].client.is_some());
-    // The streams live by the taken copies alone, and end as they are told.
+    // The streams live by the taken copies alone, and end as in an orderly end.
     drop(taken);
     for ends in &outside {
         assert_eq!(end_of(&ends[0]), ErrorKind::ConnectionReset);
@@ -245,8 +253,8 @@ fn damaged_handover_message_is_rejected_without_panic() {
     let (connection, _ends) = connection(1, Default::default());
     let load = |bytes: usize, piped: usize| serde_json::json!({ "bytes": bytes, "piped": piped });
     let of = |client: bool, in_flight: [serde_json::Value; 2]| {
-        let told = &connection.told;
-        let part = serde_json::json!({ "told": told, "client": client, "in_flight": in_flight });
+        let known = &connection.state;
+        let part = serde_json::json!({ "told": known, "client": client, "in_flight": in_flight });
         serde_json::json!({ "Connection": part })
             .to_string()
             .into_bytes()

@@ -266,7 +266,7 @@ fn readers_see_old_or_new_state_never_between() {
 
 /// An address goes from pod to pod; every other one may talk to the server. The end of the last
 /// holder is told before, with, or after the beginning of the next, and late updates of it come in
-/// between. Whoever asks meanwhile gets the rights of the pod whose uid the answer names.
+/// between. A question meanwhile gets the rights of the pod whose uid the answer names.
 #[test]
 fn reused_address_is_never_judged_as_another_pod() {
     const REUSES: usize = 10_000;

@@ -73,7 +73,7 @@ fn runtime() -> io::Result<Runtime> {
 fn finish(outcome: Result<ExitCode, AskError>) -> ExitCode {
     match outcome {
         Ok(code) => code,
-        // Whoever reads our output has enough of it; that is no fault.
+        // The reader of our output has closed it, as `head` does: not a fault.
         Err(AskError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             ExitCode::from(WRONG)
         }

@@ -70,7 +70,7 @@ fn run(work: impl Future<Output = Result<ExitCode, ConsoleError>>) -> ExitCode {
     };
     match outcome {
         Ok(code) => code,
-        // Whoever reads our output has enough of it; that is no fault.
+        // The reader of our output has closed it, as `head` does: not a fault.
         Err(ConsoleError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             ExitCode::SUCCESS
         }

@@ -11,7 +11,7 @@ use kernel::names::UPSTREAM_PORTS;
 use crate::settings::{Fail, Settings};
 
 /// The chain that holds nothing but the rule that hands packets to the queue.
-pub const QUEUE_CHAIN: &str = "to_gate";
+pub const QUEUE_CHAIN: &str = "to_queue";
 
 /// Conntrack zone of the original direction of upstream connections. Without one of their own, an
 /// upstream leg from the client's address could meet the client's own connection in one entry.

@@ -160,18 +160,18 @@ fn partial_installs_can_be_repaired_and_uninstalled() {
     let whole = dump(&reference);
     for damage in [
         "nft delete table inet portreeve",
-        "nft flush chain inet portreeve to_gate",
+        "nft flush chain inet portreeve to_queue",
         "nft flush chain inet portreeve intercept",
         "nft flush chain inet portreeve installed_by",
-        "nft add rule inet portreeve answer accept",
+        "nft add rule inet portreeve apply_verdict accept",
         "nft flush table inet portreeve",
         "nft delete table bridge portreeve",
         "nft flush table bridge portreeve",
-        "nft delete table inet portreeve; nft flush chain bridge portreeve up",
+        "nft delete table inet portreeve; nft flush chain bridge portreeve to_node",
         // The same number of rules, with other elements in an anonymous set.
-        "nft -a list chain inet portreeve wrapped | sed -n 's/.*udp dport.* # handle \\(.*\\)/replace rule inet portreeve wrapped handle \\1 udp dport { 1, 2, 3 } goto lie/p' | nft -f -",
+        "nft -a list chain inet portreeve drop_tunnel | sed -n 's/.*udp dport.* # handle \\(.*\\)/replace rule inet portreeve drop_tunnel handle \\1 udp dport { 1, 2, 3 } goto drop_spoofed/p' | nft -f -",
         "nft add chain inet portreeve foreign '{ type filter hook prerouting priority -300; policy drop; }'",
-        "nft 'flush chain inet portreeve hold_input; delete chain inet portreeve hold_input; add chain inet portreeve hold_input { type filter hook input priority 7; policy accept; }'",
+        "nft 'flush chain inet portreeve input_verdict; delete chain inet portreeve input_verdict; add chain inet portreeve input_verdict { type filter hook input priority 7; policy accept; }'",
         "nft 'flush ruleset; table inet portreeve { chain intercept { type nat hook output priority 7; }; }'",
         "ip -4 rule del pref 10",
         "ip -6 rule del pref 10",
@@ -202,7 +202,7 @@ fn damage_before_the_first_check_is_found() {
         ("true", true),
         ("nft flush chain inet portreeve intercept", false),
         ("nft insert rule inet portreeve intercept accept", false),
-        ("nft flush chain bridge portreeve raise", false),
+        ("nft flush chain bridge portreeve redirect_up", false),
     ] {
         let netns = counting_namespace();
         init(&netns, "install").ok();
@@ -518,14 +518,14 @@ const WRONGS: &[(&str, &str, &str)] = &[
     ("true", "--fail open", "installed with other flags"),
     ("true", "--queue 7", "-j NFQUEUE --queue-balance 7:"),
     (
-        "nft flush chain inet portreeve to_gate",
+        "nft flush chain inet portreeve to_queue",
         "",
-        "in chain to_gate",
+        "in chain to_queue",
     ),
     (
-        "nft add rule inet portreeve take return",
+        "nft add rule inet portreeve isolated return",
         "",
-        "chain take of nft table inet portreeve was changed",
+        "chain isolated of nft table inet portreeve was changed",
     ),
     (
         "nft insert rule inet portreeve client_leg accept; nft -a list chain inet portreeve client_leg | sed -n 's/.*goto divert # handle /delete rule inet portreeve client_leg handle /p' | nft -f -",
@@ -558,9 +558,9 @@ const WRONGS: &[(&str, &str, &str)] = &[
         "sysctl net.bridge.bridge-nf-call-iptables is 1",
     ),
     (
-        "nft flush chain bridge portreeve raise",
+        "nft flush chain bridge portreeve redirect_up",
         "",
-        "chain raise of nft table bridge portreeve was changed",
+        "chain redirect_up of nft table bridge portreeve was changed",
     ),
     (
         "nft delete table bridge portreeve",

@@ -93,12 +93,12 @@ fn damaged_rules_come_back_and_denied_stays_denied() {
     for (damage, cause) in [
         ("nft flush chain inet portreeve intercept", "rules"),
         (
-            "nft -a list chain inet portreeve take | sed -n '0,/tcp flags/ s/.*tcp flags.* # handle /delete rule inet portreeve take handle /p' | nft -f -",
+            "nft -a list chain inet portreeve isolated | sed -n '0,/tcp flags/ s/.*tcp flags.* # handle /delete rule inet portreeve isolated handle /p' | nft -f -",
             "rules",
         ),
         ("nft insert rule inet portreeve intercept accept", "rules"),
         ("nft add table inet portreeve '{ flags dormant; }'", "rules"),
-        ("nft flush chain bridge portreeve raise", "rules"),
+        ("nft flush chain bridge portreeve redirect_up", "rules"),
     ] {
         put_back(&bed, damage, cause, || {});
         denied(&bed);

@@ -3,7 +3,7 @@
 //! A rule's comment records what was loaded, so that it is not loaded again.
 use kernel::command::{self, CommandError, Program};
 use kernel::names::{FAMILIES, TABLE};
-use kernel::sets::{PINNED, elements};
+use kernel::sets::{LINK_SOURCES, elements};
 use serde_json::Value;
 
 use crate::contents::Digest;
@@ -235,7 +235,7 @@ pub(crate) fn replace_script(
             .filter(|set| {
                 !set["name"]
                     .as_str()
-                    .is_some_and(|it| it.starts_with(PINNED))
+                    .is_some_and(|it| it.starts_with(LINK_SOURCES))
             })
             .and_then(set_name)
             .filter(|name| declared.contains(name))

@@ -323,7 +323,7 @@ fn new_layout_replaces_table_and_keeps_set_elements() {
         nft add chain inet portreeve gone '{ type filter hook output priority 5; }'
         nft add set inet portreeve gone '{ type ipv4_addr; elements = { 10.9.9.9 }; }'
         # A pod has just begun a flow: what is counted by the second begins anew.
-        nft add element inet portreeve held_rate4 '{ 10.0.0.1 limit rate over 1/second }'",
+        nft add element inet portreeve source_rate4 '{ 10.0.0.1 limit rate over 1/second }'",
     );
     init(&netns, "install").ok();
     init(&netns, "check").ok();
@@ -452,8 +452,8 @@ fn kernel_sets_match_the_scripts() {
     load(&netns, &first.replace_script());
     let mut second = first.clone();
     second.pods.remove(&"10.1.2.0/24".parse().unwrap());
-    second.egress_released.remove(&address("10.1.2.3"));
-    second.ingress_released.insert(address("fd00:1::9"));
+    second.egress_non_isolated.remove(&address("10.1.2.3"));
+    second.ingress_non_isolated.insert(address("fd00:1::9"));
     second.selves.clear();
     load(&netns, &second.change_script(&first).unwrap());
     let changed = sh(&netns, "nft list sets; nft list maps");
@@ -760,7 +760,7 @@ fn disabled_ipv6_skips_only_ipv6_routing() {
 }
 
 fn fail_closed_drops_isolated_traffic_without_a_daemon() {
-    let lab = Lab::new("install --fail closed", Released::Nobody);
+    let lab = Lab::new("install --fail closed", NonIsolated::Nobody);
     for (tcp, udp) in lab.a_to_b() {
         assert!(matches!(tcp, Outcome::TimedOut), "{tcp:?}");
         assert!(matches!(udp, UdpOutcome::TimedOut), "{udp:?}");
@@ -773,7 +773,7 @@ fn fail_closed_drops_isolated_traffic_without_a_daemon() {
 }
 
 fn fail_open_passes_all_traffic_without_a_daemon() {
-    let lab = Lab::new("install --fail open", Released::Nobody);
+    let lab = Lab::new("install --fail open", NonIsolated::Nobody);
     for (tcp, udp) in lab.a_to_b() {
         assert!(matches!(tcp, Outcome::Connected { .. }), "{tcp:?}");
         assert!(matches!(udp, UdpOutcome::Answered { .. }), "{udp:?}");
@@ -781,7 +781,7 @@ fn fail_open_passes_all_traffic_without_a_daemon() {
 }
 
 fn non_isolated_pods_keep_access_without_a_daemon() {
-    let lab = Lab::new("install --fail closed", Released::Both);
+    let lab = Lab::new("install --fail closed", NonIsolated::Both);
     for (tcp, udp) in lab.a_to_b() {
         assert!(matches!(tcp, Outcome::Connected { .. }), "{tcp:?}");
         assert!(matches!(udp, UdpOutcome::Answered { .. }), "{udp:?}");
@@ -789,7 +789,7 @@ fn non_isolated_pods_keep_access_without_a_daemon() {
 }
 
 fn held_packets_wait_in_the_configured_queues() {
-    let lab = Lab::new("install --queue 31 --queues 2", Released::Nobody);
+    let lab = Lab::new("install --queue 31 --queues 2", NonIsolated::Nobody);
     let node = lab.node.netns();
     let _queues: Vec<OwnedFd> = [31, 32]
         .map(|number| node.run(|| queue(number)).unwrap())
@@ -810,7 +810,7 @@ fn held_packets_wait_in_the_configured_queues() {
 
 fn check_and_reinstall_keep_queued_packets() {
     let flags = "--queue 31 --queues 2";
-    let lab = Lab::new(&format!("install {flags}"), Released::Nobody);
+    let lab = Lab::new(&format!("install {flags}"), NonIsolated::Nobody);
     let node = lab.node.netns();
     let _queues = [31, 32].map(|number| node.run(|| queue(number)).unwrap());
     for address in lab.b.addresses() {
@@ -825,7 +825,7 @@ fn check_and_reinstall_keep_queued_packets() {
 
 /// The bound is 10,000 packets a second; here the destination has used up its own.
 fn full_source_rate_set_limits_by_destination() {
-    let lab = Lab::new("install --queue 31 --queues 2", Released::Nobody);
+    let lab = Lab::new("install --queue 31 --queues 2", NonIsolated::Nobody);
     let node = lab.node.netns();
     let _queues = [31, 32].map(|number| node.run(|| queue(number)).unwrap());
     let sources: Vec<String> = (0..=u16::MAX)
@@ -838,7 +838,7 @@ fn full_source_rate_set_limits_by_destination() {
         load(
             node,
             &format!(
-                "add element inet portreeve held_rate4 {{ {} }}",
+                "add element inet portreeve source_rate4 {{ {} }}",
                 some.join(", ")
             ),
         );
@@ -847,7 +847,7 @@ fn full_source_rate_set_limits_by_destination() {
     let spent = format!("{b} limit rate over 1/day burst 1 packets timeout 1h");
     load(
         node,
-        &format!("add element inet portreeve asked_rate4 {{ {spent} }}"),
+        &format!("add element inet portreeve destination_rate4 {{ {spent} }}"),
     );
     for _ in 0..3 {
         let _unanswered = lab.a.ask_udp(SocketAddr::new(b.into(), 90), b"?", SOON);
@@ -862,7 +862,7 @@ fn full_source_rate_set_limits_by_destination() {
 
 fn check_names_all_sysctls_that_break_the_redirect() {
     // Queued packets pass, so that a listener alone is all the daemon that is needed.
-    let lab = Lab::new("install --fail open", Released::Nobody);
+    let lab = Lab::new("install --fail open", NonIsolated::Nobody);
     let node = lab.node.netns();
     let _listener = node.run(transparent_listener).unwrap();
     for (sysctl, works) in [
@@ -905,13 +905,13 @@ struct Lab {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Released {
+enum NonIsolated {
     Nobody,
     Both,
 }
 
 impl Lab {
-    fn new(install: &str, released: Released) -> Self {
+    fn new(install: &str, non_isolated: NonIsolated) -> Self {
         let cluster = Cluster::builder()
             .nodes(1)
             .pod(PodSpec::new("x", "a").node(0))
@@ -927,9 +927,9 @@ impl Lab {
         sets.pods
             .extend(pods.iter().map(|pod| ipnet::IpNet::from(*pod)));
         sets.selves.extend(&pods);
-        if released == Released::Both {
-            sets.egress_released.extend(&pods);
-            sets.ingress_released.extend(&pods);
+        if non_isolated == NonIsolated::Both {
+            sets.egress_non_isolated.extend(&pods);
+            sets.ingress_non_isolated.extend(&pods);
         }
         load(node.netns(), &sets.replace_script());
         Self {
@@ -1037,8 +1037,8 @@ fn some_sets() -> Sets {
         cluster: ["10.0.0.0/8", "fd00::/16"]
             .map(|net| net.parse().unwrap())
             .into(),
-        egress_released: addresses(&["10.1.2.3", "10.1.2.4", "fd00:1::3"]),
-        ingress_released: addresses(&["10.1.2.3", "fd00:1::4"]),
+        egress_non_isolated: addresses(&["10.1.2.3", "10.1.2.4", "fd00:1::3"]),
+        ingress_non_isolated: addresses(&["10.1.2.3", "fd00:1::4"]),
         selves: addresses(&["10.1.2.3", "fd00:1::3"]),
         own_node_judged: true,
         bridged: Some(Groups::Pass),
@@ -1049,7 +1049,7 @@ fn links() -> Links {
     Links {
         pods: ["cali0a@x", "1veth"].map(str::to_owned).into(),
         // A link that is there, and one that has gone.
-        pinned: [1, 4711]
+        link_sources: [1, 4711]
             .map(|index| (index, "10.1.2.3".parse().unwrap()))
             .into(),
         ..Links::default()

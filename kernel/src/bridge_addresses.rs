@@ -78,18 +78,18 @@ impl Owners {
         let mut script = String::new();
         let links = self.links.iter();
         let links = links.map(|(link, port)| (written(link), port));
-        write(&mut script, ["owned", "owners"], links);
+        write(&mut script, ["bound_mac", "mac_ports"], links);
         let v4 = self.addresses.iter().filter(|(ip, _)| ip.is_ipv4());
         let v4 = v4.map(|(ip, port)| (ip.to_string(), port));
-        write(&mut script, ["owned4", "owners4"], v4);
+        write(&mut script, ["bound_ip4", "ip_ports4"], v4);
         let v6 = || self.addresses.iter().filter(|(ip, _)| ip.is_ipv6());
         let addresses = v6().map(|(ip, port)| (ip.to_string(), port));
-        write(&mut script, ["owned6", "owners6"], addresses);
+        write(&mut script, ["bound_ip6", "ip_ports6"], addresses);
         let targets = v6().filter_map(|(ip, port)| match ip {
             IpAddr::V6(ip) => Some((format!("{:#034x}", ip.to_bits()), port)),
             IpAddr::V4(_) => None,
         });
-        write(&mut script, ["targeted", "targets"], targets);
+        write(&mut script, ["bound_target", "target_ports"], targets);
         script
     }
 }
@@ -100,7 +100,7 @@ impl Owners {
 /// # Errors
 /// [`CommandError`] if `nft` is missing, or the table is.
 pub fn ports_before() -> Result<BTreeMap<IpAddr, u32>, CommandError> {
-    let pairs = sets::pairs(BRIDGE, "owners")?.into_iter();
+    let pairs = sets::pairs(BRIDGE, "mac_ports")?.into_iter();
     let index = |port: &str| if_nametoindex(port).unwrap_or_default();
     let known = pairs.filter_map(|[address, port]| Some((address.parse().ok()?, index(&port))));
     Ok(known.collect())
@@ -117,20 +117,20 @@ fn written(link: &LinkAddress) -> String {
     link.map(|byte| format!("{byte:02x}")).join(":")
 }
 
-/// Fills the set of what is owned, and that of who owns it.
+/// Fills the set of addresses that belong to a port, and the set of their ports.
 fn write<'a>(
     script: &mut String,
-    [owned, owners]: [&str; 2],
+    [bound, ports]: [&str; 2],
     all: impl Iterator<Item = (String, &'a Option<String>)>,
 ) {
     let all: Vec<_> = all.collect();
     let keys: BTreeSet<_> = all.iter().map(|(key, _)| key.clone()).collect();
-    sets::replace(script, &format!("{BRIDGE} {TABLE} {owned}"), &keys);
+    sets::replace(script, &format!("{BRIDGE} {TABLE} {bound}"), &keys);
     let with_port = all.iter().filter_map(|(key, port)| {
         let port = port.as_deref().filter(|port| sets::is_plain(port))?;
         Some(format!("{key} . \"{port}\""))
     });
-    let set = format!("{BRIDGE} {TABLE} {owners}");
+    let set = format!("{BRIDGE} {TABLE} {ports}");
     sets::replace(script, &set, &with_port.collect());
 }
 
@@ -165,22 +165,22 @@ mod tests {
         ];
         let owners = Owners::default().now(&[bridge()], &ends);
         insta::assert_snapshot!(owners.script(), @r#"
-        flush set bridge portreeve owned
-        add element bridge portreeve owned { 02:00:00:00:00:01, 02:00:00:00:00:05 }
-        flush set bridge portreeve owners
-        add element bridge portreeve owners { 02:00:00:00:00:05 . "pod0" }
-        flush set bridge portreeve owned4
-        add element bridge portreeve owned4 { 10.1.0.1, 10.1.0.5, 10.1.0.6 }
-        flush set bridge portreeve owners4
-        add element bridge portreeve owners4 { 10.1.0.5 . "pod0", 10.1.0.6 . "pod1" }
-        flush set bridge portreeve owned6
-        add element bridge portreeve owned6 { fd00::5 }
-        flush set bridge portreeve owners6
-        add element bridge portreeve owners6 { fd00::5 . "pod0" }
-        flush set bridge portreeve targeted
-        add element bridge portreeve targeted { 0xfd000000000000000000000000000005 }
-        flush set bridge portreeve targets
-        add element bridge portreeve targets { 0xfd000000000000000000000000000005 . "pod0" }
+        flush set bridge portreeve bound_mac
+        add element bridge portreeve bound_mac { 02:00:00:00:00:01, 02:00:00:00:00:05 }
+        flush set bridge portreeve mac_ports
+        add element bridge portreeve mac_ports { 02:00:00:00:00:05 . "pod0" }
+        flush set bridge portreeve bound_ip4
+        add element bridge portreeve bound_ip4 { 10.1.0.1, 10.1.0.5, 10.1.0.6 }
+        flush set bridge portreeve ip_ports4
+        add element bridge portreeve ip_ports4 { 10.1.0.5 . "pod0", 10.1.0.6 . "pod1" }
+        flush set bridge portreeve bound_ip6
+        add element bridge portreeve bound_ip6 { fd00::5 }
+        flush set bridge portreeve ip_ports6
+        add element bridge portreeve ip_ports6 { fd00::5 . "pod0" }
+        flush set bridge portreeve bound_target
+        add element bridge portreeve bound_target { 0xfd000000000000000000000000000005 }
+        flush set bridge portreeve target_ports
+        add element bridge portreeve target_ports { 0xfd000000000000000000000000000005 . "pod0" }
         "#);
     }
 
@@ -191,11 +191,11 @@ mod tests {
         let thief = end("pod0", 6, &["10.1.0.5", "10.1.0.6"]);
         let kept = before.now(&[], &[thief.clone(), first]).script();
         assert!(
-            kept.contains(r#"owners4 { 10.1.0.5 . "pod0", 10.1.0.6 . "pod1" }"#),
+            kept.contains(r#"ip_ports4 { 10.1.0.5 . "pod0", 10.1.0.6 . "pod1" }"#),
             "{kept}"
         );
         assert!(
-            kept.contains(r#"owners { 02:00:00:00:00:06 . "pod1" }"#),
+            kept.contains(r#"mac_ports { 02:00:00:00:00:06 . "pod1" }"#),
             "{kept}"
         );
         let alone = before.now(&[], &[thief]).script();
@@ -210,7 +210,7 @@ mod tests {
         let script = Owners::default()
             .now(&[], &[end("pod*", 5, &["10.1.0.5"])])
             .script();
-        assert!(script.contains("owned4 { 10.1.0.5 }"), "{script}");
+        assert!(script.contains("bound_ip4 { 10.1.0.5 }"), "{script}");
         assert!(!script.contains("pod*"), "{script}");
     }
 }

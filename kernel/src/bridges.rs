@@ -173,13 +173,13 @@ pub fn ports_script(bridges: &[Bridge]) -> String {
     let mut script = String::new();
     let names = ports.keys().map(|port| format!("\"{port}\"")).collect();
     sets::replace(&mut script, &format!("{BRIDGE} {TABLE} {PORTS}"), &names);
-    let above = ports
+    let macs = ports
         .iter()
         .map(|(port, address)| format!("\"{port}\" : {address}"));
     // Flushing a map takes another keyword than flushing a set.
-    let map = format!("{BRIDGE} {TABLE} above");
+    let map = format!("{BRIDGE} {TABLE} bridge_mac");
     script += &format!("flush map {map}\n");
-    sets::elements(&mut script, "add", &map, above);
+    sets::elements(&mut script, "add", &map, macs);
     script
 }
 
@@ -396,12 +396,12 @@ mod tests {
         insta::assert_snapshot!(ports_script(&bridges), @r#"
         flush set bridge portreeve ports
         add element bridge portreeve ports { "c0", "pod0" }
-        flush map bridge portreeve above
-        add element bridge portreeve above { "c0" : 02::9, "pod0" : 02::9 }
+        flush map bridge portreeve bridge_mac
+        add element bridge portreeve bridge_mac { "c0" : 02::9, "pod0" : 02::9 }
         "#);
         insta::assert_snapshot!(ports_script(&[]), @r"
         flush set bridge portreeve ports
-        flush map bridge portreeve above
+        flush map bridge portreeve bridge_mac
         ");
     }
 }

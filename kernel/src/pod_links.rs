@@ -22,7 +22,7 @@ pub struct Links {
     pub gateways: BTreeSet<IpAddr>,
     /// Pod addresses that have a host route in the main table to one of these links and to no other,
     /// with the link's index, which is never reused, unlike its name.
-    pub pinned: BTreeSet<(u32, IpAddr)>,
+    pub link_sources: BTreeSet<(u32, IpAddr)>,
     /// All addresses of this host.
     pub own: BTreeSet<IpAddr>,
     /// The single pod addresses that have a route to a pod's link.
@@ -57,12 +57,12 @@ pub fn of_pods(pods: &[IpNet], node: &[IpAddr]) -> Result<Links, CommandError> {
     Ok(found)
 }
 
-/// The link's index of each pinned address in the kernel's set, as the previous daemon left it. The link may be gone.
+/// The link's index of each address in the kernel's set, as the previous daemon left it. The link may be gone.
 ///
 /// # Errors
 /// [`CommandError`] if `nft` is missing, or the table is.
 pub fn pinned_before() -> Result<BTreeMap<IpAddr, u32>, CommandError> {
-    let pairs = sets::pairs("inet", sets::PINNED)?.into_iter();
+    let pairs = sets::pairs("inet", sets::LINK_SOURCES)?.into_iter();
     // nft writes an index as the link's name, if the link exists.
     let index = |link: &str| if_nametoindex(link).ok().or_else(|| link.parse().ok());
     let known = pairs.filter_map(|[link, address]| Some((address.parse().ok()?, index(&link)?)));
@@ -126,11 +126,11 @@ fn choose(
     let others = routes.iter().filter(|way| on_link(way) && free(way));
     let others = others.filter_map(host).filter(|it| !within((*it).into()));
     let others = others.filter(|address| !own.contains(address)).collect();
-    let pinned = pinned(routes.iter().filter(to_pods))
+    let link_sources = link_sources(routes.iter().filter(to_pods))
         .filter(|(link, address)| links.contains(*link) && !gateways.contains(address))
         .filter_map(|(link, address)| Some((index(link)?, address)));
     Links {
-        pinned: pinned.collect(),
+        link_sources: link_sources.collect(),
         gateways,
         own,
         reached,
@@ -161,7 +161,9 @@ fn nearest<'a>(routes: &'a [Value], pods: &[IpNet]) -> BTreeMap<IpAddr, &'a Valu
 }
 
 /// The addresses that have a route of their own, with the one link that it leads to.
-fn pinned<'a>(routes: impl Iterator<Item = &'a Value>) -> impl Iterator<Item = (&'a str, IpAddr)> {
+fn link_sources<'a>(
+    routes: impl Iterator<Item = &'a Value>,
+) -> impl Iterator<Item = (&'a str, IpAddr)> {
     let mut ways: BTreeMap<IpAddr, Vec<(&Value, &str)>> = BTreeMap::new();
     for route in routes {
         if let Some(address) = host(route) {
@@ -283,11 +285,11 @@ mod tests {
                 "no pod's address",
             ),
         ] {
-            let pinned = choice(listing).pinned;
+            let link_sources = choice(listing).link_sources;
             let expected = expected
                 .iter()
                 .map(|(index, ip)| (*index, ip.parse().unwrap()));
-            assert_eq!(pinned, expected.collect(), "{why}");
+            assert_eq!(link_sources, expected.collect(), "{why}");
         }
     }
 

@@ -27,9 +27,9 @@ pub struct Sets {
     /// Which addresses are pods of any node; may lag behind, since no packet is accepted by it.
     pub cluster: Arc<[IpNet]>,
     /// Pods that are known and not isolated for egress.
-    pub egress_released: BTreeSet<IpAddr>,
+    pub egress_non_isolated: BTreeSet<IpAddr>,
     /// Pods that are known and not isolated for ingress.
-    pub ingress_released: BTreeSet<IpAddr>,
+    pub ingress_non_isolated: BTreeSet<IpAddr>,
     /// Pods that may talk to themselves: all that are known.
     pub selves: BTreeSet<IpAddr>,
     /// Whether what a pod sends to its own node is judged (`--own-node judge`).
@@ -58,12 +58,15 @@ pub fn pod_links_script(links: &Links) -> String {
         &quoted.collect(),
     );
     for (family, is_ours) in FAMILIES {
-        let pinned = links.pinned.iter().filter(|(_, address)| is_ours(address));
-        let pinned = pinned.map(|(index, address)| format!("{index} . {address}"));
+        let link_sources = links
+            .link_sources
+            .iter()
+            .filter(|(_, address)| is_ours(address));
+        let link_sources = link_sources.map(|(index, address)| format!("{index} . {address}"));
         replace(
             &mut script,
-            &format!("inet {TABLE} {PINNED}{family}"),
-            &pinned.collect(),
+            &format!("inet {TABLE} {LINK_SOURCES}{family}"),
+            &link_sources.collect(),
         );
     }
     script
@@ -147,11 +150,17 @@ impl Sets {
             }
             sets.push((inet(PODS, family), pods));
             sets.push((inet(CLUSTER, family), networks(&mut self.cluster.iter())));
-            sets.push((inet(EGRESS_RELEASED, family), of(&self.egress_released)));
-            sets.push((inet(INGRESS_RELEASED, family), of(&self.ingress_released)));
+            sets.push((
+                inet(EGRESS_NON_ISOLATED, family),
+                of(&self.egress_non_isolated),
+            ));
+            sets.push((
+                inet(INGRESS_NON_ISOLATED, family),
+                of(&self.ingress_non_isolated),
+            ));
             let selves = self.selves.iter().filter(|a| is_ours(a));
             let selves = selves.map(|a| format!("{a} . {a}")).collect();
-            sets.push((inet(SELF, family), selves));
+            sets.push((inet(HAIRPIN, family), selves));
         }
         if let Some(groups) = self.bridged {
             let all = ["ip", "ip6"].map(String::from).into();
@@ -232,13 +241,13 @@ fn listed_pairs(listing: &Value) -> Vec<[String; 2]> {
 const PODS: &str = "pods";
 const CLUSTER: &str = "cluster";
 const GROUPS: &str = "groups";
-const EGRESS_RELEASED: &str = "egress_released";
-const INGRESS_RELEASED: &str = "ingress_released";
-const SELF: &str = "self";
+const EGRESS_NON_ISOLATED: &str = "egress_non_isolated";
+const INGRESS_NON_ISOLATED: &str = "ingress_non_isolated";
+const HAIRPIN: &str = "hairpin";
 const OWN_NODE_JUDGED: &str = "own_node_judged";
 const POD_LINKS: &str = "pod_links";
-/// The sets of pinned addresses, without the number of the family.
-pub const PINNED: &str = "pinned";
+/// The sets of the source addresses that each link may send, without the number of the family.
+pub const LINK_SOURCES: &str = "link_sources";
 
 type IsFamily = fn(&IpAddr) -> bool;
 const FAMILIES: [(&str, IsFamily); 2] = [("4", IpAddr::is_ipv4), ("6", IpAddr::is_ipv6)];
@@ -277,8 +286,8 @@ mod tests {
         Sets {
             pods: pods.iter().map(|n| n.parse().unwrap()).collect(),
             cluster: ["10.1.0.0/16".parse().unwrap()].into(),
-            egress_released: addresses(egress),
-            ingress_released: addresses(ingress),
+            egress_non_isolated: addresses(egress),
+            ingress_non_isolated: addresses(ingress),
             selves: addresses(selves),
             own_node_judged: false,
             bridged: None,
@@ -298,20 +307,20 @@ mod tests {
         add element inet portreeve pods4 { 10.1.2.0/24 }
         flush set inet portreeve cluster4
         add element inet portreeve cluster4 { 10.1.0.0/16 }
-        flush set inet portreeve egress_released4
-        add element inet portreeve egress_released4 { 10.1.2.4 }
-        flush set inet portreeve ingress_released4
-        add element inet portreeve ingress_released4 { 10.1.2.4 }
-        flush set inet portreeve self4
-        add element inet portreeve self4 { 10.1.2.4 . 10.1.2.4 }
+        flush set inet portreeve egress_non_isolated4
+        add element inet portreeve egress_non_isolated4 { 10.1.2.4 }
+        flush set inet portreeve ingress_non_isolated4
+        add element inet portreeve ingress_non_isolated4 { 10.1.2.4 }
+        flush set inet portreeve hairpin4
+        add element inet portreeve hairpin4 { 10.1.2.4 . 10.1.2.4 }
         flush set inet portreeve pods6
         add element inet portreeve pods6 { fd00:1::/64 }
         flush set inet portreeve cluster6
-        flush set inet portreeve egress_released6
-        flush set inet portreeve ingress_released6
-        add element inet portreeve ingress_released6 { fd00:1::4 }
-        flush set inet portreeve self6
-        add element inet portreeve self6 { fd00:1::4 . fd00:1::4 }
+        flush set inet portreeve egress_non_isolated6
+        flush set inet portreeve ingress_non_isolated6
+        add element inet portreeve ingress_non_isolated6 { fd00:1::4 }
+        flush set inet portreeve hairpin6
+        add element inet portreeve hairpin6 { fd00:1::4 . fd00:1::4 }
         flush set inet portreeve own_node_judged
         ");
     }
@@ -331,8 +340,8 @@ mod tests {
             &["10.1.2.4"],
         );
         insta::assert_snapshot!(to.change_script(&from).unwrap(), @r"
-        delete element inet portreeve egress_released4 { 10.1.2.4 }
-        add element inet portreeve egress_released4 { 10.1.2.6 }
+        delete element inet portreeve egress_non_isolated4 { 10.1.2.4 }
+        add element inet portreeve egress_non_isolated4 { 10.1.2.6 }
         ");
     }
 
@@ -350,7 +359,7 @@ mod tests {
     fn links_with_any_name_are_replaced_together() {
         let links = Links {
             pods: ["cali0a@x", "eth0.100"].map(str::to_owned).into(),
-            pinned: ["10.1.2.3", "fd00:1::3"]
+            link_sources: ["10.1.2.3", "fd00:1::3"]
                 .map(|it| (7, it.parse().unwrap()))
                 .into(),
             ..Links::default()
@@ -358,10 +367,10 @@ mod tests {
         insta::assert_snapshot!(pod_links_script(&links), @r#"
         flush set inet portreeve pod_links
         add element inet portreeve pod_links { "cali0a@x", "eth0.100" }
-        flush set inet portreeve pinned4
-        add element inet portreeve pinned4 { 7 . 10.1.2.3 }
-        flush set inet portreeve pinned6
-        add element inet portreeve pinned6 { 7 . fd00:1::3 }
+        flush set inet portreeve link_sources4
+        add element inet portreeve link_sources4 { 7 . 10.1.2.3 }
+        flush set inet portreeve link_sources6
+        add element inet portreeve link_sources6 { 7 . fd00:1::3 }
         "#);
     }
 
@@ -382,7 +391,7 @@ mod tests {
 
     #[test]
     fn pairs_are_read_as_nft_lists_them() {
-        let listing = serde_json::json!({"nftables": [{"metainfo": {}}, {"set": {"name": "pinned4", "elem": [
+        let listing = serde_json::json!({"nftables": [{"metainfo": {}}, {"set": {"name": "link_sources4", "elem": [
             {"concat": ["pod0", "10.0.0.5"]}, {"concat": ["77", "10.0.0.6"]}, {"concat": [78, "10.0.0.7"]}, "odd", {"concat": ["1"]}
         ]}}]});
         let pairs = listed_pairs(&listing);
@@ -392,7 +401,7 @@ mod tests {
             .collect();
         let expected = [("pod0", "10.0.0.5"), ("77", "10.0.0.6"), ("78", "10.0.0.7")];
         assert_eq!(pairs, expected);
-        let empty = serde_json::json!({"nftables": [{"set": {"name": "pinned6"}}]});
+        let empty = serde_json::json!({"nftables": [{"set": {"name": "link_sources6"}}]});
         assert_eq!(listed_pairs(&empty), Vec::<[String; 2]>::new());
     }
 

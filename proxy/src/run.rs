@@ -29,7 +29,7 @@ use crate::node::bridges::Bridges;
 use crate::node::conntrack;
 use crate::node::occupancy::Vacancies;
 use crate::node::pod_links::PodLinks;
-use crate::node::pod_sets::{LocalPods, Released};
+use crate::node::pod_sets::{LocalPods, PodSets};
 use crate::node::readiness::Readiness;
 use crate::node::redirect::Redirect;
 use crate::tcp::connections::ConnectionTable;
@@ -150,7 +150,7 @@ async fn enforce(
     let serving = if is_first { Some(serve().await?) } else { None };
     let kernel = iptables_init::probe_kernel()?;
     let redirect = Redirect::now(&args.redirect, kernel)?;
-    let released = Released::closed(pods.clone(), kernel)?;
+    let pod_sets = PodSets::closed(pods.clone(), kernel)?;
     let mut index = Index::new(Arc::clone(&table));
     let first = first_state(&mut source, &mut index, &pods, &readiness, &enforcer);
     let touched = tokio::select! {
@@ -174,7 +174,7 @@ async fn enforce(
         source,
         index,
         enforcer: Arc::clone(&enforcer),
-        released,
+        pod_sets,
         readiness: readiness.clone(),
         touched,
         isolated: BTreeSet::new(),

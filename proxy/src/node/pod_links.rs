@@ -161,7 +161,7 @@ impl PodLinks {
     /// Finds the pods that have left their addresses, and addresses that have a link but no known pod.
     fn compare(&mut self, local: &[LocalPod], links: &Links, heard: bool, now: Instant) {
         let at = links
-            .pinned
+            .link_sources
             .iter()
             .map(|(index, address)| (*address, *index));
         let seen = Seen {

@@ -96,7 +96,7 @@ pub(crate) fn outside(
 }
 
 /// The nft sets of pods, with the contents that were last loaded.
-pub(crate) struct Released {
+pub(crate) struct PodSets {
     pods: LocalPods,
     /// Whether the kernel has a table for bridges.
     bridges: bool,
@@ -105,7 +105,7 @@ pub(crate) struct Released {
     known: BTreeSet<IpNet>,
 }
 
-impl Released {
+impl PodSets {
     /// Loads `--pod-cidr`, if given, as the addresses of this node's pods before a
     /// state is known: pods that an earlier daemon did not list as non-isolated are isolated until then. Knows nothing
     /// else of what the kernel has; the first [`Self::sync`] replaces it.
@@ -153,7 +153,7 @@ impl Released {
             Some(loaded) => wanted.change_script(loaded),
         };
         let isolated = match known {
-            None => unreleased(&wanted),
+            None => isolated(&wanted),
             Some(loaded) => newly_judged(loaded, &wanted),
         };
         // Until the kernel has said yes we know nothing.
@@ -180,14 +180,14 @@ impl Released {
         let same = |address: &IpAddr| {
             let endpoint = self.pods.table.endpoint(*address);
             let local = endpoint.filter(|it| it.identity.node_name == self.pods.node);
-            let released = |direction| local.as_ref().is_some_and(|it| !it.isolated(direction));
+            let non_isolated = |direction| local.as_ref().is_some_and(|it| !it.isolated(direction));
             let taken = || {
                 let pod = local.is_some() || unsettled.awaited.contains(address);
                 loaded.pods.contains(&IpNet::from(*address)) == pod
             };
             loaded.selves.contains(address) == local.is_some()
-                && loaded.egress_released.contains(address) == released(Direction::Egress)
-                && loaded.ingress_released.contains(address) == released(Direction::Ingress)
+                && loaded.egress_non_isolated.contains(address) == non_isolated(Direction::Egress)
+                && loaded.ingress_non_isolated.contains(address) == non_isolated(Direction::Ingress)
                 && (in_cidrs(address) || taken())
         };
         (cidrs.is_empty() || cidrs == self.known)
@@ -214,8 +214,8 @@ impl Released {
         Sets {
             pods: self.networks(&local),
             cluster: self.pods.table.cluster_cidrs(),
-            egress_released: addresses(&|pod| !pod.egress_isolated),
-            ingress_released: addresses(&|pod| !pod.ingress_isolated),
+            egress_non_isolated: addresses(&|pod| !pod.egress_isolated),
+            ingress_non_isolated: addresses(&|pod| !pod.ingress_isolated),
             selves: addresses(&|_| true),
             own_node_judged: self.pods.table.settings().own_node == policy::OwnNode::Judge,
             bridged: self.bridges.then_some(groups),
@@ -254,44 +254,48 @@ fn own_addresses() -> impl Iterator<Item = IpAddr> {
 /// Addresses whose existing flows have to be evaluated: those that became isolated, and those that the rules did
 /// not treat as pods until now, whether their pods are known or not.
 fn newly_judged(before: &Sets, now: &Sets) -> BTreeSet<IpAddr> {
-    let mut judged = no_longer_released(before, now);
+    let mut judged = newly_isolated(before, now);
     if before.pods != now.pods {
         let single = |net: &&IpNet| net.prefix_len() == net.max_prefix_len();
         let added = now.pods.difference(&before.pods).filter(single);
         let added = added.map(IpNet::addr).chain(now.selves.iter().copied());
         let was = |pod: &IpAddr| before.pods.iter().any(|net| net.contains(pod));
-        judged.extend(added.filter(|pod| !was(pod) && !is_released(now, pod)));
+        judged.extend(added.filter(|pod| !was(pod) && !is_non_isolated(now, pod)));
     }
     judged
 }
 
-fn no_longer_released(before: &Sets, now: &Sets) -> BTreeSet<IpAddr> {
-    let egress = before.egress_released.difference(&now.egress_released);
-    let ingress = before.ingress_released.difference(&now.ingress_released);
+fn newly_isolated(before: &Sets, now: &Sets) -> BTreeSet<IpAddr> {
+    let egress = before
+        .egress_non_isolated
+        .difference(&now.egress_non_isolated);
+    let ingress = before
+        .ingress_non_isolated
+        .difference(&now.ingress_non_isolated);
     egress.chain(ingress).copied().collect()
 }
 
-fn unreleased(now: &Sets) -> BTreeSet<IpAddr> {
+fn isolated(now: &Sets) -> BTreeSet<IpAddr> {
     let pods = now.selves.iter().copied();
-    pods.filter(|pod| !is_released(now, pod)).collect()
+    pods.filter(|pod| !is_non_isolated(now, pod)).collect()
 }
 
 /// In both directions.
-fn is_released(now: &Sets, pod: &IpAddr) -> bool {
-    now.egress_released.contains(pod) && now.ingress_released.contains(pod)
+fn is_non_isolated(now: &Sets, pod: &IpAddr) -> bool {
+    now.egress_non_isolated.contains(pod) && now.ingress_non_isolated.contains(pod)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn sets(pods: &[&str], known: &[&str], released: &[&str]) -> Sets {
+    fn sets(pods: &[&str], known: &[&str], non_isolated: &[&str]) -> Sets {
         let addresses = |list: &[&str]| list.iter().map(|it| it.parse().unwrap()).collect();
         Sets {
             pods: pods.iter().map(|it| it.parse().unwrap()).collect(),
             selves: addresses(known),
-            egress_released: addresses(released),
-            ingress_released: addresses(released),
+            egress_non_isolated: addresses(non_isolated),
+            ingress_non_isolated: addresses(non_isolated),
             ..Sets::default()
         }
     }

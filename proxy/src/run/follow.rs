@@ -13,7 +13,7 @@ use tracing::{debug, error, info, warn};
 use crate::enforcer::Enforcer;
 use crate::node::conntrack;
 use crate::node::occupancy::Vacancies;
-use crate::node::pod_sets::{LocalPods, Released};
+use crate::node::pod_sets::{LocalPods, PodSets};
 use crate::node::readiness::Readiness;
 
 use super::source::Source;
@@ -26,7 +26,7 @@ pub(super) struct Follower {
     pub(super) source: Source,
     pub(super) index: Index,
     pub(super) enforcer: Arc<Enforcer>,
-    pub(super) released: Released,
+    pub(super) pod_sets: PodSets,
     pub(super) readiness: Readiness,
     /// Addresses whose verdicts have changed since the kernel was last in sync.
     pub(super) touched: BTreeSet<IpAddr>,
@@ -49,7 +49,7 @@ pub(super) fn announce(before: &[Problem], now: &[Problem]) {
 }
 
 /// Waits for a full state with this node's object, or for any full state if `--pod-cidr` is given; until then nothing
-/// is judged and nothing released. Returns the addresses whose verdicts have changed.
+/// is judged and no pod is non-isolated. Returns the addresses whose verdicts have changed.
 ///
 /// # Errors
 /// If the manifests do not have the node. With the API server this waits for it.
@@ -120,7 +120,7 @@ impl Follower {
                             continue;
                         }
                         Ok(()) = self.renewed.changed() => {
-                            self.released.forget();
+                            self.pod_sets.forget();
                             arrived = Instant::now();
                             continue;
                         }
@@ -179,7 +179,7 @@ impl Follower {
             |error| format!("kernel flows could not be evaluated again after a change: {error}");
         conntrack::judge_again(&self.enforcer, &self.touched).map_err(behind)?;
         let isolated = self
-            .released
+            .pod_sets
             .sync(&self.touched)
             .map_err(|error| format!("the nft sets are behind the policy table: {error}"))?;
         self.touched.clear();

@@ -285,7 +285,8 @@ fn succession(gateway: Gateway, last: Last) {
         bed.start(0, &["--hold", "300ms"]);
     }
     wait_until(DEADLINE, "the address to be nobody's", || {
-        !at.iter().any(|at| in_set(&node, "egress_released", *at))
+        !at.iter()
+            .any(|at| in_set(&node, "egress_non_isolated", *at))
     })
     .unwrap();
     for _ in 0..2 {
@@ -321,18 +322,18 @@ fn a_pod_whose_route_returns_keeps_its_rights() {
     let (a, c, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"), bed.lab.node(0));
     let link = bed.lab.link_of("x/a").unwrap();
     let live = connected(&a, c.addr_v4(80));
-    let pinned = || {
+    let link_sources = || {
         let mut nft = node.command("nft");
-        nft.args(["list", "set", "inet", "portreeve", "pinned4"]);
+        nft.args(["list", "set", "inet", "portreeve", "link_sources4"]);
         let listing = String::from_utf8(nft.output().unwrap().stdout).unwrap();
         listing.contains(&format!(". {}", a.ipv4()))
     };
     for (change, there) in [("del", false), ("add", true)] {
         let route = format!("route {change} {} dev {link}\n", a.ipv4());
         node.ip(&route).unwrap();
-        wait_until(DEADLINE, route, || pinned() == there).unwrap();
+        wait_until(DEADLINE, route, || link_sources() == there).unwrap();
         assert!(
-            in_set(&node, "ingress_released", a.ipv4().into()),
+            in_set(&node, "ingress_non_isolated", a.ipv4().into()),
             "{change}"
         );
     }
@@ -353,11 +354,16 @@ fn address_of_a_removed_link_has_no_owner() {
         node.ip(&format!("link del {link}\n")).unwrap();
         assert_eq!(reset_after(&live), Some(ErrorKind::ConnectionReset));
         wait_until(DEADLINE, "the addresses to be nobody's", || {
-            !last.iter().any(|at| in_set(&node, "ingress_released", *at))
+            !last
+                .iter()
+                .any(|at| in_set(&node, "ingress_non_isolated", *at))
         })
         .unwrap();
         for at in b.addresses() {
-            assert!(in_set(&node, "ingress_released", at), "{at} is still b's");
+            assert!(
+                in_set(&node, "ingress_non_isolated", at),
+                "{at} is still b's"
+            );
         }
     }
 }

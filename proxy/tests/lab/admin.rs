@@ -91,7 +91,7 @@ fn each_connection_record_has_the_documented_keys() {
     drop(stream);
 
     let there = records(&bed.file("records-1"), 1);
-    // x/a is released: its own node judges only what x/b's policy asks for.
+    // x/a is non-isolated: its own node judges only what x/b's policy asks for.
     let here = records(&bed.file("records-0"), 1);
     let ([denied], [allowed]) = (&here[..], &there[..]) else {
         panic!("a record a connection: {here:?} {there:?}")
@@ -232,7 +232,7 @@ fn admin_port_serves_health_metrics_and_policies() {
         (0, "portreeve_verdict_duration_seconds_count".to_owned()),
         (0, "portreeve_policy_sync_duration_seconds_count".to_owned()),
         (0, decisions("deny", "no_rule")),
-        // x/a is released: only the server's node judges what goes there.
+        // x/a is non-isolated: only the server's node judges what goes there.
         (1, decisions("allow", "rule")),
         (
             1,

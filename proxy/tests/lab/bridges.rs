@@ -97,7 +97,7 @@ fn pods_started_without_daemon_are_blocked_until_restart() {
         });
         assert_eq!(passed, 0);
     }
-    // Pods that were released before go on.
+    // Pods that were non-isolated before go on.
     for to in known.addrs(80) {
         greeted(&bed.lab.pod("x/a"), to);
     }
@@ -241,7 +241,7 @@ fn isolated_pod_sends_no_frame_past_its_bridge() {
         a.injector().unwrap().towards(to).send(&packet).unwrap();
     };
     shout(EVERYBODY);
-    wait_until(DEADLINE, "a broadcast among released pods", || {
+    wait_until(DEADLINE, "a broadcast among non-isolated pods", || {
         tap.heard() == 1
     })
     .unwrap();
@@ -272,7 +272,7 @@ fn isolated_pod_sends_no_frame_past_its_bridge() {
     bed.apply(&[]);
     // What comes after them shows that they have all been seen.
     let marked = tap.heard();
-    wait_until(DEADLINE, "a broadcast among released pods", || {
+    wait_until(DEADLINE, "a broadcast among non-isolated pods", || {
         shout(EVERYBODY);
         tap.heard() > marked
     })
@@ -289,9 +289,9 @@ fn pod_cannot_take_another_pods_bridge_address() {
     for to in hearer.addrs(80).into_iter().chain(victim.addrs(80)) {
         greeted(&liar, to);
     }
-    let known = ["owners4", "owners6"].map(|set| (set, victim.addresses()));
+    let known = ["ip_ports4", "ip_ports6"].map(|set| (set, victim.addresses()));
     for (set, [v4, v6]) in known {
-        let address = if set == "owners4" { v4 } else { v6 }.to_string();
+        let address = if set == "ip_ports4" { v4 } else { v6 }.to_string();
         wait_until(DEADLINE, "the victim's address to be known", || {
             listed(&node, set).contains(&address)
         })
@@ -359,9 +359,9 @@ fn vlan_tagged_frame_cannot_spoof_another_pod() {
     }
     for address in victim.addresses() {
         let set = if address.is_ipv4() {
-            "owners4"
+            "ip_ports4"
         } else {
-            "owners6"
+            "ip_ports6"
         };
         wait_until(DEADLINE, "the victim's address to be known", || {
             listed(&node, set).contains(&address.to_string())
@@ -502,7 +502,7 @@ pub(crate) fn takes(pod: &Host, node: &Host, address: Ipv4Addr) {
     pod.ip(&format!("addr add {address}/32 dev eth0\n"))
         .unwrap();
     wait_until(DEADLINE, "a pod's new address to be known", || {
-        listed(node, "owners4").contains(&format!("{address} . "))
+        listed(node, "ip_ports4").contains(&format!("{address} . "))
     })
     .unwrap();
 }
@@ -622,20 +622,20 @@ fn a_ports_free_addresses_share_one_packet_rate() {
             link.send(&packet).unwrap();
         };
         // From now on the port that the first comes from may send nothing.
-        nft("flush set inet portreeve held_links".into());
+        nft("flush set inet portreeve link_rate".into());
         send(0);
-        let listed = || nft("list set inet portreeve held_links".into());
+        let listed = || nft("list set inet portreeve link_rate".into());
         let counted = || listed().contains("elements");
         wait_until(DEADLINE, "the port to be counted", counted).unwrap();
         let listing = listed();
         let (_, elements) = listing.split_once("elements = { ").unwrap();
         let (port, _) = elements.split_once(" limit").unwrap();
         nft(format!(
-            "delete element inet portreeve held_links '{{ {port} }}'"
+            "delete element inet portreeve link_rate '{{ {port} }}'"
         ));
         let spent = format!("{port} limit rate over 1/day burst 1 packets");
         nft(format!(
-            "add element inet portreeve held_links '{{ {spent} }}'"
+            "add element inet portreeve link_rate '{{ {spent} }}'"
         ));
         let before = counter(&node, "rate_limited");
         (1..=20).for_each(send);

@@ -29,7 +29,7 @@ fn policy_change_on_disk_applies_within_a_second() {
         (vec![deny_ingress("b")], Kind::TimedOut),
         (vec![allow_all()], Kind::Connected),
         (vec![deny_ingress("b")], Kind::TimedOut),
-        // Now b is released: no policy at all.
+        // Now b is non-isolated: no policy at all.
         (vec![], Kind::Connected),
     ] {
         let written = Instant::now();

@@ -137,7 +137,7 @@ fn filled(listing: &str) -> impl Iterator<Item = String> {
 fn flushed_sets_are_filled_again() {
     let bed = enforced(Cluster::builder().gateway(BRIDGE));
     let node = bed.lab.node(0);
-    let ports = || filled(&sets(&node)).any(|it| it == "bridge portreeve targets");
+    let ports = || filled(&sets(&node)).any(|it| it == "bridge portreeve target_ports");
     wait_until(DEADLINE, "the ports' addresses", ports).unwrap();
     let list = || sets(&node);
     let before = list();
@@ -153,7 +153,7 @@ fn flushed_sets_are_filled_again() {
     }
     let a = bed.lab.pod("x/a").addr_v4(0).ip();
     for damage in [
-        format!("nft delete element inet portreeve egress_released4 '{{ {a} }}'"),
+        format!("nft delete element inet portreeve egress_non_isolated4 '{{ {a} }}'"),
         "nft add element inet portreeve own_node_judged '{ ipv4 }'".to_owned(),
     ] {
         put_back(&bed, &damage, "elements", || {});

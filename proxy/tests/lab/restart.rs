@@ -316,8 +316,8 @@ fn removed_redirect_is_reported_and_reinstalled_one_filled() {
     };
     let filled = [
         "pods4",
-        "egress_released4",
-        "ingress_released4",
+        "egress_non_isolated4",
+        "ingress_non_isolated4",
         "pod_links",
     ];
     let before = sets(&filled);

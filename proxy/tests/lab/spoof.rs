@@ -289,8 +289,8 @@ fn moved_address_is_dropped_on_its_old_link() {
         bed.lab.pod("x/d"),
     );
     let [link_a, link_d] = ["x/a", "x/d"].map(|pod| bed.lab.link_of(pod).unwrap());
-    let pinned = |pod: &Host, link: &str| {
-        ["pinned4", "pinned6"]
+    let link_sources = |pod: &Host, link: &str| {
+        ["link_sources4", "link_sources6"]
             .into_iter()
             .zip(pod.addrs(53))
             .all(|(set, own)| {
@@ -300,8 +300,8 @@ fn moved_address_is_dropped_on_its_old_link() {
                 listing.contains(&format!("\"{link}\" . {}", own.ip()))
             })
     };
-    wait_until(DEADLINE, "each to be pinned to its link", || {
-        pinned(&a, &link_a) && pinned(&d, &link_d)
+    wait_until(DEADLINE, "each address in the set of its link", || {
+        link_sources(&a, &link_a) && link_sources(&d, &link_d)
     })
     .unwrap();
     for (pod, link) in [(&a, &link_d), (&d, &link_a)] {
@@ -312,7 +312,7 @@ fn moved_address_is_dropped_on_its_old_link() {
         }
     }
     wait_until(DEADLINE, "the pins to follow the routes", || {
-        pinned(&a, &link_d) && pinned(&d, &link_a)
+        link_sources(&a, &link_d) && link_sources(&d, &link_a)
     })
     .unwrap();
     for (source, to) in a.addrs(53).into_iter().zip(b.addrs(53)) {

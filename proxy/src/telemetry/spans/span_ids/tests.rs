@@ -105,7 +105,7 @@ fn span_has_parent_only_if_first_node_judged() {
         (
             false,
             claims(16_001, "node-1", false, DataPath::Spliced),
-            "a released pod, that chose the port itself",
+            "a non-isolated pod that chose the port itself",
         ),
         (
             false,

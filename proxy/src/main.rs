@@ -1,7 +1,6 @@
 //! `portreeve`: the per-node daemon and its command line.
 mod admin;
 mod cli;
-mod demo;
 mod enforcer;
 mod gate;
 mod handover;

@@ -17,9 +17,10 @@ const FENCES: &[(&str, &[&str])] = &[
     ("kernel", &["policy"]),
     ("iptables-init", &["kernel"]),
     ("lab", &[]),
+    ("demo", &["policy", "controller", "lab"]),
     (
         "proxy",
-        &["policy", "controller", "kernel", "iptables-init", "lab"],
+        &["policy", "controller", "kernel", "iptables-init", "demo"],
     ),
     ("tidy", &[]),
 ];

@@ -50,7 +50,7 @@ const NO_DEMO: u8 = 2;
 /// not run; see standard error. Needs no root where user namespaces are allowed; leaves
 /// nothing behind.
 #[derive(clap::Args, Debug)]
-pub(crate) struct DemoArgs {
+pub struct DemoArgs {
     /// Your own pods and policies, a manifest file or a directory of them
     #[arg(long, value_name = "PATH")]
     manifests: Option<PathBuf>,
@@ -66,7 +66,8 @@ pub(crate) struct DemoArgs {
 }
 
 /// Runs `portreeve demo`. To be called before any thread runs.
-pub(crate) fn demo(args: &DemoArgs) -> ExitCode {
+#[must_use]
+pub fn demo(args: &DemoArgs) -> ExitCode {
     match prepare(args) {
         Ok(story) => watched(story),
         Err(error) => {

@@ -3,7 +3,6 @@
 //! Builds a cluster of network namespaces, runs the real init step and the real daemon on each
 //! node, connects every pod to every pod, and compares the results with the expected verdicts. The
 //! daemon runs as a separate process, as in a cluster.
-mod bed;
 mod decisions;
 mod error;
 mod grid;
@@ -14,6 +13,7 @@ mod raw;
 mod report;
 mod screen;
 mod story;
+mod testbed;
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -29,11 +29,11 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
-use bed::{Daemons, Programs};
 use error::DemoError;
 use outlet::Outlet;
 use plan::Plan;
 use screen::Screen;
+use testbed::{Daemons, Programs};
 
 /// The Kubernetes documentation's policies, and pods for them.
 const SAMPLES: [&str; 2] = [

@@ -11,7 +11,7 @@ use lab::traffic::{connect_all, greeting};
 use lab::{Dial, Kind, Outcome};
 use policy::{Cluster, OwnNode, Protocol};
 
-use super::bed::Bed;
+use super::testbed::Testbed;
 
 /// Timeout of a dial that policy denies. A SYN is retransmitted after a second.
 const SILENCE: Duration = Duration::from_millis(1000);
@@ -66,11 +66,15 @@ pub(super) struct Survey {
 
 impl Question {
     /// All connections with their expected verdicts, in the order of `from`, then `to`.
-    pub(super) fn all(bed: &Bed, cluster: &Cluster) -> Vec<Self> {
-        let hosts: Vec<_> = bed.pods.iter().map(|pod| bed.lab.pod(&pod.key())).collect();
+    pub(super) fn all(testbed: &Testbed, cluster: &Cluster) -> Vec<Self> {
+        let hosts: Vec<_> = testbed
+            .pods
+            .iter()
+            .map(|pod| testbed.lab.pod(&pod.key()))
+            .collect();
         let mut questions = Vec::new();
         for (from, source) in hosts.iter().enumerate() {
-            for (to, pod) in bed.pods.iter().enumerate() {
+            for (to, pod) in testbed.pods.iter().enumerate() {
                 for (port, family) in pod.ports.iter().flat_map(|port| [(*port, 0), (*port, 1)]) {
                     let party = |address: IpAddr| cluster.party(address);
                     let asked = policy::allows(
@@ -101,18 +105,18 @@ impl Question {
             && self.route == other.route
     }
 
-    fn dial(&self, bed: &Bed) -> Dial {
-        let (from, to) = (bed.pods[self.from].key(), bed.pods[self.to].key());
+    fn dial(&self, testbed: &Testbed) -> Dial {
+        let (from, to) = (testbed.pods[self.from].key(), testbed.pods[self.to].key());
         let address = match self.route {
-            Route::Pod => bed.lab.pod(&to).addrs(self.port)[self.family],
-            Route::Service => bed.lab.service(&to).addrs(self.port)[self.family],
+            Route::Pod => testbed.lab.pod(&to).addrs(self.port)[self.family],
+            Route::Service => testbed.lab.service(&to).addrs(self.port)[self.family],
         };
-        Dial::new(&bed.lab.pod(&from), address)
+        Dial::new(&testbed.lab.pod(&from), address)
     }
 
     /// `x/a -> y/b:80 through its Service, IPv6`.
-    pub(super) fn describe(&self, bed: &Bed) -> String {
-        let (from, to) = (bed.pods[self.from].key(), bed.pods[self.to].key());
+    pub(super) fn describe(&self, testbed: &Testbed) -> String {
+        let (from, to) = (testbed.pods[self.from].key(), testbed.pods[self.to].key());
         let route = match self.route {
             Route::Pod => "by its address",
             Route::Service => "through its Service",
@@ -121,13 +125,13 @@ impl Question {
         format!("{from} → {to}:{} {route}, {family}", self.port)
     }
 
-    fn judge(&self, bed: &Bed, outcome: Outcome) -> Seen {
+    fn judge(&self, testbed: &Testbed, outcome: Outcome) -> Seen {
         let (latency, kind) = (outcome.latency(), outcome.kind());
         match (outcome, latency) {
             (Outcome::Connected { stream, .. }, Some(latency)) => match greeting(&stream, ANSWER) {
                 Ok(greeting) => {
-                    let (from, to) = (&bed.pods[self.from], &bed.pods[self.to]);
-                    let client = bed.lab.pod(&from.key()).addresses()[self.family];
+                    let (from, to) = (&testbed.pods[self.from], &testbed.pods[self.to]);
+                    let client = testbed.lab.pod(&from.key()).addresses()[self.family];
                     // Through its own Service a pod is masqueraded to its node's address (hairpin).
                     let hidden = self.from == self.to && self.route == Route::Service;
                     if greeting.server != to.key() {
@@ -151,10 +155,10 @@ impl Survey {
     ///
     /// # Errors
     /// If sockets cannot be made.
-    pub(super) fn take(bed: &Bed, questions: Vec<Question>) -> io::Result<Self> {
+    pub(super) fn take(testbed: &Testbed, questions: Vec<Question>) -> io::Result<Self> {
         let mut seen = Vec::with_capacity(questions.len());
         for batch in questions.chunks(at_once()) {
-            seen.extend(dial(bed, batch, ANSWER, SILENCE)?);
+            seen.extend(dial(testbed, batch, ANSWER, SILENCE)?);
         }
         Ok(Self { questions, seen })
     }
@@ -269,7 +273,7 @@ impl Change {
     /// If sockets cannot be made.
     pub(super) fn followed(
         &self,
-        bed: &Bed,
+        testbed: &Testbed,
         since: Instant,
         limit: Duration,
     ) -> io::Result<Option<Duration>> {
@@ -283,7 +287,7 @@ impl Change {
             // A machine that is too busy for short rounds gets longer ones.
             let busy = latest > Duration::from_secs(1);
             let round = Duration::from_millis(if busy { 500 } else { 100 });
-            let seen = dial(bed, &open[..open.len().min(at_once())], round, round)?;
+            let seen = dial(testbed, &open[..open.len().min(at_once())], round, round)?;
             let mut seen = seen.iter();
             open.retain(|question| !seen.next().is_some_and(|seen| agrees(question, seen)));
         }
@@ -293,7 +297,7 @@ impl Change {
 
 /// Dials a batch, with different patience for what policy allows and denies.
 fn dial(
-    bed: &Bed,
+    testbed: &Testbed,
     batch: &[Question],
     answer: Duration,
     silence: Duration,
@@ -301,7 +305,7 @@ fn dial(
     let part = |asked: bool| -> Vec<(usize, Dial)> {
         let chosen = batch.iter().enumerate().filter(|(_, q)| q.asked == asked);
         chosen
-            .map(|(at, question)| (at, question.dial(bed)))
+            .map(|(at, question)| (at, question.dial(testbed)))
             .collect()
     };
     let run = |dials: Vec<(usize, Dial)>, limit| -> io::Result<Vec<(usize, Outcome)>> {
@@ -321,7 +325,7 @@ fn dial(
     })?;
     let mut seen = vec![Seen::Silence; batch.len()];
     for (at, outcome) in outcomes {
-        seen[at] = batch[at].judge(bed, outcome);
+        seen[at] = batch[at].judge(testbed, outcome);
     }
     Ok(seen)
 }

@@ -4,13 +4,13 @@ use std::time::Duration;
 use lab::Entered;
 use policy::{Cluster, Direction};
 
-use super::bed::{ADMIN, Bed, seen_by_all};
 use super::decisions::{Decisions, Group, count, ranked};
 use super::grid::{self, Cell, Grid};
 use super::outlet::Outlet;
 use super::plan::{counted, shortened};
 use super::probe::{Change, Question, Route, Seen, Survey, agrees};
 use super::screen::{Screen, Tone, WIDTH};
+use super::testbed::{ADMIN, Testbed, seen_by_all};
 
 /// Differences that are listed one by one.
 const LISTED: usize = 40;
@@ -72,7 +72,7 @@ pub(super) fn policies(screen: Screen, cluster: &Cluster) {
 }
 
 /// Prints the expected matrix and the observed ones, by pod address and through Services.
-pub(super) fn matrices(screen: Screen, bed: &Bed, survey: &Survey) {
+pub(super) fn matrices(screen: Screen, testbed: &Testbed, survey: &Survey) {
     screen.heading("Who reaches whom (rows are sources)");
     screen.line("");
     let observed = |title: &str, route| Grid {
@@ -87,7 +87,7 @@ pub(super) fn matrices(screen: Screen, bed: &Bed, survey: &Survey) {
         observed("seen, by pod address", Route::Pod),
         observed("seen, by Service", Route::Service),
     ];
-    grid::draw(screen, &bed.pods, &grids);
+    grid::draw(screen, &testbed.pods, &grids);
     screen.line("");
     let pairs = survey
         .questions
@@ -108,7 +108,7 @@ pub(super) fn matrices(screen: Screen, bed: &Bed, survey: &Survey) {
 }
 
 /// A matrix after a change, with what changed.
-pub(super) fn changed(screen: Screen, bed: &Bed, before: &[Question], survey: &Survey) {
+pub(super) fn changed(screen: Screen, testbed: &Testbed, before: &[Question], survey: &Survey) {
     let change = Change::between(before, &survey.questions);
     let (opened, closed) = (change.pairs(true), change.pairs(false));
     let mark = move |from: usize, to: usize, cell: Cell| match cell.0 {
@@ -135,7 +135,7 @@ pub(super) fn changed(screen: Screen, bed: &Bed, before: &[Question], survey: &S
         },
     ];
     screen.line("");
-    grid::draw(screen, &bed.pods, &grids);
+    grid::draw(screen, &testbed.pods, &grids);
     screen.line("");
     let legend =
         "  + opened by the change   − closed by it   ✓ reached as before   · denied as before";
@@ -215,7 +215,13 @@ pub(super) fn follow_text(change: &Change, followed: Option<Duration>, survey: &
 }
 
 /// Prints whether all results match policy, the differences pair by pair, and the duration.
-pub(super) fn verdict(screen: Screen, bed: &Bed, surveys: &[&Survey], agree: bool, took: Duration) {
+pub(super) fn verdict(
+    screen: Screen,
+    testbed: &Testbed,
+    surveys: &[&Survey],
+    agree: bool,
+    took: Duration,
+) {
     let differences = surveys.iter().flat_map(|survey| survey.differences());
     let differences: Vec<_> = differences.collect();
     if !differences.is_empty() {
@@ -229,7 +235,7 @@ pub(super) fn verdict(screen: Screen, bed: &Bed, surveys: &[&Survey], agree: boo
             };
             screen.line(&format!(
                 "  {}: {asked}, but {seen}",
-                question.describe(bed)
+                question.describe(testbed)
             ));
         }
         if differences.len() > LISTED {
@@ -274,7 +280,7 @@ pub(super) fn where_to_look(screen: Screen, outlet: &Outlet) {
 }
 
 /// Prints commands to explore the running cluster.
-pub(super) fn how_to_enter(screen: Screen, bed: &Bed, entered: Entered) {
+pub(super) fn how_to_enter(screen: Screen, testbed: &Testbed, entered: Entered) {
     let user = match entered {
         Entered::Capable => String::new(),
         Entered::UserNamespace => {
@@ -286,7 +292,7 @@ pub(super) fn how_to_enter(screen: Screen, bed: &Bed, entered: Entered) {
     };
     let enter = |netns: &lab::Netns| format!("nsenter{user} --net={}", netns.path().display());
     screen.heading("The cluster runs until Ctrl-C. From another shell:");
-    for pod in bed.lab.pods() {
+    for pod in testbed.lab.pods() {
         screen.line(&format!(
             "  {:<20} {}  # {}",
             pod.name(),
@@ -294,20 +300,20 @@ pub(super) fn how_to_enter(screen: Screen, bed: &Bed, entered: Entered) {
             pod.ipv4()
         ));
     }
-    for node in bed.lab.nodes() {
+    for node in testbed.lab.nodes() {
         let curl = format!("{} curl -s http://{ADMIN}/policies", enter(node.netns()));
         screen.line(&format!("  {:<20} {curl}", node.name()));
     }
     let paths = "/livez /readyz /metrics /connections";
     screen.line(&format!("  {:<20} {paths} are there too", ""));
-    let dir = seen_by_all(&bed.cluster_dir());
+    let dir = seen_by_all(&testbed.cluster_dir());
     screen.line(&format!("  {:<20} {}", "manifests", dir.display()));
     screen.line(&format!(
         "  {:<20} change one: it is in force within a second",
         ""
     ));
-    if let (Some(from), Some(to)) = (bed.lab.pods().next(), bed.lab.pods().nth(1)) {
-        let port = bed
+    if let (Some(from), Some(to)) = (testbed.lab.pods().next(), testbed.lab.pods().nth(1)) {
+        let port = testbed
             .pods
             .get(1)
             .and_then(|pod| pod.ports.first())

@@ -8,7 +8,6 @@ use lab::Entered;
 use policy::{Cluster, NetworkPolicy};
 use serde_json::json;
 
-use super::bed::{Bed, Daemons, Programs};
 use super::decisions::{Decisions, count};
 use super::error::DemoError;
 use super::outlet::Outlet;
@@ -16,6 +15,7 @@ use super::plan::{Plan, counted, shortened};
 use super::probe::{Change, Question, Route, Survey};
 use super::report::{self, Live};
 use super::screen::{Screen, Step, Tone};
+use super::testbed::{Daemons, Programs, Testbed};
 
 /// How long a change may take until connections follow it. A second is promised; what is slower is
 /// shown in the report.
@@ -62,24 +62,24 @@ impl Story {
         let (nodes, own) = (self.plan.nodes.clone(), self.own.clone());
         let (plan, programs, daemons) = (self.plan, self.programs, self.daemons);
         let outlet = self.outlet;
-        let bed = build(screen, plan, programs, daemons, outlet.clone())?;
-        let cluster = bed.cluster()?;
+        let testbed = build(screen, plan, programs, daemons, outlet.clone())?;
+        let cluster = testbed.cluster()?;
         same(&self.expected, &cluster)?;
-        let questions = Question::all(&bed, &cluster);
-        let first = survey(screen, &bed, questions)?;
+        let questions = Question::all(&testbed, &cluster);
+        let first = survey(screen, &testbed, questions)?;
         if own.is_some() {
             report::own_manifests(screen, &notes);
         }
         report::policies(screen, &cluster);
-        report::matrices(screen, &bed, &first);
-        let decisions = Decisions::read(&bed.records(), first.counts().1);
+        report::matrices(screen, &testbed, &first);
+        let decisions = Decisions::read(&testbed.records(), first.counts().1);
         report::decisions(screen, &decisions, first.counts().1);
-        let live = change(screen, &bed, &cluster, &first.questions)?;
+        let live = change(screen, &testbed, &cluster, &first.questions)?;
         let findings = Findings { first, live };
         let agree = all_agree(&findings);
         report::verdict(
             screen,
-            &bed,
+            &testbed,
             &findings.surveys(),
             agree,
             self.started.elapsed(),
@@ -88,11 +88,11 @@ impl Story {
             report::where_to_look(screen, outlet);
         }
         if self.keep {
-            report::how_to_enter(screen, &bed, self.entered);
+            report::how_to_enter(screen, &testbed, self.entered);
         }
         if self.headless {
             let denied = count(&decisions.denied);
-            let summary = findings.summary(&bed, &nodes, denied, self.started.elapsed());
+            let summary = findings.summary(&testbed, &nodes, denied, self.started.elapsed());
             screen.line(&summary);
         }
         if self.keep {
@@ -124,33 +124,37 @@ fn build(
     programs: Programs,
     daemons: Daemons,
     outlet: Option<Arc<Outlet>>,
-) -> Result<Bed, DemoError> {
+) -> Result<Testbed, DemoError> {
     let (nodes, pods) = (
         counted(plan.nodes.len(), "node"),
         counted(plan.pods.len(), "pod"),
     );
     let mut namespaces: Vec<_> = plan.pods.iter().map(|pod| pod.namespace.clone()).collect();
     namespaces.dedup();
-    let bed = screen.step("cluster", || {
-        let bed = Bed::build(plan, programs, daemons, outlet)?;
-        let services = counted(bed.pods.len(), "Service");
+    let testbed = screen.step("cluster", || {
+        let testbed = Testbed::build(plan, programs, daemons, outlet)?;
+        let services = counted(testbed.pods.len(), "Service");
         let within = shortened(&namespaces, ", ", 4);
         let text = format!("{nodes}, {pods} in {within}, {services} by DNAT");
-        Ok::<_, DemoError>(Step::done(bed, text))
+        Ok::<_, DemoError>(Step::done(testbed, text))
     })?;
-    let names: Vec<_> = bed.lab.nodes().map(|node| node.name().to_owned()).collect();
+    let names: Vec<_> = testbed
+        .lab
+        .nodes()
+        .map(|node| node.name().to_owned())
+        .collect();
     let names = shortened(&names, ", ", 3);
     screen.step("redirect", || {
-        bed.install()?;
+        testbed.install()?;
         let text = format!("iptables-init install on {names}");
         Ok::<_, DemoError>(Step::done((), text))
     })?;
     screen.step("daemons", || {
-        bed.start()?;
+        testbed.start()?;
         let text = format!("portreeve run on {names}, ready");
         Ok::<_, DemoError>(Step::done((), text))
     })?;
-    Ok(bed)
+    Ok(testbed)
 }
 
 /// Checks that the daemons' manifests have the same policies as the user's.
@@ -163,9 +167,13 @@ fn same(expected: &[NetworkPolicy], cluster: &Cluster) -> Result<(), DemoError> 
     }
 }
 
-fn survey(screen: Screen, bed: &Bed, questions: Vec<Question>) -> Result<Survey, DemoError> {
+fn survey(
+    screen: Screen,
+    testbed: &Testbed,
+    questions: Vec<Question>,
+) -> Result<Survey, DemoError> {
     screen.step("connections", || {
-        let survey = Survey::take(bed, questions).map_err(DemoError::Dial)?;
+        let survey = Survey::take(testbed, questions).map_err(DemoError::Dial)?;
         let tried = survey.questions.len();
         let wrong = survey.differences().count();
         let agree = if wrong == 0 {
@@ -185,15 +193,15 @@ fn survey(screen: Screen, bed: &Bed, questions: Vec<Question>) -> Result<Survey,
 /// Removes the policy with the largest effect and restores it, while connections are tried.
 fn change(
     screen: Screen,
-    bed: &Bed,
+    testbed: &Testbed,
     cluster: &Cluster,
     before: &[Question],
 ) -> Result<Option<Live>, DemoError> {
-    let mut without = bed.cluster()?;
+    let mut without = testbed.cluster()?;
     let mut telling: Option<(String, Vec<Question>, usize)> = None;
     for policy in cluster.policies().take(CANDIDATES) {
         let _nobody_to_tell = without.remove_policy(policy.key());
-        let after = Question::all(bed, &without);
+        let after = Question::all(testbed, &without);
         let _nobody_to_tell = without.upsert_policy(policy.clone());
         let changed = Change::between(before, &after).questions.len();
         if changed > telling.as_ref().map_or(0, |(_, _, most)| *most) {
@@ -204,14 +212,14 @@ fn change(
         return Ok(None);
     };
     report::announce_change(screen, &policy);
-    let removed = step(screen, bed, "deleted", before, &after, || {
-        bed.remove_policy(&policy)
+    let removed = step(screen, testbed, "deleted", before, &after, || {
+        testbed.remove_policy(&policy)
     })?;
     if removed.1.questions.len() == after.len() {
-        report::changed(screen, bed, before, &removed.1);
+        report::changed(screen, testbed, before, &removed.1);
     }
-    let back = step(screen, bed, "put back", &after, before, || {
-        bed.put_policy(&policy)
+    let back = step(screen, testbed, "put back", &after, before, || {
+        testbed.put_policy(&policy)
     })?;
     Ok(Some(Live {
         followed: [removed.0, back.0],
@@ -222,7 +230,7 @@ fn change(
 /// One change: how soon connections followed it, and a whole round of them afterwards.
 fn step(
     screen: Screen,
-    bed: &Bed,
+    testbed: &Testbed,
     name: &str,
     before: &[Question],
     after: &[Question],
@@ -233,9 +241,9 @@ fn step(
         let since = Instant::now();
         act()?;
         let followed = change
-            .followed(bed, since, FOLLOW)
+            .followed(testbed, since, FOLLOW)
             .map_err(DemoError::Dial)?;
-        let survey = Survey::take(bed, change.to_try(after)).map_err(DemoError::Dial)?;
+        let survey = Survey::take(testbed, change.to_try(after)).map_err(DemoError::Dial)?;
         let text = report::follow_text(&change, followed, &survey);
         let good = followed.is_some() && survey.differences().next().is_none();
         Ok(Step {
@@ -258,7 +266,13 @@ impl Findings {
     }
 
     /// The last line of `--headless`.
-    fn summary(&self, bed: &Bed, nodes: &[String], on_record: usize, took: Duration) -> String {
+    fn summary(
+        &self,
+        testbed: &Testbed,
+        nodes: &[String],
+        on_record: usize,
+        took: Duration,
+    ) -> String {
         let (allowed, denied) = self.first.counts();
         let of = |route: Route| {
             self.first
@@ -277,7 +291,7 @@ impl Findings {
         json!({
             "agree": all_agree(self),
             "nodes": nodes.len(),
-            "pods": bed.pods.len(),
+            "pods": testbed.pods.len(),
             "allowed": allowed,
             "denied": denied,
             "by_pod": of(Route::Pod).count(),

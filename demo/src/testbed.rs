@@ -69,7 +69,7 @@ impl Programs {
 }
 
 /// A cluster under policy.
-pub(super) struct Bed {
+pub(super) struct Testbed {
     pub(super) lab: lab::Cluster,
     pub(super) pods: Vec<Planned>,
     policies: Vec<RawPolicy>,
@@ -78,7 +78,7 @@ pub(super) struct Bed {
     outlet: Option<Arc<Outlet>>,
 }
 
-impl Bed {
+impl Testbed {
     /// Builds nodes, pods and Services; every pod serves its ports.
     ///
     /// # Errors
@@ -97,7 +97,7 @@ impl Bed {
                 source,
             })?;
         }
-        let bed = Self {
+        let testbed = Self {
             lab,
             pods: plan.pods,
             policies: plan.policies,
@@ -105,8 +105,8 @@ impl Bed {
             daemons,
             outlet,
         };
-        bed.write().map_err(DemoError::State)?;
-        Ok(bed)
+        testbed.write().map_err(DemoError::State)?;
+        Ok(testbed)
     }
 
     /// Runs `iptables-init install` on every node.
@@ -267,7 +267,7 @@ impl Bed {
     }
 }
 
-impl Drop for Bed {
+impl Drop for Testbed {
     fn drop(&mut self) {
         self.stop();
     }

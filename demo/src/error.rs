@@ -17,7 +17,7 @@ pub(super) enum DemoError {
     )]
     NoJaeger { at: String, source: io::Error },
     #[error("cannot relay spans out of the demo: {0}; leave --jaeger out")]
-    Outlet(#[source] io::Error),
+    SpanProxy(#[source] io::Error),
     #[error("there is no {}; build both programs, for example by `cargo build --release`", expected.display())]
     NoInit { expected: PathBuf },
     #[error("this program's own path is not known; is /proc mounted?")]

@@ -6,12 +6,12 @@
 mod decisions;
 mod error;
 mod grid;
-mod outlet;
 mod plan;
 mod probe;
 mod raw;
 mod report;
 mod screen;
+mod span_proxy;
 mod story;
 mod testbed;
 
@@ -30,9 +30,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
 use error::DemoError;
-use outlet::Outlet;
 use plan::Plan;
 use screen::Screen;
+use span_proxy::SpanProxy;
 use testbed::{Daemons, Programs};
 
 /// The Kubernetes documentation's policies, and pods for them.
@@ -92,9 +92,9 @@ fn prepare(args: &DemoArgs) -> Result<story::Story, DemoError> {
     let (plan, policies) = read(&path)?;
     // With spare connections: a daemon may reconnect.
     let connections = 2 * plan.nodes.len();
-    let outlet = args.jaeger.as_deref();
-    let outlet = outlet
-        .map(|url| Outlet::open(url, connections))
+    let span_proxy = args.jaeger.as_deref();
+    let span_proxy = span_proxy
+        .map(|url| SpanProxy::open(url, connections))
         .transpose()?;
     single_threaded();
     let entered = lab::enter()?;
@@ -112,7 +112,7 @@ fn prepare(args: &DemoArgs) -> Result<story::Story, DemoError> {
         plan,
         expected: policies,
         programs,
-        outlet: outlet.map(Arc::new),
+        span_proxy: span_proxy.map(Arc::new),
         daemons: Daemons::default(),
         settled: Arc::default(),
     })

@@ -6,10 +6,10 @@ use policy::{Cluster, Direction};
 
 use super::decisions::{Decisions, Group, count, ranked};
 use super::grid::{self, Cell, Grid};
-use super::outlet::Outlet;
 use super::plan::{counted, shortened};
 use super::probe::{Change, Question, Route, Seen, Survey, agrees};
 use super::screen::{Screen, Tone, WIDTH};
+use super::span_proxy::SpanProxy;
 use super::testbed::{ADMIN, Testbed, seen_by_all};
 
 /// Differences that are listed one by one.
@@ -271,11 +271,11 @@ pub(super) fn verdict(
 }
 
 /// Prints where to find the spans.
-pub(super) fn where_to_look(screen: Screen, outlet: &Outlet) {
+pub(super) fn where_to_look(screen: Screen, span_proxy: &SpanProxy) {
     screen.heading("In Jaeger");
     screen.line("  Every connection is a span there, with pods, policies and reason:");
     for verdict in ["deny", "allow", "sever"] {
-        screen.line(&format!("    {}", outlet.page(verdict)));
+        screen.line(&format!("    {}", span_proxy.page(verdict)));
     }
 }
 

@@ -10,11 +10,11 @@ use serde_json::json;
 
 use super::decisions::{Decisions, count};
 use super::error::DemoError;
-use super::outlet::Outlet;
 use super::plan::{Plan, counted, shortened};
 use super::probe::{Change, Question, Route, Survey};
 use super::report::{self, Live};
 use super::screen::{Screen, Step, Tone};
+use super::span_proxy::SpanProxy;
 use super::testbed::{Daemons, Programs, Testbed};
 
 /// How long a change may take until connections follow it. A second is promised; what is slower is
@@ -38,7 +38,7 @@ pub(super) struct Story {
     pub(super) expected: Vec<NetworkPolicy>,
     pub(super) programs: Programs,
     /// Where spans go, if they do.
-    pub(super) outlet: Option<Arc<Outlet>>,
+    pub(super) span_proxy: Option<Arc<SpanProxy>>,
     pub(super) daemons: Daemons,
     /// Whether all results match policy, once that is known and `--keep` waits.
     pub(super) settled: Arc<OnceLock<bool>>,
@@ -61,8 +61,8 @@ impl Story {
         let notes = self.plan.notes.clone();
         let (nodes, own) = (self.plan.nodes.clone(), self.own.clone());
         let (plan, programs, daemons) = (self.plan, self.programs, self.daemons);
-        let outlet = self.outlet;
-        let testbed = build(screen, plan, programs, daemons, outlet.clone())?;
+        let span_proxy = self.span_proxy;
+        let testbed = build(screen, plan, programs, daemons, span_proxy.clone())?;
         let cluster = testbed.cluster()?;
         same(&self.expected, &cluster)?;
         let questions = Question::all(&testbed, &cluster);
@@ -84,8 +84,8 @@ impl Story {
             agree,
             self.started.elapsed(),
         );
-        if let Some(outlet) = &outlet {
-            report::where_to_look(screen, outlet);
+        if let Some(span_proxy) = &span_proxy {
+            report::where_to_look(screen, span_proxy);
         }
         if self.keep {
             report::how_to_enter(screen, &testbed, self.entered);
@@ -123,7 +123,7 @@ fn build(
     plan: Plan,
     programs: Programs,
     daemons: Daemons,
-    outlet: Option<Arc<Outlet>>,
+    span_proxy: Option<Arc<SpanProxy>>,
 ) -> Result<Testbed, DemoError> {
     let (nodes, pods) = (
         counted(plan.nodes.len(), "node"),
@@ -132,7 +132,7 @@ fn build(
     let mut namespaces: Vec<_> = plan.pods.iter().map(|pod| pod.namespace.clone()).collect();
     namespaces.dedup();
     let testbed = screen.step("cluster", || {
-        let testbed = Testbed::build(plan, programs, daemons, outlet)?;
+        let testbed = Testbed::build(plan, programs, daemons, span_proxy)?;
         let services = counted(testbed.pods.len(), "Service");
         let within = shortened(&namespaces, ", ", 4);
         let text = format!("{nodes}, {pods} in {within}, {services} by DNAT");

@@ -14,9 +14,9 @@ use lab::{Child, Host};
 use policy::Cluster;
 
 use super::error::DemoError;
-use super::outlet::Outlet;
 use super::plan::{Plan, Planned};
 use super::raw::RawPolicy;
+use super::span_proxy::SpanProxy;
 
 /// Only this process sees what is here: [`lab::enter`] has mounted an empty `/run`.
 const DIR: &str = "/run/portreeve-demo";
@@ -75,7 +75,7 @@ pub(super) struct Testbed {
     policies: Vec<RawPolicy>,
     programs: Programs,
     daemons: Daemons,
-    outlet: Option<Arc<Outlet>>,
+    span_proxy: Option<Arc<SpanProxy>>,
 }
 
 impl Testbed {
@@ -87,7 +87,7 @@ impl Testbed {
         plan: Plan,
         programs: Programs,
         daemons: Daemons,
-        outlet: Option<Arc<Outlet>>,
+        span_proxy: Option<Arc<SpanProxy>>,
     ) -> Result<Self, DemoError> {
         let lab = plan.lab.build()?;
         for pod in &plan.pods {
@@ -103,7 +103,7 @@ impl Testbed {
             policies: plan.policies,
             programs,
             daemons,
-            outlet,
+            span_proxy,
         };
         testbed.write().map_err(DemoError::State)?;
         Ok(testbed)
@@ -133,9 +133,9 @@ impl Testbed {
     /// # Errors
     /// [`DemoError::Daemon`] with the end of its log.
     pub(super) fn start(&self) -> Result<(), DemoError> {
-        let collector = self.outlet.as_ref();
-        let collector = collector.map(|outlet| outlet.serve(&self.lab.outside()));
-        let collector = collector.transpose().map_err(DemoError::Outlet)?;
+        let collector = self.span_proxy.as_ref();
+        let collector = collector.map(|span_proxy| span_proxy.serve(&self.lab.outside()));
+        let collector = collector.transpose().map_err(DemoError::SpanProxy)?;
         for node in self.lab.nodes() {
             let mut command = node.command(&self.programs.portreeve);
             without_settings(&mut command)

@@ -18,13 +18,13 @@ const OTLP: u16 = 4317;
 const PAGE: u16 = 16_686;
 
 /// Open connections to a Jaeger.
-pub(super) struct Outlet {
+pub(super) struct SpanProxy {
     host: String,
     port: u16,
     connections: Mutex<Vec<TcpStream>>,
 }
 
-impl Outlet {
+impl SpanProxy {
     /// Connects to the Jaeger at `url` `number` times; the port of its page is replaced by that of gRPC.
     ///
     /// # Errors
@@ -57,10 +57,10 @@ impl Outlet {
     pub(super) fn serve(self: &Arc<Self>, host: &Host) -> io::Result<String> {
         let at = host.addr_v4(self.port);
         let listener = host.listen(at)?;
-        let outlet = Arc::clone(self);
+        let span_proxy = Arc::clone(self);
         thread::spawn(move || {
             for inner in listener.incoming().flatten() {
-                let mut connections = outlet
+                let mut connections = span_proxy
                     .connections
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner);

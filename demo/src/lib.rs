@@ -7,8 +7,8 @@ mod decisions;
 mod error;
 mod grid;
 mod plan;
+mod policies;
 mod probe;
-mod raw;
 mod report;
 mod screen;
 mod span_proxy;
@@ -120,7 +120,7 @@ fn prepare(args: &DemoArgs) -> Result<story::Story, DemoError> {
 
 fn read(path: &Path) -> Result<(Plan, Vec<policy::NetworkPolicy>), DemoError> {
     let loaded = manifest::load(path)?;
-    let mut plan = Plan::of(&loaded.cluster, raw::policies(path)?)?;
+    let mut plan = Plan::of(&loaded.cluster, policies::read(path)?)?;
     plan.notes
         .extend(loaded.problems.iter().map(ToString::to_string));
     Ok((plan, loaded.cluster.policies().cloned().collect()))

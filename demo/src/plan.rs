@@ -8,7 +8,7 @@ use lab::{Builder, Cluster as Lab, PodSpec, ServiceSpec};
 use policy::{Cluster, Pod, Protocol};
 
 use super::error::DemoError;
-use super::raw::RawPolicy;
+use super::policies::RawPolicy;
 
 /// The port of a pod that names none.
 const DEFAULT_PORT: u16 = 80;

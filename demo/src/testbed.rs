@@ -15,7 +15,7 @@ use policy::Cluster;
 
 use super::error::DemoError;
 use super::plan::{Plan, Planned};
-use super::raw::RawPolicy;
+use super::policies::RawPolicy;
 use super::span_proxy::SpanProxy;
 
 /// Only this process sees what is here: [`lab::enter`] has mounted an empty `/run`.

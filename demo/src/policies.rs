@@ -24,7 +24,7 @@ pub(super) struct RawPolicy {
 ///
 /// # Errors
 /// If a file cannot be read.
-pub(super) fn policies(path: &Path) -> Result<Vec<RawPolicy>, DemoError> {
+pub(super) fn read(path: &Path) -> Result<Vec<RawPolicy>, DemoError> {
     let mut found = BTreeMap::new();
     let unreadable = |source| DemoError::Unreadable {
         path: path.to_owned(),

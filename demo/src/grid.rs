@@ -1,8 +1,8 @@
-//! Draws matrices of pods side by side, within the width of the screen.
+//! Draws matrices of pods side by side, within the width of the terminal.
 //!
 //! Pure: cells in, text out. Rows are sources, columns destinations, grouped by namespace.
 use super::plan::Planned;
-use super::screen::{Screen, Tone, WIDTH};
+use super::terminal::{Terminal, Tone, WIDTH};
 
 /// Between two matrices.
 const GAP: usize = 4;
@@ -31,13 +31,13 @@ struct Layout<'a> {
 }
 
 /// Draws the matrices, as many beside each other as fit.
-pub(super) fn draw(screen: Screen, pods: &[Planned], grids: &[Grid<'_>]) {
-    for line in lines(screen, pods, grids) {
-        screen.line(&line);
+pub(super) fn draw(terminal: Terminal, pods: &[Planned], grids: &[Grid<'_>]) {
+    for line in lines(terminal, pods, grids) {
+        terminal.line(&line);
     }
 }
 
-fn lines(screen: Screen, pods: &[Planned], grids: &[Grid<'_>]) -> Vec<String> {
+fn lines(terminal: Terminal, pods: &[Planned], grids: &[Grid<'_>]) -> Vec<String> {
     let layout = Layout::of(pods);
     let widest = grids.iter().map(|grid| grid.title.chars().count()).max();
     let width = layout.width().max(widest.unwrap_or_default());
@@ -52,14 +52,14 @@ fn lines(screen: Screen, pods: &[Planned], grids: &[Grid<'_>]) -> Vec<String> {
             row.iter().map(part).collect::<Vec<_>>().join(&gap)
         };
         let label = " ".repeat(layout.label);
-        let strong = |text: &str| screen.paint(Tone::Strong, &format!("{text:<width$}"));
+        let strong = |text: &str| terminal.paint(Tone::Strong, &format!("{text:<width$}"));
         lines.push(label.clone() + &across(&|grid| strong(&grid.title)));
-        let faint = |text: &str| screen.paint(Tone::Faint, &format!("{text:<width$}"));
+        let faint = |text: &str| terminal.paint(Tone::Faint, &format!("{text:<width$}"));
         for header in layout.headers() {
             lines.push(label.clone() + &across(&|_| faint(&header)));
         }
         for from in 0..pods.len() {
-            let cells = across(&|grid| layout.row(screen, grid, from, width));
+            let cells = across(&|grid| layout.row(terminal, grid, from, width));
             lines.push(layout.label_of(from) + &cells);
         }
     }
@@ -161,10 +161,10 @@ impl<'a> Layout<'a> {
             .collect()
     }
 
-    fn row(&self, screen: Screen, grid: &Grid<'_>, from: usize, width: usize) -> String {
+    fn row(&self, terminal: Terminal, grid: &Grid<'_>, from: usize, width: usize) -> String {
         let cells = self.across(|to| {
             let (symbol, tone) = (grid.cell)(from, to);
-            screen.paint(tone, &symbol.to_string()) + &" ".repeat(self.column - 1)
+            terminal.paint(tone, &symbol.to_string()) + &" ".repeat(self.column - 1)
         });
         cells + &" ".repeat(width.saturating_sub(self.width()))
     }
@@ -201,7 +201,7 @@ mod tests {
             title: title.into(),
             cell: Box::new(|from, to| (if from == to { '✓' } else { '✗' }, Tone::Plain)),
         };
-        let lines = lines(Screen::new(true), pods, &[grid("asked"), grid("seen")]);
+        let lines = lines(Terminal::new(true), pods, &[grid("asked"), grid("seen")]);
         lines
             .into_iter()
             .map(|line| line.trim_end().to_owned())

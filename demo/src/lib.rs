@@ -10,9 +10,9 @@ mod plan;
 mod policies;
 mod probe;
 mod report;
-mod screen;
 mod span_proxy;
 mod story;
+mod terminal;
 mod testbed;
 
 use std::io::Write;
@@ -31,8 +31,8 @@ use tokio::sync::oneshot;
 
 use error::DemoError;
 use plan::Plan;
-use screen::Screen;
 use span_proxy::SpanProxy;
+use terminal::Terminal;
 use testbed::{Daemons, Programs};
 
 /// The Kubernetes documentation's policies, and pods for them.
@@ -103,7 +103,7 @@ fn prepare(args: &DemoArgs) -> Result<story::Story, DemoError> {
         let _as_it_was = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
     Ok(story::Story {
-        screen: Screen::new(args.headless),
+        terminal: Terminal::new(args.headless),
         own: args.manifests.clone(),
         keep: args.keep,
         headless: args.headless,

@@ -8,8 +8,8 @@ use super::decisions::{Decisions, Group, count, ranked};
 use super::grid::{self, Cell, Grid};
 use super::plan::{counted, shortened};
 use super::probe::{Change, Question, Route, Seen, Survey, agrees};
-use super::screen::{Screen, Tone, WIDTH};
 use super::span_proxy::SpanProxy;
+use super::terminal::{Terminal, Tone, WIDTH};
 use super::testbed::{ADMIN, Testbed, seen_by_all};
 
 /// Differences that are listed one by one.
@@ -25,23 +25,23 @@ pub(super) struct Live {
 }
 
 /// How the lab differs from the user's manifests.
-pub(super) fn own_manifests(screen: Screen, notes: &[String]) {
-    screen.heading("Your manifests in this cluster");
+pub(super) fn own_manifests(terminal: Terminal, notes: &[String]) {
+    terminal.heading("Your manifests in this cluster");
     let kept = "names, labels, namespaces, nodes and ports are yours; addresses are the lab's (pods 10.244.0.0/16 \
                 and fd00:10:244::/48), so an ipBlock means those";
-    screen.paragraph(Tone::Plain, 2, kept);
+    terminal.paragraph(Tone::Plain, 2, kept);
     for note in notes {
-        screen.paragraph(Tone::Plain, 2, note);
+        terminal.paragraph(Tone::Plain, 2, note);
     }
 }
 
 /// Prints every policy and the pods that it isolates.
-pub(super) fn policies(screen: Screen, cluster: &Cluster) {
+pub(super) fn policies(terminal: Terminal, cluster: &Cluster) {
     let keys: Vec<_> = cluster
         .policies()
         .map(|policy| policy.key().to_string())
         .collect();
-    screen.heading(&format!(
+    terminal.heading(&format!(
         "{} in force",
         counted(keys.len(), "NetworkPolicy")
     ));
@@ -67,14 +67,14 @@ pub(super) fn policies(screen: Screen, cluster: &Cluster) {
             true => "no pod".to_owned(),
             false => fitting(&selected, WIDTH.saturating_sub(line.chars().count())),
         };
-        screen.line(&(line + &of));
+        terminal.line(&(line + &of));
     }
 }
 
 /// Prints the expected matrix and the observed ones, by pod address and through Services.
-pub(super) fn matrices(screen: Screen, testbed: &Testbed, survey: &Survey) {
-    screen.heading("Who reaches whom (rows are sources)");
-    screen.line("");
+pub(super) fn matrices(terminal: Terminal, testbed: &Testbed, survey: &Survey) {
+    terminal.heading("Who reaches whom (rows are sources)");
+    terminal.line("");
     let observed = |title: &str, route| Grid {
         title: title.to_owned(),
         cell: Box::new(move |from, to| observed(survey, route, from, to)),
@@ -87,8 +87,8 @@ pub(super) fn matrices(screen: Screen, testbed: &Testbed, survey: &Survey) {
         observed("seen, by pod address", Route::Pod),
         observed("seen, by Service", Route::Service),
     ];
-    grid::draw(screen, &testbed.pods, &grids);
-    screen.line("");
+    grid::draw(terminal, &testbed.pods, &grids);
+    terminal.line("");
     let pairs = survey
         .questions
         .chunk_by(|one, next| (one.from, one.to) == (next.from, next.to));
@@ -104,11 +104,11 @@ pub(super) fn matrices(screen: Screen, testbed: &Testbed, survey: &Survey) {
     }
     legend
         .lines()
-        .for_each(|line| screen.line(&screen.paint(Tone::Faint, line)));
+        .for_each(|line| terminal.line(&terminal.paint(Tone::Faint, line)));
 }
 
 /// A matrix after a change, with what changed.
-pub(super) fn changed(screen: Screen, testbed: &Testbed, before: &[Question], survey: &Survey) {
+pub(super) fn changed(terminal: Terminal, testbed: &Testbed, before: &[Question], survey: &Survey) {
     let change = Change::between(before, &survey.questions);
     let (opened, closed) = (change.pairs(true), change.pairs(false));
     let mark = move |from: usize, to: usize, cell: Cell| match cell.0 {
@@ -134,18 +134,18 @@ pub(super) fn changed(screen: Screen, testbed: &Testbed, before: &[Question], su
             cell: Box::new(|from, to| mark(from, to, seen(from, to))),
         },
     ];
-    screen.line("");
-    grid::draw(screen, &testbed.pods, &grids);
-    screen.line("");
+    terminal.line("");
+    grid::draw(terminal, &testbed.pods, &grids);
+    terminal.line("");
     let legend =
         "  + opened by the change   − closed by it   ✓ reached as before   · denied as before";
-    screen.line(&screen.paint(Tone::Faint, legend));
-    screen.line("");
+    terminal.line(&terminal.paint(Tone::Faint, legend));
+    terminal.line("");
 }
 
 /// What the daemons decided, by reason.
-pub(super) fn decisions(screen: Screen, decisions: &Decisions, denied: usize) {
-    screen.heading("Why: the daemons' records, by reason");
+pub(super) fn decisions(terminal: Terminal, decisions: &Decisions, denied: usize) {
+    terminal.heading("Why: the daemons' records, by reason");
     let show = |tone, mark: &str, groups: Vec<(&str, &Group)>| {
         for (reason, group) in groups.iter().take(REASONS) {
             let count = format!("{:>5}", group.count);
@@ -158,14 +158,14 @@ pub(super) fn decisions(screen: Screen, decisions: &Decisions, denied: usize) {
                 many => counted(many, "node"),
             };
             let example = fitting(std::slice::from_ref(&group.example), 52);
-            let mark = screen.paint(tone, mark);
-            screen.line(&format!(
+            let mark = terminal.paint(tone, mark);
+            terminal.line(&format!(
                 "  {mark}{count}  {example:<34} {others:<14} on {nodes}"
             ));
-            screen.paragraph(Tone::Faint, 10, reason);
+            terminal.paragraph(Tone::Faint, 10, reason);
         }
         if groups.len() > REASONS {
-            screen.line(&format!(
+            terminal.line(&format!(
                 "         and {} more reasons",
                 groups.len() - REASONS
             ));
@@ -181,12 +181,12 @@ pub(super) fn decisions(screen: Screen, decisions: &Decisions, denied: usize) {
     } else {
         Tone::Mixed
     };
-    screen.line(&screen.paint(tone, &text));
+    terminal.line(&terminal.paint(tone, &text));
 }
 
 /// Prints the policy that is changed next.
-pub(super) fn announce_change(screen: Screen, policy: &str) {
-    screen.heading(&format!("Policy changes under way: NetworkPolicy {policy}"));
+pub(super) fn announce_change(terminal: Terminal, policy: &str) {
+    terminal.heading(&format!("Policy changes under way: NetworkPolicy {policy}"));
 }
 
 /// `15 pairs opened, 0.31 s after ...`.
@@ -216,7 +216,7 @@ pub(super) fn follow_text(change: &Change, followed: Option<Duration>, survey: &
 
 /// Prints whether all results match policy, the differences pair by pair, and the duration.
 pub(super) fn verdict(
-    screen: Screen,
+    terminal: Terminal,
     testbed: &Testbed,
     surveys: &[&Survey],
     agree: bool,
@@ -225,7 +225,7 @@ pub(super) fn verdict(
     let differences = surveys.iter().flat_map(|survey| survey.differences());
     let differences: Vec<_> = differences.collect();
     if !differences.is_empty() {
-        screen.heading("Not as policy asks for");
+        terminal.heading("Not as policy asks for");
         for (question, seen) in differences.iter().take(LISTED) {
             let asked = if question.asked { "allowed" } else { "denied" };
             let seen = match seen {
@@ -233,13 +233,13 @@ pub(super) fn verdict(
                 Seen::Silence => "timed out",
                 Seen::Other(what) => what,
             };
-            screen.line(&format!(
+            terminal.line(&format!(
                 "  {}: {asked}, but {seen}",
                 question.describe(testbed)
             ));
         }
         if differences.len() > LISTED {
-            screen.line(&format!("  and {} more", differences.len() - LISTED));
+            terminal.line(&format!("  and {} more", differences.len() - LISTED));
         }
     }
     let tried: usize = surveys.iter().map(|survey| survey.questions.len()).sum();
@@ -258,29 +258,29 @@ pub(super) fn verdict(
             ),
         )
     };
-    screen.line("");
-    screen.line(&screen.paint(tone, &text));
+    terminal.line("");
+    terminal.line(&terminal.paint(tone, &text));
     if let Some((median, slowest)) = surveys.first().and_then(|survey| survey.latencies()) {
         let text = format!(
             "  a handshake took {:.1} ms in the median, {:.1} ms at most, all connections being opened at once",
             median.as_secs_f64() * 1000.0,
             slowest.as_secs_f64() * 1000.0
         );
-        screen.line(&screen.paint(Tone::Faint, &text));
+        terminal.line(&terminal.paint(Tone::Faint, &text));
     }
 }
 
 /// Prints where to find the spans.
-pub(super) fn where_to_look(screen: Screen, span_proxy: &SpanProxy) {
-    screen.heading("In Jaeger");
-    screen.line("  Every connection is a span there, with pods, policies and reason:");
+pub(super) fn where_to_look(terminal: Terminal, span_proxy: &SpanProxy) {
+    terminal.heading("In Jaeger");
+    terminal.line("  Every connection is a span there, with pods, policies and reason:");
     for verdict in ["deny", "allow", "sever"] {
-        screen.line(&format!("    {}", span_proxy.page(verdict)));
+        terminal.line(&format!("    {}", span_proxy.page(verdict)));
     }
 }
 
 /// Prints commands to explore the running cluster.
-pub(super) fn how_to_enter(screen: Screen, testbed: &Testbed, entered: Entered) {
+pub(super) fn how_to_enter(terminal: Terminal, testbed: &Testbed, entered: Entered) {
     let user = match entered {
         Entered::Capable => String::new(),
         Entered::UserNamespace => {
@@ -291,9 +291,9 @@ pub(super) fn how_to_enter(screen: Screen, testbed: &Testbed, entered: Entered) 
         }
     };
     let enter = |netns: &lab::Netns| format!("nsenter{user} --net={}", netns.path().display());
-    screen.heading("The cluster runs until Ctrl-C. From another shell:");
+    terminal.heading("The cluster runs until Ctrl-C. From another shell:");
     for pod in testbed.lab.pods() {
-        screen.line(&format!(
+        terminal.line(&format!(
             "  {:<20} {}  # {}",
             pod.name(),
             enter(pod.netns()),
@@ -302,13 +302,13 @@ pub(super) fn how_to_enter(screen: Screen, testbed: &Testbed, entered: Entered) 
     }
     for node in testbed.lab.nodes() {
         let curl = format!("{} curl -s http://{ADMIN}/policies", enter(node.netns()));
-        screen.line(&format!("  {:<20} {curl}", node.name()));
+        terminal.line(&format!("  {:<20} {curl}", node.name()));
     }
     let paths = "/livez /readyz /metrics /connections";
-    screen.line(&format!("  {:<20} {paths} are there too", ""));
+    terminal.line(&format!("  {:<20} {paths} are there too", ""));
     let dir = seen_by_all(&testbed.cluster_dir());
-    screen.line(&format!("  {:<20} {}", "manifests", dir.display()));
-    screen.line(&format!(
+    terminal.line(&format!("  {:<20} {}", "manifests", dir.display()));
+    terminal.line(&format!(
         "  {:<20} change one: it is in force within a second",
         ""
     ));
@@ -324,7 +324,7 @@ pub(super) fn how_to_enter(screen: Screen, testbed: &Testbed, entered: Entered) 
             to.ipv4()
         );
         let names = format!("{} → {}", from.name(), to.name());
-        screen.line(&format!("  {names:<20} {} {dial}", enter(from.netns())));
+        terminal.line(&format!("  {names:<20} {} {dial}", enter(from.netns())));
     }
 }
 

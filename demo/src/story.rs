@@ -13,8 +13,8 @@ use super::error::DemoError;
 use super::plan::{Plan, counted, shortened};
 use super::probe::{Change, Question, Route, Survey};
 use super::report::{self, Live};
-use super::screen::{Screen, Step, Tone};
 use super::span_proxy::SpanProxy;
+use super::terminal::{Step, Terminal, Tone};
 use super::testbed::{Daemons, Programs, Testbed};
 
 /// How long a change may take until connections follow it. A second is promised; what is slower is
@@ -26,7 +26,7 @@ const CANDIDATES: usize = 50;
 
 /// The checked inputs of the demo.
 pub(super) struct Story {
-    pub(super) screen: Screen,
+    pub(super) terminal: Terminal,
     /// The user's own manifests.
     pub(super) own: Option<PathBuf>,
     pub(super) keep: bool,
@@ -56,44 +56,44 @@ impl Story {
     /// # Errors
     /// Why the demo cannot run; differences are not errors.
     pub(super) fn tell(self) -> Result<bool, DemoError> {
-        let screen = self.screen;
+        let terminal = self.terminal;
         self.greet();
         let notes = self.plan.notes.clone();
         let (nodes, own) = (self.plan.nodes.clone(), self.own.clone());
         let (plan, programs, daemons) = (self.plan, self.programs, self.daemons);
         let span_proxy = self.span_proxy;
-        let testbed = build(screen, plan, programs, daemons, span_proxy.clone())?;
+        let testbed = build(terminal, plan, programs, daemons, span_proxy.clone())?;
         let cluster = testbed.cluster()?;
         same(&self.expected, &cluster)?;
         let questions = Question::all(&testbed, &cluster);
-        let first = survey(screen, &testbed, questions)?;
+        let first = survey(terminal, &testbed, questions)?;
         if own.is_some() {
-            report::own_manifests(screen, &notes);
+            report::own_manifests(terminal, &notes);
         }
-        report::policies(screen, &cluster);
-        report::matrices(screen, &testbed, &first);
+        report::policies(terminal, &cluster);
+        report::matrices(terminal, &testbed, &first);
         let decisions = Decisions::read(&testbed.records(), first.counts().1);
-        report::decisions(screen, &decisions, first.counts().1);
-        let live = change(screen, &testbed, &cluster, &first.questions)?;
+        report::decisions(terminal, &decisions, first.counts().1);
+        let live = change(terminal, &testbed, &cluster, &first.questions)?;
         let findings = Findings { first, live };
         let agree = all_agree(&findings);
         report::verdict(
-            screen,
+            terminal,
             &testbed,
             &findings.surveys(),
             agree,
             self.started.elapsed(),
         );
         if let Some(span_proxy) = &span_proxy {
-            report::where_to_look(screen, span_proxy);
+            report::where_to_look(terminal, span_proxy);
         }
         if self.keep {
-            report::how_to_enter(screen, &testbed, self.entered);
+            report::how_to_enter(terminal, &testbed, self.entered);
         }
         if self.headless {
             let denied = count(&decisions.denied);
             let summary = findings.summary(&testbed, &nodes, denied, self.started.elapsed());
-            screen.line(&summary);
+            terminal.line(&summary);
         }
         if self.keep {
             let _once = self.settled.set(agree);
@@ -110,16 +110,16 @@ impl Story {
             Some(path) => format!("the pods and policies of {}", path.display()),
             None => "the Kubernetes documentation's own policies".to_owned(),
         };
-        let title = self.screen.paint(Tone::Strong, "portreeve demo");
-        self.screen
+        let title = self.terminal.paint(Tone::Strong, "portreeve demo");
+        self.terminal
             .line(&format!("{title}: {what}, real kernel, real connections"));
-        self.screen.line("");
+        self.terminal.line("");
     }
 }
 
 /// Builds the cluster and starts enforcement, with a line of progress for each step.
 fn build(
-    screen: Screen,
+    terminal: Terminal,
     plan: Plan,
     programs: Programs,
     daemons: Daemons,
@@ -131,7 +131,7 @@ fn build(
     );
     let mut namespaces: Vec<_> = plan.pods.iter().map(|pod| pod.namespace.clone()).collect();
     namespaces.dedup();
-    let testbed = screen.step("cluster", || {
+    let testbed = terminal.step("cluster", || {
         let testbed = Testbed::build(plan, programs, daemons, span_proxy)?;
         let services = counted(testbed.pods.len(), "Service");
         let within = shortened(&namespaces, ", ", 4);
@@ -144,12 +144,12 @@ fn build(
         .map(|node| node.name().to_owned())
         .collect();
     let names = shortened(&names, ", ", 3);
-    screen.step("redirect", || {
+    terminal.step("redirect", || {
         testbed.install()?;
         let text = format!("iptables-init install on {names}");
         Ok::<_, DemoError>(Step::done((), text))
     })?;
-    screen.step("daemons", || {
+    terminal.step("daemons", || {
         testbed.start()?;
         let text = format!("portreeve run on {names}, ready");
         Ok::<_, DemoError>(Step::done((), text))
@@ -168,11 +168,11 @@ fn same(expected: &[NetworkPolicy], cluster: &Cluster) -> Result<(), DemoError> 
 }
 
 fn survey(
-    screen: Screen,
+    terminal: Terminal,
     testbed: &Testbed,
     questions: Vec<Question>,
 ) -> Result<Survey, DemoError> {
-    screen.step("connections", || {
+    terminal.step("connections", || {
         let survey = Survey::take(testbed, questions).map_err(DemoError::Dial)?;
         let tried = survey.questions.len();
         let wrong = survey.differences().count();
@@ -192,7 +192,7 @@ fn survey(
 
 /// Removes the policy with the largest effect and restores it, while connections are tried.
 fn change(
-    screen: Screen,
+    terminal: Terminal,
     testbed: &Testbed,
     cluster: &Cluster,
     before: &[Question],
@@ -211,14 +211,14 @@ fn change(
     let Some((policy, after, _)) = telling else {
         return Ok(None);
     };
-    report::announce_change(screen, &policy);
-    let removed = step(screen, testbed, "deleted", before, &after, || {
+    report::announce_change(terminal, &policy);
+    let removed = step(terminal, testbed, "deleted", before, &after, || {
         testbed.remove_policy(&policy)
     })?;
     if removed.1.questions.len() == after.len() {
-        report::changed(screen, testbed, before, &removed.1);
+        report::changed(terminal, testbed, before, &removed.1);
     }
-    let back = step(screen, testbed, "put back", &after, before, || {
+    let back = step(terminal, testbed, "put back", &after, before, || {
         testbed.put_policy(&policy)
     })?;
     Ok(Some(Live {
@@ -229,7 +229,7 @@ fn change(
 
 /// One change: how soon connections followed it, and a whole round of them afterwards.
 fn step(
-    screen: Screen,
+    terminal: Terminal,
     testbed: &Testbed,
     name: &str,
     before: &[Question],
@@ -237,7 +237,7 @@ fn step(
     act: impl FnOnce() -> Result<(), DemoError>,
 ) -> Result<(Option<Duration>, Survey), DemoError> {
     let change = Change::between(before, after);
-    screen.step(name, || {
+    terminal.step(name, || {
         let since = Instant::now();
         act()?;
         let followed = change

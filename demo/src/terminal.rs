@@ -43,19 +43,19 @@ impl<T> Step<T> {
 
 /// Where the demo writes.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Screen {
+pub(super) struct Terminal {
     colour: bool,
-    terminal: bool,
+    progress: bool,
 }
 
-impl Screen {
+impl Terminal {
     /// Standard output; plain if it is not a terminal, or with `NO_COLOR` or `headless`.
     pub(super) fn new(headless: bool) -> Self {
-        let terminal = io::stdout().is_terminal() && !headless;
+        let progress = io::stdout().is_terminal() && !headless;
         let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         Self {
-            colour: terminal && !unwanted,
-            terminal,
+            colour: progress && !unwanted,
+            progress,
         }
     }
 
@@ -107,13 +107,13 @@ impl Screen {
         work: impl FnOnce() -> Result<Step<T>, E>,
     ) -> Result<T, E> {
         let started = Instant::now();
-        if self.terminal {
+        if self.progress {
             let mut out = io::stdout().lock();
             let dots = self.paint(Tone::Faint, "…");
             let _gone = write!(out, "  {dots} {name}").and_then(|()| out.flush());
         }
         let done = work();
-        let erase = if self.terminal { "\r\x1b[K" } else { "" };
+        let erase = if self.progress { "\r\x1b[K" } else { "" };
         let took = format!("{:.2} s", started.elapsed().as_secs_f64());
         let (good, text) = match &done {
             Ok(step) => (step.good, step.text.as_str()),

@@ -10,8 +10,8 @@ mod plan;
 mod policies;
 mod probe;
 mod report;
+mod run;
 mod span_proxy;
-mod story;
 mod terminal;
 mod testbed;
 
@@ -69,7 +69,7 @@ pub struct DemoArgs {
 #[must_use]
 pub fn demo(args: &DemoArgs) -> ExitCode {
     match prepare(args) {
-        Ok(story) => watched(story),
+        Ok(demo) => watched(demo),
         Err(error) => {
             complain(&error);
             ExitCode::from(NO_DEMO)
@@ -78,7 +78,7 @@ pub fn demo(args: &DemoArgs) -> ExitCode {
 }
 
 /// Checks all inputs before anything is built, and enters the namespaces.
-fn prepare(args: &DemoArgs) -> Result<story::Story, DemoError> {
+fn prepare(args: &DemoArgs) -> Result<run::Demo, DemoError> {
     let started = Instant::now();
     let programs = Programs::find()?;
     let samples;
@@ -102,7 +102,7 @@ fn prepare(args: &DemoArgs) -> Result<story::Story, DemoError> {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _as_it_was = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
-    Ok(story::Story {
+    Ok(run::Demo {
         terminal: Terminal::new(args.headless),
         own: args.manifests.clone(),
         keep: args.keep,
@@ -148,7 +148,7 @@ fn single_threaded() {
 /// Runs the demo on a separate thread, so that a signal ends it at any time.
 ///
 /// Signals are caught and not blocked: a blocked signal would stay blocked in the daemons.
-fn watched(story: story::Story) -> ExitCode {
+fn watched(demo: run::Demo) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -156,12 +156,12 @@ fn watched(story: story::Story) -> ExitCode {
         runtime.block_on(async {
             let mut interrupt = signal(SignalKind::interrupt())?;
             let mut terminate = signal(SignalKind::terminate())?;
-            let (daemons, settled) = (story.daemons.clone(), Arc::clone(&story.settled));
+            let (daemons, settled) = (demo.daemons.clone(), Arc::clone(&demo.settled));
             let (end, ended) = oneshot::channel::<()>();
             let worker = thread::spawn(move || {
                 // Dropped when the thread ends, even by a panic.
                 let _end = end;
-                story.tell()
+                demo.run()
             });
             let signal = tokio::select! {
                 _ = ended => return Ok(outcome(worker.join())),
@@ -177,8 +177,8 @@ fn watched(story: story::Story) -> ExitCode {
     })
 }
 
-fn outcome(told: thread::Result<Result<bool, DemoError>>) -> ExitCode {
-    match told {
+fn outcome(result: thread::Result<Result<bool, DemoError>>) -> ExitCode {
+    match result {
         Ok(Ok(agree)) => ExitCode::from(u8::from(!agree)),
         Ok(Err(error)) => {
             complain(&error);

@@ -25,7 +25,7 @@ const FOLLOW: Duration = Duration::from_secs(10);
 const CANDIDATES: usize = 50;
 
 /// The checked inputs of the demo.
-pub(super) struct Story {
+pub(super) struct Demo {
     pub(super) terminal: Terminal,
     /// The user's own manifests.
     pub(super) own: Option<PathBuf>,
@@ -50,12 +50,12 @@ struct Findings {
     live: Option<Live>,
 }
 
-impl Story {
+impl Demo {
     /// Builds, measures and reports. True if all results match policy.
     ///
     /// # Errors
     /// Why the demo cannot run; differences are not errors.
-    pub(super) fn tell(self) -> Result<bool, DemoError> {
+    pub(super) fn run(self) -> Result<bool, DemoError> {
         let terminal = self.terminal;
         self.greet();
         let notes = self.plan.notes.clone();
@@ -198,17 +198,17 @@ fn change(
     before: &[Question],
 ) -> Result<Option<Live>, DemoError> {
     let mut without = testbed.cluster()?;
-    let mut telling: Option<(String, Vec<Question>, usize)> = None;
+    let mut largest: Option<(String, Vec<Question>, usize)> = None;
     for policy in cluster.policies().take(CANDIDATES) {
-        let _nobody_to_tell = without.remove_policy(policy.key());
+        let _changes = without.remove_policy(policy.key());
         let after = Question::all(testbed, &without);
-        let _nobody_to_tell = without.upsert_policy(policy.clone());
+        let _changes = without.upsert_policy(policy.clone());
         let changed = Change::between(before, &after).questions.len();
-        if changed > telling.as_ref().map_or(0, |(_, _, most)| *most) {
-            telling = Some((policy.key().to_string(), after, changed));
+        if changed > largest.as_ref().map_or(0, |(_, _, most)| *most) {
+            largest = Some((policy.key().to_string(), after, changed));
         }
     }
-    let Some((policy, after, _)) = telling else {
+    let Some((policy, after, _)) = largest else {
         return Ok(None);
     };
     report::announce_change(terminal, &policy);

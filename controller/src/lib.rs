@@ -8,6 +8,7 @@
 //!
 //! A source turns what it watches into [`Batch`]es and reports what it cannot use as [`Problem`]s;
 //! it never widens access because of them. Knows nothing of the kernel, sockets or packets.
+mod decision;
 mod event;
 mod index;
 pub mod kube;
@@ -17,6 +18,7 @@ mod objects;
 mod problem;
 mod table;
 
+pub use decision::{DecidedBy, Decision, Reason, Severance};
 pub use event::{Batch, Event, Object, ObjectKey};
 pub use index::Index;
 pub use loaded::Loaded;

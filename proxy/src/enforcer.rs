@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use controller::{Holder, Table};
+use controller::{Decision, Holder, Severance, Table};
 use kernel::marks::Marks;
 use policy::{Endpoint, Protocol};
 use tokio::sync::Notify;
@@ -17,7 +17,7 @@ use crate::kernel_flows::{KernelFlows, Listed};
 use crate::limits::{Asking, ConnectionLimits, Party, Pending, Place, ShareUsedUp, Source};
 use crate::tcp::connections::{Connection, ConnectionKey, ConnectionTable, StageName};
 use crate::tcp::unread::Unread;
-use crate::telemetry::decision::{DataPath, Decision, Severance};
+use crate::telemetry::decision::DataPath;
 use crate::telemetry::metrics::{DropReason, Metrics};
 use crate::telemetry::record::{Outcome, Subject};
 use crate::telemetry::recorder::Recorder;

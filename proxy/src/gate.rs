@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use controller::Judgement;
+use controller::{Decision, Judgement};
 use kernel::conntrack::FlowId;
 use kernel::marks::Answer;
 use kernel::nfqueue::{PacketId, PacketVerdict, Queue, Queued};
@@ -25,7 +25,6 @@ use crate::enforcer::{Deny, Enforcer, Waiting};
 use crate::limits::{LONGEST_WAITING, ShareUsedUp};
 use crate::tcp::connect::{self, ConnectError, Leg};
 use crate::tcp::connections::{Arrival, Connection, ConnectionKey};
-use crate::telemetry::decision::Decision;
 use crate::telemetry::metrics::DropReason;
 use crate::telemetry::occasional::warn_occasionally;
 use crate::telemetry::record::Outcome;

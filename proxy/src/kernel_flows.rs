@@ -12,13 +12,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use controller::{Decision, Severance};
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as Place;
 use kernel::conntrack::{Entry, FlowId};
 
 use crate::limits::Source;
 use crate::tcp::connections::{ByAddress, Ends};
-use crate::telemetry::decision::{DataPath, Decision, Severance};
+use crate::telemetry::decision::DataPath;
 use crate::telemetry::record::Subject;
 
 use backlog::Backlog;

@@ -2,12 +2,11 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use controller::Judgement;
+use controller::{Decision, Judgement};
 use kernel::conntrack::FlowId;
 
 use super::Enforcer;
 use crate::kernel_flows::{KernelFlow, Listed};
-use crate::telemetry::decision::Decision;
 use crate::telemetry::record::Outcome;
 
 impl Enforcer {

@@ -6,13 +6,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use controller::Judgement;
+use controller::{Decision, Judgement};
 use policy::{Decided, DecidedSide, Endpoint, Identity, PodKey, Protocol};
 
 use crate::enforcer::Enforcer;
 use crate::tcp::connections::{Adopted, Connection, ConnectionKey, Legs, StageName};
 use crate::tcp::relay::{InFlight, Left};
-use crate::telemetry::decision::{DataPath, Decision};
+use crate::telemetry::decision::DataPath;
 use crate::telemetry::moved::Moved;
 use crate::telemetry::record::Outcome;
 use crate::telemetry::timeline::Timeline;

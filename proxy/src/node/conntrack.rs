@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use controller::Judgement;
+use controller::{Decision, Judgement, Severance};
 use kernel::conntrack::{self, Endings, Entry, FlowId, Heard};
 use policy::Protocol;
 use tokio::task::JoinSet;
@@ -21,7 +21,6 @@ use tracing::{debug, warn};
 use crate::enforcer::Enforcer;
 use crate::kernel_flows::{ON_ITS_WAY, unlisted};
 use crate::limits::Source;
-use crate::telemetry::decision::{Decision, Severance};
 use crate::telemetry::occasional::warn_occasionally;
 
 /// How often the list is compared with conntrack.

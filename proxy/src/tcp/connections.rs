@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
+use controller::{Decision, Severance};
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 use kernel::marks::Marks;
@@ -25,7 +26,7 @@ use tokio::sync::Notify;
 
 use crate::limits::Permit;
 use crate::tcp::unread::Holding;
-use crate::telemetry::decision::{DataPath, Decision, Severance};
+use crate::telemetry::decision::DataPath;
 use crate::telemetry::moved::Moved;
 use crate::telemetry::record::Subject;
 use crate::telemetry::timeline::Timeline;

@@ -10,6 +10,7 @@ mod watch;
 
 use std::time::Duration;
 
+use controller::Decision;
 use iptables_init::watch::Part;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -20,7 +21,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::limits::Full;
-use crate::telemetry::decision::{DataPath, Decision, VerdictKind};
+use crate::telemetry::decision::{DataPath, VerdictKind};
 use crate::telemetry::moved::Moved;
 
 use decisions::Decisions;

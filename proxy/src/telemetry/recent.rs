@@ -8,12 +8,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
+use controller::Decision;
 use dashmap::DashMap;
 use policy::{Endpoint, PodKey};
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
-use crate::telemetry::decision::{Decision, VerdictKind};
+use crate::telemetry::decision::VerdictKind;
 use crate::telemetry::record::{Subject, shown, timestamp};
 
 use denials::Denials;

@@ -14,9 +14,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use controller::Decision;
 use policy::Protocol;
 
-use crate::telemetry::decision::{DataPath, Decision};
+use crate::telemetry::decision::DataPath;
 use crate::telemetry::timeline::Seen;
 
 pub(crate) use fields::{Field, shown, timestamp};

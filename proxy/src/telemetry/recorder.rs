@@ -11,9 +11,10 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use controller::{Decision, Severance};
 use policy::{Endpoint, Protocol};
 
-use crate::telemetry::decision::{DataPath, Decision, Severance, VerdictKind};
+use crate::telemetry::decision::{DataPath, VerdictKind};
 use crate::telemetry::recent::Observed;
 use crate::telemetry::record::{Fate, Outcome, Record, Sink, Subject, Windows};
 use crate::telemetry::spans::{SpanCounts, Spans};

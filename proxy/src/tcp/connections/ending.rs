@@ -3,9 +3,10 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::Instant;
 
+use controller::Severance;
+
 use super::stage::Stage;
 use super::{Connection, ConnectionKey, ConnectionTable, StageName};
-use crate::telemetry::decision::Severance;
 use crate::telemetry::record::Outcome;
 
 impl ConnectionTable {

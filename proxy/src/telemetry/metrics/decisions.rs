@@ -1,9 +1,10 @@
 //! The counters of decisions: one for each possible combination of labels, created at the start.
+use controller::{DecidedBy, Decision, Reason};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 
-use crate::telemetry::decision::{DataPath, DecidedBy, Decision, Reason, VerdictKind};
+use crate::telemetry::decision::{DataPath, VerdictKind};
 
 const KINDS: [VerdictKind; 3] = [VerdictKind::Allow, VerdictKind::Deny, VerdictKind::Sever];
 const DECIDED_BY: [DecidedBy; 3] = [DecidedBy::Egress, DecidedBy::Ingress, DecidedBy::Both];

@@ -3,11 +3,12 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::SystemTime;
 
+use controller::Decision;
 use policy::Endpoint;
 use serde_json::{Map, Value, json};
 
 use super::{Fate, Record, Subject};
-use crate::telemetry::decision::{Decision, VerdictKind};
+use crate::telemetry::decision::VerdictKind;
 
 /// The value of a key.
 pub(crate) enum Field<'a> {

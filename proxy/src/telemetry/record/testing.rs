@@ -2,11 +2,9 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use controller::{Batch, Event, Index, Judgement, Object, Table, TableSettings};
+use controller::{Batch, Decision, Event, Index, Judgement, Object, Table, TableSettings};
 use policy::{Labels, NetworkPolicy, Node, Pod, PodKey, PolicyKey, Protocol};
 use serde_json::json;
-
-use crate::telemetry::decision::Decision;
 
 /// Address of pod x/a, uid `uid-a`.
 pub(crate) const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 1, 2));

@@ -7,10 +7,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use controller::DecidedBy;
 use policy::Endpoint;
 use tracing::info;
 
-use crate::telemetry::decision::DecidedBy;
 use crate::telemetry::record::{Fate, Queue, Record, Sink, Windows};
 
 /// Records that may wait for their line.

@@ -1,9 +1,9 @@
 //! What becomes of a flow when the table changes under it.
-use controller::{Batch, Event, Index, Object, ObjectKey, Table, TableSettings};
 use policy::{Labels, NetworkPolicy, Node, Pod, PodKey, Protocol};
 use serde_json::json;
 
 use super::*;
+use crate::{Batch, Event, Index, Object, ObjectKey, Table, TableSettings};
 
 const A: &str = "10.0.0.1";
 const B: &str = "10.0.0.2";

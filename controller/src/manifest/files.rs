@@ -45,15 +45,6 @@ impl Stamp {
     pub(super) fn at(path: &Path) -> Option<Self> {
         fs::metadata(path).ok().map(|metadata| Self::of(&metadata))
     }
-
-    pub(super) fn is_empty(self) -> bool {
-        self.length == 0
-    }
-
-    /// Which file or directory it is, whatever its contents.
-    pub(super) fn identity(self) -> (u64, u64) {
-        (self.device, self.inode)
-    }
 }
 
 /// A file of a source as it was found.

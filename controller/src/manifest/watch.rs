@@ -4,7 +4,6 @@
 //! is `watch/follower.rs`.
 mod follower;
 mod notify;
-mod tracked;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,23 +1,24 @@
-//! Decides, by file events, which files are read, and when.
+//! Decides which files are read, and when.
+//!
+//! A file is read once it has looked the same for 100 ms, or at once if an event says that its writer has closed it or
+//! renamed it into place; never while an event says that it is open for writing. It counts as deleted once it has
+//! been missing for some time, since an editor may replace it. A directory that cannot be listed deletes nothing.
 //!
 //! inotify reports which files have changed, and only those are checked. All files are checked when
 //! events were lost or the directory was replaced, and also at intervals: network file
 //! systems and symbolic links to elsewhere send no events, and nothing may stay stale for ever.
-//!
-//! Three things on disk must not be mistaken for a change: a file that is still being
-//! written, a file that is missing for a moment because an editor replaces it, and a directory that
-//! cannot be listed. Each leaves the last good state in force.
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
+use std::fs;
 use std::mem;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::sys::inotify::{AddWatchFlags, InotifyEvent};
 use tokio::sync::mpsc;
 
-use super::notify::{Change, Notify};
-use super::tracked::Tracked;
+use super::notify::Notify;
 use crate::manifest::LoadError;
 use crate::manifest::contents::Contents;
 use crate::manifest::files::{self, Found, Listing, Look, Name, Stamp};
@@ -25,7 +26,7 @@ use crate::manifest::state::State;
 use crate::{Batch, Problem};
 
 /// The time between two checks of all files, for each started thousand of them.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+const CHECK_EVERY: Duration = Duration::from_millis(500);
 /// A burst of events is over when none has come for this long ...
 const QUIET: Duration = Duration::from_millis(5);
 /// ... or after this long at the latest.
@@ -40,26 +41,39 @@ const GRACE_FOR_PODS: Duration = Duration::from_millis(50);
 /// How long a file may be written to before that is reported.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// The progress of one file from the disk into the state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    /// It was read when it had this stamp.
+    Read(Option<Stamp>),
+    /// It differs from what was read, and has looked like this since then.
+    Changed(Option<Stamp>, Instant),
+    /// Its writer has closed it, or it was renamed into place.
+    Complete,
+    /// It has been open for writing since then.
+    Open(Instant),
+    /// It has been missing since then.
+    Missing(Instant),
+}
+
 /// The state of the thread.
 pub(super) struct Follower {
     root: PathBuf,
     notify: Notify,
     state: State,
-    tracked: HashMap<Name, Tracked, ahash::RandomState>,
-    /// Files with changes that are not read yet.
-    open: BTreeSet<Name>,
+    files: HashMap<Name, Progress, ahash::RandomState>,
+    /// Files to check next time.
+    pending: BTreeSet<Name>,
     /// Files that may change without an event of their own.
     links: BTreeSet<Name>,
     /// The warnings of the last check of all files.
     warnings: Vec<Problem>,
     /// The last check of all files found none.
-    bare: bool,
-    /// Events do not tell what has changed.
-    lost: bool,
+    empty: bool,
     /// When to check all files again, regardless of events.
     all_at: Instant,
-    /// When to look again because something was not ready yet.
-    again: Option<Instant>,
+    /// When to check the pending files, even without an event.
+    next_check: Option<Instant>,
 }
 
 impl Follower {
@@ -74,27 +88,26 @@ impl Follower {
             root: root.to_owned(),
             notify,
             state: State::default(),
-            tracked: HashMap::default(),
-            open: BTreeSet::new(),
+            files: HashMap::default(),
+            pending: BTreeSet::new(),
             links: BTreeSet::new(),
             warnings: Vec::new(),
-            bare: false,
-            lost: false,
+            empty: false,
             all_at: Instant::now(),
-            again: None,
+            next_check: None,
         };
         let Listing { files, warnings } =
             files::list(root).map_err(|problem| LoadError::of(*problem))?;
         for (file, found) in &files {
-            let (read, contents) = read(file, found.stamp);
-            follower.settled(file, read);
+            let (stamp, contents) = read(file, found.stamp);
+            follower.set(file, Progress::Read(stamp));
             follower.state.update(file, contents);
             if found.link {
                 follower.links.insert(Arc::clone(file));
             }
         }
-        (follower.warnings, follower.bare) = (warnings, files.is_empty());
-        follower.note(Instant::now());
+        (follower.warnings, follower.empty) = (warnings, files.is_empty());
+        follower.report(Instant::now());
         Ok(follower)
     }
 
@@ -111,12 +124,12 @@ impl Follower {
         Ok(batch)
     }
 
-    /// Follows the files until nobody listens any more.
+    /// Follows the files until the receiver is gone.
     pub(super) fn run(mut self, sender: &mpsc::Sender<Batch>) {
         while !sender.is_closed() {
             let now = Instant::now();
-            let tick = now + LOOK_EVERY;
-            let due = self.again.take().unwrap_or(tick).min(tick);
+            let tick = now + CHECK_EVERY;
+            let due = self.next_check.take().unwrap_or(tick).min(tick);
             if self.notify.wait(due.saturating_duration_since(now)) {
                 self.gather(due.min(now + BURST));
             }
@@ -131,8 +144,19 @@ impl Follower {
     /// What has changed since the last call, as far as it is ready at `now`.
     pub(super) fn changes(&mut self, now: Instant) -> Option<Batch> {
         self.take_events(now);
-        self.look(now);
-        self.note(now);
+        if self.notify.follow(&self.root) {
+            self.lose_track(now);
+        }
+        if now < self.all_at {
+            for file in mem::take(&mut self.pending) {
+                self.check(&file, now);
+            }
+        }
+        // Only the check of all files updates the warning that there is no file.
+        if now >= self.all_at || self.empty || self.files.is_empty() {
+            self.check_all(now);
+        }
+        self.report(now);
         self.state.changes()
     }
 
@@ -148,33 +172,57 @@ impl Follower {
     }
 
     fn take_events(&mut self, now: Instant) {
-        for change in self.notify.take() {
-            match &change {
-                Change::Lost => self.lose_track(),
+        for InotifyEvent { mask, name, .. } in self.notify.take() {
+            if mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
+                self.lose_track(now);
+            }
+            let Some(name) = name else { continue };
+            let directory = mask.contains(AddWatchFlags::IN_ISDIR);
+            match self.path_of(&name) {
+                Some(file) if !directory => {
+                    self.take_event(&file, mask, now);
+                    self.pending.insert(file);
+                }
                 // A subdirectory that is not hidden causes a warning.
-                Change::Directory(name) if !files::is_hidden(name) => self.lost = true,
-                Change::Directory(_) => self.open.extend(self.links.iter().cloned()),
-                Change::Created(name)
-                | Change::Written(name)
-                | Change::Complete(name)
-                | Change::Gone(name)
-                | Change::Touched(name) => match self.path_of(name) {
-                    Some(file) => {
-                        let tracked = self.tracked.entry(Arc::clone(&file)).or_default();
-                        tracked.learn(&change, now);
-                        self.open.insert(file);
-                    }
-                    // A link may lead there, as a ConfigMap's do.
-                    None => self.open.extend(self.links.iter().cloned()),
-                },
+                _ if directory && !files::is_hidden(&name) => self.all_at = now,
+                // A link may lead there, as a ConfigMap's do.
+                _ => self.pending.extend(self.links.iter().cloned()),
             }
         }
     }
 
-    fn lose_track(&mut self) {
-        self.lost = true;
-        for tracked in self.tracked.values_mut() {
-            (tracked.written_since, tracked.complete) = (None, false);
+    /// Updates a file's progress by an event about it.
+    fn take_event(&mut self, file: &Name, mask: AddWatchFlags, now: Instant) {
+        let complete = AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_MOVED_TO;
+        let gone = AddWatchFlags::IN_DELETE | AddWatchFlags::IN_MOVED_FROM;
+        // A program that creates an empty file has yet to write the first byte.
+        let created =
+            || fs::symlink_metadata(&**file).is_ok_and(|found| found.is_file() && found.len() == 0);
+        match self.files.get(file) {
+            _ if mask.intersects(complete) => self.set(file, Progress::Complete),
+            Some(Progress::Missing(_)) if mask.intersects(gone) => {}
+            _ if mask.intersects(gone) => self.set(file, Progress::Missing(now)),
+            Some(Progress::Open(_)) => {}
+            _ if mask.contains(AddWatchFlags::IN_MODIFY)
+                || mask.contains(AddWatchFlags::IN_CREATE) && created() =>
+            {
+                self.set(file, Progress::Open(now));
+            }
+            _ => {}
+        }
+    }
+
+    fn set(&mut self, file: &Name, progress: Progress) {
+        self.files.insert(Arc::clone(file), progress);
+    }
+
+    /// Events were lost: they do not show any more which files are open for writing.
+    fn lose_track(&mut self, now: Instant) {
+        self.all_at = now;
+        for progress in self.files.values_mut() {
+            if matches!(progress, Progress::Open(_) | Progress::Complete) {
+                *progress = Progress::Changed(None, now);
+            }
         }
     }
 
@@ -187,30 +235,17 @@ impl Follower {
         files::is_read(name).then(|| self.root.join(name).as_os_str().into())
     }
 
-    /// Compares files with what was read of them, and reads what has changed and is ready.
-    fn look(&mut self, now: Instant) {
-        self.lost |= self.notify.follow(&self.root) || now >= self.all_at;
-        if !self.lost {
-            for file in mem::take(&mut self.open) {
-                self.look_at(&file, now);
-            }
-        }
-        // The warning that there is no file is updated by the check of all files only.
-        if self.lost || self.bare || self.tracked.is_empty() {
-            self.look_at_all(now);
-        }
-    }
-
-    fn look_at(&mut self, file: &Name, now: Instant) {
+    fn check(&mut self, file: &Name, now: Instant) {
         match files::look_at(file) {
             Ok(Look::File(found)) => self.present(file, found, now),
             // A file that is missing with its whole directory is not deleted.
-            Ok(Look::Nothing) if !self.notify.follow(&self.root) => self.absent(file, now),
-            Ok(Look::Nothing | Look::Directory) | Err(_) => self.lost = true,
+            Ok(Look::Nothing) if self.notify.follow(&self.root) => self.lose_track(now),
+            Ok(Look::Nothing) => self.absent(file, now),
+            Ok(Look::Directory) | Err(_) => self.all_at = now,
         }
     }
 
-    fn look_at_all(&mut self, now: Instant) {
+    fn check_all(&mut self, now: Instant) {
         let Listing { files, warnings } = match files::list(&self.root) {
             Ok(listing) => listing,
             Err(problem) => {
@@ -219,128 +254,102 @@ impl Follower {
                     "{}; until then its last good state stays in force",
                     problem.remedy
                 );
-                self.lost = true;
+                self.all_at = now;
                 self.warnings = vec![Problem { remedy, ..*problem }];
                 return;
             }
         };
-        self.lost = false;
-        self.open.clear();
+        self.pending.clear();
         let listed = |name: &Name| files.binary_search_by(|(file, _)| file.cmp(name)).is_ok();
-        let missing: Vec<Name> = self
-            .tracked
-            .keys()
-            .filter(|name| !listed(name))
-            .cloned()
-            .collect();
+        let known = self.files.keys();
+        let missing: Vec<Name> = known.filter(|name| !listed(name)).cloned().collect();
         for (file, found) in &files {
             self.present(file, *found, now);
         }
         for file in missing {
             self.absent(&file, now);
         }
-        (self.warnings, self.bare) = (warnings, files.is_empty());
+        (self.warnings, self.empty) = (warnings, files.is_empty());
         let thousands = u32::try_from(files.len() / 1000).unwrap_or(u32::MAX);
-        self.all_at = now + LOOK_EVERY * thousands.saturating_add(1);
+        self.all_at = now + CHECK_EVERY * thousands.saturating_add(1);
     }
 
-    fn present(&mut self, file: &Name, found: Found, now: Instant) {
-        if found.link {
+    fn present(&mut self, file: &Name, Found { stamp, link }: Found, now: Instant) {
+        if link {
             self.links.insert(Arc::clone(file));
         } else {
             self.links.remove(file);
         }
-        if !self.tracked.contains_key(file) {
-            self.tracked.insert(Arc::clone(file), Tracked::default());
+        match self.files.get(file) {
+            Some(Progress::Read(read)) if *read == stamp => {}
+            Some(Progress::Complete) => self.read(file, stamp, now),
+            Some(Progress::Open(_)) => self.check_again(file, now + PATIENCE),
+            Some(&Progress::Changed(seen, since)) if seen == stamp => {
+                if now.saturating_duration_since(since) < SETTLE {
+                    return self.check_again(file, since + SETTLE);
+                }
+                self.read(file, stamp, now);
+            }
+            _ => {
+                self.set(file, Progress::Changed(stamp, now));
+                self.check_again(file, now + SETTLE);
+            }
         }
-        let Some(tracked) = self.tracked.get_mut(file) else {
-            return;
-        };
-        let stamp = found.stamp;
-        tracked.missing_since = None;
-        // Two writings within a tick of the file system's clock have one stamp.
-        let written = tracked.written_since.is_some() || tracked.complete;
-        if tracked.read == Some(stamp) && !written {
-            tracked.unread = None;
-            return;
-        }
-        let since = match tracked.unread {
-            Some((seen, since)) if seen == stamp => since,
-            _ => now,
-        };
-        tracked.unread = Some((stamp, since));
-        // Its creator has yet to write the first byte.
-        let blank = tracked.created && stamp.is_some_and(Stamp::is_empty);
-        if tracked.written_since.is_some() || blank {
-            return self.look_again(file, now + PATIENCE);
-        }
-        if !tracked.complete && now.saturating_duration_since(since) < SETTLE {
-            return self.look_again(file, since + SETTLE);
-        }
-        tracked.complete = false;
-        self.take_in(file, stamp, now);
     }
 
     /// Reads a file that looks ready, unless it turns out to be written to at the same time.
-    fn take_in(&mut self, file: &Name, stamp: Option<Stamp>, now: Instant) {
-        let (read, contents) = read(file, stamp);
+    fn read(&mut self, file: &Name, found: Option<Stamp>, now: Instant) {
+        self.set(file, Progress::Read(found));
+        let (stamp, contents) = read(file, found);
         self.take_events(now);
         // These events may be about other files, and do not come again.
-        self.again = Some(now);
-        let written = |tracked: &Tracked| tracked.written_since.is_some() || tracked.complete;
-        if self.tracked.get(file).is_some_and(written)
-            || read != stamp
+        self.next_check = Some(now);
+        if self.files.get(file) != Some(&Progress::Read(stamp))
             || Stamp::at(Path::new(file)) != stamp
         {
-            return self.look_again(file, now + SETTLE);
+            return self.check_again(file, now + SETTLE);
         }
-        self.settled(file, read);
         for problem in &contents.problems {
             tracing::warn!(%problem, "invalid manifest");
         }
         self.state.update(file, contents);
     }
 
-    fn settled(&mut self, file: &Name, read: Option<Stamp>) {
-        let tracked = Tracked {
-            read: Some(read),
-            ..Tracked::default()
-        };
-        self.tracked.insert(Arc::clone(file), tracked);
-    }
-
     fn absent(&mut self, file: &Name, now: Instant) {
-        let Some(tracked) = self.tracked.get_mut(file) else {
-            return;
+        let since = match self.files.get(file) {
+            None => return,
+            Some(Progress::Missing(since)) => *since,
+            Some(_) => {
+                self.set(file, Progress::Missing(now));
+                now
+            }
         };
-        let since = *tracked.missing_since.get_or_insert(now);
-        let known = tracked.read.is_some();
         let grace = if self.state.only_pods(file) {
             GRACE_FOR_PODS
         } else {
             GRACE
         };
-        if known && now.saturating_duration_since(since) < grace {
-            return self.look_again(file, since + grace);
+        if now.saturating_duration_since(since) < grace {
+            return self.check_again(file, since + grace);
         }
-        self.tracked.remove(file);
+        self.files.remove(file);
         self.links.remove(file);
         self.state.remove(file);
     }
 
-    fn look_again(&mut self, file: &Name, at: Instant) {
-        self.open.insert(Arc::clone(file));
-        self.again = Some(self.again.map_or(at, |known| known.min(at)));
+    fn check_again(&mut self, file: &Name, at: Instant) {
+        self.pending.insert(Arc::clone(file));
+        self.next_check = Some(self.next_check.map_or(at, |known| known.min(at)));
     }
 
-    /// Notes what is wrong besides the files' contents.
-    fn note(&mut self, now: Instant) {
+    /// Reports what is wrong besides the files' contents.
+    fn report(&mut self, now: Instant) {
         let mut problems = self.warnings.clone();
         problems.extend(self.notify.problem().cloned());
-        for file in &self.open {
-            let tracked = self.tracked.get(file);
-            let since = tracked.and_then(Tracked::open_since);
-            if since.is_some_and(|since| now.saturating_duration_since(since) >= PATIENCE) {
+        for file in &self.pending {
+            if let Some(Progress::Open(since)) = self.files.get(file)
+                && now.saturating_duration_since(*since) >= PATIENCE
+            {
                 problems.push(
                     Problem::warning(
                         "is still open for writing: its last complete state stays in force",

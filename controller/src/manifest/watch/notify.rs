@@ -1,45 +1,23 @@
-//! inotify events about the completeness of the files of one directory.
+//! inotify events of the directory that a source's files are in.
 //!
 //! Where inotify is unavailable (limits, exotic file systems) there are no events, a problem reports that,
 //! and only the regular check finds changes.
-use std::ffi::OsString;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
 
-use super::super::files::Stamp;
 use crate::Problem;
 
-/// What happened to a name in the directory.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Change {
-    /// It is new, but not by renaming: somebody creates it, or links it.
-    Created(OsString),
-    /// It was written to (or cut) and not closed since.
-    Written(OsString),
-    /// Its writer has closed it, or it was renamed into place.
-    Complete(OsString),
-    /// It was deleted or renamed away.
-    Gone(OsString),
-    /// Its attributes changed: permissions or times.
-    Touched(OsString),
-    /// Something happened to a directory of this name.
-    Directory(OsString),
-    /// Events were lost, or the directory was replaced.
-    Lost,
-}
-
-/// Watches the directory that a source's files are in.
+/// Watches one directory.
 #[derive(Debug)]
 pub(super) struct Notify {
     inotify: Option<Inotify>,
-    watched: Option<(WatchDescriptor, (u64, u64))>,
+    watched: Option<WatchDescriptor>,
     of_file: bool,
-    pending: Vec<Change>,
     problem: Option<Problem>,
 }
 
@@ -55,11 +33,9 @@ impl Notify {
             inotify,
             watched: None,
             of_file: false,
-            pending: Vec::new(),
             problem,
         };
         let _first = notify.follow(root);
-        notify.pending.clear();
         notify
     }
 
@@ -73,34 +49,18 @@ impl Notify {
         self.problem.as_ref()
     }
 
-    /// Watches what `root` leads to now, if that is another directory than before. True if it is, or
-    /// if nothing is there: events do not tell then what has changed.
+    /// Watches what `root` leads to now. True if that is another directory than before, or nothing:
+    /// then there are no events of what has changed.
     pub(super) fn follow(&mut self, root: &Path) -> bool {
         let Some(inotify) = &self.inotify else {
             return false;
         };
-        let of_file = root.is_file();
-        let directory: PathBuf = if of_file {
-            match root
-                .parent()
-                .filter(|parent| !parent.as_os_str().is_empty())
-            {
-                Some(parent) => parent.to_owned(),
-                None => PathBuf::from("."),
-            }
-        } else {
-            root.to_owned()
+        self.of_file = root.is_file();
+        let directory = match root.parent() {
+            Some(parent) if self.of_file && parent.as_os_str().is_empty() => Path::new("."),
+            Some(parent) if self.of_file => parent,
+            _ => root,
         };
-        let Some(identity) = Stamp::at(&directory).map(Stamp::identity) else {
-            return true;
-        };
-        if self.watched.is_some_and(|(_, known)| known == identity) && self.of_file == of_file {
-            return false;
-        }
-        if let Some((descriptor, _)) = self.watched.take() {
-            // It fails if the directory is gone, and then the kernel has ended the watch itself.
-            let _gone = inotify.rm_watch(descriptor);
-        }
         let flags = AddWatchFlags::IN_CREATE
             | AddWatchFlags::IN_MODIFY
             | AddWatchFlags::IN_ATTRIB
@@ -109,14 +69,18 @@ impl Notify {
             | AddWatchFlags::IN_MOVED_FROM
             | AddWatchFlags::IN_DELETE
             | AddWatchFlags::IN_ONLYDIR;
-        self.of_file = of_file;
-        match inotify.add_watch(&directory, flags) {
+        match inotify.add_watch(directory, flags) {
+            // The kernel gives a directory that is watched already the same descriptor (inotify_add_watch(2)).
             Ok(descriptor) => {
-                self.watched = Some((descriptor, identity));
                 self.problem = None;
-                self.pending.push(Change::Lost);
-                true
+                let before = self.watched.replace(descriptor);
+                if let Some(other) = before.filter(|before| *before != descriptor) {
+                    // It fails if the directory is gone, and then the kernel has ended the watch itself.
+                    let _gone = inotify.rm_watch(other);
+                }
+                before != Some(descriptor)
             }
+            Err(Errno::ENOENT | Errno::ENOTDIR) => true,
             Err(error) => {
                 self.problem = Some(slower(root, error));
                 false
@@ -136,47 +100,23 @@ impl Notify {
         matches!(poll(&mut ready, PollTimeout::from(limit)), Ok(1..))
     }
 
-    /// Takes what has happened so far, in order.
-    pub(super) fn take(&mut self) -> Vec<Change> {
-        let mut changes = std::mem::take(&mut self.pending);
+    /// The events since the last call, in order: of names in the directory, or `IN_Q_OVERFLOW`.
+    pub(super) fn take(&mut self) -> Vec<InotifyEvent> {
+        let mut taken = Vec::new();
         let Some(inotify) = &self.inotify else {
-            return changes;
+            return taken;
         };
-        let current = self.watched.map(|(descriptor, _)| descriptor);
         loop {
-            let events = match inotify.read_events() {
-                Ok(events) => events,
-                Err(Errno::EINTR) => continue,
-                Err(_) => return changes,
-            };
-            for event in events {
-                if event.mask.intersects(AddWatchFlags::IN_Q_OVERFLOW) {
-                    changes.push(Change::Lost);
-                } else if event.mask.contains(AddWatchFlags::IN_IGNORED) {
-                    if Some(event.wd) == current {
-                        self.watched = None;
-                    }
-                } else if let (true, Some(name)) = (Some(event.wd) == current, event.name) {
-                    changes.push(change(event.mask, name));
-                }
+            match inotify.read_events() {
+                Ok(events) => taken.extend(events),
+                Err(Errno::EINTR) => {}
+                Err(_) => break,
             }
         }
-    }
-}
-
-fn change(mask: AddWatchFlags, name: OsString) -> Change {
-    if mask.contains(AddWatchFlags::IN_ISDIR) {
-        Change::Directory(name)
-    } else if mask.intersects(AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_MOVED_TO) {
-        Change::Complete(name)
-    } else if mask.intersects(AddWatchFlags::IN_DELETE | AddWatchFlags::IN_MOVED_FROM) {
-        Change::Gone(name)
-    } else if mask.contains(AddWatchFlags::IN_MODIFY) {
-        Change::Written(name)
-    } else if mask.contains(AddWatchFlags::IN_CREATE) {
-        Change::Created(name)
-    } else {
-        Change::Touched(name)
+        taken.retain(|event| {
+            Some(event.wd) == self.watched || event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW)
+        });
+        taken
     }
 }
 

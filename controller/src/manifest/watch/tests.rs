@@ -385,6 +385,29 @@ fn change_is_found_after_inotify_overflow() {
 }
 
 #[test]
+fn replaced_directory_does_not_wait_for_old_writers() {
+    let dir = tempdir().unwrap();
+    let [root, next] = ["state", "next"].map(|name| dir.path().join(name));
+    for (directory, label) in [(&root, "one"), (&next, "two")] {
+        create_dir(directory).unwrap();
+        write(directory.join("a.yaml"), pod("p", label)).unwrap();
+    }
+    let mut follower = Follower::new(&root).unwrap();
+    assert_eq!(shown(&follower.first().unwrap()), ["+p one"]);
+    let begun = Instant::now();
+    let at = |milliseconds| begun + Duration::from_millis(milliseconds);
+    let _writer = File::create(root.join("a.yaml")).unwrap();
+    assert!(follower.changes(at(0)).is_none(), "it is open");
+    rename(&root, dir.path().join("away")).unwrap();
+    rename(&next, &root).unwrap();
+    assert!(
+        follower.changes(at(10)).is_none(),
+        "it may be written still"
+    );
+    assert_eq!(shown(&follower.changes(at(110)).unwrap()), ["+p two"]);
+}
+
+#[test]
 fn writes_of_equal_time_and_length_are_read() {
     let (dir, mut follower, at) = followed();
     let path = dir.path().join("a.yaml");

@@ -15,12 +15,11 @@ pub mod kube;
 mod loaded;
 pub mod manifest;
 mod objects;
-mod problem;
 mod table;
 
 pub use decision::{DecidedBy, Decision, Reason, Severance};
 pub use event::{Batch, Event, Object, ObjectKey};
 pub use index::Index;
 pub use loaded::Loaded;
-pub use problem::{Problem, Severity};
+pub use policy::{Problem, Severity};
 pub use table::{Holder, Judgement, LocalPod, PolicyInfo, Table, TableSettings, Unsettled};

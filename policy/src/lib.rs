@@ -27,6 +27,7 @@ mod isolation;
 mod matches;
 mod model;
 mod network_policy;
+mod problem;
 mod ranges;
 mod selector;
 mod syntax;
@@ -42,4 +43,5 @@ pub use model::{
     Direction, Labels, Namespace, Node, Pod, PodKey, PodPort, PolicyKey, Protocol, UnknownProtocol,
 };
 pub use network_policy::NetworkPolicy;
+pub use problem::{Problem, Severity};
 pub use verdict::{Exempt, OwnNode, Party, RuleRef, Side, Verdict, allows, judge};

@@ -1,6 +1,6 @@
-//! What is wrong with the input, and how to correct it.
+//! What is wrong with an object, and how to correct it: one shape for all who read objects.
 //!
-//! Knows nothing of how the fault was found; every producer of objects reports in this one shape.
+//! Those who know the file and the document name them. Knows nothing of how the problem was found.
 use std::fmt;
 use std::path::PathBuf;
 

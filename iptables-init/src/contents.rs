@@ -11,7 +11,7 @@ use kernel::names::TABLE;
 use kernel::netlink::{attributes, chunk, find};
 use kernel::nf_tables::{BRIDGE, INET, dump, generation};
 
-use crate::nft_table::STAMP_CHAIN;
+use crate::nft_table::{LEAVING, STAMP_CHAIN};
 
 const NFT_MSG_GETTABLE: u16 = 1;
 const NFT_MSG_GETCHAIN: u16 = 4;
@@ -30,6 +30,7 @@ const NFTA_CHAIN_DECLARED: [u16; 4] = [4, 5, 7, 10];
 const NFTA_RULE_TABLE: u16 = 1;
 const NFTA_RULE_CHAIN: u16 = 2;
 const NFTA_RULE_EXPRESSIONS: u16 = 4;
+const NFTA_RULE_USERDATA: u16 = 7;
 const NFTA_EXPR_NAME: u16 = 1;
 const NFTA_EXPR_DATA: u16 = 2;
 const NFTA_LOOKUP_SET: u16 = 1;
@@ -56,6 +57,8 @@ pub struct Contents {
     declared: BTreeMap<Part, u64>,
     /// The rules of each chain.
     rules: BTreeMap<Part, u64>,
+    /// `uninstall` has marked the tables, which it will delete.
+    pub(crate) leaving: bool,
 }
 
 /// Digests of all declarations, and of all rules.
@@ -171,6 +174,7 @@ impl Contents {
         })?;
         for rule in rules.iter().filter(|it| is_ours(it, NFTA_RULE_TABLE)) {
             let chain = text(rule, NFTA_RULE_CHAIN).unwrap_or_default();
+            self.leaving |= chain == STAMP_CHAIN && says(rule, LEAVING);
             let part = format!("chain {word} {TABLE} {chain}");
             // Rules come in the order of their chain.
             if let Some(before) = self.rules.get_mut(&part) {
@@ -243,6 +247,12 @@ fn text(object: &[u8], kind: u16) -> Option<&str> {
     std::str::from_utf8(find(object, kind)?.value.strip_suffix(&[0])?).ok()
 }
 
+/// Whether a rule's comment contains `text`; nft keeps comments in the rule's user data.
+fn says(rule: &[u8], text: &str) -> bool {
+    let data = find(rule, NFTA_RULE_USERDATA).map_or(&[][..], |it| it.value);
+    data.windows(text.len()).any(|it| it == text.as_bytes())
+}
+
 /// Whether the attribute `kind` names our table.
 fn is_ours(object: &[u8], kind: u16) -> bool {
     text(object, kind) == Some(TABLE)
@@ -306,6 +316,7 @@ mod tests {
             handles: vec![1],
             declared: [(part(), chain)].into(),
             rules: [(part(), rules)].into(),
+            leaving: false,
         }
     }
 

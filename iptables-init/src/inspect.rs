@@ -18,7 +18,7 @@ use crate::queue_target;
 use crate::redirect::{self, RedirectError};
 use crate::routes::{self, Family, State};
 use crate::ruleset::{Kernel, QUEUE_CHAIN, Ruleset};
-use crate::settings::Settings;
+use crate::settings::{Settings, Tcp};
 
 pub use sysctls::without_timestamps;
 pub(crate) use sysctls::{breaking_sysctls, interfaces, validates_by_mark};
@@ -54,11 +54,14 @@ pub fn inspect(settings: &Settings) -> Vec<Finding> {
         findings.error(error);
     }
     if let Some(in_use) = findings.nft_works()
-        && findings.kernel_can(in_use)
+        && findings.kernel_can(in_use, settings.tcp)
     {
         findings.table(settings);
     }
-    findings.routing(settings);
+    if settings.tcp.has_proxy() {
+        findings.routing(settings);
+        findings.sysctls_of_proxy(Path::new("/proc/sys/net"));
+    }
     findings.sysctls(Path::new("/proc/sys/net"));
     findings.sctp(Path::new("/proc/sys/net"));
     findings.0.extend(ipvs());
@@ -120,9 +123,10 @@ impl Findings {
     }
 
     /// While the tables are `in_use` packets may wait, and must not be disturbed.
-    fn kernel_can(&mut self, in_use: bool) -> bool {
+    fn kernel_can(&mut self, in_use: bool, tcp: Tcp) -> bool {
         let mut all = true;
-        for feature in FEATURES.iter().filter(|it| !(in_use && it.disturbs)) {
+        let needed = FEATURES.iter().filter(|it| tcp.has_proxy() || !it.of_proxy);
+        for feature in needed.filter(|it| !(in_use && it.disturbs)) {
             match feature.probe() {
                 Ok(()) => {}
                 Err(CommandError::Refused { message, .. }) => {
@@ -325,7 +329,7 @@ impl Findings {
         }
     }
 
-    fn sysctls(&mut self, net: &Path) {
+    fn sysctls_of_proxy(&mut self, net: &Path) {
         self.0.extend(breaking_sysctls(net, &interfaces(net)));
         let is_on = |name: &str| is_on(net, name);
         for name in ["ipv4", "ipv6"] {
@@ -336,13 +340,17 @@ impl Findings {
                 );
             }
         }
+        self.0.extend(timestamps_off(net));
+    }
+
+    fn sysctls(&mut self, net: &Path) {
+        let is_on = |name: &str| is_on(net, name);
         if !is_on("ipv4/ip_forward") {
             self.note(
                 "sysctl net.ipv4.ip_forward is 0: packets that the proxy does not relay, such as those of non-isolated pods, are not forwarded",
                 "`sysctl -w net.ipv4.ip_forward=1`, as every CNI plugin with routed pods does",
             );
         }
-        self.0.extend(timestamps_off(net));
         if !is_on("netfilter/nf_conntrack_acct") {
             self.note(
                 "sysctl net.netfilter.nf_conntrack_acct is 0: records of kernel flows (path: kernel) have no bytes",

@@ -16,7 +16,7 @@ pub(crate) const STAMP_CHAIN: &str = "installed_by";
 const NOTED: &str = "portreeve holds ";
 
 /// The comment of tables that are about to be removed.
-const LEAVING: &str = "portreeve is being uninstalled";
+pub(crate) const LEAVING: &str = "portreeve is being uninstalled";
 
 /// What a loaded table was made from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -398,7 +398,7 @@ fn fnv1a(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::ruleset::Kernel;
-    use crate::settings::{Fail, Settings};
+    use crate::settings::{Fail, Settings, Tcp};
     use kernel::marks::Marks;
 
     const KERNEL: Kernel = Kernel {
@@ -418,6 +418,7 @@ mod tests {
             mark_mask: Marks::default(),
             bridge: Vec::new(),
             fail: Fail::Closed,
+            tcp: Tcp::Spliced,
         }
     }
 

@@ -28,10 +28,12 @@ pub(crate) struct Feature {
     hook: Option<&'static str>,
     /// Probing it drops queued packets.
     pub(crate) disturbs: bool,
+    /// Only the proxy needs it.
+    pub(crate) of_proxy: bool,
 }
 
 /// All that is needed but a way to queue.
-pub(crate) const FEATURES: [Feature; 8] = [
+pub(crate) const FEATURES: [Feature; 9] = [
     Feature {
         name: "nf_tables with the family inet",
         options: "CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET",
@@ -40,6 +42,7 @@ pub(crate) const FEATURES: [Feature; 8] = [
         rule: "accept",
         hook: None,
         disturbs: false,
+        of_proxy: false,
     },
     Feature {
         name: "nft tproxy",
@@ -49,6 +52,7 @@ pub(crate) const FEATURES: [Feature; 8] = [
         rule: "meta l4proto tcp tproxy to :15001",
         hook: None,
         disturbs: false,
+        of_proxy: true,
     },
     Feature {
         name: "nft socket",
@@ -58,6 +62,7 @@ pub(crate) const FEATURES: [Feature; 8] = [
         rule: "socket transparent 1",
         hook: None,
         disturbs: false,
+        of_proxy: true,
     },
     Feature {
         name: "nft fib",
@@ -67,6 +72,7 @@ pub(crate) const FEATURES: [Feature; 8] = [
         rule: "fib daddr type local fib saddr . iif oif missing",
         hook: None,
         disturbs: false,
+        of_proxy: false,
     },
     Feature {
         name: "nft matches on IPv4 options",
@@ -76,15 +82,27 @@ pub(crate) const FEATURES: [Feature; 8] = [
         rule: "ip option lsrr exists",
         hook: None,
         disturbs: false,
+        of_proxy: false,
     },
     Feature {
-        name: "connection tracking with marks and zones in nft",
-        options: "CONFIG_NFT_CT, CONFIG_NF_CONNTRACK_MARK, CONFIG_NF_CONNTRACK_ZONES",
+        name: "connection tracking with marks in nft",
+        options: "CONFIG_NFT_CT, CONFIG_NF_CONNTRACK_MARK",
         modules: "nf_conntrack nft_ct",
         family: "inet",
-        rule: "ct original zone set 15001 ct mark set ct mark or 0x400",
+        rule: "ct mark set ct mark or 0x400",
+        hook: None,
+        disturbs: false,
+        of_proxy: false,
+    },
+    Feature {
+        name: "connection tracking with zones in nft",
+        options: "CONFIG_NFT_CT, CONFIG_NF_CONNTRACK_ZONES",
+        modules: "nf_conntrack nft_ct",
+        family: "inet",
+        rule: "ct original zone set 15001",
         hook: None,
         disturbs: true,
+        of_proxy: true,
     },
     Feature {
         name: "nft nat",
@@ -94,6 +112,7 @@ pub(crate) const FEATURES: [Feature; 8] = [
         rule: "accept",
         hook: Some("type nat hook postrouting priority srcnat;"),
         disturbs: true,
+        of_proxy: false,
     },
     Feature {
         name: "nft reject",
@@ -103,6 +122,7 @@ pub(crate) const FEATURES: [Feature; 8] = [
         rule: "reject with icmpx admin-prohibited",
         hook: None,
         disturbs: false,
+        of_proxy: false,
     },
 ];
 
@@ -115,6 +135,7 @@ pub(crate) const BRIDGES: Feature = Feature {
     rule: "meta iifkind \"veth\" ether daddr set 02:00:00:00:00:01 meta pkttype set host",
     hook: None,
     disturbs: false,
+    of_proxy: false,
 };
 
 /// Why no way to hand packets to user space was found.

@@ -4,6 +4,7 @@
 //! packet pass that should be held: without the queue rule the table drops it.
 use std::fmt::Write;
 use std::io;
+use std::thread;
 
 use kernel::bridges::{self, BridgeError};
 use kernel::command::{self, CommandError, Program};
@@ -19,6 +20,7 @@ use crate::queue_target::{self, QueueTarget};
 use crate::routes::{self, Family};
 use crate::ruleset::{Kernel, QUEUE_CHAIN, QueueRule, Ruleset};
 use crate::settings::Settings;
+use crate::watch;
 
 /// Why the redirect could not be installed or uninstalled.
 #[derive(Debug, thiserror::Error)]
@@ -87,8 +89,14 @@ pub fn install(settings: &Settings) -> Result<Outcome, RedirectError> {
     }
     let ruleset = Ruleset::new(settings, kernel);
     let counting = conntrack_acct::is_on();
-    let mut changed = install_routes(settings)?;
+    let mut changed = false;
+    if settings.tcp.has_proxy() {
+        changed |= install_routes(settings)?;
+    }
     changed |= load_table(&ruleset)?;
+    if !settings.tcp.has_proxy() {
+        changed |= uninstall_routes()?;
+    }
     changed |= conntrack_acct::switch_on(counting)?;
     if !settings.bridge.is_empty() {
         changed |= bridges::switch_off()?;
@@ -111,8 +119,10 @@ pub fn uninstall() -> Result<Outcome, RedirectError> {
         // A running daemon must not repair what is uninstalled now. Without the chain there is no place for the mark.
         let _ = command::run(Program::Nft, &["-f", "-"], &nft_table::leaving_script());
     }
-    for family in Family::ALL {
-        changed |= routes::uninstall(family)?;
+    let routes = uninstall_routes()?;
+    changed |= routes;
+    if loaded.is_some() && !routes {
+        wait_for_daemon();
     }
     // Sysctls are restored while the tables still have the notes about them.
     if let Some(loaded) = loaded {
@@ -137,6 +147,7 @@ pub fn script(settings: &Settings, kernel: Kernel, families: Families) -> String
     let ruleset = Ruleset::new(settings, kernel);
     let mut script = String::from("#!/bin/sh -e\n");
     let families = match families {
+        _ if !settings.tcp.has_proxy() => &[],
         Families::Both => &Family::ALL[..],
         Families::OnlyV4 => &Family::ALL[..1],
     };
@@ -212,6 +223,24 @@ pub(crate) fn install_routes(settings: &Settings) -> Result<bool, RedirectError>
     let mut changed = false;
     for family in routes::enabled_families() {
         changed |= routes::install(family, settings.mark_mask).map_err(of_routes)?;
+    }
+    Ok(changed)
+}
+
+/// Waits until a running daemon has seen the mark of [`uninstall`], where no missing route shows it: the daemon must
+/// not repair the tables. Without a daemon nobody has bound the queues.
+fn wait_for_daemon() {
+    let queues = std::fs::read_to_string("/proc/thread-self/net/netfilter/nfnetlink_queue");
+    if queues.is_ok_and(|queues| !queues.is_empty()) {
+        thread::sleep(watch::SEEN_WITHIN);
+    }
+}
+
+/// Removes the rules and routes. Returns whether there were any.
+fn uninstall_routes() -> Result<bool, RedirectError> {
+    let mut changed = false;
+    for family in Family::ALL {
+        changed |= routes::uninstall(family)?;
     }
     Ok(changed)
 }

@@ -8,7 +8,7 @@ use std::fmt;
 use kernel::marks::{Answer, Marks};
 use kernel::names::UPSTREAM_PORTS;
 
-use crate::settings::{Fail, Settings};
+use crate::settings::{Fail, Settings, Tcp};
 
 /// The chain that holds nothing but the rule that hands packets to the queue.
 pub const QUEUE_CHAIN: &str = "to_queue";
@@ -43,6 +43,7 @@ pub struct Ruleset {
     queue_count: u16,
     marks: Marks,
     fail: Fail,
+    tcp: Tcp,
     kernel: Kernel,
 }
 
@@ -56,6 +57,7 @@ impl Ruleset {
             queue_count: settings.queue_count(),
             marks: settings.mark_mask,
             fail: settings.fail,
+            tcp: settings.tcp,
             kernel,
         }
     }
@@ -66,8 +68,8 @@ impl Ruleset {
         self.kernel.queue_rule
     }
 
-    /// The settings that a daemon must have in common with its rules, as text. What happens while no daemon runs is
-    /// not among them: an upgrade can change it under the old daemon.
+    /// The settings that a daemon must have in common with its rules, as text. What happens while no daemon runs, and
+    /// which connections go to the proxy, are not among them: an upgrade can change them under the old daemon.
     pub(crate) fn settings(&self) -> String {
         let Self {
             proxy_port,
@@ -75,9 +77,11 @@ impl Ruleset {
             queue_count,
             marks,
             fail: _,
+            tcp,
             kernel: _,
         } = self;
-        format!("{proxy_port} {first_queue} {queue_count} {marks}")
+        let proxy = if tcp.has_proxy() { "" } else { " no proxy" };
+        format!("{proxy_port} {first_queue} {queue_count} {marks}{proxy}")
     }
 
     /// First queue, how many, and whether a packet passes when nobody listens.
@@ -99,7 +103,28 @@ impl fmt::Display for Ruleset {
 }
 
 impl Ruleset {
-    fn fill_in(&self, mut rest: &str, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+    /// Writes `template` without the lines of other settings.
+    fn fill_in(&self, template: &str, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut left_out = false;
+        for line in template.split_inclusive('\n') {
+            match line.trim_start().strip_prefix('#').map(str::trim_end) {
+                Some("end") => left_out = false,
+                Some(mark) if mark.starts_with("if ") => {
+                    left_out = !self.is_for(mark.trim_start_matches("if "));
+                }
+                _ if left_out => {}
+                _ => self.fill_in_line(line, out)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a condition of the templates holds.
+    fn is_for(&self, condition: &str) -> bool {
+        condition == self.tcp.name() || condition == "proxy" && self.tcp.has_proxy()
+    }
+
+    fn fill_in_line(&self, mut rest: &str, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         while let Some((before, after)) = rest.split_once('$') {
             let end = after.find(|c: char| c != '_' && !c.is_ascii_lowercase());
             let (name, behind) = after.split_at(end.unwrap_or(after.len()));

@@ -11,6 +11,36 @@ pub enum Fail {
     Closed,
 }
 
+/// Which allowed TCP connections go through the proxy. The kernel forwards the others after the verdict on their SYN.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Tcp {
+    /// Those between two pods of the cluster.
+    Auto,
+    /// All.
+    #[default]
+    Spliced,
+    /// None.
+    Kernel,
+}
+
+impl Tcp {
+    /// Whether any connection goes through the proxy.
+    #[must_use]
+    pub fn has_proxy(self) -> bool {
+        self != Self::Kernel
+    }
+
+    /// The value of the flag.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Spliced => "spliced",
+            Self::Kernel => "kernel",
+        }
+    }
+}
+
 /// Flags that must be the same for `iptables-init` and `portreeve run`.
 #[derive(Clone, Debug, PartialEq, Eq, clap::Args)]
 pub struct Settings {
@@ -40,6 +70,9 @@ pub struct Settings {
         value_parser = link_name
     )]
     pub bridge: Vec<String>,
+    /// Which allowed TCP connections go through the proxy.
+    #[arg(long, value_enum, default_value_t = Tcp::Spliced, env = "PORTREEVE_TCP")]
+    pub tcp: Tcp,
     /// What happens to pods' new connections while no daemon runs.
     #[arg(long, value_enum, default_value_t = Fail::Closed, env = "PORTREEVE_FAIL")]
     pub fail: Fail,

@@ -4,6 +4,7 @@
 //! run only if something is wrong. Knows neither pods nor policies; [`elements`] knows the contents of the sets.
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 use kernel::command::CommandError;
 use kernel::elements;
@@ -21,6 +22,8 @@ use crate::ruleset::{Kernel, Ruleset};
 use crate::settings::Settings;
 
 const NET: &str = "/proc/sys/net";
+/// A daemon has looked twice within this time.
+pub(crate) const SEEN_WITHIN: Duration = Duration::from_millis(1200);
 /// Links whose sysctls are read at one look, unless there are more than [`LOOKS`] times as many.
 const LINKS: usize = 64;
 /// Looks in which the sysctls of all links are read. With one every half second, none is wrong for two seconds.
@@ -122,6 +125,8 @@ pub struct Watch {
     generation: Option<u32>,
     /// The last look found an installation in progress.
     unfinished: bool,
+    /// A look found that `uninstall` has marked the tables.
+    leaving: bool,
     /// Whether conntrack counted when this began.
     counts: bool,
     /// The links whose sysctls are still to be read in this round, and how many of them at a look.
@@ -147,6 +152,7 @@ impl Watch {
             checked: false,
             generation: None,
             unfinished: false,
+            leaving: false,
             counts: conntrack_acct::is_on(),
             links: Vec::new(),
             at_a_look: LINKS,
@@ -161,13 +167,16 @@ impl Watch {
     pub fn look(&mut self) -> Result<Found, WatchError> {
         let mut found = Found::default();
         self.tables(&mut found)?;
-        for family in routes::enabled_families() {
-            self.routing(family, &mut found)?;
+        if self.settings.tcp.has_proxy() {
+            for family in routes::enabled_families() {
+                self.routing(family, &mut found)?;
+            }
+            self.sysctls(&mut found);
         }
-        if is_uninstalled(&found.damages)? {
+        // A daemon must not repair what is uninstalled.
+        if !found.damages.is_empty() && self.is_uninstalled(&found.damages)? {
             found.damages.iter_mut().for_each(|it| it.ours = false);
         }
-        self.sysctls(&mut found);
         if self.counts && !conntrack_acct::is_on() {
             conntrack_acct::switch_on_again()?;
             self.counts = conntrack_acct::is_on();
@@ -210,6 +219,7 @@ impl Watch {
             }
             self.checked |= found.damages.is_empty();
         }
+        self.leaving &= !found.damages.is_empty();
         if found.damages.is_empty() {
             match elements::differing()? {
                 // The next look will tell.
@@ -253,6 +263,15 @@ impl Watch {
                 part: Part::Table,
                 what: format!("nft table {TABLE}"),
                 ours: true,
+            });
+            return Ok(());
+        }
+        if now.leaving {
+            self.leaving = true;
+            found.damages.push(Damage {
+                part: Part::Table,
+                what: format!("nft table {TABLE} is being uninstalled"),
+                ours: false,
             });
             return Ok(());
         }
@@ -325,6 +344,19 @@ impl Watch {
         }
         Ok(())
     }
+
+    /// Whether `iptables-init uninstall` removes the missing parts: it marks the tables first, then removes the routes
+    /// if there are any, and deletes the tables last.
+    fn is_uninstalled(&self, damages: &[Damage]) -> Result<bool, WatchError> {
+        let gone = |part| damages.iter().filter(|it| it.part == part).count();
+        let families = routes::enabled_families().count();
+        if gone(Part::Table) > 0 && gone(Part::IpRule) == families && gone(Part::Route) == families
+        {
+            return Ok(true);
+        }
+        let any = gone(Part::IpRule) + gone(Part::Route) > 0;
+        Ok(self.leaving || any && Loaded::read()?.is_some_and(|it| it.leaving))
+    }
 }
 
 fn of_sysctl(finding: Finding) -> Damage {
@@ -333,16 +365,4 @@ fn of_sysctl(finding: Finding) -> Damage {
         what: format!("{}; {}", finding.problem, finding.remedy),
         ours: false,
     }
-}
-
-/// Whether `iptables-init uninstall` removed the missing parts, which must not be undone: it marks the tables first and
-/// deletes them last.
-fn is_uninstalled(damages: &[Damage]) -> Result<bool, WatchError> {
-    let gone = |part| damages.iter().filter(|it| it.part == part).count();
-    let families = routes::enabled_families().count();
-    if gone(Part::Table) > 0 && gone(Part::IpRule) == families && gone(Part::Route) == families {
-        return Ok(true);
-    }
-    let any = gone(Part::IpRule) + gone(Part::Route) > 0;
-    Ok(any && Loaded::read()?.is_some_and(|it| it.leaving))
 }

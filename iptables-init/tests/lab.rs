@@ -345,26 +345,31 @@ fn nft_native_queue_works_for_any_queue_count() {
 }
 
 fn understands_its_own_queue(folder: &str) {
-    for queues in [1, 2, 256] {
-        for fail in ["open", "closed"] {
-            let flags = format!("x --queues {queues} --fail {fail}");
-            let line = Line::try_parse_from(flags.split_whitespace()).unwrap();
-            let ruleset = Ruleset::new(&line.settings, NATIVE);
-            let netns = namespace();
-            let mut command = netns.command("sh");
-            command.args([
-                "-ec",
-                &format!("PATH={folder}:$PATH; nft -c -f - <<'END'\n{ruleset}\nEND"),
-            ]);
-            let ran = Ran::from(command);
-            // What nft understands, it asks the kernel, which may well lack CONFIG_NFT_QUEUE.
-            let asked = ran.success || ran.stderr.contains("Could not process rule");
-            assert!(
-                asked && !ran.stderr.contains("syntax"),
-                "{folder}, {flags}: {}",
-                ran.stderr
-            );
-        }
+    for flags in [
+        "--queues 1 --fail open",
+        "--queues 1 --fail closed",
+        "--queues 2 --fail open",
+        "--queues 2 --fail closed",
+        "--queues 256 --fail closed",
+        "--queues 2 --tcp auto",
+        "--queues 2 --tcp kernel",
+    ] {
+        let line = Line::try_parse_from(format!("x {flags}").split_whitespace()).unwrap();
+        let ruleset = Ruleset::new(&line.settings, NATIVE);
+        let netns = namespace();
+        let mut command = netns.command("sh");
+        command.args([
+            "-ec",
+            &format!("PATH={folder}:$PATH; nft -c -f - <<'END'\n{ruleset}\nEND"),
+        ]);
+        let ran = Ran::from(command);
+        // What nft understands, it asks the kernel, which may well lack CONFIG_NFT_QUEUE.
+        let asked = ran.success || ran.stderr.contains("Could not process rule");
+        assert!(
+            asked && !ran.stderr.contains("syntax"),
+            "{folder}, {flags}: {}",
+            ran.stderr
+        );
     }
 }
 

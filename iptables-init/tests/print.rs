@@ -45,6 +45,20 @@ fn changed_by(flags: &str, queue_rule: QueueRule) -> String {
     diff
 }
 
+/// The lines that only the default has, and those that only `flags` has, without the hash and in no place.
+fn lines_changed_by(flags: &str) -> String {
+    let [default, other] = ["", flags].map(|it| printed(it, QueueRule::Target, Families::Both));
+    let only = |sign, these: &str, those: &str| {
+        let those: Vec<_> = those.lines().collect();
+        let own = these
+            .lines()
+            .filter(|it| !those.contains(it) && !it.contains("portreeve layout"));
+        own.map(|it| format!("{sign}{}\n", it.trim()))
+            .collect::<String>()
+    };
+    only('-', &default, &other) + &only('+', &other, &default)
+}
+
 #[test]
 fn default_ruleset_matches_the_snapshot() {
     insta::assert_snapshot!("default", printed("", QueueRule::Target, Families::Both));
@@ -79,6 +93,24 @@ fn fail_open_passes_without_listener_or_queue() {
     let both = [QueueRule::Target, QueueRule::Native]
         .map(|queue_rule| changed_by("--fail open", queue_rule));
     insta::assert_snapshot!("fail_open", both.join("\nwith nft's own queue:\n"));
+}
+
+#[test]
+fn tcp_auto_proxies_only_connections_between_pods() {
+    insta::assert_snapshot!("tcp_auto", lines_changed_by("--tcp auto"));
+}
+
+#[test]
+fn tcp_kernel_has_no_part_of_the_proxy() {
+    insta::assert_snapshot!("tcp_kernel", lines_changed_by("--tcp kernel"));
+    let text = printed("--tcp kernel", QueueRule::Native, Families::Both);
+    let mut rules = text.lines().filter(|it| !it.trim().starts_with('#'));
+    let of_proxy = |line: &&str| {
+        ["tproxy", "15001", "ip -", "socket"]
+            .iter()
+            .any(|it| line.contains(it))
+    };
+    assert_eq!(rules.find(of_proxy), None);
 }
 
 #[test]

@@ -4,8 +4,6 @@ use std::sync::Arc;
 
 use policy::{Decided, DecidedSide, Endpoint, PolicyKey, Verdict};
 
-use crate::Judgement;
-
 /// A verdict with the pods that it is about. The reason is derived from them only when it is needed.
 #[derive(Clone, Debug)]
 pub struct Decision {
@@ -16,6 +14,11 @@ pub struct Decision {
     /// The server, if it is a pod.
     pub to: Option<Arc<Endpoint>>,
 }
+
+/// The owner of this address of the cluster is not known yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the pod at {0} is not known yet")]
+pub struct Unknown(pub IpAddr);
 
 /// Whose policies decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,40 +103,36 @@ impl Severance {
 }
 
 impl Decision {
-    /// The decision of a settled judgement.
-    #[must_use]
-    pub fn of(judgement: Judgement) -> Option<Self> {
-        match judgement {
-            Judgement::Settled { verdict, from, to } => Some(Self { verdict, from, to }),
-            Judgement::Unknown(_) => None,
-        }
-    }
-
-    /// Whether a later judgement severs the flows that this decision allowed, and why.
+    /// Whether the table, asked again, severs the flows that this decision allowed, and why.
     ///
     /// A flow belongs to the pods of its decision. If another pod now has one of their addresses, its
     /// socket is gone: the flow is severed even if policy allows the new pod the same. This also holds if
     /// the pod is deleted or finished and no pod has the address.
     #[must_use]
-    pub fn overturned(&self, client: IpAddr, server: IpAddr, now: Judgement) -> Option<Severance> {
+    pub fn overturned(
+        &self,
+        client: IpAddr,
+        server: IpAddr,
+        now: &Result<Self, Unknown>,
+    ) -> Option<Severance> {
         let ends = [
             (End::Client, client, self.from.as_deref()),
             (End::Server, server, self.to.as_deref()),
         ];
         match now {
-            Judgement::Settled { verdict, from, to } => {
+            Ok(now) => {
                 let replaced = ends
                     .iter()
-                    .zip([from.as_deref(), to.as_deref()])
+                    .zip([now.from.as_deref(), now.to.as_deref()])
                     .find_map(|(&(end, address, was), now)| self.replaced(end, address, was, now));
                 replaced.or_else(|| {
-                    let denied = !verdict.allowed();
-                    denied.then(|| Severance::denied(Arc::new(Self { verdict, from, to })))
+                    let denied = !now.verdict.allowed();
+                    denied.then(|| Severance::denied(Arc::new(now.clone())))
                 })
             }
-            Judgement::Unknown(unknown) => ends
+            Err(Unknown(unknown)) => ends
                 .iter()
-                .filter(|(_, address, _)| *address == unknown)
+                .filter(|(_, address, _)| address == unknown)
                 .find_map(|&(end, address, was)| self.replaced(end, address, was, None)),
         }
     }

@@ -2,7 +2,7 @@
 //! to the table that the packet path reads.
 //!
 //! ```text
-//! manifest::ManifestSource --Batch--> Index --publish--> Table <--judge-- gate workers
+//! manifest::ManifestSource --Batch--> Index --publish--> Table <--decide-- gate workers
 //! kube::KubeSource ---------'
 //! ```
 //!
@@ -17,9 +17,9 @@ pub mod manifest;
 mod objects;
 mod table;
 
-pub use decision::{DecidedBy, Decision, Reason, Severance};
+pub use decision::{DecidedBy, Decision, Reason, Severance, Unknown};
 pub use event::{Batch, Event, Object, ObjectKey};
 pub use index::Index;
 pub use loaded::Loaded;
 pub use policy::{Problem, Severity};
-pub use table::{Holder, Judgement, LocalPod, PolicyInfo, Table, TableSettings, Unsettled};
+pub use table::{Holder, LocalPod, PolicyInfo, Table, TableSettings, Unsettled};

@@ -17,13 +17,13 @@ use std::thread;
 use dashmap::DashMap;
 use ipnet::IpNet;
 use policy::{
-    Cluster, Decided, Direction, Endpoint, Identity, OwnNode, Party, PodKey, PolicyKey, Protocol,
-    Touched,
+    Cluster, Direction, Endpoint, Identity, OwnNode, Party, PodKey, PolicyKey, Protocol, Touched,
 };
 use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::Problem;
+use crate::decision::{Decision, Unknown};
 pub use holder::Holder;
 use surroundings::Surroundings;
 pub use unsettled::Unsettled;
@@ -33,27 +33,10 @@ pub use unsettled::Unsettled;
 pub struct TableSettings {
     /// The networks of all pods (`--cluster-cidr`); empty: the pod CIDRs of all nodes.
     pub cluster_cidrs: Vec<IpNet>,
-    /// Whether a pod's traffic to its own node is judged (`--own-node`).
+    /// Whether a pod's traffic to its own node needs a verdict (`--own-node`).
     pub own_node: OwnNode,
     /// The node that is enforced on (`--node`).
     pub node: String,
-}
-
-/// The answer of [`Table::judge`].
-#[derive(Clone, Debug)]
-pub enum Judgement {
-    /// Decided, with both ends as they were when it was.
-    Settled {
-        /// The verdict; its reason can be derived from both ends later.
-        verdict: Decided,
-        /// The pod behind the source address, if it is one.
-        from: Option<Arc<Endpoint>>,
-        /// The pod behind the destination address, if it is one.
-        to: Option<Arc<Endpoint>>,
-    },
-    /// This address lies in the cluster, but its owner is not known yet: ask again when the
-    /// table has [`changed`](Table::changed).
-    Unknown(IpAddr),
 }
 
 /// An address of a pod on some node, for the kernel's sets.
@@ -61,9 +44,9 @@ pub enum Judgement {
 pub struct LocalPod {
     /// The address.
     pub address: IpAddr,
-    /// Whether connections to it are judged.
+    /// Whether connections to it need a verdict.
     pub ingress_isolated: bool,
-    /// Whether connections from it are judged.
+    /// Whether connections from it need a verdict.
     pub egress_isolated: bool,
     /// The pod.
     pub identity: Arc<Identity>,
@@ -121,16 +104,19 @@ impl Table {
     /// Whether `from` may open a connection to `port` of `to`. Both ends are read from one generation.
     ///
     /// The addresses are those of the packet after DNAT, IPv4-mapped ones unmapped; `port` is
-    /// `None` for protocols without ports. If both ends are unknown, the source is named.
-    #[must_use]
-    pub fn judge(
+    /// `None` for protocols without ports.
+    ///
+    /// # Errors
+    /// If an end is not known yet; if neither is, the source is named. Decide again when the table
+    /// has [`changed`](Self::changed).
+    pub fn decide(
         &self,
         from: IpAddr,
         to: IpAddr,
         port: Option<u16>,
         protocol: Protocol,
-    ) -> Judgement {
-        let read = self.consistent(|| {
+    ) -> Result<Decision, Unknown> {
+        let (source, destination) = self.consistent(|| {
             let ends = (self.get(from), self.get(to));
             let unexplained = match ends {
                 (Some(_), Some(_)) => None,
@@ -146,28 +132,20 @@ impl Table {
                         })
                 }
             };
-            unexplained.map_or(Ok(ends), Err)
-        });
-        match read {
-            Err(address) => Judgement::Unknown(address),
-            Ok((source, destination)) => Judgement::Settled {
-                verdict: policy::decide(
-                    Party {
-                        address: from,
-                        endpoint: source.as_deref(),
-                    },
-                    Party {
-                        address: to,
-                        endpoint: destination.as_deref(),
-                    },
-                    port,
-                    protocol,
-                    self.settings.own_node,
-                ),
-                from: source,
-                to: destination,
-            },
-        }
+            unexplained.map_or(Ok(ends), |address| Err(Unknown(address)))
+        })?;
+        let party = |address, endpoint| Party { address, endpoint };
+        Ok(Decision {
+            verdict: policy::decide(
+                party(from, source.as_deref()),
+                party(to, destination.as_deref()),
+                port,
+                protocol,
+                self.settings.own_node,
+            ),
+            from: source,
+            to: destination,
+        })
     }
 
     /// The pod that owns `address` now; none for hostNetwork and finished pods.

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
 use std::thread;
 
-use controller::{Batch, Event, Index, Judgement, Object, ObjectKey, Table, TableSettings};
+use controller::{Batch, Decision, Event, Index, Object, ObjectKey, Table, TableSettings};
 use policy::{Labels, Namespace, NetworkPolicy, Node, Pod, PodKey, PolicyKey, Protocol};
 use serde_json::{Value, json};
 
@@ -153,15 +153,14 @@ fn change(random: &mut Random, objects: &BTreeMap<ObjectKey, Object>, born: usiz
 type Seen = Option<(bool, Option<Arc<str>>, Option<Arc<str>>, [bool; 2])>;
 
 fn look(table: &Table, from: IpAddr, to: IpAddr) -> Seen {
-    match table.judge(from, to, Some(80), Protocol::Tcp) {
-        Judgement::Unknown(_) => None,
-        Judgement::Settled { verdict, from, to } => Some((
-            verdict.allowed(),
-            from.map(|pod| Arc::clone(&pod.identity.uid)),
-            to.map(|pod| Arc::clone(&pod.identity.uid)),
-            [verdict.egress.isolated, verdict.ingress.isolated],
-        )),
-    }
+    let decided = table.decide(from, to, Some(80), Protocol::Tcp);
+    let Decision { verdict, from, to } = decided.ok()?;
+    Some((
+        verdict.allowed(),
+        from.map(|pod| Arc::clone(&pod.identity.uid)),
+        to.map(|pod| Arc::clone(&pod.identity.uid)),
+        [verdict.egress.isolated, verdict.ingress.isolated],
+    ))
 }
 
 fn pairs() -> Vec<(IpAddr, IpAddr)> {
@@ -268,7 +267,7 @@ fn readers_see_old_or_new_state_never_between() {
 /// holder is told before, with, or after the beginning of the next, and late updates of it come in
 /// between. A question meanwhile gets the rights of the pod whose uid the answer names.
 #[test]
-fn reused_address_is_never_judged_as_another_pod() {
+fn reused_address_never_gets_another_pods_rights() {
     const REUSES: usize = 10_000;
     let (client, server) = (address(1), address(2));
     let table = Table::new(TableSettings::default());

@@ -163,18 +163,18 @@ impl Enforcer {
     ///
     /// Call this after the table has changed: later connections are evaluated by the new table, and
     /// earlier ones are in the connection table already.
-    pub(crate) fn judge_again(&self, touched: &BTreeSet<IpAddr>) {
+    pub(crate) fn evaluate_again(&self, touched: &BTreeSet<IpAddr>) {
         for flow in self.flows.of(touched) {
             let Some(rests_on) = flow.decision().filter(|it| it.verdict.allowed()) else {
                 continue;
             };
             let ConnectionKey { client, server } = flow.key;
             let (client, server, port) = (client.ip(), server.ip(), Some(server.port()));
-            let now = self.table.judge(client, server, port, Protocol::Tcp);
-            if let Some(severance) = rests_on.overturned(client, server, now.clone()) {
+            let now = self.table.decide(client, server, port, Protocol::Tcp);
+            if let Some(severance) = rests_on.overturned(client, server, &now) {
                 self.metrics.severed(&severance.decision, DataPath::Spliced);
                 self.flows.sever(&flow, severance);
-            } else if let Some(now) = Decision::of(now) {
+            } else if let Ok(now) = now {
                 // From now on this decision allows it, and the old policies are not kept in memory.
                 flow.decide(Arc::new(now));
             }
@@ -193,7 +193,7 @@ impl Enforcer {
 
     /// Counts a flow that was decided at its first packet and needs no relay, `waited` after that
     /// packet came. It is recorded at its end if it is `listed`, else now.
-    pub(crate) fn judged(
+    pub(crate) fn decided(
         &self,
         subject: Subject,
         decision: &Arc<Decision>,

@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use controller::{Decision, Judgement};
+use controller::{Decision, Unknown};
 use kernel::conntrack::FlowId;
 use kernel::marks::Answer;
 use kernel::nfqueue::{PacketId, PacketVerdict, Queue, Queued};
@@ -67,14 +67,6 @@ impl Came {
     }
 }
 
-/// The result of evaluating a connection.
-enum Judged {
-    Allowed(Leg),
-    Denied,
-    /// One endpoint is in the cluster and not known yet.
-    Unknown,
-}
-
 impl Gate {
     /// A gate that decides what waits in `queue`.
     pub(crate) fn new(queue: Queue, enforcer: Arc<Enforcer>, worker: usize) -> Rc<Self> {
@@ -116,8 +108,8 @@ impl Gate {
 
     fn decide(self: &Rc<Self>, came: Came) {
         let Came { id, length, .. } = came;
-        // The flow is judged in its own direction.
-        let judged = |packet: FlowId| match came.mark & self.enforcer.marks.answering() {
+        // The flow is evaluated in its own direction.
+        let flow = |packet: FlowId| match came.mark & self.enforcer.marks.answering() {
             0 => packet,
             _ => packet.reversed(),
         };
@@ -134,8 +126,8 @@ impl Gate {
                 self.reset(id, reset);
             }
             Packet::Reset(reset) if !reset.acknowledges => self.refuse(id, DropReason::Invalid),
-            Packet::Reset(reset) => self.flow(id, length, judged(reset.into())),
-            Packet::Other(packet) => self.flow(id, length, judged(packet)),
+            Packet::Reset(reset) => self.flow(id, length, flow(reset.into())),
+            Packet::Other(packet) => self.flow(id, length, flow(packet)),
             Packet::Invalid => self.refuse(id, DropReason::Invalid),
             Packet::Malformed => self.refuse(id, DropReason::Malformed),
         }
@@ -162,14 +154,15 @@ impl Gate {
                     flow.trail
                         .get_or_init(|| Timeline::new(flow.started, syn.stamp));
                 }
-                match self.judge(&flow) {
-                    Judged::Denied => self.deny(id, &flow),
-                    Judged::Allowed(leg) => {
+                match self.evaluate(&flow) {
+                    Err(Unknown(_)) => self.wait(id, flow),
+                    Ok(decision) if !decision.verdict.allowed() => self.deny(id, &flow),
+                    Ok(decision) => {
                         if self.opens(id, &flow) {
+                            let leg = self.leg_to_server(&decision);
                             tokio::task::spawn_local(Rc::clone(self).admit(id, flow, leg));
                         }
                     }
-                    Judged::Unknown => self.wait(id, flow),
                 }
             }
         }
@@ -190,7 +183,7 @@ impl Gate {
         } else if last.takes_syn() {
             self.answer(id, Answer::Accept);
         } else {
-            // The connection's task is late. The client repeats its SYN, which is judged then.
+            // The connection's task is late. The client repeats its SYN, which is evaluated then.
             self.queue.decide(id, PacketVerdict::Drop);
         }
         self.flush();
@@ -209,38 +202,27 @@ impl Gate {
     }
 
     /// Evaluates a connection by the newest table and stores the decision on it.
-    fn judge(&self, flow: &Connection) -> Judged {
+    fn evaluate(&self, flow: &Connection) -> Result<Arc<Decision>, Unknown> {
         let ConnectionKey { client, server } = flow.key;
         let (table, port) = (&self.enforcer.table, Some(server.port()));
         loop {
             let generation = table.generation();
-            let judged = table.judge(client.ip(), server.ip(), port, Protocol::Tcp);
-            let judged = self.note(flow, judged);
-            // A change in between may have judged flows again before this one had a decision.
+            let decided = table.decide(client.ip(), server.ip(), port, Protocol::Tcp);
+            let decided = decided.map(Arc::new);
+            if let Ok(decision) = &decided {
+                flow.decide(Arc::clone(decision));
+            }
+            // A change in between may have evaluated flows again before this one had a decision.
             if table.generation() == generation {
-                return judged;
+                return decided;
             }
         }
     }
 
-    /// Stores a judgement on its connection.
-    fn note(&self, flow: &Connection, judged: Judgement) -> Judged {
-        match judged {
-            Judgement::Unknown(_) => Judged::Unknown,
-            Judgement::Settled { verdict, from, to } => {
-                let allowed = verdict.allowed();
-                let leg = if to.as_ref().is_some_and(|to| self.enforcer.is_local(to)) {
-                    Leg::Local
-                } else {
-                    Leg::Remote
-                };
-                flow.decide(Arc::new(Decision { verdict, from, to }));
-                if allowed {
-                    Judged::Allowed(leg)
-                } else {
-                    Judged::Denied
-                }
-            }
+    fn leg_to_server(&self, decision: &Decision) -> Leg {
+        match &decision.to {
+            Some(server) if self.enforcer.is_local(server) => Leg::Local,
+            _ => Leg::Remote,
         }
     }
 
@@ -275,19 +257,20 @@ impl Gate {
         let deadline = tokio::time::Instant::from_std(flow.started + self.enforcer.hold);
         let cause = loop {
             changed.mark_unchanged();
-            match self.judge(&flow) {
-                Judged::Allowed(leg) => {
+            match self.evaluate(&flow) {
+                Err(Unknown(_)) => {}
+                Ok(decision) if !decision.verdict.allowed() => {
+                    self.deny(id, &flow);
+                    return self.flush();
+                }
+                Ok(decision) => {
                     drop(waiting);
                     if self.opens(id, &flow) {
+                        let leg = self.leg_to_server(&decision);
                         return self.admit(id, flow, leg).await;
                     }
                     return self.flush();
                 }
-                Judged::Denied => {
-                    self.deny(id, &flow);
-                    return self.flush();
-                }
-                Judged::Unknown => {}
             }
             tokio::select! {
                 biased;

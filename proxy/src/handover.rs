@@ -1,7 +1,7 @@
 //! Hands the state of the old daemon to the new daemon, so that no stream breaks: queues,
 //! listeners and all proxied connections, over a Unix socket.
 //!
-//! Knows neither flows nor policy: what is handed over is values and descriptors. The new daemon judges each connection again. Until
+//! Knows neither flows nor policy: what is handed over is values and descriptors. The new daemon evaluates each connection again. Until
 //! the new daemon confirms, the old one can resume everything, since it keeps copies of the sockets. The
 //! socket is at a path of the file system and not at an abstract name: any process in the node's network namespace
 //! could take an abstract name, and with it every stream of the node.

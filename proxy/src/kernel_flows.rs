@@ -49,7 +49,7 @@ pub(crate) struct KernelFlows {
     began: Instant,
     /// Severed TCP connections that are still in conntrack, and since when.
     parting: Mutex<Vec<(Instant, Entry)>>,
-    /// Addresses whose unlisted flows have to be judged again.
+    /// Addresses whose unlisted flows have to be evaluated again.
     pub(crate) backlog: Backlog,
 }
 

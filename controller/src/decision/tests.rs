@@ -69,14 +69,11 @@ fn after(events: Vec<Event>, client: &str, server: &str) -> Option<Severance> {
             ..Batch::default()
         })
     };
-    let judge = || table.judge(ip(client), ip(server), Some(80), Protocol::Tcp);
+    let decide = || table.decide(ip(client), ip(server), Some(80), Protocol::Tcp);
     apply(first);
-    let Judgement::Settled { verdict, from, to } = judge() else {
-        panic!("both ends are known")
-    };
-    let rests_on = Decision { verdict, from, to };
+    let rests_on = decide().expect("both ends are known");
     apply(events);
-    rests_on.overturned(ip(client), ip(server), judge())
+    rests_on.overturned(ip(client), ip(server), &decide())
 }
 
 #[test]

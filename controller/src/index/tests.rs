@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use policy::{Labels, PodKey, PolicyKey, Protocol};
 
 use super::*;
-use crate::{Judgement, LocalPod, TableSettings};
+use crate::{LocalPod, TableSettings};
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
@@ -62,10 +62,8 @@ fn setup() -> (Arc<Table>, Index) {
 }
 
 fn settled(table: &Table, from: &str, to: &str) -> Option<bool> {
-    match table.judge(ip(from), ip(to), Some(80), Protocol::Tcp) {
-        Judgement::Settled { verdict, .. } => Some(verdict.allowed()),
-        Judgement::Unknown(_) => None,
-    }
+    let decided = table.decide(ip(from), ip(to), Some(80), Protocol::Tcp);
+    Some(decided.ok()?.verdict.allowed())
 }
 
 #[test]
@@ -132,12 +130,10 @@ fn unowned_cluster_address_is_unknown() {
             ("192.168.0.1", "10.0.0.2"),
             ("10.0.0.2", "fd00::1"),
         ]
-        .map(
-            |(from, to)| match table.judge(ip(from), ip(to), None, Protocol::Tcp) {
-                Judgement::Unknown(address) => Some(address.to_string()),
-                Judgement::Settled { .. } => None,
-            },
-        )
+        .map(|(from, to)| {
+            let decided = table.decide(ip(from), ip(to), None, Protocol::Tcp);
+            decided.err().map(|unknown| unknown.0.to_string())
+        })
     };
     let known = |text: &str| Some(text.to_owned());
     let (table, mut index) = setup();

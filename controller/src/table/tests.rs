@@ -72,10 +72,8 @@ fn no_reader_sees_two_generations_in_one_verdict() {
                 scope.spawn(|| {
                     let mut seen = [0_usize; 2];
                     while !done.load(Ordering::Relaxed) || seen.contains(&0) {
-                        let answer = table.judge(ip(A), ip(B), Some(80), Protocol::Tcp);
-                        let Judgement::Settled { verdict, .. } = answer else {
-                            panic!("{answer:?}")
-                        };
+                        let decided = table.decide(ip(A), ip(B), Some(80), Protocol::Tcp);
+                        let verdict = decided.expect("both pods are known").verdict;
                         let (egress, ingress) = (verdict.egress.isolated, verdict.ingress.isolated);
                         assert_eq!(egress, ingress, "two generations in one verdict");
                         seen[usize::from(egress)] += 1;
@@ -125,7 +123,7 @@ fn reader_waits_while_a_generation_is_written() {
     });
 }
 
-/// Two pods without policy in a node's pod CIDR, and the judgement of the first to the second.
+/// Two pods without policy in a node's pod CIDR, for connections of the first to the second.
 fn two_pods() -> (Arc<Table>, Index) {
     let table = Table::new(TableSettings::default());
     let mut index = Index::new(Arc::clone(&table));
@@ -146,10 +144,8 @@ fn node(name: &str, pods: &str, address: &str) -> Object {
 }
 
 fn unknown(table: &Table, from: &str, to: &str) -> Option<String> {
-    match table.judge(ip(from), ip(to), Some(80), Protocol::Tcp) {
-        Judgement::Unknown(address) => Some(address.to_string()),
-        Judgement::Settled { .. } => None,
-    }
+    let decided = table.decide(ip(from), ip(to), Some(80), Protocol::Tcp);
+    decided.err().map(|unknown| unknown.0.to_string())
 }
 
 #[test]
@@ -243,10 +239,8 @@ fn a_claim_closes_no_nodes_address() {
             Event::Upsert(claimant),
             deny(),
         ]));
-        match table.judge(ip("198.51.100.1"), ip(NODE), Some(80), Protocol::Tcp) {
-            Judgement::Settled { verdict, .. } => (verdict.allowed(), table.holder(ip(NODE))),
-            other => panic!("{other:?}"),
-        }
+        let decided = table.decide(ip("198.51.100.1"), ip(NODE), Some(80), Protocol::Tcp);
+        (decided.unwrap().verdict.allowed(), table.holder(ip(NODE)))
     };
     for on in ["n2", "n3"] {
         assert!(matches!(claimed_on(on), (true, Holder::Node)), "{on}");

@@ -2,7 +2,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use controller::{Decision, Judgement};
+use controller::{Decision, Unknown};
 use kernel::conntrack::FlowId;
 
 use super::Enforcer;
@@ -10,31 +10,35 @@ use crate::kernel_flows::{KernelFlow, Listed};
 use crate::telemetry::record::Outcome;
 
 impl Enforcer {
-    /// What becomes of a flow that the kernel carries.
-    pub(crate) fn judge(&self, flow: &FlowId) -> Judgement {
+    /// Decides a kernel flow by the newest table.
+    ///
+    /// # Errors
+    /// If an end is unknown.
+    pub(crate) fn decide(&self, flow: &FlowId) -> Result<Decision, Unknown> {
         let (client, server) = (flow.client.ip(), flow.server.ip());
-        self.table.judge(client, server, flow.port(), flow.protocol)
+        self.table
+            .decide(client, server, flow.port(), flow.protocol)
     }
 
     /// Evaluates a flow and lists it if it is allowed, so that a later change finds it. Returns the result of listing
-    /// and the decision. `None`: an endpoint is unknown.
+    /// and the decision.
+    ///
+    /// # Errors
+    /// If an endpoint is unknown.
     pub(crate) fn carry(
         &self,
         flow: FlowId,
         opened: SystemTime,
-    ) -> Option<(Arc<Decision>, Option<Listed>)> {
+    ) -> Result<(Arc<Decision>, Option<Listed>), Unknown> {
         loop {
             let generation = self.table.generation();
-            let Judgement::Settled { verdict, from, to } = self.judge(&flow) else {
-                return None;
-            };
-            let decision = Arc::new(Decision { verdict, from, to });
+            let decision = Arc::new(self.decide(&flow)?);
             if !decision.verdict.allowed() {
-                return Some((decision, None));
+                return Ok((decision, None));
             }
             let listed = self.carried.enter(flow, opened, &decision);
             if self.table.generation() == generation {
-                return Some((decision, Some(listed)));
+                return Ok((decision, Some(listed)));
             }
             // A concurrent change may have searched the list before the flow was in it.
             if listed == Listed::New {

@@ -70,7 +70,7 @@ impl Gate {
     /// Decides a packet; false if an end of it is unknown.
     fn settle(&self, id: PacketId, packet: &FlowId, arrived: Instant) -> bool {
         let opened = SystemTime::now() - arrived.elapsed();
-        let Some((decision, listed)) = self.enforcer.carry(*packet, opened) else {
+        let Ok((decision, listed)) = self.enforcer.carry(*packet, opened) else {
             return false;
         };
         if decision.verdict.allowed() {
@@ -84,7 +84,7 @@ impl Gate {
         }
         let subject = subject(packet, opened);
         self.enforcer
-            .judged(subject, &decision, listed, arrived.elapsed());
+            .decided(subject, &decision, listed, arrived.elapsed());
         true
     }
 }

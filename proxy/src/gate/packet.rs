@@ -25,7 +25,7 @@ pub(crate) enum Packet {
     /// In the original direction of a flow that becomes a kernel flow if allowed: UDP, SCTP,
     /// ICMP, another protocol, or TCP that began before.
     Other(FlowId),
-    /// A TCP segment that is neither a SYN nor part of a connection, a packet too short to judge, or a link-local
+    /// A TCP segment that is neither a SYN nor part of a connection, a packet too short for a verdict, or a link-local
     /// source.
     Invalid,
     /// Not an IP packet that we can read.

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use controller::{Decision, Judgement};
+use controller::Decision;
 use policy::{Decided, DecidedSide, Endpoint, Identity, PodKey, Protocol};
 
 use crate::enforcer::Enforcer;
@@ -152,7 +152,7 @@ pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<HandoverConnection>) -> Vec<R
                 None
             }
         };
-        judge(enforcer, &flow, pods);
+        evaluate(enforcer, &flow, pods);
         relayed
     });
     adopted.collect()
@@ -184,15 +184,15 @@ fn adopted(state: ConnectionState) -> Adopted {
 }
 
 /// Evaluates a connection by this daemon's policy table, and severs it if it is denied or its pod has changed.
-fn judge(enforcer: &Enforcer, flow: &Arc<Connection>, pods: [Option<Pod>; 2]) {
+fn evaluate(enforcer: &Enforcer, flow: &Arc<Connection>, pods: [Option<Pod>; 2]) {
     let ConnectionKey { client, server } = flow.key;
     let port = Some(server.port());
-    let judge = || {
+    let decide = || {
         let table = &enforcer.table;
-        table.judge(client.ip(), server.ip(), port, Protocol::Tcp)
+        table.decide(client.ip(), server.ip(), port, Protocol::Tcp)
     };
     let was = let_in_between(pods);
-    if let Some(severance) = was.overturned(client.ip(), server.ip(), judge()) {
+    if let Some(severance) = was.overturned(client.ip(), server.ip(), &decide()) {
         flow.decide(Arc::new(was));
         enforcer
             .metrics
@@ -200,10 +200,7 @@ fn judge(enforcer: &Enforcer, flow: &Arc<Connection>, pods: [Option<Pod>; 2]) {
         enforcer.flows.sever(flow, severance);
         return;
     }
-    flow.decide(Arc::new(match judge() {
-        Judgement::Settled { verdict, from, to } => Decision { verdict, from, to },
-        Judgement::Unknown(_) => was,
-    }));
+    flow.decide(Arc::new(decide().unwrap_or(was)));
 }
 
 /// The known part of the decision by which the old daemon allowed a connection.

@@ -1,4 +1,4 @@
-//! Judges flows again in the background if they are many or not listed, so that one source's many flows do not delay
+//! Evaluates flows again in the background if they are many or not listed, so that one source's many flows do not delay
 //! changes that concern others.
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-/// The addresses whose flows wait to be judged again. Adding waits for the result, but only for a limited time.
+/// The addresses whose flows wait to be evaluated again. Adding waits for the result, but only for a limited time.
 #[derive(Default)]
 pub(crate) struct Backlog {
     waiting: Mutex<Waiting>,

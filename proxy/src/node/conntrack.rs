@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use controller::{Decision, Judgement, Severance};
+use controller::{Severance, Unknown};
 use kernel::conntrack::{self, Endings, Entry, FlowId, Heard};
 use policy::Protocol;
 use tokio::task::JoinSet;
@@ -33,7 +33,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// The pause after an error of conntrack.
 const RETRY: Duration = Duration::from_secs(1);
-/// How long a change waits until unlisted flows are judged again. It takes longer only for a source with many flows.
+/// How long a change waits until unlisted flows are evaluated again. It takes longer only for a source with many flows.
 const PATIENCE: Duration = Duration::from_millis(100);
 /// If a change denies more listed flows than this, they are ended in the background.
 const MANY: usize = 256;
@@ -47,7 +47,7 @@ type Doomed = Vec<(Entry, Option<Severance>)>;
 pub(crate) fn spawn(tasks: &mut JoinSet<()>, enforcer: &Arc<Enforcer>, endings: Endings) {
     tasks.spawn(follow(Arc::clone(enforcer), endings));
     tasks.spawn(forget_cut(Arc::clone(enforcer)));
-    tasks.spawn(judge_backlog(Arc::clone(enforcer)));
+    tasks.spawn(evaluate_backlog(Arc::clone(enforcer)));
 }
 
 /// Evaluates the listed flows of these addresses again and severs those that are denied, or one of whose
@@ -57,7 +57,7 @@ pub(crate) fn spawn(tasks: &mut JoinSet<()>, enforcer: &Arc<Enforcer>, endings: 
 ///
 /// # Errors
 /// What ctnetlink answers; to be called again then.
-pub(crate) fn judge_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Result<()> {
+pub(crate) fn evaluate_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Result<()> {
     let denied = denied_of(enforcer, touched);
     let many = denied.len() > MANY;
     if !many {
@@ -70,19 +70,19 @@ pub(crate) fn judge_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io
 }
 
 /// Does the same for all flows of these addresses, listed or not, however long it takes.
-fn judge_all_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Result<()> {
+fn evaluate_all_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Result<()> {
     let began = Instant::now();
     cut_listed(enforcer, touched, denied_of(enforcer, touched))?;
     let carried = enforcer.marks.carried();
-    let judge = || {
+    let evaluate = || {
         let unlisted = |flow: &FlowId| enforcer.carried.get(flow).is_none();
-        judge_unlisted(enforcer, carried, carried, touched, unlisted)
+        evaluate_unlisted(enforcer, carried, carried, touched, unlisted)
     };
-    judge()?;
+    evaluate()?;
     // A flow that was allowed just before the change may get its conntrack entry only now.
     if enforcer.carried.has_unlisted_on_its_way(began) {
         thread::sleep(ON_ITS_WAY.saturating_sub(began.elapsed()));
-        judge()?;
+        evaluate()?;
     }
     Ok(())
 }
@@ -91,11 +91,11 @@ fn judge_all_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Resul
 fn denied_of(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> HashMap<FlowId, Severance> {
     let mut denied: HashMap<FlowId, Severance> = HashMap::new();
     for flow in enforcer.carried.of(touched) {
-        let now = enforcer.judge(&flow.id);
+        let now = enforcer.decide(&flow.id);
         let (client, server) = (flow.id.client.ip(), flow.id.server.ip());
-        if let Some(severance) = flow.decision().overturned(client, server, now.clone()) {
+        if let Some(severance) = flow.decision().overturned(client, server, &now) {
             denied.insert(flow.id, severance);
-        } else if let Some(now) = Decision::of(now) {
+        } else if let Ok(now) = now {
             // So the flow does not keep the old policies in memory.
             flow.decide(now);
         }
@@ -142,12 +142,15 @@ fn cut_listed(
 ///
 /// # Errors
 /// What ctnetlink answers; to be called again then.
-pub(crate) fn judge_unmarked(enforcer: &Enforcer, isolated: &BTreeSet<IpAddr>) -> io::Result<()> {
+pub(crate) fn evaluate_unmarked(
+    enforcer: &Enforcer,
+    isolated: &BTreeSet<IpAddr>,
+) -> io::Result<()> {
     if isolated.is_empty() {
         return Ok(());
     }
     let marks = enforcer.marks;
-    judge_unlisted(enforcer, 0, marks.mask(), isolated, |_| true)
+    evaluate_unlisted(enforcer, 0, marks.mask(), isolated, |_| true)
 }
 
 /// Deletes severed connections, also those of an earlier daemon, from conntrack once their resets have passed.
@@ -231,9 +234,9 @@ pub(crate) fn compare(enforcer: &Enforcer) -> io::Result<()> {
         }
         let opened = entry.began.unwrap_or_else(SystemTime::now);
         match enforcer.carry(entry.flow, opened) {
-            None => doomed.push((entry, None)),
-            Some((decision, None)) => doomed.push((entry, Some(Severance::denied(decision)))),
-            Some((_, Some(_))) => {
+            Err(Unknown(_)) => doomed.push((entry, None)),
+            Ok((decision, None)) => doomed.push((entry, Some(Severance::denied(decision)))),
+            Ok((_, Some(_))) => {
                 if let Some(flow) = enforcer.carried.get(&entry.flow) {
                     flow.seen_in(&round, &entry);
                 }
@@ -268,7 +271,7 @@ fn ended(enforcer: &Enforcer, entry: &Entry) {
 
 /// Evaluates the flows of these addresses in conntrack whose mark under `mask` is `mark`, but for those
 /// that are not `concerned`, and severs those that are denied.
-fn judge_unlisted(
+fn evaluate_unlisted(
     enforcer: &Enforcer,
     mark: u32,
     mask: u32,
@@ -280,20 +283,15 @@ fn judge_unlisted(
         if !concerned(&entry.flow) {
             return Ok(());
         }
-        match enforcer.judge(&entry.flow) {
+        match enforcer.decide(&entry.flow) {
             // The earlier owner of the address is unknown: no pod inherits the flow.
-            Judgement::Unknown(unknown) if addresses.contains(&unknown) => {
-                doomed.push((entry, None));
+            Err(Unknown(unknown)) if addresses.contains(&unknown) => doomed.push((entry, None)),
+            Ok(decision) if !decision.verdict.allowed() => {
+                // A flow without a reply may never have been allowed: it is not recorded as severed.
+                let severance = (!entry.unanswered).then(|| Severance::denied(Arc::new(decision)));
+                doomed.push((entry, severance));
             }
-            Judgement::Unknown(_) => {}
-            Judgement::Settled { verdict, from, to } => {
-                if !verdict.allowed() {
-                    let decision = Arc::new(Decision { verdict, from, to });
-                    // A flow without a reply may never have been allowed: it is not recorded as severed.
-                    let severance = (!entry.unanswered).then(|| Severance::denied(decision));
-                    doomed.push((entry, severance));
-                }
-            }
+            Ok(_) | Err(Unknown(_)) => {}
         }
         cut_if_many(enforcer, &mut doomed)
     })?;
@@ -365,17 +363,17 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
     Ok(())
 }
 
-/// After changes, judges again the flows that are not listed. One pod can have so many of them that it takes seconds.
-async fn judge_backlog(enforcer: Arc<Enforcer>) {
+/// After changes, evaluates again the flows that are not listed. One pod can have so many of them that it takes seconds.
+async fn evaluate_backlog(enforcer: Arc<Enforcer>) {
     loop {
         enforcer.carried.backlog.added().await;
         loop {
             let of_task = Arc::clone(&enforcer);
-            let judge = move || {
-                let judge = |all: &BTreeSet<IpAddr>| judge_all_again(&of_task, all);
-                of_task.carried.backlog.work(judge)
+            let evaluate = move || {
+                let evaluate = |all: &BTreeSet<IpAddr>| evaluate_all_again(&of_task, all);
+                of_task.carried.backlog.work(evaluate)
             };
-            match tokio::task::spawn_blocking(judge).await {
+            match tokio::task::spawn_blocking(evaluate).await {
                 Ok(Err(error)) => {
                     warn!(%error, "cannot evaluate unlisted kernel flows again; retrying");
                     tokio::time::sleep(RETRY).await;

@@ -154,7 +154,7 @@ impl PodSets {
         };
         let isolated = match known {
             None => isolated(&wanted),
-            Some(loaded) => newly_judged(loaded, &wanted),
+            Some(loaded) => newly_evaluated(loaded, &wanted),
         };
         // Until the kernel has said yes we know nothing.
         self.loaded = None;
@@ -253,16 +253,16 @@ fn own_addresses() -> impl Iterator<Item = IpAddr> {
 
 /// Addresses whose existing flows have to be evaluated: those that became isolated, and those that the rules did
 /// not treat as pods until now, whether their pods are known or not.
-fn newly_judged(before: &Sets, now: &Sets) -> BTreeSet<IpAddr> {
-    let mut judged = newly_isolated(before, now);
+fn newly_evaluated(before: &Sets, now: &Sets) -> BTreeSet<IpAddr> {
+    let mut evaluated = newly_isolated(before, now);
     if before.pods != now.pods {
         let single = |net: &&IpNet| net.prefix_len() == net.max_prefix_len();
         let added = now.pods.difference(&before.pods).filter(single);
         let added = added.map(IpNet::addr).chain(now.selves.iter().copied());
         let was = |pod: &IpAddr| before.pods.iter().any(|net| net.contains(pod));
-        judged.extend(added.filter(|pod| !was(pod) && !is_non_isolated(now, pod)));
+        evaluated.extend(added.filter(|pod| !was(pod) && !is_non_isolated(now, pod)));
     }
-    judged
+    evaluated
 }
 
 fn newly_isolated(before: &Sets, now: &Sets) -> BTreeSet<IpAddr> {
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn flows_of_newly_isolated_addresses_are_judged() {
+    fn flows_of_newly_isolated_addresses_are_evaluated() {
         const CIDR: &str = "10.0.0.0/24";
         let before = sets(&[CIDR], &["10.0.0.2", "10.0.0.3"], &["10.0.0.2"]);
         for (now, expected, why) in [
@@ -349,7 +349,7 @@ mod tests {
             ),
         ] {
             let expected = expected.iter().map(|it| it.parse().unwrap()).collect();
-            assert_eq!(newly_judged(&before, &now), expected, "{why}");
+            assert_eq!(newly_evaluated(&before, &now), expected, "{why}");
         }
     }
 }

@@ -135,7 +135,7 @@ impl Redirect {
         }
         let in_tables = [Part::Table, Part::Rules, Part::Elements];
         if damages.iter().any(|it| in_tables.contains(&it.part)) {
-            // Flows that began without the rules are judged when the sets are filled again.
+            // Flows that began without the rules are evaluated when the sets are filled again.
             self.renewed.send_replace(());
         }
         if self.said.is_none_or(|said| said.elapsed() > SAY_EVERY) {

@@ -49,7 +49,7 @@ pub(super) fn announce(before: &[Problem], now: &[Problem]) {
 }
 
 /// Waits for a full state with this node's object, or for any full state if `--pod-cidr` is given; until then nothing
-/// is judged and no pod is non-isolated. Returns the addresses whose verdicts have changed.
+/// gets a verdict and no pod is non-isolated. Returns the addresses whose verdicts have changed.
 ///
 /// # Errors
 /// If the manifests do not have the node. With the API server this waits for it.
@@ -155,14 +155,14 @@ impl Follower {
             announce(&before, &problems);
         }
         self.source.tell(&problems);
-        self.enforcer.judge_again(&touched);
+        self.enforcer.evaluate_again(&touched);
         self.touched.extend(touched);
     }
 
     /// Severs the flows of pods that have lost their interfaces.
     fn vacate(&mut self) {
         let touched = self.vacancies.take();
-        self.enforcer.judge_again(&touched);
+        self.enforcer.evaluate_again(&touched);
         self.touched.extend(touched);
     }
 
@@ -177,14 +177,14 @@ impl Follower {
     fn steps(&mut self) -> Result<(), String> {
         let behind =
             |error| format!("kernel flows could not be evaluated again after a change: {error}");
-        conntrack::judge_again(&self.enforcer, &self.touched).map_err(behind)?;
+        conntrack::evaluate_again(&self.enforcer, &self.touched).map_err(behind)?;
         let isolated = self
             .pod_sets
             .sync(&self.touched)
             .map_err(|error| format!("the nft sets are behind the policy table: {error}"))?;
         self.touched.clear();
         self.isolated.extend(isolated);
-        conntrack::judge_unmarked(&self.enforcer, &self.isolated).map_err(behind)?;
+        conntrack::evaluate_unmarked(&self.enforcer, &self.isolated).map_err(behind)?;
         self.isolated.clear();
         Ok(())
     }

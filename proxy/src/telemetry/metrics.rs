@@ -55,7 +55,7 @@ pub(crate) enum DropReason {
     UnknownPod,
     /// No source port was left towards that server.
     NoPort,
-    /// A TCP segment that is neither a SYN nor part of a connection, a packet too short to judge, or a link-local
+    /// A TCP segment that is neither a SYN nor part of a connection, a packet too short for a verdict, or a link-local
     /// source.
     Invalid,
     /// No IP packet that we can read.
@@ -209,7 +209,7 @@ impl Metrics {
         }
     }
 
-    /// Counts a connection that policy has judged, and how long that took from its first packet.
+    /// Counts a connection that policy has decided, and how long that took from its first packet.
     pub(crate) fn decided(&self, decision: &Decision, way: DataPath, waited: Duration) {
         let kind = if decision.verdict.allowed() {
             VerdictKind::Allow

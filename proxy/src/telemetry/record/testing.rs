@@ -2,7 +2,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use controller::{Batch, Decision, Event, Index, Judgement, Object, Table, TableSettings};
+use controller::{Batch, Decision, Event, Index, Object, Table, TableSettings};
 use policy::{Labels, NetworkPolicy, Node, Pod, PodKey, PolicyKey, Protocol};
 use serde_json::json;
 
@@ -57,10 +57,6 @@ pub(crate) fn decision(node: &str, isolated: bool) -> Arc<Decision> {
         events,
         ..Batch::default()
     });
-    let Judgement::Settled { verdict, from, to } =
-        table.judge(CLIENT, SERVER, Some(80), Protocol::Tcp)
-    else {
-        panic!("both ends are known")
-    };
-    Arc::new(Decision { verdict, from, to })
+    let decided = table.decide(CLIENT, SERVER, Some(80), Protocol::Tcp);
+    Arc::new(decided.expect("both ends are known"))
 }

@@ -120,7 +120,7 @@ impl Place {
     /// The ids of `node`'s span of this connection.
     ///
     /// A parent is named only where one is to be expected: the client's pod lives on another node
-    /// and is isolated for egress, so that its node has judged the connection before, and the port
+    /// and is isolated for egress, so that its node has decided the connection before, and the port
     /// is one of those that nodes use between each other.
     pub(super) fn of(record: &Record, node: &str) -> Self {
         let Record {

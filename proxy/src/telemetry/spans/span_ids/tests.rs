@@ -83,7 +83,7 @@ fn kernel_flow_is_one_trace_on_both_nodes() {
 }
 
 #[test]
-fn span_has_parent_only_if_first_node_judged() {
+fn span_has_parent_only_if_first_node_decided() {
     let claims = |port, home, isolated, way| {
         let seen = (way == DataPath::Spliced)
             .then(|| seen(Some(1), None))

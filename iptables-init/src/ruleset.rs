@@ -5,7 +5,7 @@
 //! in `ruleset.nft`, and in `bridges.nft` those below IP.
 use std::fmt;
 
-use kernel::marks::{Answer, Marks};
+use kernel::marks::{Marks, Reply};
 use kernel::names::UPSTREAM_PORTS;
 
 use crate::settings::{Fail, Settings, Tcp};
@@ -142,20 +142,20 @@ impl Ruleset {
             "divert" => marks.divert(),
             "hold" => marks.hold(),
             "held" => marks.hold() | marks.divert(),
-            "asking" => marks.hold() | marks.answer(Answer::Reset),
+            "asking" => marks.hold() | marks.reply(Reply::Reset),
             "held_answer" => marks.hold() | marks.answering(),
             "upstream" => marks.upstream(),
             "client" => marks.client(),
             "ours" => marks.mask(),
             "others" => !marks.mask(),
-            "reset" => marks.answer(Answer::Reset),
-            "host_unreachable" => marks.answer(Answer::HostUnreachable),
-            "net_unreachable" => marks.answer(Answer::NetUnreachable),
-            "carry" => marks.answer(Answer::Carry),
+            "reset" => marks.reply(Reply::Reset),
+            "host_unreachable" => marks.reply(Reply::HostUnreachable),
+            "net_unreachable" => marks.reply(Reply::NetUnreachable),
+            "carry" => marks.reply(Reply::Carry),
             "carried" => marks.carried(),
             "cut" => marks.cut(),
             "uncut" => !marks.cut(),
-            "prohibited" => marks.answer(Answer::Prohibited),
+            "prohibited" => marks.reply(Reply::Prohibited),
             "proxy_port" => return write!(out, "{}", self.proxy_port),
             "upstream_zone" => return write!(out, "{UPSTREAM_ZONE}"),
             "first_port" => return write!(out, "{}", UPSTREAM_PORTS.start()),

@@ -18,7 +18,7 @@ pub struct Marks {
 
 /// The gate's verdict on a held packet, other than "drop"; set as the packet's mark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
+pub enum Reply {
     /// Let the packet go on to its socket.
     Accept,
     /// TCP reset, as a closed port gives.
@@ -121,16 +121,16 @@ impl Marks {
         self.bits[3]
     }
 
-    /// The packet mark that carries `answer` from the gate to the chain that acts on it.
+    /// The packet mark that carries `reply` from the gate to the chain that acts on it.
     #[must_use]
-    pub fn answer(self, answer: Answer) -> u32 {
-        match answer {
-            Answer::Accept => self.divert(),
-            Answer::Reset => self.answered(),
-            Answer::HostUnreachable => self.answered() | self.divert(),
-            Answer::NetUnreachable => self.answered() | self.hold(),
-            Answer::Prohibited => self.answered() | self.upstream(),
-            Answer::Carry => self.answered() | self.divert() | self.hold(),
+    pub fn reply(self, reply: Reply) -> u32 {
+        match reply {
+            Reply::Accept => self.divert(),
+            Reply::Reset => self.answered(),
+            Reply::HostUnreachable => self.answered() | self.divert(),
+            Reply::NetUnreachable => self.answered() | self.hold(),
+            Reply::Prohibited => self.answered() | self.upstream(),
+            Reply::Carry => self.answered() | self.divert() | self.hold(),
         }
     }
 }
@@ -195,8 +195,8 @@ mod tests {
     }
 
     #[test]
-    fn every_answer_has_its_own_mark_within_mask() {
-        use Answer::*;
+    fn every_reply_has_its_own_mark_within_mask() {
+        use Reply::*;
         let marks = Marks::default();
         let all = [
             Accept,
@@ -206,7 +206,7 @@ mod tests {
             Prohibited,
             Carry,
         ]
-        .map(|a| marks.answer(a));
+        .map(|a| marks.reply(a));
         for (i, mark) in all.iter().enumerate() {
             assert_eq!(mark & !marks.mask(), 0);
             assert!(!all[..i].contains(mark), "{mark:#x} twice");

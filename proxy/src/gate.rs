@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use controller::{Decision, Unknown};
 use kernel::conntrack::FlowId;
-use kernel::marks::Answer;
+use kernel::marks::Reply;
 use kernel::nfqueue::{PacketId, PacketVerdict, Queue, Queued};
 use policy::Protocol;
 
@@ -145,7 +145,7 @@ impl Gate {
         }) {
             Err(full) => self.refuse(id, full.into()),
             Ok(Arrival::Repeated) => self.queue.decide(id, PacketVerdict::Drop),
-            Ok(Arrival::PastSyn) => self.answer(id, Answer::Accept),
+            Ok(Arrival::PastSyn) => self.reply(id, Reply::Accept),
             Ok(Arrival::Successor(last)) => {
                 tokio::task::spawn_local(Rc::clone(self).succeed(id, syn, last));
             }
@@ -181,7 +181,7 @@ impl Gate {
         if over {
             self.syn(id, syn);
         } else if last.takes_syn() {
-            self.answer(id, Answer::Accept);
+            self.reply(id, Reply::Accept);
         } else {
             // The connection's task is late. The client repeats its SYN, which is evaluated then.
             self.queue.decide(id, PacketVerdict::Drop);
@@ -198,7 +198,7 @@ impl Gate {
         if let Some(flow) = self.enforcer.flows.reset_by_client(&key, reset.sequence) {
             self.enforcer.ended(&flow, flow.why_unanswered());
         }
-        self.answer(id, Answer::Accept);
+        self.reply(id, Reply::Accept);
     }
 
     /// Evaluates a connection by the newest table and stores the decision on it.
@@ -303,16 +303,16 @@ impl Gate {
                 }
                 // First the table, then the kernel: the client may complete its handshake at once.
                 if enforcer.flows.admit(&flow, upstream, self.worker) {
-                    self.answer(id, Answer::Accept);
+                    self.reply(id, Reply::Accept);
                 } else {
                     self.not_answered(id, &flow);
                 }
             }
-            Some(Err(ConnectError::Answered { answer, source, .. })) => {
-                if unreachable::tell(client, server, flow.sequence, answer) {
+            Some(Err(ConnectError::Answered { reply, source, .. })) => {
+                if unreachable::tell(client, server, flow.sequence, reply) {
                     self.queue.decide(id, PacketVerdict::Drop);
                 } else {
-                    self.answer(id, answer);
+                    self.reply(id, reply);
                 }
                 enforcer.ended(&flow, Outcome::Unanswered(source.to_string()));
             }
@@ -345,7 +345,7 @@ impl Gate {
     fn deny(&self, id: PacketId, flow: &Arc<Connection>) {
         match self.enforcer.deny {
             Deny::Drop => self.queue.decide(id, PacketVerdict::Drop),
-            Deny::Reject => self.answer(id, Answer::Reset),
+            Deny::Reject => self.reply(id, Reply::Reset),
         }
         self.enforcer.denied(flow);
     }
@@ -358,11 +358,11 @@ impl Gate {
 
     /// Clears the marks of other programs: with kube-proxy's, the packet would be masqueraded to this node, and
     /// the next node would evaluate another source.
-    fn answer(&self, id: PacketId, answer: Answer) {
+    fn reply(&self, id: PacketId, reply: Reply) {
         self.queue.decide(
             id,
             PacketVerdict::Repeat {
-                mark: self.enforcer.marks.answer(answer),
+                mark: self.enforcer.marks.reply(reply),
             },
         );
     }

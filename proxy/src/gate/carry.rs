@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::time::{Instant, SystemTime};
 
 use kernel::conntrack::FlowId;
-use kernel::marks::Answer;
+use kernel::marks::Reply;
 use kernel::nfqueue::{PacketId, PacketVerdict};
 use policy::Protocol;
 
@@ -74,12 +74,12 @@ impl Gate {
             return false;
         };
         if decision.verdict.allowed() {
-            self.answer(id, Answer::Carry);
+            self.reply(id, Reply::Carry);
         } else {
             match (self.enforcer.deny, packet.protocol) {
                 (Deny::Drop, _) => self.queue.decide(id, PacketVerdict::Drop),
-                (Deny::Reject, Protocol::Tcp) => self.answer(id, Answer::Reset),
-                (Deny::Reject, _) => self.answer(id, Answer::Prohibited),
+                (Deny::Reject, Protocol::Tcp) => self.reply(id, Reply::Reset),
+                (Deny::Reject, _) => self.reply(id, Reply::Prohibited),
             }
         }
         let subject = subject(packet, opened);

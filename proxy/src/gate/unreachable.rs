@@ -7,23 +7,23 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::sync::OnceLock;
 
-use kernel::marks::Answer;
+use kernel::marks::Reply;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use kernel::checksum;
 
 const DESTINATION_UNREACHABLE: u8 = 3;
 
-/// Sends the ICMP message of `answer` for the SYN with `sequence`. True if there is one and it was sent.
-pub(super) fn tell(client: SocketAddr, server: SocketAddr, sequence: u32, answer: Answer) -> bool {
+/// Sends the ICMP message of `reply` for the SYN with `sequence`. True if there is one and it was sent.
+pub(super) fn tell(client: SocketAddr, server: SocketAddr, sequence: u32, reply: Reply) -> bool {
     let (SocketAddr::V4(client), SocketAddr::V4(server)) = (client, server) else {
         return false;
     };
-    let code = match answer {
-        Answer::NetUnreachable => 0,
-        Answer::HostUnreachable => 1,
-        Answer::Prohibited => 13,
-        Answer::Accept | Answer::Reset | Answer::Carry => return false,
+    let code = match reply {
+        Reply::NetUnreachable => 0,
+        Reply::HostUnreachable => 1,
+        Reply::Prohibited => 13,
+        Reply::Accept | Reply::Reset | Reply::Carry => return false,
     };
     let to = SocketAddr::new(IpAddr::V4(*client.ip()), 0);
     match socket() {

@@ -10,7 +10,7 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
-use kernel::marks::{Answer, Marks};
+use kernel::marks::{Marks, Reply};
 use kernel::names::{LOCAL_PORTS, REMOTE_PORTS};
 use kernel::sys;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
@@ -54,7 +54,7 @@ pub(crate) enum ConnectError {
     #[error("{server} answered")]
     Answered {
         server: SocketAddr,
-        answer: Answer,
+        reply: Reply,
         #[source]
         source: io::Error,
     },
@@ -221,12 +221,12 @@ fn still_connecting(error: &io::Error) -> bool {
     )
 }
 
-/// Maps `error` to the answer that the client would get without the proxy.
+/// Maps `error` to the reply that the client would get without the proxy.
 fn outcome(client: SocketAddr, server: SocketAddr, error: io::Error) -> ConnectError {
-    let answer = match error.raw_os_error() {
-        Some(libc::ECONNREFUSED | libc::ECONNRESET) => Answer::Reset,
-        Some(libc::EHOSTUNREACH | libc::EHOSTDOWN) => Answer::HostUnreachable,
-        Some(libc::ENETUNREACH) => Answer::NetUnreachable,
+    let reply = match error.raw_os_error() {
+        Some(libc::ECONNREFUSED | libc::ECONNRESET) => Reply::Reset,
+        Some(libc::EHOSTUNREACH | libc::EHOSTDOWN) => Reply::HostUnreachable,
+        Some(libc::ENETUNREACH) => Reply::NetUnreachable,
         Some(libc::ETIMEDOUT) => return ConnectError::Silent { server },
         _ => {
             return ConnectError::Refused {
@@ -238,7 +238,7 @@ fn outcome(client: SocketAddr, server: SocketAddr, error: io::Error) -> ConnectE
     };
     ConnectError::Answered {
         server,
-        answer,
+        reply,
         source: error,
     }
 }

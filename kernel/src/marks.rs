@@ -30,7 +30,7 @@ pub enum Reply {
     /// ICMP communication administratively prohibited.
     Prohibited,
     /// Accept the packet, and the rest of its flow without further verdicts.
-    Carry,
+    AcceptFlow,
 }
 
 /// An invalid `--mark-mask`.
@@ -110,7 +110,7 @@ impl Marks {
 
     /// Conntrack: a kernel flow, which was allowed at its first packet.
     #[must_use]
-    pub fn carried(self) -> u32 {
+    pub fn accepted(self) -> u32 {
         self.bits[1]
     }
 
@@ -130,7 +130,7 @@ impl Marks {
             Reply::HostUnreachable => self.answered() | self.divert(),
             Reply::NetUnreachable => self.answered() | self.hold(),
             Reply::Prohibited => self.answered() | self.upstream(),
-            Reply::Carry => self.answered() | self.divert() | self.hold(),
+            Reply::AcceptFlow => self.answered() | self.divert() | self.hold(),
         }
     }
 }
@@ -204,7 +204,7 @@ mod tests {
             HostUnreachable,
             NetUnreachable,
             Prohibited,
-            Carry,
+            AcceptFlow,
         ]
         .map(|a| marks.reply(a));
         for (i, mark) in all.iter().enumerate() {

@@ -51,7 +51,7 @@ pub(crate) struct Enforcer {
     pub(crate) node: Arc<str>,
     pub(crate) table: Arc<Table>,
     pub(crate) flows: ConnectionTable,
-    pub(crate) carried: KernelFlows,
+    pub(crate) kernel_flows: KernelFlows,
     /// All connections.
     pub(crate) limits: Arc<ConnectionLimits>,
     /// Allowed connections whose client has not completed its handshake.

@@ -4,7 +4,7 @@
 //! answered the upstream connection from the client's address, and gets the same answer: so a client
 //! cannot distinguish the gate from the network. Knows nothing of the stream afterwards.
 mod backlog;
-mod carry;
+mod kernel_flow;
 mod packet;
 mod turns;
 mod unreachable;
@@ -117,7 +117,7 @@ impl Gate {
             // Only connections that the rules divert to the listener can be proxied; those to this node itself
             // are kernel flows.
             Packet::Syn(syn) if came.mark & self.enforcer.marks.divert() == 0 => {
-                self.flow(id, length, syn.into());
+                self.kernel_flow(id, length, syn.into());
             }
             // The kernel keeps whole packets while they wait, also for the server.
             Packet::Syn(_) if length > LONGEST_WAITING => self.refuse(id, DropReason::TooLong),
@@ -126,8 +126,8 @@ impl Gate {
                 self.reset(id, reset);
             }
             Packet::Reset(reset) if !reset.acknowledges => self.refuse(id, DropReason::Invalid),
-            Packet::Reset(reset) => self.flow(id, length, flow(reset.into())),
-            Packet::Other(packet) => self.flow(id, length, flow(packet)),
+            Packet::Reset(reset) => self.kernel_flow(id, length, flow(reset.into())),
+            Packet::Other(packet) => self.kernel_flow(id, length, flow(packet)),
             Packet::Invalid => self.refuse(id, DropReason::Invalid),
             Packet::Malformed => self.refuse(id, DropReason::Malformed),
         }

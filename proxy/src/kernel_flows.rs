@@ -404,8 +404,8 @@ mod tests {
         Entry::read(&message).unwrap()
     }
 
-    fn enter(carried: &KernelFlows, client: u16) -> Listed {
-        carried.enter(id(client), SystemTime::now(), &allowed())
+    fn enter(flows: &KernelFlows, client: u16) -> Listed {
+        flows.enter(id(client), SystemTime::now(), &allowed())
     }
 
     fn addresses(last: u8) -> BTreeSet<IpAddr> {
@@ -414,38 +414,34 @@ mod tests {
 
     #[test]
     fn kernel_flow_is_found_until_it_ends() {
-        let carried = KernelFlows::default();
-        assert_eq!(enter(&carried, 1), Listed::New);
-        assert_eq!(carried.of(&addresses(2)).len(), 1);
-        let flow = carried.ended(&entry(1, 100)).unwrap();
+        let flows = KernelFlows::default();
+        assert_eq!(enter(&flows, 1), Listed::New);
+        assert_eq!(flows.of(&addresses(2)).len(), 1);
+        let flow = flows.ended(&entry(1, 100)).unwrap();
         assert_eq!(flow.subject().sent, 100);
-        assert_eq!(carried.of(&addresses(2)).len() + carried.len(), 0);
-        assert!(carried.ended(&entry(1, 100)).is_none(), "only once");
+        assert_eq!(flows.of(&addresses(2)).len() + flows.len(), 0);
+        assert!(flows.ended(&entry(1, 100)).is_none(), "only once");
     }
 
     #[test]
     fn late_end_event_keeps_the_newer_flow() {
-        let carried = KernelFlows::default();
-        enter(&carried, 1);
-        assert_eq!(enter(&carried, 1), Listed::Again);
-        assert!(carried.ended(&entry(1, 100)).is_none());
-        assert_eq!(
-            carried.of(&addresses(1)).len(),
-            1,
-            "a change still finds it"
-        );
-        assert!(carried.ended(&entry(1, 200)).is_some());
+        let flows = KernelFlows::default();
+        enter(&flows, 1);
+        assert_eq!(enter(&flows, 1), Listed::Again);
+        assert!(flows.ended(&entry(1, 100)).is_none());
+        assert_eq!(flows.of(&addresses(1)).len(), 1, "a change still finds it");
+        assert!(flows.ended(&entry(1, 200)).is_some());
     }
 
     #[test]
     fn flow_missing_from_two_dumps_has_ended() {
-        let carried = KernelFlows::default();
-        enter(&carried, 1);
-        enter(&carried, 2);
+        let flows = KernelFlows::default();
+        enter(&flows, 1);
+        enter(&flows, 2);
         for expected in [vec![], vec![2]] {
-            let round = carried.begin_round(Instant::now());
-            carried.get(&id(1)).unwrap().seen_in(&round, &entry(1, 7));
-            let lost = carried.end_round(round);
+            let round = flows.begin_round(Instant::now());
+            flows.get(&id(1)).unwrap().seen_in(&round, &entry(1, 7));
+            let lost = flows.end_round(round);
             let lost: Vec<_> = lost.iter().map(|flow| flow.id.client.port()).collect();
             assert_eq!(lost, expected);
         }
@@ -453,43 +449,40 @@ mod tests {
 
     #[test]
     fn full_flow_list_is_marked_incomplete() {
-        let carried = KernelFlows::with_room_for(1, 1);
-        assert!(
-            carried.is_incomplete(),
-            "at the start conntrack is not read"
-        );
-        let round = carried.begin_round(Instant::now());
-        assert_eq!(enter(&carried, 1), Listed::New);
-        carried.end_round(round);
-        assert!(!carried.is_incomplete());
-        let round = carried.begin_round(Instant::now());
-        assert_eq!(enter(&carried, 2), Listed::Full);
-        carried.end_round(round);
-        assert!(carried.is_incomplete(), "one found no room meanwhile");
-        let round = carried.begin_round(Instant::now());
-        carried.end_round(round);
-        assert!(carried.is_incomplete(), "conntrack may not have it yet");
-        let round = carried.begin_round(Instant::now() + 2 * ON_ITS_WAY);
-        carried.end_round(round);
-        assert!(!carried.is_incomplete());
+        let flows = KernelFlows::with_room_for(1, 1);
+        assert!(flows.is_incomplete(), "at the start conntrack is not read");
+        let round = flows.begin_round(Instant::now());
+        assert_eq!(enter(&flows, 1), Listed::New);
+        flows.end_round(round);
+        assert!(!flows.is_incomplete());
+        let round = flows.begin_round(Instant::now());
+        assert_eq!(enter(&flows, 2), Listed::Full);
+        flows.end_round(round);
+        assert!(flows.is_incomplete(), "one found no room meanwhile");
+        let round = flows.begin_round(Instant::now());
+        flows.end_round(round);
+        assert!(flows.is_incomplete(), "conntrack may not have it yet");
+        let round = flows.begin_round(Instant::now() + 2 * ON_ITS_WAY);
+        flows.end_round(round);
+        assert!(!flows.is_incomplete());
     }
 
     #[test]
     fn a_source_over_its_share_leaves_room() {
-        let carried = KernelFlows::with_room_for(3, 2);
-        let listed: Vec<_> = (1..=3).map(|port| enter(&carried, port)).collect();
+        let flows = KernelFlows::with_room_for(3, 2);
+        let listed: Vec<_> = (1..=3).map(|port| enter(&flows, port)).collect();
         assert_eq!(listed, [Listed::New, Listed::New, Listed::Full]);
         let mut other = id(1);
         other.client.set_ip([10, 0, 0, 9].into());
-        let enter_other = || carried.enter(other, SystemTime::now(), &allowed());
+        let enter_other = || flows.enter(other, SystemTime::now(), &allowed());
         assert_eq!(enter_other(), Listed::New);
-        carried.remove(&id(1));
-        carried.remove(&other);
-        assert_eq!(enter(&carried, 4), Listed::New, "its share is given back");
+        flows.remove(&id(1));
+        flows.remove(&other);
+        assert_eq!(enter(&flows, 4), Listed::New, "its share is given back");
         assert_eq!(enter_other(), Listed::New);
         for id in [id(2), id(4), other] {
-            assert!(carried.remove(&id).is_some());
+            assert!(flows.remove(&id).is_some());
         }
-        assert!(carried.by_source.is_empty());
+        assert!(flows.by_source.is_empty());
     }
 }

@@ -212,7 +212,7 @@ fn begin(
     since: Option<Instant>,
 ) -> anyhow::Result<(Vec<Thread>, JoinSet<()>)> {
     let mut tasks = JoinSet::new();
-    follow_carried(enforcer, &mut tasks)?;
+    follow_kernel_flows(enforcer, &mut tasks)?;
     let workers = start_workers(args, enforcer, outgoing, stopped, state, since)?;
     tasks.spawn(expire(Arc::clone(enforcer)));
     reclaim::start(Arc::clone(enforcer), stopped.clone())?;
@@ -257,7 +257,7 @@ fn enforcer(
         node,
         table,
         flows: ConnectionTable::new(args.redirect.mark_mask),
-        carried: KernelFlows::default(),
+        kernel_flows: KernelFlows::default(),
         limits: ConnectionLimits::new(bounds.per_source, bounds.total),
         half_open: Pending::new(bounds.half_open / 3 * 2, bounds.half_open),
         waiting: Pending::new(WAITING_OF_SOURCE, bounds.waiting),
@@ -305,8 +305,8 @@ fn recorder(args: &RunArgs, node: &Arc<str>) -> anyhow::Result<Recorder> {
 }
 
 /// Call this before the first flow: conntrack reports the end only of flows that began while somebody listened.
-fn follow_carried(enforcer: &Arc<Enforcer>, tasks: &mut JoinSet<()>) -> anyhow::Result<()> {
-    let endings = Endings::listen(enforcer.marks.carried())
+fn follow_kernel_flows(enforcer: &Arc<Enforcer>, tasks: &mut JoinSet<()>) -> anyhow::Result<()> {
+    let endings = Endings::listen(enforcer.marks.accepted())
         .context("cannot listen to conntrack; load it with `modprobe nf_conntrack_netlink`")?;
     conntrack::spawn(tasks, enforcer, endings);
     Ok(())

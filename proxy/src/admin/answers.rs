@@ -68,7 +68,7 @@ pub(super) fn metrics(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
         rules: rules(),
         observers: enforcer.recorder.observed().readers(),
         ready: readiness.check().is_ok(),
-        carried: enforcer.carried.len(),
+        kernel_flows: enforcer.kernel_flows.len(),
         ..Readings::default()
     };
     for flow in enforcer.flows.all() {
@@ -95,8 +95,8 @@ fn rules() -> Option<counters::Packets> {
         .ok()
 }
 
-/// Every current proxied connection that matches the query, oldest first; then every flow that the
-/// kernel carries.
+/// Every current proxied connection that matches the query, oldest first; then every kernel
+/// flow.
 pub(super) fn connections(enforcer: &Enforcer, query: &str) -> Answer {
     let filter = Query::parse(query, &["pod", "namespace"]).and_then(|query| query.filter());
     let filter = match filter {
@@ -111,11 +111,11 @@ pub(super) fn connections(enforcer: &Enforcer, query: &str) -> Answer {
     flows.retain(|flow| asked_for(flow.ends()));
     flows.sort_unstable_by_key(|flow| flow.id);
     let relayed = flows.iter().map(|flow| connection(&enforcer.node, flow));
-    let mut flows = enforcer.carried.all();
+    let mut flows = enforcer.kernel_flows.all();
     flows.retain(|flow| asked_for(flow.ends()));
     flows.sort_unstable_by_key(|flow| flow.id());
-    let carried = flows.iter().map(|flow| carried(&enforcer.node, flow));
-    let listed: Vec<_> = relayed.chain(carried).collect();
+    let kernel_flows = flows.iter().map(|flow| kernel_flow(&enforcer.node, flow));
+    let listed: Vec<_> = relayed.chain(kernel_flows).collect();
     Answer::json(StatusCode::OK, &listed.into())
 }
 
@@ -187,7 +187,7 @@ fn connection(node: &str, flow: &Connection) -> serde_json::Value {
 }
 
 /// The same of a kernel flow; its byte counts are those of the last dump of conntrack.
-fn carried(node: &str, flow: &KernelFlow) -> serde_json::Value {
+fn kernel_flow(node: &str, flow: &KernelFlow) -> serde_json::Value {
     let decision = flow.decision();
     let reason = decision.reason();
     let mut fields = shown(&flow.subject(), &decision, reason, node);

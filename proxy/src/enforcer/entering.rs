@@ -25,7 +25,7 @@ impl Enforcer {
     ///
     /// # Errors
     /// If an endpoint is unknown.
-    pub(crate) fn carry(
+    pub(crate) fn enter_kernel_flow(
         &self,
         flow: FlowId,
         opened: SystemTime,
@@ -36,21 +36,22 @@ impl Enforcer {
             if !decision.verdict.allowed() {
                 return Ok((decision, None));
             }
-            let listed = self.carried.enter(flow, opened, &decision);
+            let listed = self.kernel_flows.enter(flow, opened, &decision);
             if self.table.generation() == generation {
                 return Ok((decision, Some(listed)));
             }
             // A concurrent change may have searched the list before the flow was in it.
             if listed == Listed::New {
-                self.carried.remove(&flow);
+                self.kernel_flows.remove(&flow);
             }
         }
     }
 
     /// Counts and records a kernel flow that has ended and left the list.
-    pub(crate) fn carried_over(&self, flow: &KernelFlow) {
+    pub(crate) fn kernel_flow_ended(&self, flow: &KernelFlow) {
         let subject = flow.subject();
-        self.metrics.carried(subject.sent, subject.received);
+        self.metrics
+            .kernel_flow_bytes(subject.sent, subject.received);
         match flow.severance() {
             Some(severance) => self.severed(subject, severance),
             None => self

@@ -23,7 +23,7 @@ pub(super) fn tell(client: SocketAddr, server: SocketAddr, sequence: u32, reply:
         Reply::NetUnreachable => 0,
         Reply::HostUnreachable => 1,
         Reply::Prohibited => 13,
-        Reply::Accept | Reply::Reset | Reply::Carry => return false,
+        Reply::Accept | Reply::Reset | Reply::AcceptFlow => return false,
     };
     let to = SocketAddr::new(IpAddr::V4(*client.ip()), 0);
     match socket() {

@@ -63,8 +63,8 @@ pub(crate) fn evaluate_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) ->
     if !many {
         cut_listed(enforcer, touched, denied)?;
     }
-    if many || enforcer.carried.is_incomplete() {
-        enforcer.carried.backlog.add(touched, PATIENCE);
+    if many || enforcer.kernel_flows.is_incomplete() {
+        enforcer.kernel_flows.backlog.add(touched, PATIENCE);
     }
     Ok(())
 }
@@ -73,14 +73,14 @@ pub(crate) fn evaluate_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) ->
 fn evaluate_all_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Result<()> {
     let began = Instant::now();
     cut_listed(enforcer, touched, denied_of(enforcer, touched))?;
-    let carried = enforcer.marks.carried();
+    let accepted = enforcer.marks.accepted();
     let evaluate = || {
-        let unlisted = |flow: &FlowId| enforcer.carried.get(flow).is_none();
-        evaluate_unlisted(enforcer, carried, carried, touched, unlisted)
+        let unlisted = |flow: &FlowId| enforcer.kernel_flows.get(flow).is_none();
+        evaluate_unlisted(enforcer, accepted, accepted, touched, unlisted)
     };
     evaluate()?;
     // A flow that was allowed just before the change may get its conntrack entry only now.
-    if enforcer.carried.has_unlisted_on_its_way(began) {
+    if enforcer.kernel_flows.has_unlisted_on_its_way(began) {
         thread::sleep(ON_ITS_WAY.saturating_sub(began.elapsed()));
         evaluate()?;
     }
@@ -90,7 +90,7 @@ fn evaluate_all_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Re
 /// The listed flows of these addresses that are denied now, and why.
 fn denied_of(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> HashMap<FlowId, Severance> {
     let mut denied: HashMap<FlowId, Severance> = HashMap::new();
-    for flow in enforcer.carried.of(touched) {
+    for flow in enforcer.kernel_flows.of(touched) {
         let now = enforcer.decide(&flow.id);
         let (client, server) = (flow.id.client.ip(), flow.id.server.ip());
         if let Some(severance) = flow.decision().overturned(client, server, &now) {
@@ -109,14 +109,14 @@ fn cut_listed(
     touched: &BTreeSet<IpAddr>,
     mut denied: HashMap<FlowId, Severance>,
 ) -> io::Result<()> {
-    let carried = enforcer.marks.carried();
+    let accepted = enforcer.marks.accepted();
     while !denied.is_empty() {
         let ends = denied
             .keys()
             .flat_map(|id| [id.client.ip(), id.server.ip()]);
         let ends = ends.filter(|end| touched.contains(end)).collect();
         let mut doomed = Doomed::new();
-        conntrack::each_with_end(&ends, carried, carried, |entry| {
+        conntrack::each_with_end(&ends, accepted, accepted, |entry| {
             if let Some(severance) = denied.remove(&entry.flow) {
                 doomed.push((entry, Some(severance)));
             }
@@ -125,7 +125,7 @@ fn cut_listed(
         cut(enforcer, &doomed)?;
         // A flow that has ended will not appear; one that was just allowed will.
         denied.retain(|id, _| {
-            let listed = enforcer.carried.get(id);
+            let listed = enforcer.kernel_flows.get(id);
             listed.is_some_and(|flow| flow.entered.elapsed() < ON_ITS_WAY)
         });
         if !denied.is_empty() {
@@ -160,7 +160,7 @@ async fn forget_cut(enforcer: Arc<Enforcer>) {
     match left {
         Ok(Ok(mut left)) => {
             left.retain(|entry| entry.flow.protocol == Protocol::Tcp);
-            enforcer.carried.part(left);
+            enforcer.kernel_flows.part(left);
         }
         // They stay blocked until their conntrack entries time out.
         Ok(Err(error)) => warn!(%error, "cannot list the flows that the previous daemon severed"),
@@ -169,7 +169,7 @@ async fn forget_cut(enforcer: Arc<Enforcer>) {
     let mut look = tokio::time::interval(LAST_WORDS / 4);
     loop {
         look.tick().await;
-        let parted = enforcer.carried.parted(LAST_WORDS);
+        let parted = enforcer.kernel_flows.parted(LAST_WORDS);
         if parted.is_empty() {
             continue;
         }
@@ -198,7 +198,7 @@ async fn follow(enforcer: Arc<Enforcer>, mut endings: Endings) {
                     break;
                 }
             },
-            _ = compare.tick() => enforcer.carried.len() > 0 || enforcer.carried.is_incomplete(),
+            _ = compare.tick() => enforcer.kernel_flows.len() > 0 || enforcer.kernel_flows.is_incomplete(),
         };
         if due {
             compare_in_background(&enforcer).await;
@@ -217,27 +217,27 @@ async fn follow(enforcer: Arc<Enforcer>, mut endings: Endings) {
 /// # Errors
 /// What ctnetlink answers.
 pub(crate) fn compare(enforcer: &Enforcer) -> io::Result<()> {
-    let round = enforcer.carried.begin_round(Instant::now());
-    let carried = enforcer.marks.carried();
+    let round = enforcer.kernel_flows.begin_round(Instant::now());
+    let accepted = enforcer.marks.accepted();
     let mut doomed = Doomed::new();
-    conntrack::each_marked(carried, carried, |entry| {
-        if let Some(flow) = enforcer.carried.get(&entry.flow) {
+    conntrack::each_marked(accepted, accepted, |entry| {
+        if let Some(flow) = enforcer.kernel_flows.get(&entry.flow) {
             flow.seen_in(&round, &entry);
             return Ok(());
         }
         let client = entry.flow.client.ip();
         let source = Source::behind(enforcer.table.endpoint(client).as_deref(), client);
-        if !enforcer.carried.has_room(&source) {
+        if !enforcer.kernel_flows.has_room(&source) {
             // Changes search conntrack for it.
-            enforcer.carried.pass_over();
+            enforcer.kernel_flows.pass_over();
             return Ok(());
         }
         let opened = entry.began.unwrap_or_else(SystemTime::now);
-        match enforcer.carry(entry.flow, opened) {
+        match enforcer.enter_kernel_flow(entry.flow, opened) {
             Err(Unknown(_)) => doomed.push((entry, None)),
             Ok((decision, None)) => doomed.push((entry, Some(Severance::denied(decision)))),
             Ok((_, Some(_))) => {
-                if let Some(flow) = enforcer.carried.get(&entry.flow) {
+                if let Some(flow) = enforcer.kernel_flows.get(&entry.flow) {
                     flow.seen_in(&round, &entry);
                 }
             }
@@ -245,12 +245,12 @@ pub(crate) fn compare(enforcer: &Enforcer) -> io::Result<()> {
         cut_if_many(enforcer, &mut doomed)
     })?;
     cut(enforcer, &doomed)?;
-    for flow in enforcer.carried.end_round(round) {
-        if let Some(flow) = enforcer.carried.remove(&flow.id) {
-            enforcer.carried_over(&flow);
+    for flow in enforcer.kernel_flows.end_round(round) {
+        if let Some(flow) = enforcer.kernel_flows.remove(&flow.id) {
+            enforcer.kernel_flow_ended(&flow);
         }
     }
-    enforcer.carried.shrink();
+    enforcer.kernel_flows.shrink();
     Ok(())
 }
 
@@ -264,8 +264,8 @@ async fn compare_in_background(enforcer: &Arc<Enforcer>) {
 
 /// Records a flow whose conntrack entry was deleted.
 fn ended(enforcer: &Enforcer, entry: &Entry) {
-    if let Some(flow) = enforcer.carried.ended(entry) {
-        enforcer.carried_over(&flow);
+    if let Some(flow) = enforcer.kernel_flows.ended(entry) {
+        enforcer.kernel_flow_ended(&flow);
     }
 }
 
@@ -314,15 +314,17 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
     }
     for (entry, severance) in doomed {
         // Before the deletion, since its event may arrive before the reply to the request.
-        if let (Some(flow), Some(severance), false) =
-            (enforcer.carried.get(&entry.flow), severance, entry.over)
-        {
+        if let (Some(flow), Some(severance), false) = (
+            enforcer.kernel_flows.get(&entry.flow),
+            severance,
+            entry.over,
+        ) {
             flow.sever(severance.clone());
         }
     }
     let listed: Vec<_> = doomed
         .iter()
-        .map(|(entry, _)| enforcer.carried.get(&entry.flow))
+        .map(|(entry, _)| enforcer.kernel_flows.get(&entry.flow))
         .collect();
     let unlisted_and_denied: Vec<_> = doomed
         .iter()
@@ -341,15 +343,15 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
     let marks = enforcer.marks;
     // Before they are marked: if only some can be marked, all are deleted nevertheless.
     let connections = live.iter().filter(|entry| is_tcp(entry));
-    enforcer.carried.part(connections.copied().cloned());
+    enforcer.kernel_flows.part(connections.copied().cloned());
     conntrack::set_mark(&live, marks.cut(), marks.mask())?;
     for ((entry, severance), listed) in doomed.iter().zip(listed) {
         match (listed, severance) {
             // Only the caller that removes it from the list records it.
             (Some(_), _) => {
-                if let Some(flow) = enforcer.carried.remove(&entry.flow) {
+                if let Some(flow) = enforcer.kernel_flows.remove(&entry.flow) {
                     flow.note(entry);
-                    enforcer.carried_over(&flow);
+                    enforcer.kernel_flow_ended(&flow);
                 }
             }
             (None, Some(severance)) => {
@@ -366,12 +368,12 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
 /// After changes, evaluates again the flows that are not listed. One pod can have so many of them that it takes seconds.
 async fn evaluate_backlog(enforcer: Arc<Enforcer>) {
     loop {
-        enforcer.carried.backlog.added().await;
+        enforcer.kernel_flows.backlog.added().await;
         loop {
             let of_task = Arc::clone(&enforcer);
             let evaluate = move || {
                 let evaluate = |all: &BTreeSet<IpAddr>| evaluate_all_again(&of_task, all);
-                of_task.carried.backlog.work(evaluate)
+                of_task.kernel_flows.backlog.work(evaluate)
             };
             match tokio::task::spawn_blocking(evaluate).await {
                 Ok(Err(error)) => {

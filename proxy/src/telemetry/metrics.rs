@@ -276,7 +276,7 @@ impl Metrics {
     }
 
     /// Counts the bytes of a kernel flow.
-    pub(crate) fn carried(&self, sent: u64, received: u64) {
+    pub(crate) fn kernel_flow_bytes(&self, sent: u64, received: u64) {
         let [sent_by, received_by] = &self.bytes[DataPath::Kernel as usize];
         sent_by.inc_by(sent);
         received_by.inc_by(received);

@@ -24,7 +24,7 @@ pub(crate) struct Readings {
     pub(crate) held: usize,
     pub(crate) admitted: usize,
     pub(crate) live: usize,
-    pub(crate) carried: usize,
+    pub(crate) kernel_flows: usize,
     pub(crate) generation: u64,
     pub(crate) addresses: usize,
     pub(crate) policies: usize,
@@ -43,7 +43,7 @@ pub(crate) struct Readings {
 #[derive(Default)]
 pub(super) struct Scraped {
     connections: Family<StageLabel, Gauge>,
-    carried: Gauge,
+    kernel_flows: Gauge,
     held: Gauge,
     generation: Gauge,
     addresses: Gauge,
@@ -74,7 +74,7 @@ impl Scraped {
         registry.register(
             "kernel_flows",
             "Flows that the kernel forwards",
-            all.carried.clone(),
+            all.kernel_flows.clone(),
         );
         registry.register(
             "queued_packets",
@@ -141,7 +141,7 @@ impl Scraped {
             let gauge = self.connections.get_or_create(&StageLabel { stage });
             gauge.set(whole(count as u64));
         }
-        self.carried.set(whole(readings.carried as u64));
+        self.kernel_flows.set(whole(readings.kernel_flows as u64));
         self.held.set(whole(readings.queues.held));
         self.generation.set(whole(readings.generation));
         self.addresses.set(whole(readings.addresses as u64));

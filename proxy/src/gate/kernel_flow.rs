@@ -20,7 +20,7 @@ use crate::telemetry::record::Subject;
 impl Gate {
     /// Decides a packet at once, or holds it until both its ends are known, unless it is long or its source has used up
     /// its share.
-    pub(super) fn flow(self: &Rc<Self>, id: PacketId, length: usize, packet: FlowId) {
+    pub(super) fn kernel_flow(self: &Rc<Self>, id: PacketId, length: usize, packet: FlowId) {
         let arrived = Instant::now();
         if self.settle(id, &packet, arrived) {
             return;
@@ -70,11 +70,11 @@ impl Gate {
     /// Decides a packet; false if an end of it is unknown.
     fn settle(&self, id: PacketId, packet: &FlowId, arrived: Instant) -> bool {
         let opened = SystemTime::now() - arrived.elapsed();
-        let Ok((decision, listed)) = self.enforcer.carry(*packet, opened) else {
+        let Ok((decision, listed)) = self.enforcer.enter_kernel_flow(*packet, opened) else {
             return false;
         };
         if decision.verdict.allowed() {
-            self.reply(id, Reply::Carry);
+            self.reply(id, Reply::AcceptFlow);
         } else {
             match (self.enforcer.deny, packet.protocol) {
                 (Deny::Drop, _) => self.queue.decide(id, PacketVerdict::Drop),

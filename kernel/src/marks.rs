@@ -117,7 +117,7 @@ impl Marks {
     /// Conntrack: a severed flow. TCP resets still pass; each packet of other protocols needs a new
     /// verdict.
     #[must_use]
-    pub fn cut(self) -> u32 {
+    pub fn severed(self) -> u32 {
         self.bits[3]
     }
 

@@ -48,7 +48,7 @@ pub(crate) struct KernelFlows {
     no_room: AtomicU64,
     began: Instant,
     /// Severed TCP connections that are still in conntrack, and since when.
-    parting: Mutex<Vec<(Instant, Entry)>>,
+    awaiting_delete: Mutex<Vec<(Instant, Entry)>>,
     /// Addresses whose unlisted flows have to be evaluated again.
     pub(crate) backlog: Backlog,
 }
@@ -108,22 +108,28 @@ impl KernelFlows {
             unlisted: AtomicU64::new(1),
             no_room: AtomicU64::new(0),
             began: Instant::now(),
-            parting: Mutex::default(),
+            awaiting_delete: Mutex::default(),
             backlog: Backlog::default(),
         }
     }
 
-    /// Stores severed connections for [`Self::parted`].
-    pub(crate) fn part(&self, entries: impl IntoIterator<Item = Entry>) {
+    /// Stores severed connections for [`Self::due_for_delete`].
+    pub(crate) fn await_delete(&self, entries: impl IntoIterator<Item = Entry>) {
         let now = Instant::now();
-        let mut parting = self.parting.lock().unwrap_or_else(PoisonError::into_inner);
-        parting.extend(entries.into_iter().map(|entry| (now, entry)));
+        let mut awaiting_delete = self
+            .awaiting_delete
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        awaiting_delete.extend(entries.into_iter().map(|entry| (now, entry)));
     }
 
     /// Takes those that were severed longer ago than this.
-    pub(crate) fn parted(&self, ago: Duration) -> Vec<Entry> {
-        let mut parting = self.parting.lock().unwrap_or_else(PoisonError::into_inner);
-        let gone = parting.extract_if(.., |(since, _)| since.elapsed() >= ago);
+    pub(crate) fn due_for_delete(&self, ago: Duration) -> Vec<Entry> {
+        let mut awaiting_delete = self
+            .awaiting_delete
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let gone = awaiting_delete.extract_if(.., |(since, _)| since.elapsed() >= ago);
         gone.map(|(_, entry)| entry).collect()
     }
 

@@ -27,8 +27,8 @@ use crate::telemetry::occasional::warn_occasionally;
 const COMPARE_EVERY: Duration = Duration::from_secs(15);
 /// The pause before the next comparison if endings were lost, as happens all the time while a source begins many flows.
 const COMPARE_AGAIN: Duration = Duration::from_secs(5);
-/// How long the other node may take to learn of the change and reset the connection.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+/// When a severed connection is deleted: by then the other node has learnt of the change and reset it.
+const DELETE_AFTER: Duration = Duration::from_secs(2);
 /// The pause before conntrack is searched again for a flow that was just allowed.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// The pause after an error of conntrack.
@@ -41,12 +41,12 @@ const MANY: usize = 256;
 const AT_ONCE: usize = 1024;
 
 /// Flows to sever, and why; those without a decision are not recorded.
-type Doomed = Vec<(Entry, Option<Severance>)>;
+type ToSever = Vec<(Entry, Option<Severance>)>;
 
 /// Starts the background tasks.
 pub(crate) fn spawn(tasks: &mut JoinSet<()>, enforcer: &Arc<Enforcer>, endings: Endings) {
     tasks.spawn(follow(Arc::clone(enforcer), endings));
-    tasks.spawn(forget_cut(Arc::clone(enforcer)));
+    tasks.spawn(delete_severed(Arc::clone(enforcer)));
     tasks.spawn(evaluate_backlog(Arc::clone(enforcer)));
 }
 
@@ -61,7 +61,7 @@ pub(crate) fn evaluate_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) ->
     let denied = denied_of(enforcer, touched);
     let many = denied.len() > MANY;
     if !many {
-        cut_listed(enforcer, touched, denied)?;
+        sever_listed(enforcer, touched, denied)?;
     }
     if many || enforcer.kernel_flows.is_incomplete() {
         enforcer.kernel_flows.backlog.add(touched, PATIENCE);
@@ -72,7 +72,7 @@ pub(crate) fn evaluate_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) ->
 /// Does the same for all flows of these addresses, listed or not, however long it takes.
 fn evaluate_all_again(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> io::Result<()> {
     let began = Instant::now();
-    cut_listed(enforcer, touched, denied_of(enforcer, touched))?;
+    sever_listed(enforcer, touched, denied_of(enforcer, touched))?;
     let accepted = enforcer.marks.accepted();
     let evaluate = || {
         let unlisted = |flow: &FlowId| enforcer.kernel_flows.get(flow).is_none();
@@ -104,7 +104,7 @@ fn denied_of(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> HashMap<FlowId,
 }
 
 /// Ends listed flows that have an end among `touched`.
-fn cut_listed(
+fn sever_listed(
     enforcer: &Enforcer,
     touched: &BTreeSet<IpAddr>,
     mut denied: HashMap<FlowId, Severance>,
@@ -115,14 +115,14 @@ fn cut_listed(
             .keys()
             .flat_map(|id| [id.client.ip(), id.server.ip()]);
         let ends = ends.filter(|end| touched.contains(end)).collect();
-        let mut doomed = Doomed::new();
+        let mut to_sever = ToSever::new();
         conntrack::each_with_end(&ends, accepted, accepted, |entry| {
             if let Some(severance) = denied.remove(&entry.flow) {
-                doomed.push((entry, Some(severance)));
+                to_sever.push((entry, Some(severance)));
             }
-            cut_if_many(enforcer, &mut doomed)
+            sever_if_many(enforcer, &mut to_sever)
         })?;
-        cut(enforcer, &doomed)?;
+        sever(enforcer, &to_sever)?;
         // A flow that has ended will not appear; one that was just allowed will.
         denied.retain(|id, _| {
             let listed = enforcer.kernel_flows.get(id);
@@ -154,27 +154,27 @@ pub(crate) fn evaluate_unmarked(
 }
 
 /// Deletes severed connections, also those of an earlier daemon, from conntrack once their resets have passed.
-async fn forget_cut(enforcer: Arc<Enforcer>) {
-    let cut = enforcer.marks.cut();
-    let left = tokio::task::spawn_blocking(move || conntrack::marked(cut, cut)).await;
+async fn delete_severed(enforcer: Arc<Enforcer>) {
+    let severed = enforcer.marks.severed();
+    let left = tokio::task::spawn_blocking(move || conntrack::marked(severed, severed)).await;
     match left {
         Ok(Ok(mut left)) => {
             left.retain(|entry| entry.flow.protocol == Protocol::Tcp);
-            enforcer.kernel_flows.part(left);
+            enforcer.kernel_flows.await_delete(left);
         }
         // They stay blocked until their conntrack entries time out.
         Ok(Err(error)) => warn!(%error, "cannot list the flows that the previous daemon severed"),
         Err(_) => {}
     }
-    let mut look = tokio::time::interval(LAST_WORDS / 4);
+    let mut every = tokio::time::interval(DELETE_AFTER / 4);
     loop {
-        look.tick().await;
-        let parted = enforcer.kernel_flows.parted(LAST_WORDS);
-        if parted.is_empty() {
+        every.tick().await;
+        let due = enforcer.kernel_flows.due_for_delete(DELETE_AFTER);
+        if due.is_empty() {
             continue;
         }
-        let forget = move || conntrack::delete(&parted.iter().collect::<Vec<_>>());
-        if let Ok(Err(error)) = tokio::task::spawn_blocking(forget).await {
+        let delete = move || conntrack::delete(&due.iter().collect::<Vec<_>>());
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(delete).await {
             // It stays blocked until its conntrack entry times out.
             warn_occasionally!(%error, "cannot delete severed connections from conntrack");
         }
@@ -219,7 +219,7 @@ async fn follow(enforcer: Arc<Enforcer>, mut endings: Endings) {
 pub(crate) fn compare(enforcer: &Enforcer) -> io::Result<()> {
     let round = enforcer.kernel_flows.begin_round(Instant::now());
     let accepted = enforcer.marks.accepted();
-    let mut doomed = Doomed::new();
+    let mut to_sever = ToSever::new();
     conntrack::each_marked(accepted, accepted, |entry| {
         if let Some(flow) = enforcer.kernel_flows.get(&entry.flow) {
             flow.seen_in(&round, &entry);
@@ -234,17 +234,17 @@ pub(crate) fn compare(enforcer: &Enforcer) -> io::Result<()> {
         }
         let opened = entry.began.unwrap_or_else(SystemTime::now);
         match enforcer.enter_kernel_flow(entry.flow, opened) {
-            Err(Unknown(_)) => doomed.push((entry, None)),
-            Ok((decision, None)) => doomed.push((entry, Some(Severance::denied(decision)))),
+            Err(Unknown(_)) => to_sever.push((entry, None)),
+            Ok((decision, None)) => to_sever.push((entry, Some(Severance::denied(decision)))),
             Ok((_, Some(_))) => {
                 if let Some(flow) = enforcer.kernel_flows.get(&entry.flow) {
                     flow.seen_in(&round, &entry);
                 }
             }
         }
-        cut_if_many(enforcer, &mut doomed)
+        sever_if_many(enforcer, &mut to_sever)
     })?;
-    cut(enforcer, &doomed)?;
+    sever(enforcer, &to_sever)?;
     for flow in enforcer.kernel_flows.end_round(round) {
         if let Some(flow) = enforcer.kernel_flows.remove(&flow.id) {
             enforcer.kernel_flow_ended(&flow);
@@ -278,41 +278,41 @@ fn evaluate_unlisted(
     addresses: &BTreeSet<IpAddr>,
     concerned: impl Fn(&FlowId) -> bool,
 ) -> io::Result<()> {
-    let mut doomed = Doomed::new();
+    let mut to_sever = ToSever::new();
     conntrack::each_with_end(addresses, mark, mask, |entry| {
         if !concerned(&entry.flow) {
             return Ok(());
         }
         match enforcer.decide(&entry.flow) {
             // The earlier owner of the address is unknown: no pod inherits the flow.
-            Err(Unknown(unknown)) if addresses.contains(&unknown) => doomed.push((entry, None)),
+            Err(Unknown(unknown)) if addresses.contains(&unknown) => to_sever.push((entry, None)),
             Ok(decision) if !decision.verdict.allowed() => {
                 // A flow without a reply may never have been allowed: it is not recorded as severed.
                 let severance = (!entry.unanswered).then(|| Severance::denied(Arc::new(decision)));
-                doomed.push((entry, severance));
+                to_sever.push((entry, severance));
             }
             Ok(_) | Err(Unknown(_)) => {}
         }
-        cut_if_many(enforcer, &mut doomed)
+        sever_if_many(enforcer, &mut to_sever)
     })?;
-    cut(enforcer, &doomed)
+    sever(enforcer, &to_sever)
 }
 
 /// Ends the flows if there are [`AT_ONCE`] or more, so that no more than that wait in memory.
-fn cut_if_many(enforcer: &Enforcer, doomed: &mut Doomed) -> io::Result<()> {
-    if doomed.len() >= AT_ONCE {
-        cut(enforcer, doomed)?;
-        doomed.clear();
+fn sever_if_many(enforcer: &Enforcer, to_sever: &mut ToSever) -> io::Result<()> {
+    if to_sever.len() >= AT_ONCE {
+        sever(enforcer, to_sever)?;
+        to_sever.clear();
     }
     Ok(())
 }
 
 /// Severs flows in conntrack and records them, except those that had already ended.
-fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
-    if doomed.is_empty() {
+fn sever(enforcer: &Enforcer, to_sever: &ToSever) -> io::Result<()> {
+    if to_sever.is_empty() {
         return Ok(());
     }
-    for (entry, severance) in doomed {
+    for (entry, severance) in to_sever {
         // Before the deletion, since its event may arrive before the reply to the request.
         if let (Some(flow), Some(severance), false) = (
             enforcer.kernel_flows.get(&entry.flow),
@@ -322,11 +322,11 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
             flow.sever(severance.clone());
         }
     }
-    let listed: Vec<_> = doomed
+    let listed: Vec<_> = to_sever
         .iter()
         .map(|(entry, _)| enforcer.kernel_flows.get(&entry.flow))
         .collect();
-    let unlisted_and_denied: Vec<_> = doomed
+    let unlisted_and_denied: Vec<_> = to_sever
         .iter()
         .zip(&listed)
         .filter(|((_, severance), listed)| severance.is_some() && listed.is_none())
@@ -334,7 +334,7 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
         .collect();
     // A change that found it listed has marked it since it was read, then has taken it out of the list and recorded it.
     let mut unmarked = conntrack::keep_their_marks(&unlisted_and_denied)?.into_iter();
-    let entries = doomed.iter().map(|(entry, _)| entry);
+    let entries = to_sever.iter().map(|(entry, _)| entry);
     // An unanswered client retransmits its SYN, which is evaluated again.
     let is_tcp = |entry: &Entry| entry.flow.protocol == Protocol::Tcp;
     let (others, live): (Vec<_>, Vec<_>) =
@@ -343,9 +343,11 @@ fn cut(enforcer: &Enforcer, doomed: &Doomed) -> io::Result<()> {
     let marks = enforcer.marks;
     // Before they are marked: if only some can be marked, all are deleted nevertheless.
     let connections = live.iter().filter(|entry| is_tcp(entry));
-    enforcer.kernel_flows.part(connections.copied().cloned());
-    conntrack::set_mark(&live, marks.cut(), marks.mask())?;
-    for ((entry, severance), listed) in doomed.iter().zip(listed) {
+    enforcer
+        .kernel_flows
+        .await_delete(connections.copied().cloned());
+    conntrack::set_mark(&live, marks.severed(), marks.mask())?;
+    for ((entry, severance), listed) in to_sever.iter().zip(listed) {
         match (listed, severance) {
             // Only the caller that removes it from the list records it.
             (Some(_), _) => {

@@ -173,12 +173,12 @@ impl Gate {
     /// without the gate the listener would answer it. Otherwise the socket answers as TCP requires
     /// (RFC 5961, section 4).
     async fn succeed(self: Rc<Self>, id: PacketId, syn: Syn, last: Arc<Connection>) {
-        let over = last.over_within(SUCCESSION).await;
-        if over && self.enforcer.draining.has_begun() {
+        let closed = last.closed_within(SUCCESSION).await;
+        if closed && self.enforcer.draining.has_begun() {
             // It is dropped with the rest; the client retransmits it to the new daemon.
             return;
         }
-        if over {
+        if closed {
             self.syn(id, syn);
         } else if last.takes_syn() {
             self.reply(id, Reply::Accept);
@@ -274,7 +274,7 @@ impl Gate {
             }
             tokio::select! {
                 biased;
-                () = flow.cut_off() => break DropReason::UnknownPod,
+                () = flow.close_requested() => break DropReason::UnknownPod,
                 () = waiting.gives_way() => break DropReason::WaitingLimit,
                 changed = changed.changed() => if changed.is_err() { break DropReason::UnknownPod },
                 () = tokio::time::sleep_until(deadline) => break DropReason::UnknownPod,
@@ -292,7 +292,7 @@ impl Gate {
         enforcer.allowed(&flow);
         let connected = tokio::select! {
             biased;
-            () = flow.cut_off() => None,
+            () = flow.close_requested() => None,
             connected = connect::connect(client, server, leg, enforcer.marks, flow.trail.get()) => Some(connected),
         };
         enforcer.metrics.connected(flow.started.elapsed());

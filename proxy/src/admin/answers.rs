@@ -77,7 +77,7 @@ pub(super) fn metrics(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
             StageName::Held => readings.held += 1,
             StageName::Admitted => readings.admitted += 1,
             StageName::Live => readings.live += 1,
-            StageName::Over => {}
+            StageName::Closed => {}
         }
     }
     match enforcer.metrics.render(&readings) {

@@ -42,7 +42,7 @@ pub(crate) fn leave(
     if !enforcer.draining.has_begun() || flow.severance().is_some() {
         return false;
     }
-    // Otherwise another task is about to cut it.
+    // Otherwise another task is about to close it.
     let Some(Legs { server, client }) = Arc::into_inner(legs) else {
         return false;
     };

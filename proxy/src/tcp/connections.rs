@@ -68,13 +68,13 @@ pub(crate) struct Connection {
     stage: Mutex<Stage>,
     /// Milliseconds from `started` to the last time the client sent its SYN.
     last_syn: AtomicU32,
-    cut: Notify,
-    /// Whether [`Connection::cut`] was called; written under the lock of the stage.
-    is_cut: AtomicBool,
+    close: Notify,
+    /// Whether [`Connection::close`] was called; written under the lock of the stage.
+    is_closing: AtomicBool,
     gave_way: AtomicBool,
     /// Whether the client reset it during the handshake.
     was_reset: AtomicBool,
-    over: Notify,
+    closed: Notify,
     /// Whether an attempt from the same ends waits for the end of this one.
     succeeded: AtomicBool,
     /// Whether its leg to the server has keep-alive.
@@ -138,7 +138,7 @@ impl ConnectionTable {
                 Some(arrival) => return Ok(arrival),
                 // The client gave that attempt up and took the same port again.
                 None => {
-                    known.cut();
+                    known.close();
                     self.remove(&known);
                 }
             }
@@ -190,13 +190,13 @@ impl ConnectionTable {
         self.by_key.get(key).map(|entry| Arc::clone(&entry))
     }
 
-    /// Marks a connection as admitted; from now on a repeated SYN goes to the socket. False if it has been cut
+    /// Marks a connection as admitted; from now on a repeated SYN goes to the socket. False if it is closing
     /// meanwhile: its SYN must not be answered, and the upstream is reset.
     #[must_use]
     pub(crate) fn admit(&self, connection: &Connection, stream: TcpStream, worker: usize) -> bool {
         let upstream = Upstream { stream, worker };
         let mut stage = connection.stage();
-        if connection.is_cut() || matches!(*stage, Stage::Over) {
+        if connection.is_closing() || matches!(*stage, Stage::Closed) {
             drop(stage);
             drop(upstream);
             return false;
@@ -262,11 +262,11 @@ impl Connection {
             severance: Mutex::new(None),
             stage: Mutex::new(Stage::Held(None)),
             last_syn: AtomicU32::new(0),
-            cut: Notify::new(),
-            is_cut: AtomicBool::new(false),
+            close: Notify::new(),
+            is_closing: AtomicBool::new(false),
             gave_way: AtomicBool::new(false),
             was_reset: AtomicBool::new(false),
-            over: Notify::new(),
+            closed: Notify::new(),
             succeeded: AtomicBool::new(false),
             keeps_alive: AtomicBool::new(false),
             permit,
@@ -298,20 +298,20 @@ impl Connection {
     pub(crate) fn takes(&self, place: HalfOpen) {
         match &mut *self.stage() {
             Stage::Held(none) | Stage::Admitted { place: none, .. } => *none = Some(place),
-            Stage::Live(_) | Stage::Over => {}
+            Stage::Live(_) | Stage::Closed => {}
         }
     }
 
-    /// Gives access to its legs, so that others can reset them. Call this before [`Self::cut_off`] is awaited.
+    /// Gives access to its legs, so that others can reset them. Call this before [`Self::close_requested`] is awaited.
     pub(crate) fn lend(&self, legs: &Arc<Legs>) {
         if let Stage::Live(lent) = &mut *self.stage() {
             *lent = Arc::downgrade(legs);
         }
     }
 
-    /// Waits for [`Self::cut`]; one that came before is not missed.
-    pub(crate) async fn cut_off(&self) {
-        self.cut.notified().await;
+    /// Waits for [`Self::close`]; one that came before is not missed.
+    pub(crate) async fn close_requested(&self) {
+        self.close.notified().await;
     }
 
     /// The connection as a record shows it.
@@ -331,13 +331,13 @@ impl Connection {
 
     /// Waits for the end of the connection for at most `limit`, and returns whether it ended. Called by
     /// the task that got the [`Arrival::Successor`].
-    pub(crate) async fn over_within(&self, limit: Duration) -> bool {
+    pub(crate) async fn closed_within(&self, limit: Duration) -> bool {
         // One that came before is not missed.
-        let over = tokio::time::timeout(limit, self.over.notified())
+        let closed = tokio::time::timeout(limit, self.closed.notified())
             .await
             .is_ok();
         self.succeeded.store(false, Ordering::Relaxed);
-        over
+        closed
     }
 
     /// The name of its stage.
@@ -360,7 +360,7 @@ impl Connection {
             Stage::Admitted { .. } if same => Some(Arrival::PastSyn),
             // The kernel's own socket answers as TCP wants it (RFC 5961, section 4).
             Stage::Live(_) => Some(Arrival::PastSyn),
-            Stage::Held(_) | Stage::Admitted { .. } | Stage::Over => None,
+            Stage::Held(_) | Stage::Admitted { .. } | Stage::Closed => None,
         }
     }
 
@@ -383,7 +383,7 @@ impl Connection {
                 now.saturating_duration_since(self.started) > last * 2 + REPEAT_SLACK
             }
             Stage::Admitted { since, .. } => now.saturating_duration_since(since) > ACCEPT_WITHIN,
-            Stage::Live(_) | Stage::Over => false,
+            Stage::Live(_) | Stage::Closed => false,
         }
     }
 }

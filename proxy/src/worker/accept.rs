@@ -2,7 +2,7 @@
 //! waits for it, and relays until both sides have ended.
 //!
 //! Until both sides have ended, closing a socket resets the connection: the kernel closes the sockets of a killed
-//! daemon, and a FIN would make a cut stream look complete.
+//! daemon, and a FIN would make a reset stream look complete.
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::rc::Rc;
@@ -172,7 +172,7 @@ async fn live(
     enforcer.ended(&flow, outcome);
 }
 
-/// Relays until both sides have ended, one breaks, or the connection is cut.
+/// Relays until both sides have ended, one breaks, or the connection is closed.
 async fn relayed(
     legs: &Arc<Legs>,
     flow: &Connection,
@@ -188,7 +188,7 @@ async fn relayed(
     let (client, server) = (&legs.client, &legs.server);
     tokio::select! {
         biased;
-        () = flow.cut_off() => match flow.holding.gave_way() {
+        () = flow.close_requested() => match flow.holding.gave_way() {
             true => Outcome::Unread,
             false => Outcome::Stopped,
         },

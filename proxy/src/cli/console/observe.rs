@@ -32,7 +32,7 @@ pub(crate) struct ObserveArgs {
 enum Verdict {
     Allow,
     Deny,
-    /// Allowed once, cut by a later change.
+    /// Allowed once, severed by a later change.
     Sever,
 }
 

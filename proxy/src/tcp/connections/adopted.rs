@@ -51,7 +51,7 @@ impl ConnectionTable {
     pub(crate) fn let_go(&self) {
         for connection in self.all() {
             if connection.stage_name() != StageName::Admitted {
-                connection.cut.notify_one();
+                connection.close.notify_one();
             }
         }
     }

@@ -12,7 +12,7 @@ use crate::telemetry::record::Outcome;
 impl ConnectionTable {
     /// Removes a connection that has ended from the table.
     pub(crate) fn remove(&self, flow: &Arc<Connection>) {
-        let stage = std::mem::replace(&mut *flow.stage(), Stage::Over);
+        let stage = std::mem::replace(&mut *flow.stage(), Stage::Closed);
         self.removed(flow, stage);
     }
 
@@ -22,7 +22,7 @@ impl ConnectionTable {
             drop(upstream);
             self.handshakes.forget(flow);
         }
-        flow.over.notify_one();
+        flow.closed.notify_one();
         self.no_longer_held(flow);
         self.by_key
             .remove_if(&flow.key, |_, held| Arc::ptr_eq(held, flow));
@@ -43,16 +43,16 @@ impl ConnectionTable {
         match *stage {
             Stage::Held(_) => {
                 flow.gave_way.store(true, Ordering::Relaxed);
-                flow.is_cut.store(true, Ordering::Relaxed);
-                flow.cut.notify_one();
+                flow.is_closing.store(true, Ordering::Relaxed);
+                flow.close.notify_one();
             }
             Stage::Admitted { .. } => {
                 flow.gave_way.store(true, Ordering::Relaxed);
-                let admitted = std::mem::replace(&mut *stage, Stage::Over);
+                let admitted = std::mem::replace(&mut *stage, Stage::Closed);
                 drop(stage);
                 self.removed(flow, admitted);
             }
-            Stage::Live(_) | Stage::Over => return None,
+            Stage::Live(_) | Stage::Closed => return None,
         }
         Some(name)
     }
@@ -70,7 +70,7 @@ impl ConnectionTable {
             return None;
         }
         flow.was_reset.store(true, Ordering::Relaxed);
-        let admitted = std::mem::replace(&mut *stage, Stage::Over);
+        let admitted = std::mem::replace(&mut *stage, Stage::Closed);
         drop(stage);
         self.removed(&flow, admitted);
         Some(flow)
@@ -101,7 +101,7 @@ impl ConnectionTable {
 
     /// Notifies the connection's task to end it; an admitted one has no task and is removed here.
     fn end(&self, flow: &Arc<Connection>) {
-        flow.cut();
+        flow.close();
         if flow.stage_name() == StageName::Admitted {
             self.remove(flow);
         }
@@ -111,11 +111,11 @@ impl ConnectionTable {
 impl Connection {
     /// Ends the connection at any stage: the held SYN is dropped, live legs are reset at once, even if
     /// their worker is busy.
-    pub(crate) fn cut(&self) {
+    pub(crate) fn close(&self) {
         // This comes first, so that the relay knows why its sockets break.
-        self.cut.notify_one();
+        self.close.notify_one();
         let stage = self.stage();
-        self.is_cut.store(true, Ordering::Relaxed);
+        self.is_closing.store(true, Ordering::Relaxed);
         let legs = stage.legs();
         drop(stage);
         if let Some(legs) = legs {
@@ -134,23 +134,23 @@ impl Connection {
         }))
     }
 
-    /// Whether it was cut, even if its task has not noticed yet.
-    pub(super) fn is_cut(&self) -> bool {
-        self.is_cut.load(Ordering::Relaxed)
+    /// Whether it is closing, even if its task has not noticed yet.
+    pub(super) fn is_closing(&self) -> bool {
+        self.is_closing.load(Ordering::Relaxed)
     }
 
     /// Whether a SYN between its ends reaches its socket, or the listener that has answered its first SYN. If the
-    /// connection was cut, or the client has reset it, the socket is closed before its task knows, and the listener
+    /// connection is closing, or the client has reset it, the socket is closed before its task knows, and the listener
     /// would answer without regard to policies.
     pub(crate) fn takes_syn(&self) -> bool {
         let stage = self.stage();
-        !self.is_cut()
+        !self.is_closing()
             && match &*stage {
                 Stage::Admitted { .. } => true,
                 // Its task is about to lend them.
                 Stage::Live(legs) if legs.ptr_eq(&Weak::new()) => true,
                 Stage::Live(legs) => legs.upgrade().is_some_and(|legs| legs.has_client()),
-                Stage::Held(_) | Stage::Over => false,
+                Stage::Held(_) | Stage::Closed => false,
             }
     }
 }

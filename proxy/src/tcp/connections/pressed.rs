@@ -23,6 +23,6 @@ impl Connection {
     /// Ends it because of its unread bytes.
     pub(crate) fn give_way(&self) {
         self.holding.gives_way();
-        self.cut();
+        self.close();
     }
 }

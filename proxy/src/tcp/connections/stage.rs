@@ -25,7 +25,7 @@ pub(super) enum Stage {
     /// Both legs are connected. The relay owns them; before it gives access to them there are none.
     Live(Weak<Legs>),
     /// Ended, and no longer in the table.
-    Over,
+    Closed,
 }
 
 /// The name of a [`Stage`], for people.
@@ -35,7 +35,7 @@ pub(crate) enum StageName {
     Held,
     Admitted,
     Live,
-    Over,
+    Closed,
 }
 
 impl Stage {
@@ -52,7 +52,7 @@ impl Stage {
             Self::Held(_) => StageName::Held,
             Self::Admitted { .. } => StageName::Admitted,
             Self::Live(_) => StageName::Live,
-            Self::Over => StageName::Over,
+            Self::Closed => StageName::Closed,
         }
     }
 }

@@ -86,7 +86,7 @@ fn new_sequence_number_replaces_the_held_attempt() {
     let bench = Bench::new();
     let first = bench.new_flow(key(1, 2), 7);
     let second = bench.new_flow(key(1, 2), 8);
-    assert_eq!(first.stage_name(), StageName::Over);
+    assert_eq!(first.stage_name(), StageName::Closed);
     assert_eq!(second.stage_name(), StageName::Held);
     bench.connections.remove(&first);
     assert_eq!(
@@ -155,12 +155,15 @@ async fn new_attempt_waits_once_for_live_connection() {
         matches!(bench.arrive(key(1, 2), 10), Ok(Arrival::Repeated)),
         "one waits already; a flood must not fill the queue"
     );
-    assert!(!connection.over_within(Duration::ZERO).await, "it goes on");
+    assert!(
+        !connection.closed_within(Duration::ZERO).await,
+        "it goes on"
+    );
     let Ok(Arrival::Successor(last)) = bench.arrive(key(1, 2), 9) else {
         panic!("none waits any more");
     };
     bench.connections.remove(&connection);
-    assert!(last.over_within(Duration::from_secs(1)).await);
+    assert!(last.closed_within(Duration::from_secs(1)).await);
     assert!(matches!(bench.arrive(key(1, 2), 9), Ok(Arrival::New(_))));
 }
 
@@ -177,11 +180,11 @@ async fn severing_resets_a_connection_without_running_relay() {
         client: to_client,
     });
     connection.lend(&legs);
-    connection.cut();
+    connection.close();
     for stream in [&client, &server, &legs.client, &legs.server] {
         assert!(is_reset(stream).await);
     }
-    tokio::time::timeout(Duration::from_secs(1), connection.cut_off())
+    tokio::time::timeout(Duration::from_secs(1), connection.close_requested())
         .await
         .expect("the relay is told too");
 }
@@ -205,7 +208,7 @@ async fn abandoned_attempts_expire() {
         "it did, and would again at 7 s"
     );
     assert_eq!(bench.connections.expire(at(11)), 1, "it did not");
-    tokio::time::timeout(Duration::from_secs(1), held.cut_off())
+    tokio::time::timeout(Duration::from_secs(1), held.close_requested())
         .await
         .expect("who connects for it is told");
     bench.connections.remove(&held);
@@ -220,11 +223,11 @@ async fn abandoned_attempts_expire() {
 #[tokio::test]
 async fn severed_connection_is_not_admitted() {
     let bench = Bench::new();
-    let cut = bench.new_flow(key(1, 2), 7);
-    cut.cut();
+    let closing = bench.new_flow(key(1, 2), 7);
+    closing.close();
     let (upstream, server) = stream_and_peer().await;
     assert!(
-        !bench.connections.admit(&cut, upstream, 0),
+        !bench.connections.admit(&closing, upstream, 0),
         "its SYN would be answered"
     );
     assert!(is_reset(&server).await, "the server saw no complete stream");
@@ -292,14 +295,14 @@ async fn live_connection_is_never_displaced() {
     let bench = Bench::new();
     let held = bench.new_flow(key(1, 2), 7);
     assert_eq!(bench.connections.give_way(&held), Some(StageName::Held));
-    let told = tokio::time::timeout(Duration::from_secs(1), held.cut_off());
+    let told = tokio::time::timeout(Duration::from_secs(1), held.close_requested());
     told.await.expect("who connects for it is told");
 
     let live = bench.new_flow(key(2, 2), 7);
     assert!(bench.connections.admit(&live, stream().await, 0));
     assert!(bench.connections.pair(&key(2, 2)).is_some());
     assert_eq!(bench.connections.give_way(&live), None);
-    assert!(!live.is_cut());
+    assert!(!live.is_closing());
 }
 
 #[tokio::test]
@@ -364,10 +367,10 @@ async fn no_syn_goes_to_a_closed_socket() {
     let bench = Bench::new();
     let (connection, _legs, _peer) = live(&bench).await;
     assert!(connection.takes_syn());
-    connection.cut();
+    connection.close();
     assert!(
         matches!(syn(&bench), Arrival::Repeated),
-        "a change has cut it"
+        "a change has closed it"
     );
     assert!(!connection.takes_syn());
 

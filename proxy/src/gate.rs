@@ -36,7 +36,7 @@ use packet::{Packet, Reset, Syn};
 /// call, few enough to be prompt.
 const TURN: usize = 16;
 /// How long to wait for the end of a connection whose client already uses its port again.
-const SUCCESSION: Duration = Duration::from_millis(250);
+const PORT_REUSE_WAIT: Duration = Duration::from_millis(250);
 /// Bytes for one message of the queue, with room for attributes that newer kernels add.
 const MESSAGE: usize = 4096;
 
@@ -49,20 +49,20 @@ pub(crate) struct Gate {
 }
 
 /// A packet that waits for its decision.
-struct Came {
+struct QueuedPacket {
     id: PacketId,
     mark: u32,
     length: usize,
-    packet: Packet,
+    parsed: Packet,
 }
 
-impl Came {
+impl QueuedPacket {
     fn of(queued: &Queued<'_>) -> Self {
         Self {
             id: queued.id,
             mark: queued.mark,
             length: queued.length,
-            packet: Packet::parse(queued.payload),
+            parsed: Packet::parse(queued.payload),
         }
     }
 }
@@ -84,14 +84,14 @@ impl Gate {
     pub(crate) async fn serve(self: Rc<Self>) -> io::Result<()> {
         let mut buffer = vec![0; MESSAGE];
         loop {
-            let mut came = 0;
+            let mut received = 0;
             // Most packets come alone: send the verdict before checking for another packet.
             for most in [1, TURN] {
-                let decide = |queued: Queued<'_>| self.decide(Came::of(&queued));
-                came = self.queue.receive(&mut buffer, most, decide).await?;
+                let decide = |queued: Queued<'_>| self.decide(QueuedPacket::of(&queued));
+                received = self.queue.receive(&mut buffer, most, decide).await?;
                 self.flush();
             }
-            if came == TURN {
+            if received == TURN {
                 self.serve_in_turns(&mut buffer).await?;
             }
         }
@@ -106,28 +106,28 @@ impl Gate {
         self.queue.leave()
     }
 
-    fn decide(self: &Rc<Self>, came: Came) {
-        let Came { id, length, .. } = came;
+    fn decide(self: &Rc<Self>, packet: QueuedPacket) {
+        let QueuedPacket { id, length, .. } = packet;
         // The flow is evaluated in its own direction.
-        let flow = |packet: FlowId| match came.mark & self.enforcer.marks.answering() {
-            0 => packet,
-            _ => packet.reversed(),
+        let flow = |id: FlowId| match packet.mark & self.enforcer.marks.answering() {
+            0 => id,
+            _ => id.reversed(),
         };
-        match came.packet {
+        match packet.parsed {
             // Only connections that the rules divert to the listener can be proxied; those to this node itself
             // are kernel flows.
-            Packet::Syn(syn) if came.mark & self.enforcer.marks.divert() == 0 => {
+            Packet::Syn(syn) if packet.mark & self.enforcer.marks.divert() == 0 => {
                 self.kernel_flow(id, length, syn.into());
             }
             // The kernel keeps whole packets while they wait, also for the server.
             Packet::Syn(_) if length > LONGEST_WAITING => self.refuse(id, DropReason::TooLong),
             Packet::Syn(syn) => self.syn(id, syn),
-            Packet::Reset(reset) if came.mark & self.enforcer.marks.divert() != 0 => {
+            Packet::Reset(reset) if packet.mark & self.enforcer.marks.divert() != 0 => {
                 self.reset(id, reset);
             }
             Packet::Reset(reset) if !reset.acknowledges => self.refuse(id, DropReason::Invalid),
             Packet::Reset(reset) => self.kernel_flow(id, length, flow(reset.into())),
-            Packet::Other(packet) => self.kernel_flow(id, length, flow(packet)),
+            Packet::Other(other) => self.kernel_flow(id, length, flow(other)),
             Packet::Invalid => self.refuse(id, DropReason::Invalid),
             Packet::Malformed => self.refuse(id, DropReason::Malformed),
         }
@@ -144,10 +144,10 @@ impl Gate {
             enforcer.limits.permit(client, server)
         }) {
             Err(full) => self.refuse(id, full.into()),
-            Ok(Arrival::Repeated) => self.queue.decide(id, PacketVerdict::Drop),
-            Ok(Arrival::PastSyn) => self.reply(id, Reply::Accept),
-            Ok(Arrival::Successor(last)) => {
-                tokio::task::spawn_local(Rc::clone(self).succeed(id, syn, last));
+            Ok(Arrival::Retransmit) => self.queue.decide(id, PacketVerdict::Drop),
+            Ok(Arrival::Established) => self.reply(id, Reply::Accept),
+            Ok(Arrival::PortReuse(last)) => {
+                tokio::task::spawn_local(Rc::clone(self).reuse_port(id, syn, last));
             }
             Ok(Arrival::New(flow)) => {
                 if enforcer.recorder.follows() {
@@ -172,8 +172,8 @@ impl Gate {
     /// closed already without notice (for example, the client reset it): then this is a new attempt, and
     /// without the gate the listener would answer it. Otherwise the socket answers as TCP requires
     /// (RFC 5961, section 4).
-    async fn succeed(self: Rc<Self>, id: PacketId, syn: Syn, last: Arc<Connection>) {
-        let closed = last.closed_within(SUCCESSION).await;
+    async fn reuse_port(self: Rc<Self>, id: PacketId, syn: Syn, last: Arc<Connection>) {
+        let closed = last.closed_within(PORT_REUSE_WAIT).await;
         if closed && self.enforcer.draining.has_begun() {
             // It is dropped with the rest; the client retransmits it to the new daemon.
             return;

@@ -8,7 +8,7 @@ use kernel::nfqueue::Queued;
 
 use super::backlog::{Backlog, User};
 use super::packet::Packet;
-use super::{Came, Gate};
+use super::{Gate, QueuedPacket};
 use crate::limits::{LONGEST_WAITING, Source};
 use crate::telemetry::metrics::DropReason;
 
@@ -25,11 +25,12 @@ impl Gate {
         let mut backlog = Backlog::new();
         loop {
             tokio::task::yield_now().await;
-            let wait = |queued: Queued<'_>| self.wait_for_turn(&mut backlog, Came::of(&queued));
+            let wait =
+                |queued: Queued<'_>| self.wait_for_turn(&mut backlog, QueuedPacket::of(&queued));
             self.queue.receive_waiting(buffer, BATCH, wait)?;
             for _ in 0..AT_ONCE {
-                if let Some(came) = backlog.pop() {
-                    self.decide(came);
+                if let Some(packet) = backlog.pop() {
+                    self.decide(packet);
                 }
             }
             self.flush();
@@ -39,17 +40,17 @@ impl Gate {
         }
     }
 
-    fn wait_for_turn(self: &Rc<Self>, backlog: &mut Backlog<Came>, came: Came) {
-        let (client, server) = match &came.packet {
+    fn wait_for_turn(self: &Rc<Self>, backlog: &mut Backlog<QueuedPacket>, packet: QueuedPacket) {
+        let (client, server) = match &packet.parsed {
             Packet::Syn(syn) => (syn.client, syn.server),
             Packet::Reset(reset) => (reset.from, reset.to),
             Packet::Other(flow) => (flow.client, flow.server),
-            Packet::Invalid | Packet::Malformed => return self.decide(came),
+            Packet::Invalid | Packet::Malformed => return self.decide(packet),
         };
         let user = self.user(client.ip(), server.ip());
-        let is_long = came.length > LONGEST_WAITING;
-        if let Err(came) = backlog.push(user, came, is_long) {
-            self.refuse(came.id, DropReason::Crowded);
+        let is_long = packet.length > LONGEST_WAITING;
+        if let Err(packet) = backlog.push(user, packet, is_long) {
+            self.refuse(packet.id, DropReason::Crowded);
         }
     }
 

@@ -76,7 +76,7 @@ pub(crate) struct Connection {
     was_reset: AtomicBool,
     closed: Notify,
     /// Whether an attempt from the same ends waits for the end of this one.
-    succeeded: AtomicBool,
+    reused: AtomicBool,
     /// Whether its leg to the server has keep-alive.
     keeps_alive: AtomicBool,
     permit: Permit,
@@ -87,11 +87,11 @@ pub(crate) enum Arrival {
     /// A new attempt, now in the table as held.
     New(Arc<Connection>),
     /// A copy of a SYN while the first one is held, or after its socket was closed: it is dropped.
-    Repeated,
+    Retransmit,
     /// The connection is past its SYN: the packet goes to its socket.
-    PastSyn,
+    Established,
     /// A new attempt with the addresses and ports of a live connection, which may be ending.
-    Successor(Arc<Connection>),
+    PortReuse(Arc<Connection>),
 }
 
 /// All connections of the node.
@@ -127,14 +127,14 @@ impl ConnectionTable {
     ) -> Result<Arrival, E> {
         if let Some(known) = self.get(&key) {
             match known.repeat(sequence) {
-                Some(Arrival::PastSyn) if known.is_succeeded_by(sequence) => {
-                    return Ok(if known.succeeded.swap(true, Ordering::Relaxed) {
-                        Arrival::Repeated
+                Some(Arrival::Established) if known.is_reused_by(sequence) => {
+                    return Ok(if known.reused.swap(true, Ordering::Relaxed) {
+                        Arrival::Retransmit
                     } else {
-                        Arrival::Successor(known)
+                        Arrival::PortReuse(known)
                     });
                 }
-                Some(Arrival::PastSyn) if !known.takes_syn() => return Ok(Arrival::Repeated),
+                Some(Arrival::Established) if !known.takes_syn() => return Ok(Arrival::Retransmit),
                 Some(arrival) => return Ok(arrival),
                 // The client gave that attempt up and took the same port again.
                 None => {
@@ -148,7 +148,7 @@ impl ConnectionTable {
             && let Some(first) = self.get(&other)
         {
             first.note_syn();
-            return Ok(Arrival::Repeated);
+            return Ok(Arrival::Retransmit);
         }
         let permit = permit()?;
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
@@ -159,7 +159,7 @@ impl ConnectionTable {
             // Another core has just entered the same SYN.
             Entry::Occupied(_) => {
                 self.by_address.remove(&connection);
-                return Ok(Arrival::Repeated);
+                return Ok(Arrival::Retransmit);
             }
             Entry::Vacant(place) => {
                 place.insert(Arc::clone(&connection));
@@ -267,7 +267,7 @@ impl Connection {
             gave_way: AtomicBool::new(false),
             was_reset: AtomicBool::new(false),
             closed: Notify::new(),
-            succeeded: AtomicBool::new(false),
+            reused: AtomicBool::new(false),
             keeps_alive: AtomicBool::new(false),
             permit,
         }
@@ -330,13 +330,13 @@ impl Connection {
     }
 
     /// Waits for the end of the connection for at most `limit`, and returns whether it ended. Called by
-    /// the task that got the [`Arrival::Successor`].
+    /// the task that got the [`Arrival::PortReuse`].
     pub(crate) async fn closed_within(&self, limit: Duration) -> bool {
         // One that came before is not missed.
         let closed = tokio::time::timeout(limit, self.closed.notified())
             .await
             .is_ok();
-        self.succeeded.store(false, Ordering::Relaxed);
+        self.reused.store(false, Ordering::Relaxed);
         closed
     }
 
@@ -355,17 +355,17 @@ impl Connection {
         match *self.stage() {
             Stage::Held(_) if same => {
                 self.note_syn();
-                Some(Arrival::Repeated)
+                Some(Arrival::Retransmit)
             }
-            Stage::Admitted { .. } if same => Some(Arrival::PastSyn),
+            Stage::Admitted { .. } if same => Some(Arrival::Established),
             // The kernel's own socket answers as TCP wants it (RFC 5961, section 4).
-            Stage::Live(_) => Some(Arrival::PastSyn),
+            Stage::Live(_) => Some(Arrival::Established),
             Stage::Held(_) | Stage::Admitted { .. } | Stage::Closed => None,
         }
     }
 
     /// Whether a SYN with `sequence` is a new attempt although this connection is live.
-    fn is_succeeded_by(&self, sequence: u32) -> bool {
+    fn is_reused_by(&self, sequence: u32) -> bool {
         sequence != self.sequence && matches!(*self.stage(), Stage::Live(_))
     }
 

@@ -71,11 +71,11 @@ fn repeated_syn_after_new_dnat_is_same_attempt() {
     let bench = Bench::new();
     let _first = bench.new_flow(key(1, 2), 7);
     assert!(
-        matches!(bench.arrive(key(1, 2), 7), Ok(Arrival::Repeated)),
+        matches!(bench.arrive(key(1, 2), 7), Ok(Arrival::Retransmit)),
         "the same SYN"
     );
     assert!(
-        matches!(bench.arrive(key(1, 3), 7), Ok(Arrival::Repeated)),
+        matches!(bench.arrive(key(1, 3), 7), Ok(Arrival::Retransmit)),
         "sent to another pod of the Service"
     );
     assert_eq!(bench.connections.len(), 1);
@@ -130,13 +130,13 @@ async fn admitted_connection_is_paired_once() {
     );
     assert!(bench.connections.admit(&connection, stream().await, 0));
     assert!(
-        matches!(bench.arrive(key(1, 2), 7), Ok(Arrival::PastSyn)),
+        matches!(bench.arrive(key(1, 2), 7), Ok(Arrival::Established)),
         "the SYN-ACK was lost"
     );
     assert!(bench.connections.pair(&key(1, 2)).is_some());
     assert!(bench.connections.pair(&key(1, 2)).is_none(), "once only");
     assert!(
-        matches!(bench.arrive(key(1, 2), 7), Ok(Arrival::PastSyn)),
+        matches!(bench.arrive(key(1, 2), 7), Ok(Arrival::Established)),
         "a live socket answers itself"
     );
 }
@@ -149,17 +149,17 @@ async fn new_attempt_waits_once_for_live_connection() {
     assert!(bench.connections.pair(&key(1, 2)).is_some());
     assert!(matches!(
         bench.arrive(key(1, 2), 9),
-        Ok(Arrival::Successor(_))
+        Ok(Arrival::PortReuse(_))
     ));
     assert!(
-        matches!(bench.arrive(key(1, 2), 10), Ok(Arrival::Repeated)),
+        matches!(bench.arrive(key(1, 2), 10), Ok(Arrival::Retransmit)),
         "one waits already; a flood must not fill the queue"
     );
     assert!(
         !connection.closed_within(Duration::ZERO).await,
         "it goes on"
     );
-    let Ok(Arrival::Successor(last)) = bench.arrive(key(1, 2), 9) else {
+    let Ok(Arrival::PortReuse(last)) = bench.arrive(key(1, 2), 9) else {
         panic!("none waits any more");
     };
     bench.connections.remove(&connection);
@@ -354,12 +354,12 @@ async fn no_syn_goes_to_a_closed_socket() {
     let syn = |bench: &Bench| bench.arrive(key(1, 2), 7).unwrap();
     let bench = Bench::new();
     let (connection, legs, peer) = live(&bench).await;
-    assert!(matches!(syn(&bench), Arrival::PastSyn), "an old copy");
+    assert!(matches!(syn(&bench), Arrival::Established), "an old copy");
     reset_when_closed(&peer).unwrap();
     drop(peer);
     assert!(is_reset(&legs.client).await);
     assert!(
-        matches!(syn(&bench), Arrival::Repeated),
+        matches!(syn(&bench), Arrival::Retransmit),
         "the client has reset it"
     );
     assert!(!connection.takes_syn());
@@ -369,7 +369,7 @@ async fn no_syn_goes_to_a_closed_socket() {
     assert!(connection.takes_syn());
     connection.close();
     assert!(
-        matches!(syn(&bench), Arrival::Repeated),
+        matches!(syn(&bench), Arrival::Retransmit),
         "a change has closed it"
     );
     assert!(!connection.takes_syn());

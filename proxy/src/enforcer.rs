@@ -200,7 +200,7 @@ impl Enforcer {
         listed: Option<Listed>,
         waited: Duration,
     ) {
-        self.metrics.decided(decision, subject.way, waited);
+        self.metrics.decided(decision, subject.path, waited);
         match listed {
             None => self.recorder.denied(subject, decision),
             Some(Listed::New) => self.recorder.allowed(&subject, decision),
@@ -214,7 +214,7 @@ impl Enforcer {
 
     /// Counts and records a kernel flow that is now denied.
     pub(crate) fn severed(&self, subject: Subject, severance: Severance) {
-        self.metrics.severed(&severance.decision, subject.way);
+        self.metrics.severed(&severance.decision, subject.path);
         self.recorder.severed(subject, severance);
     }
 

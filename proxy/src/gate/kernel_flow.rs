@@ -95,7 +95,7 @@ fn subject(packet: &FlowId, opened: SystemTime) -> Subject {
         client: packet.client,
         server: packet.server,
         protocol: packet.protocol,
-        way: DataPath::Kernel,
+        path: DataPath::Kernel,
         sent: 0,
         received: 0,
         opened,

@@ -320,7 +320,7 @@ impl Connection {
             client: self.key.client,
             server: self.key.server,
             protocol: Protocol::Tcp,
-            way: DataPath::Spliced,
+            path: DataPath::Spliced,
             sent: self.moved.sent.load(Ordering::Relaxed),
             received: self.moved.received.load(Ordering::Relaxed),
             opened: self.opened,

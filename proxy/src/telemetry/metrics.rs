@@ -210,19 +210,19 @@ impl Metrics {
     }
 
     /// Counts a connection that policy has decided, and how long that took from its first packet.
-    pub(crate) fn decided(&self, decision: &Decision, way: DataPath, waited: Duration) {
+    pub(crate) fn decided(&self, decision: &Decision, path: DataPath, waited: Duration) {
         let kind = if decision.verdict.allowed() {
             VerdictKind::Allow
         } else {
             VerdictKind::Deny
         };
-        self.decisions.count(kind, decision, way);
+        self.decisions.count(kind, decision, path);
         self.verdict.observe(waited.as_secs_f64());
     }
 
     /// Counts a severed connection.
-    pub(crate) fn severed(&self, severance: &Decision, way: DataPath) {
-        self.decisions.count(VerdictKind::Sever, severance, way);
+    pub(crate) fn severed(&self, severance: &Decision, path: DataPath) {
+        self.decisions.count(VerdictKind::Sever, severance, path);
     }
 
     /// Counts a packet that was dropped for another reason than policy.
@@ -322,15 +322,15 @@ fn counted(registry: &mut Registry) -> (Decisions, Vec<Counter>, [[Counter; 2]; 
         "Bytes moved, from the client's side",
         bytes.clone(),
     );
-    let by_way = [DataPath::Spliced, DataPath::Kernel].map(|way| {
+    let by_path = [DataPath::Spliced, DataPath::Kernel].map(|path| {
         ["sent", "received"].map(|direction| {
             bytes.get_or_create_owned(&BytesLabels {
                 direction,
-                path: way.name(),
+                path: path.name(),
             })
         })
     });
-    (decisions, by_reason.into(), by_way)
+    (decisions, by_reason.into(), by_path)
 }
 
 /// Verdict, connect, change.

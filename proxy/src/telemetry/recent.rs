@@ -174,7 +174,7 @@ pub(super) mod tests {
             client: SocketAddr::from(([10, 0, 0, 1], 4711)),
             server: SocketAddr::from(([10, 0, 0, 2], port)),
             protocol: Protocol::Tcp,
-            way: DataPath::Spliced,
+            path: DataPath::Spliced,
             sent: 0,
             received: 0,
             opened: SystemTime::now(),

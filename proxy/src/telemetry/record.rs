@@ -31,7 +31,7 @@ pub(crate) struct Subject {
     pub(crate) client: SocketAddr,
     pub(crate) server: SocketAddr,
     pub(crate) protocol: Protocol,
-    pub(crate) way: DataPath,
+    pub(crate) path: DataPath,
     /// Payload bytes from the client.
     pub(crate) sent: u64,
     /// Payload bytes to the client.

@@ -199,7 +199,7 @@ impl Attempt {
     fn of(subject: &Subject, decision: &Decision) -> Self {
         let uid = |pod: &Option<Arc<Endpoint>>| pod.as_ref().map(|it| Arc::clone(&it.identity.uid));
         let mut client = subject.client;
-        if subject.way == DataPath::Spliced {
+        if subject.path == DataPath::Spliced {
             client.set_port(0);
         }
         Self {
@@ -222,7 +222,7 @@ mod tests {
             client: SocketAddr::from(([10, 0, 0, 1], port)),
             server: SocketAddr::from(([10, 0, 0, 2], 80)),
             protocol: Protocol::Tcp,
-            way: DataPath::Spliced,
+            path: DataPath::Spliced,
             sent: 0,
             received: 0,
             opened: SystemTime::now(),
@@ -234,7 +234,7 @@ mod tests {
     fn datagram(port: u16) -> Subject {
         Subject {
             protocol: Protocol::Udp,
-            way: DataPath::Kernel,
+            path: DataPath::Kernel,
             ..syn(port, 0)
         }
     }

@@ -161,11 +161,15 @@ fn handover_transfers_everything_unchanged() {
     expected.sort_by_key(|known| known.client.port());
     assert_eq!(known, expected);
     assert_eq!(taken.seats.keys().collect::<Vec<_>>(), [&100, &101]);
-    let rest = |at: usize, way: usize| taken.connections[at].in_flight[way].bytes.clone();
+    let rest =
+        |at: usize, direction: usize| taken.connections[at].in_flight[direction].bytes.clone();
     assert_eq!([rest(2, 0), rest(2, 1)], [vec![1; 3 << 20], vec![2; 7]]);
     assert_eq!([rest(4, 0), rest(4, 1)], [b"rest".to_vec(), vec![]]);
-    let held = |at: usize, way: usize| {
-        let pipe = taken.connections[at].in_flight[way].pipe.as_ref().unwrap();
+    let held = |at: usize, direction: usize| {
+        let pipe = taken.connections[at].in_flight[direction]
+            .pipe
+            .as_ref()
+            .unwrap();
         let mut held = vec![0; pipe.bytes + 1];
         let length = nix::unistd::read(&pipe.read, &mut held).unwrap();
         held.truncate(length);

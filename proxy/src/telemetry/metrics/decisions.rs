@@ -8,7 +8,7 @@ use crate::telemetry::decision::{DataPath, VerdictKind};
 
 const KINDS: [VerdictKind; 3] = [VerdictKind::Allow, VerdictKind::Deny, VerdictKind::Sever];
 const DECIDED_BY: [DecidedBy; 3] = [DecidedBy::Egress, DecidedBy::Ingress, DecidedBy::Both];
-const WAYS: [DataPath; 2] = [DataPath::Spliced, DataPath::Kernel];
+const PATHS: [DataPath; 2] = [DataPath::Spliced, DataPath::Kernel];
 const REASONS: [Reason; 6] = [
     Reason::NoPolicy,
     Reason::Rule,
@@ -36,13 +36,13 @@ impl Decisions {
         let mut counters = Vec::new();
         for kind in KINDS {
             for decided_by in DECIDED_BY {
-                for way in WAYS {
+                for path in PATHS {
                     for reason in REASONS {
                         counters.push(if can_be(kind, decided_by, reason) {
                             family.get_or_create_owned(&Labels {
                                 verdict: kind.name(),
                                 direction: decided_by.name(),
-                                path: way.name(),
+                                path: path.name(),
                                 reason: reason.name(),
                             })
                         } else {
@@ -55,8 +55,8 @@ impl Decisions {
         (Self(counters), family)
     }
 
-    pub(super) fn count(&self, kind: VerdictKind, decision: &Decision, way: DataPath) {
-        let place = place(kind, decision.decided_by(), way, decision.reason_label());
+    pub(super) fn count(&self, kind: VerdictKind, decision: &Decision, path: DataPath) {
+        let place = place(kind, decision.decided_by(), path, decision.reason_label());
         if let Some(counter) = self.0.get(place) {
             counter.inc();
         }
@@ -73,9 +73,9 @@ fn can_be(kind: VerdictKind, decided_by: DecidedBy, reason: Reason) -> bool {
     }
 }
 
-fn place(kind: VerdictKind, decided_by: DecidedBy, way: DataPath, reason: Reason) -> usize {
+fn place(kind: VerdictKind, decided_by: DecidedBy, path: DataPath, reason: Reason) -> usize {
     let upper =
-        (kind as usize * DECIDED_BY.len() + decided_by as usize) * WAYS.len() + way as usize;
+        (kind as usize * DECIDED_BY.len() + decided_by as usize) * PATHS.len() + path as usize;
     upper * REASONS.len() + reason as usize
 }
 
@@ -88,9 +88,9 @@ mod tests {
         let mut expected = 0;
         for kind in KINDS {
             for decided_by in DECIDED_BY {
-                for way in WAYS {
+                for path in PATHS {
                     for reason in REASONS {
-                        assert_eq!(place(kind, decided_by, way, reason), expected);
+                        assert_eq!(place(kind, decided_by, path, reason), expected);
                         expected += 1;
                     }
                 }

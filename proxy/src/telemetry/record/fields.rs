@@ -116,7 +116,7 @@ fn fields(
     put("k8s.node.name", Field::Text(node));
     put("bytes.sent", Field::Number(subject.sent));
     put("bytes.received", Field::Number(subject.received));
-    put("path", Field::Text(subject.way.name()));
+    put("path", Field::Text(subject.path.name()));
 }
 
 fn end(

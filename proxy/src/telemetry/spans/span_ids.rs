@@ -132,7 +132,7 @@ impl Place {
         let wire = Wire::of(subject);
         let lives_here = |pod: &Endpoint| *pod.identity.node_name == *node;
         let (from, to) = (decision.from.as_deref(), decision.to.as_deref());
-        let leaves = match subject.way {
+        let leaves = match subject.path {
             DataPath::Spliced => subject.seen.is_some_and(|seen| seen.onward.is_some()),
             DataPath::Kernel => {
                 from.is_some_and(lives_here)
@@ -143,7 +143,7 @@ impl Place {
         let comes = !leaves
             && from.is_some_and(|pod| !lives_here(pod))
             && decision.verdict.egress.isolated
-            && (subject.way == DataPath::Kernel || REMOTE_PORTS.contains(&subject.client.port()));
+            && (subject.path == DataPath::Kernel || REMOTE_PORTS.contains(&subject.client.port()));
         Self {
             trace: wire.trace_id(),
             span: leaves.then(|| wire.first_span_id()),

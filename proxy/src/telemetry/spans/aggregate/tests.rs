@@ -13,7 +13,7 @@ fn record(port: u16, server: u8, fate: Fate) -> Arc<Record> {
             client: SocketAddr::from(([10, 0, 0, 1], port)),
             server: SocketAddr::from(([10, 0, 1, server], 80)),
             protocol: Protocol::Tcp,
-            way: DataPath::Spliced,
+            path: DataPath::Spliced,
             sent: 0,
             received: 0,
             opened: UNIX_EPOCH + Duration::from_secs(port.into()),

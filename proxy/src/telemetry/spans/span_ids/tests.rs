@@ -8,16 +8,16 @@ use crate::telemetry::record::testing::{CLIENT, SERVER, decision};
 use crate::telemetry::record::{Outcome, Record, Subject};
 use crate::telemetry::timeline::{Seen, Timeline};
 
-fn subject(port: u16, seen: Option<Seen>, way: DataPath) -> Subject {
+fn subject(port: u16, seen: Option<Seen>, path: DataPath) -> Subject {
     Subject {
         client: (CLIENT, port).into(),
         server: (SERVER, 80).into(),
-        protocol: if way == DataPath::Spliced {
+        protocol: if path == DataPath::Spliced {
             Protocol::Tcp
         } else {
             Protocol::Udp
         },
-        way,
+        path,
         sent: 0,
         received: 0,
         opened: UNIX_EPOCH + Duration::from_secs(1_000_000_010),
@@ -84,11 +84,11 @@ fn kernel_flow_is_one_trace_on_both_nodes() {
 
 #[test]
 fn span_has_parent_only_if_first_node_decided() {
-    let claims = |port, home, isolated, way| {
-        let seen = (way == DataPath::Spliced)
+    let claims = |port, home, isolated, path| {
+        let seen = (path == DataPath::Spliced)
             .then(|| seen(Some(1), None))
             .flatten();
-        let record = record(subject(port, seen, way), home, isolated, allowed());
+        let record = record(subject(port, seen, path), home, isolated, allowed());
         Place::of(&record, "node-2").parent.is_some()
     };
     for (expected, claimed, why) in [

@@ -309,7 +309,7 @@ impl Gate {
                 }
             }
             Some(Err(ConnectError::Answered { reply, source, .. })) => {
-                if unreachable::tell(client, server, flow.sequence, reply) {
+                if unreachable::send(client, server, flow.sequence, reply) {
                     self.queue.decide(id, PacketVerdict::Drop);
                 } else {
                     self.reply(id, reply);

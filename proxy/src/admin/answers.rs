@@ -157,10 +157,10 @@ pub(super) fn explain(enforcer: &Enforcer, query: &str) -> Answer {
 /// The decisions per pair of pods, and the last denials.
 pub(super) fn observed(enforcer: &Enforcer) -> Answer {
     let observed = enforcer.recorder.observed();
-    let told = enforcer
+    let observed = enforcer
         .table
         .with_cluster(|cluster| observed.json(&enforcer.node, |pod| cluster.pod(pod).is_some()));
-    Answer::json(StatusCode::OK, &told)
+    Answer::json(StatusCode::OK, &observed)
 }
 
 /// The keys of a record as far as they are known, and the stage.

@@ -15,7 +15,7 @@ use kernel::checksum;
 const DESTINATION_UNREACHABLE: u8 = 3;
 
 /// Sends the ICMP message of `reply` for the SYN with `sequence`. True if there is one and it was sent.
-pub(super) fn tell(client: SocketAddr, server: SocketAddr, sequence: u32, reply: Reply) -> bool {
+pub(super) fn send(client: SocketAddr, server: SocketAddr, sequence: u32, reply: Reply) -> bool {
     let (SocketAddr::V4(client), SocketAddr::V4(server)) = (client, server) else {
         return false;
     };

@@ -117,11 +117,11 @@ impl PodSets {
             bridged: kernel.bridges.then_some(Groups::Pass),
             ..Sets::default()
         };
-        let told = Sets {
+        let configured = Sets {
             pods: pods.given.iter().copied().collect(),
             ..nothing.clone()
         };
-        if let Some(script) = told.change_script(&nothing) {
+        if let Some(script) = configured.change_script(&nothing) {
             sets::load(&script)?;
         }
         Ok(Self {

@@ -68,7 +68,7 @@ pub(super) async fn first_state(
         touched.extend(index.apply(batch));
         let problems = enforcer.table.problems();
         announce(&before, &problems);
-        source.tell(&problems);
+        source.report(&problems);
         if pods.are_known() {
             return Ok(touched);
         }
@@ -154,7 +154,7 @@ impl Follower {
         if !Arc::ptr_eq(&before, &problems) {
             announce(&before, &problems);
         }
-        self.source.tell(&problems);
+        self.source.report(&problems);
         self.enforcer.evaluate_again(&touched);
         self.touched.extend(touched);
     }

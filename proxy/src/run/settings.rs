@@ -149,8 +149,8 @@ pub(crate) struct RunArgs {
 impl RunArgs {
     /// The uid of this daemon's pod, if it is given (`POD_UID`).
     pub(crate) fn pod(&self) -> Option<String> {
-        let told = std::env::var("POD_UID").ok();
-        told.filter(|uid| !uid.is_empty() && !uid.contains(char::is_whitespace))
+        let given = std::env::var("POD_UID").ok();
+        given.filter(|uid| !uid.is_empty() && !uid.contains(char::is_whitespace))
     }
 
     /// The bounds by the limits of this process: of descriptors, after raising it to the maximum, and of memory.

@@ -70,7 +70,7 @@ pub(super) enum Ended {
 pub(super) struct Running {
     pub(super) outgoing: Arc<Outgoing>,
     pub(super) workers: Vec<Thread>,
-    /// Follows the cluster's state, and stops between two changes when told.
+    /// Follows the cluster's state, and stops between two changes when asked.
     pub(super) following: JoinHandle<()>,
     pub(super) tasks: JoinSet<()>,
     /// The admin port.

@@ -72,7 +72,7 @@ impl Source {
     }
 
     /// Reports diagnostics to the authors of the objects, where that is possible.
-    pub(super) fn tell(&mut self, problems: &[Problem]) {
+    pub(super) fn report(&mut self, problems: &[Problem]) {
         match self {
             Self::Manifests { .. } => {}
             Self::Kube(source) => source.tell(problems),

@@ -269,7 +269,7 @@ impl Metrics {
     pub(crate) fn moved(&self, moved: &Moved) {
         for (counter, bytes) in self.bytes[DataPath::Spliced as usize]
             .iter()
-            .zip(moved.untold())
+            .zip(moved.take_new())
         {
             counter.inc_by(bytes);
         }

@@ -8,7 +8,7 @@ pub(crate) struct Moved {
     pub(crate) sent: AtomicU64,
     /// From the server to the client.
     pub(crate) received: AtomicU64,
-    told: [AtomicU64; 2],
+    reported: [AtomicU64; 2],
 }
 
 impl Moved {
@@ -18,15 +18,15 @@ impl Moved {
         Self {
             sent,
             received,
-            told: moved.map(AtomicU64::new),
+            reported: moved.map(AtomicU64::new),
         }
     }
 
     /// Bytes sent and received since the last call: each byte is returned once.
-    pub(crate) fn untold(&self) -> [u64; 2] {
+    pub(crate) fn take_new(&self) -> [u64; 2] {
         let mut moved = [&self.sent, &self.received].map(|all| all.load(Ordering::Relaxed));
-        for (now, told) in moved.iter_mut().zip(&self.told) {
-            *now = now.saturating_sub(told.fetch_max(*now, Ordering::Relaxed));
+        for (now, reported) in moved.iter_mut().zip(&self.reported) {
+            *now = now.saturating_sub(reported.fetch_max(*now, Ordering::Relaxed));
         }
         moved
     }

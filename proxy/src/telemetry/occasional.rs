@@ -88,7 +88,7 @@ mod tests {
         assert_eq!(
             place.line(now + WINDOW),
             Some(Line { left_out: 0 }),
-            "told once"
+            "reported once"
         );
         assert_eq!(
             lines(&Occasional::new(), now),

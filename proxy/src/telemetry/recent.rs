@@ -220,11 +220,11 @@ pub(super) mod tests {
         ] {
             observed.saw(kind, &subject, &decision, None);
         }
-        let told = observed.json("node", |_| true);
+        let listed = observed.json("node", |_| true);
         assert_eq!(
-            told["pairs"],
+            listed["pairs"],
             json!([{ "from": null, "to": null, "allow": 1, "deny": 2, "sever": 1 }])
         );
-        assert_eq!(told["denials"][0]["count"], 2, "{told}");
+        assert_eq!(listed["denials"][0]["count"], 2, "{listed}");
     }
 }

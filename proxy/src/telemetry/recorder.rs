@@ -114,7 +114,7 @@ impl Recorder {
             let decision = &Arc::new(decision.to_keep());
             self.observed
                 .saw(VerdictKind::Deny, &subject, decision, None);
-            self.tell(subject, Fate::Denied, decision);
+            self.send(subject, Fate::Denied, decision);
         }
     }
 
@@ -126,7 +126,7 @@ impl Recorder {
 
     /// Records an allowed connection that is over.
     pub(crate) fn ended(&self, subject: Subject, decision: &Arc<Decision>, outcome: Outcome) {
-        self.tell(subject, Fate::Allowed(outcome), decision);
+        self.send(subject, Fate::Allowed(outcome), decision);
     }
 
     /// Records a severed connection.
@@ -134,10 +134,10 @@ impl Recorder {
         let Severance { decision, replaced } = severance;
         self.observed
             .saw(VerdictKind::Sever, &subject, &decision, replaced.clone());
-        self.tell(subject, Fate::Severed { replaced }, &decision);
+        self.send(subject, Fate::Severed { replaced }, &decision);
     }
 
-    fn tell(&self, subject: Subject, fate: Fate, decision: &Arc<Decision>) {
+    fn send(&self, subject: Subject, fate: Fate, decision: &Arc<Decision>) {
         let spans = self.spans.as_ref();
         let spans = spans.filter(|spans| spans.wants(&subject, &fate));
         let log = self.log.as_ref().filter(|_| log::wants(&fate));
@@ -150,9 +150,10 @@ impl Recorder {
             decision: Arc::clone(decision),
             ended: SystemTime::now(),
         });
-        let told = log.into_iter().chain(&self.file);
-        told.chain(spans.map(Spans::sink))
-            .for_each(|sink| sink.tell(&record));
+        let sinks = log.into_iter().chain(&self.file);
+        sinks
+            .chain(spans.map(Spans::sink))
+            .for_each(|sink| sink.send(&record));
     }
 
     fn sinks(&self) -> impl Iterator<Item = &Sink> {
@@ -279,13 +280,13 @@ mod tests {
     fn denial_seen_by_several_workers_is_recorded_once() {
         let recorder = Recorder::off();
         let decision = testing::decision("node-1", true);
-        let mut told = recorder.observed().stream();
+        let mut observed = recorder.observed().stream();
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| (0..100).for_each(|n| recorder.denied(syn(1, n), &decision)));
             }
         });
-        let told = std::iter::from_fn(|| told.try_recv().ok()).count();
-        assert_eq!(told, 100);
+        let count = std::iter::from_fn(|| observed.try_recv().ok()).count();
+        assert_eq!(count, 100);
     }
 }

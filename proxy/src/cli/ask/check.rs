@@ -73,7 +73,7 @@ fn run(args: &CheckArgs) -> Result<ExitCode, AskError> {
     let answer = Answer::to(&cluster, question, OwnNode::Allow)?;
     match args.output {
         Output::Json => writeln!(out, "{}", answer.json())?,
-        Output::Text => answer.tell(&cluster, &mut out, coloured(io::stdout().is_terminal()))?,
+        Output::Text => answer.write(&cluster, &mut out, coloured(io::stdout().is_terminal()))?,
     }
     Ok(ExitCode::from(u8::from(!answer.verdict.allowed())))
 }
@@ -102,8 +102,8 @@ pub(crate) fn tell(
 ) -> Result<String, String> {
     let answer = Answer::to(cluster, question, own_node).map_err(|error| error.to_string())?;
     let mut text = Vec::new();
-    let told = answer.tell(cluster, &mut text, false);
-    told.map_err(|error| error.to_string())?;
+    let written = answer.write(cluster, &mut text, false);
+    written.map_err(|error| error.to_string())?;
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
@@ -247,7 +247,7 @@ impl Answer {
     }
 
     /// Prints the answer as text: the endpoints, the verdict, and the policies and rules of each endpoint.
-    fn tell(&self, cluster: &Cluster, out: &mut impl Write, colour: bool) -> io::Result<()> {
+    fn write(&self, cluster: &Cluster, out: &mut impl Write, colour: bool) -> io::Result<()> {
         let (word, code) = if self.verdict.allowed() {
             ("ALLOW", 32)
         } else {

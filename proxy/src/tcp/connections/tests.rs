@@ -186,7 +186,7 @@ async fn severing_resets_a_connection_without_running_relay() {
     }
     tokio::time::timeout(Duration::from_secs(1), connection.close_requested())
         .await
-        .expect("the relay is told too");
+        .expect("the relay is notified too");
 }
 
 #[tokio::test]
@@ -210,7 +210,7 @@ async fn abandoned_attempts_expire() {
     assert_eq!(bench.connections.expire(at(11)), 1, "it did not");
     tokio::time::timeout(Duration::from_secs(1), held.close_requested())
         .await
-        .expect("who connects for it is told");
+        .expect("the connecting task is notified");
     bench.connections.remove(&held);
     assert_eq!(
         bench.connections.expire(at(75)),
@@ -295,8 +295,8 @@ async fn live_connection_is_never_displaced() {
     let bench = Bench::new();
     let held = bench.new_flow(key(1, 2), 7);
     assert_eq!(bench.connections.give_way(&held), Some(StageName::Held));
-    let told = tokio::time::timeout(Duration::from_secs(1), held.close_requested());
-    told.await.expect("who connects for it is told");
+    let notified = tokio::time::timeout(Duration::from_secs(1), held.close_requested());
+    notified.await.expect("the connecting task is notified");
 
     let live = bench.new_flow(key(2, 2), 7);
     assert!(bench.connections.admit(&live, stream().await, 0));

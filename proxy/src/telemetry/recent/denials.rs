@@ -68,13 +68,13 @@ impl Denials {
     pub(super) fn json(&self, node: &str) -> Vec<Value> {
         let mut denials: Vec<_> = self.0.values().collect();
         denials.sort_unstable_by_key(|denial| std::cmp::Reverse(denial.last.at));
-        let told = denials.into_iter().map(|denial| {
+        let listed = denials.into_iter().map(|denial| {
             let mut fields = denial.last.json(node);
             fields["count"] = denial.count.into();
             fields["first_time"] = timestamp(denial.first).into();
             fields
         });
-        told.collect()
+        listed.collect()
     }
 }
 
@@ -103,11 +103,11 @@ mod tests {
         }
         denials.note(&sighting(1));
         denials.note(&sighting(201));
-        let told = denials.json("node");
-        let find = |port: u16| told.iter().find(|it| it["destination.port"] == port);
-        assert_eq!(told.len(), REMEMBERED);
+        let listed = denials.json("node");
+        let find = |port: u16| listed.iter().find(|it| it["destination.port"] == port);
+        assert_eq!(listed.len(), REMEMBERED);
         assert_eq!(find(1).map(|it| it["count"].clone()), Some(2.into()));
         assert!(find(2).is_none(), "it was the longest ago");
-        assert_eq!(told[0]["destination.port"], 201, "newest first");
+        assert_eq!(listed[0]["destination.port"], 201, "newest first");
     }
 }

@@ -39,7 +39,7 @@ impl Sink {
     }
 
     /// Queues a record, or loses it if the sink does not keep up.
-    pub(crate) fn tell(&self, record: &Arc<Record>) {
+    pub(crate) fn send(&self, record: &Arc<Record>) {
         self.queue.push(Arc::clone(record));
     }
 

@@ -52,7 +52,7 @@ impl Fold {
         now: Instant,
     ) -> impl Iterator<Item = Folded> + use<> {
         let since = record.subject.opened;
-        let told = |record| Folded {
+        let due = |record| Folded {
             record,
             since,
             count: 1,
@@ -60,19 +60,19 @@ impl Fold {
         let (pushed_out, itself) = if matches!(record.fate, Fate::Denied) {
             let alike = Alike::of(&record);
             match self.0.running(&alike) {
-                None => (self.0.begin(alike, now), Some(told(record))),
+                None => (self.0.begin(alike, now), Some(due(record))),
                 Some(Some(repeats)) => {
                     repeats.count += 1;
                     repeats.record = record;
                     (None, None)
                 }
                 Some(repeats) => {
-                    *repeats = Some(told(record));
+                    *repeats = Some(due(record));
                     (None, None)
                 }
             }
         } else {
-            (None, Some(told(record)))
+            (None, Some(due(record)))
         };
         pushed_out
             .and_then(|(_, repeats)| repeats)
@@ -82,14 +82,14 @@ impl Fold {
 
     /// What to report of the windows that have ended; one with repeats starts again.
     pub(super) fn due(&mut self, now: Instant) -> Vec<Folded> {
-        let mut told = Vec::new();
+        let mut due = Vec::new();
         for (alike, repeats) in self.0.ended(now) {
             if let Some(repeats) = repeats {
-                told.push(repeats);
+                due.push(repeats);
                 self.0.begin(alike, now);
             }
         }
-        told
+        due
     }
 
     /// When [`Self::due`] is to be asked next.

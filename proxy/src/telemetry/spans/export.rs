@@ -96,12 +96,12 @@ impl Exporter {
         while open {
             open = queue.take(&mut records, self.delay, fold.next_due());
             let now = Instant::now();
-            let mut told: Vec<Folded> = Vec::with_capacity(records.len());
+            let mut due: Vec<Folded> = Vec::with_capacity(records.len());
             for record in records.drain(..) {
-                told.extend(fold.add(record, now));
+                due.extend(fold.add(record, now));
             }
-            told.extend(if open { fold.due(now) } else { fold.rest() });
-            for batch in told.chunks(self.batch) {
+            due.extend(if open { fold.due(now) } else { fold.rest() });
+            for batch in due.chunks(self.batch) {
                 let spans = batch.iter().map(|folded| self.spanner.span(folded));
                 let spans = spans.collect();
                 self.send(spans);

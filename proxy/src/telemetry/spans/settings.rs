@@ -186,11 +186,11 @@ impl<F: Fn(&str) -> Option<String>> Variables<F> {
 
     /// The configured protocol, else HTTP for port 4318 or a URL with a path, else gRPC.
     fn transport(&self, url: &str) -> Result<Transport, SettingsError> {
-        let told = self.first([
+        let configured = self.first([
             "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
             "OTEL_EXPORTER_OTLP_PROTOCOL",
         ]);
-        match told {
+        match configured {
             Some((_, value)) if value == "grpc" => Ok(Transport::Grpc),
             Some((_, value)) if value == "http/protobuf" => Ok(Transport::Http),
             Some((variable, value)) => Err(SettingsError::Protocol { variable, value }),

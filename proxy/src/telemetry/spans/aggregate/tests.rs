@@ -30,8 +30,8 @@ fn denied(port: u16) -> Arc<Record> {
     record(port, 2, Fate::Denied)
 }
 
-fn counts(told: impl IntoIterator<Item = Folded>) -> Vec<u64> {
-    told.into_iter().map(|folded| folded.count).collect()
+fn counts(due: impl IntoIterator<Item = Folded>) -> Vec<u64> {
+    due.into_iter().map(|folded| folded.count).collect()
 }
 
 #[test]
@@ -46,16 +46,16 @@ fn repeated_denials_become_one_counted_span() {
         [0; 0],
         "its window goes on"
     );
-    let told = fold.due(now + WINDOW);
-    assert_eq!(told.len(), 1);
-    assert_eq!(told[0].count, 199);
+    let due = fold.due(now + WINDOW);
+    assert_eq!(due.len(), 1);
+    assert_eq!(due[0].count, 199);
     assert_eq!(
-        told[0].since,
+        due[0].since,
         UNIX_EPOCH + Duration::from_secs(2),
         "since the first repeat"
     );
     assert_eq!(
-        told[0].record.subject.client.port(),
+        due[0].record.subject.client.port(),
         200,
         "as the last one was"
     );
@@ -93,7 +93,7 @@ fn only_denials_that_are_alike_are_folded() {
         assert_eq!(
             counts(fold.add(closed, now)),
             [1],
-            "allowed ones are told each"
+            "allowed ones are each sent"
         );
     }
 }

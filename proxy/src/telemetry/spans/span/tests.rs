@@ -78,7 +78,7 @@ fn allowed_connection_span_has_events_without_error() {
     assert_eq!(span.status, Status::Unset);
     assert_eq!(attribute(&span, "count"), None);
     assert_eq!(attribute(&span, "bytes.sent").as_deref(), Some("3"));
-    let told: Vec<_> = span
+    let attributes: Vec<_> = span
         .events
         .iter()
         .map(|event| {
@@ -94,7 +94,7 @@ fn allowed_connection_span_has_events_without_error() {
         ("half-closed", "server"),
     ];
     assert_eq!(
-        told,
+        attributes,
         expected.map(|(name, side)| (name.to_owned(), side.to_owned()))
     );
     assert!(span.events.iter().is_sorted_by_key(|event| event.timestamp));

@@ -131,7 +131,7 @@ impl Hello {
 #[derive(Debug, Default)]
 pub(crate) struct State {
     /// By number of the NFQUEUE.
-    pub(crate) seats: BTreeMap<u16, WorkerSockets>,
+    pub(crate) workers: BTreeMap<u16, WorkerSockets>,
     pub(crate) connections: Vec<HandoverConnection>,
     /// The channel to the old daemon, which resumes its work unless this one confirms the takeover.
     from: Option<Channel>,
@@ -247,8 +247,8 @@ impl Outgoing {
     }
 
     /// Adds a worker's queue, of this number, and its listener.
-    pub(crate) fn seat(&self, queue: u16, seat: WorkerSockets) {
-        self.state().seats.insert(queue, seat);
+    pub(crate) fn worker(&self, queue: u16, sockets: WorkerSockets) {
+        self.state().workers.insert(queue, sockets);
     }
 
     /// Takes the collected state.

@@ -195,7 +195,7 @@ async fn leave(gate: &Gate, listener: tokio::net::TcpListener, relays: &Relays) 
     within(STOP_WITHIN, || !flows.has_any(&at_work)).await;
     let (number, queue) = gate.leave()?;
     let listener = listener.into_std()?.into();
-    outgoing.seat(number, WorkerSockets { queue, listener });
+    outgoing.worker(number, WorkerSockets { queue, listener });
     Ok(())
 }
 

@@ -34,7 +34,8 @@ pub(super) struct Reply {
 #[derive(Debug, Serialize, Deserialize)]
 enum Part {
     /// With a queue of this number, and a listener.
-    Seat { queue: u16 },
+    #[serde(rename = "Seat")]
+    Worker { queue: u16 },
     /// With the socket to the server, the one to the client if there is one, and the pipes. The bytes follow, one
     /// direction after the other.
     Connection {
@@ -99,9 +100,9 @@ impl Channel {
     }
 
     fn give_all(&self, state: &State, within: Duration) -> Result<usize, HandoverError> {
-        for (queue, seat) in &state.seats {
-            let part = encoded(&Part::Seat { queue: *queue })?;
-            self.send(&part, &[seat.queue.as_fd(), seat.listener.as_fd()])?;
+        for (queue, sockets) in &state.workers {
+            let part = encoded(&Part::Worker { queue: *queue })?;
+            self.send(&part, &[sockets.queue.as_fd(), sockets.listener.as_fd()])?;
         }
         let until = Instant::now() + within;
         let mut connections = 0;
@@ -154,13 +155,13 @@ impl Channel {
                 whole,
             } = self.receive()?;
             match decoded(message)? {
-                Part::Seat { queue } => {
+                Part::Worker { queue } => {
                     let [queue_socket, listener] = exactly(descriptors)?;
-                    let seat = WorkerSockets {
+                    let sockets = WorkerSockets {
                         queue: queue_socket,
                         listener,
                     };
-                    state.seats.insert(queue, seat);
+                    state.workers.insert(queue, sockets);
                 }
                 Part::Connection {
                     state: own,

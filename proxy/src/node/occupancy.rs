@@ -24,13 +24,13 @@ const NO_LINK: u32 = 0;
 /// The link of each address of this node's pods in the API.
 #[derive(Debug, Default)]
 pub(crate) struct Occupancy {
-    seats: BTreeMap<IpAddr, Seat>,
+    occupants: BTreeMap<IpAddr, Occupant>,
     /// The links that the previous daemon knew, until the first look.
     before: BTreeMap<IpAddr, u32>,
 }
 
 #[derive(Debug)]
-struct Seat {
+struct Occupant {
     pod: Arc<Identity>,
     /// The link's index, if there has been one.
     link: Option<u32>,
@@ -73,24 +73,24 @@ impl Occupancy {
     /// Whether the pods differ from those of the last look, so that links must be read again.
     pub(crate) fn are_other(&self, pods: &[LocalPod]) -> bool {
         let same = |pod: &LocalPod| {
-            let seat = self.seats.get(&pod.address);
-            seat.is_some_and(|seat| seat.pod.is_same_pod(&pod.identity))
+            let occupant = self.occupants.get(&pod.address);
+            occupant.is_some_and(|occupant| occupant.pod.is_same_pod(&pod.identity))
         };
-        pods.len() != self.seats.len() || !pods.iter().all(same)
+        pods.len() != self.occupants.len() || !pods.iter().all(same)
     }
 
     /// Compares the pods that the API names with the links of their addresses, which must be read after the pods.
     pub(crate) fn look(&mut self, pods: &[LocalPod], links: &Seen<'_>, now: Instant) -> Look {
         let mut look = Look::default();
-        let mut seats = std::mem::take(&mut self.seats);
+        let mut occupants = std::mem::take(&mut self.occupants);
         let before = std::mem::take(&mut self.before);
         // An old state may name a pod whose end the previous daemon has seen.
         let unknown = (!before.is_empty() && !links.heard).then_some(NO_LINK);
         for pod in pods {
-            let last = seats.remove(&pod.address);
-            let mut seat = match last {
-                Some(seat) if seat.pod.is_same_pod(&pod.identity) => seat,
-                last => Seat {
+            let last = occupants.remove(&pod.address);
+            let mut occupant = match last {
+                Some(occupant) if occupant.pod.is_same_pod(&pod.identity) => occupant,
+                last => Occupant {
                     pod: Arc::clone(&pod.identity),
                     link: last
                         .and_then(|last| last.next)
@@ -101,24 +101,24 @@ impl Occupancy {
                 },
             };
             let link = links.at.get(&pod.address).copied();
-            let link = link.or_else(|| seat.link.filter(|link| (links.exists)(*link)));
-            if seat.link.is_none() || link.is_none() && seat.link == unknown {
-                seat.link = link;
+            let link = link.or_else(|| occupant.link.filter(|link| (links.exists)(*link)));
+            if occupant.link.is_none() || link.is_none() && occupant.link == unknown {
+                occupant.link = link;
             }
-            seat.next = seat.next.or(link).filter(|_| seat.link != link);
-            if seat.link == link {
-                seat.moved = None;
+            occupant.next = occupant.next.or(link).filter(|_| occupant.link != link);
+            if occupant.link == link {
+                occupant.moved = None;
             } else if link.is_none() || !links.heard || (links.ending)(pod) {
-                seat.moved = link.map(|_| now);
-            } else if now >= *seat.moved.get_or_insert(now) + CONFIRMED {
-                (seat.link, seat.moved, seat.next) = (link, None, None);
+                occupant.moved = link.map(|_| now);
+            } else if now >= *occupant.moved.get_or_insert(now) + CONFIRMED {
+                (occupant.link, occupant.moved, occupant.next) = (link, None, None);
             }
-            if seat.link != link {
-                look.vacant.insert(pod.address, Arc::clone(&seat.pod));
-                let due = seat.moved.map(|moved| moved + CONFIRMED);
+            if occupant.link != link {
+                look.vacant.insert(pod.address, Arc::clone(&occupant.pod));
+                let due = occupant.moved.map(|moved| moved + CONFIRMED);
                 look.again = look.again.into_iter().chain(due).min();
             }
-            self.seats.insert(pod.address, seat);
+            self.occupants.insert(pod.address, occupant);
         }
         look
     }

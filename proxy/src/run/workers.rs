@@ -38,8 +38,10 @@ pub(super) fn start_workers(
     let mut state = state.unwrap_or_default();
     for number in 0..count {
         let queue = settings.queue + number;
-        let seat = state.seats.remove(&queue);
-        let (bound, listener) = seat.map(|seat| (seat.queue, seat.listener)).unzip();
+        let sockets = state.workers.remove(&queue);
+        let (bound, listener) = sockets
+            .map(|sockets| (sockets.queue, sockets.listener))
+            .unzip();
         listeners.push(listener);
         let worker = Worker::start(number.into(), count.into(), queue, bound, Arc::clone(enforcer), stopped.clone())
             .with_context(|| format!("cannot bind NFQUEUE {queue}: is another daemon running, or another program on that queue? (--queue chooses others)"))?;

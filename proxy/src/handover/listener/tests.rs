@@ -85,7 +85,7 @@ fn pipe(held: &[u8]) -> Unread {
     Unread { read, bytes }
 }
 
-fn seat() -> WorkerSockets {
+fn worker_sockets() -> WorkerSockets {
     let listener = || OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap());
     WorkerSockets {
         queue: listener(),
@@ -102,7 +102,9 @@ fn end_of(mut stream: &TcpStream) -> ErrorKind {
 fn handover_transfers_everything_unchanged() {
     let (giving, mut taking) = lines(WITHIN);
     let (mut state, mut outside) = (State::default(), Vec::new());
-    state.seats.extend([(100, seat()), (101, seat())]);
+    state
+        .workers
+        .extend([(100, worker_sockets()), (101, worker_sockets())]);
     let piped = |held: &[u8], rest: &[u8]| Left {
         bytes: rest.to_vec(),
         pipe: Some(pipe(held)),
@@ -160,7 +162,7 @@ fn handover_transfers_everything_unchanged() {
     known.sort_by_key(|known| known.client.port());
     expected.sort_by_key(|known| known.client.port());
     assert_eq!(known, expected);
-    assert_eq!(taken.seats.keys().collect::<Vec<_>>(), [&100, &101]);
+    assert_eq!(taken.workers.keys().collect::<Vec<_>>(), [&100, &101]);
     let rest =
         |at: usize, direction: usize| taken.connections[at].in_flight[direction].bytes.clone();
     assert_eq!([rest(2, 0), rest(2, 1)], [vec![1; 3 << 20], vec![2; 7]]);
@@ -290,7 +292,7 @@ fn damaged_handover_message_is_rejected_without_panic() {
         (vec![&message, end], "a message in the place of bytes"),
         (
             vec![br#"{"Seat":{"queue":100}}"#.as_slice()],
-            "a seat with one descriptor",
+            "a worker with one descriptor",
         ),
         (
             vec![br#"{"Connection":{}}"#.as_slice()],

@@ -1,6 +1,6 @@
 //! The shapes of Kubernetes objects, reduced to the fields that policy looks at.
 //!
-//! One JSON value in, one object of the `policy` crate out, or every fault by its field path.
+//! One JSON value in, one object of the `policy` crate out, or every problem by its field path.
 //! Knows nothing of files, documents or lists. What the API allows to be `null` may be `null`.
 mod foreign;
 mod network_policy;
@@ -13,12 +13,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use policy::{InvalidPolicy, Labels, PodKey, PolicyKey};
+use policy::{Labels, PodKey, PolicyKey};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::{Object, ObjectKey};
+use crate::{Object, ObjectKey, Problem};
 
 pub(crate) use foreign::{FOREIGN, REMEDY as FOREIGN_REMEDY, is_foreign};
 pub(crate) use network_policy::closed_policy;
@@ -88,47 +88,18 @@ impl Kind {
 }
 
 /// What is wrong with one field of an object.
-#[derive(Debug)]
-pub(crate) struct Fault {
-    pub(crate) field: String,
-    pub(crate) problem: String,
-    pub(crate) remedy: String,
-}
-
-impl Fault {
-    fn new(
-        field: impl Into<String>,
-        problem: impl Into<String>,
-        remedy: impl Into<String>,
-    ) -> Self {
-        Self {
-            field: field.into(),
-            problem: problem.into(),
-            remedy: remedy.into(),
-        }
-    }
-}
-
-impl From<InvalidPolicy> for Fault {
-    fn from(
-        InvalidPolicy {
-            field,
-            problem,
-            remedy,
-        }: InvalidPolicy,
-    ) -> Self {
-        Self {
-            field,
-            problem,
-            remedy,
-        }
-    }
+fn problem_at(
+    field: impl Into<String>,
+    problem: impl Into<String>,
+    remedy: impl Into<String>,
+) -> Box<Problem> {
+    Box::new(Problem::error(problem, remedy).at(field))
 }
 
 /// Which object `value` is, even if the rest of it is wrong.
 ///
 /// A missing namespace is `default`, as with `kubectl apply`.
-pub(crate) fn key_of(kind: Kind, value: &Value) -> Result<ObjectKey, Fault> {
+pub(crate) fn key_of(kind: Kind, value: &Value) -> Result<ObjectKey, Box<Problem>> {
     let metadata = &value["metadata"];
     let name = match &metadata["name"] {
         Value::String(name) => checked_name("metadata.name", name)?,
@@ -138,7 +109,7 @@ pub(crate) fn key_of(kind: Kind, value: &Value) -> Result<ObjectKey, Fault> {
             } else {
                 "missing"
             };
-            return Err(Fault::new(
+            return Err(problem_at(
                 "metadata.name",
                 problem,
                 "give the object a name",
@@ -166,10 +137,10 @@ pub(crate) fn key_of(kind: Kind, value: &Value) -> Result<ObjectKey, Fault> {
 /// Reads `value` as the object that `key` names.
 ///
 /// # Errors
-/// Every fault that was found.
-pub(crate) fn read(key: &ObjectKey, value: Value) -> Result<Object, Vec<Fault>> {
+/// Every problem that was found.
+pub(crate) fn read(key: &ObjectKey, value: Value) -> Result<Object, Vec<Problem>> {
     match key {
-        ObjectKey::Namespace(name) => namespace(name, value).map_err(|fault| vec![fault]),
+        ObjectKey::Namespace(name) => namespace(name, value).map_err(|problem| vec![*problem]),
         ObjectKey::Node(name) => node(name, value),
         ObjectKey::Pod(key) => pod::read(key, value),
         ObjectKey::NetworkPolicy(key) => network_policy::read(key, value),
@@ -177,10 +148,10 @@ pub(crate) fn read(key: &ObjectKey, value: Value) -> Result<Object, Vec<Fault>> 
 }
 
 /// A name is printed and looked up as `namespace/name`, so it must hold nothing that breaks that.
-fn checked_name(field: &str, name: &str) -> Result<Arc<str>, Fault> {
+fn checked_name(field: &str, name: &str) -> Result<Arc<str>, Box<Problem>> {
     let valid = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | ':' | '_');
     if name.is_empty() || name.len() > 253 || !name.chars().all(valid) {
-        return Err(Fault::new(
+        return Err(problem_at(
             field,
             format!("{name:?} is not a Kubernetes name"),
             "use up to 253 lower case letters, digits, '-' and '.'",
@@ -194,13 +165,13 @@ const QUOTE: &str = "put the value in quotes";
 const QUOTE_BOOLEAN: &str =
     "put the value in quotes: YAML reads y, n, yes, no, on and off as true and false";
 
-fn not_a_string(field: &str, value: &Value) -> Fault {
+fn not_a_string(field: &str, value: &Value) -> Box<Problem> {
     let remedy = if value.is_boolean() {
         QUOTE_BOOLEAN
     } else {
         QUOTE
     };
-    Fault::new(field, format!("{value} is not a string"), remedy)
+    problem_at(field, format!("{value} is not a string"), remedy)
 }
 
 #[derive(Deserialize, Default)]
@@ -228,7 +199,7 @@ struct NamespaceLite {
     metadata: Metadata,
 }
 
-fn namespace(name: &str, value: Value) -> Result<Object, Fault> {
+fn namespace(name: &str, value: Value) -> Result<Object, Box<Problem>> {
     let raw: NamespaceLite = typed("namespace", "", value)?;
     Ok(Object::Namespace(policy::Namespace::new(
         name,
@@ -262,16 +233,16 @@ struct NodeAddress {
     address: String,
 }
 
-fn node(name: &Arc<str>, value: Value) -> Result<Object, Vec<Fault>> {
-    let raw: NodeLite = typed("node", "", value).map_err(|fault| vec![fault])?;
+fn node(name: &Arc<str>, value: Value) -> Result<Object, Vec<Problem>> {
+    let raw: NodeLite = typed("node", "", value).map_err(|problem| vec![*problem])?;
     let (spec, status) = (raw.spec.unwrap_or_default(), raw.status.unwrap_or_default());
-    let mut faults = Vec::new();
+    let mut problems = Vec::new();
     let mut addresses: Vec<IpAddr> = Vec::new();
     for (index, entry) in status.addresses.unwrap_or_default().iter().enumerate() {
         // Hostname, InternalDNS and ExternalDNS may hold an address too, but need not.
         if matches!(entry.kind.as_str(), "InternalIP" | "ExternalIP") {
             let field = format!("status.addresses[{index}].address");
-            push_address(&mut addresses, &mut faults, field, &entry.address);
+            push_address(&mut addresses, &mut problems, field, &entry.address);
         }
     }
     let listed = spec.pod_cidrs.filter(|cidrs| !cidrs.is_empty());
@@ -287,15 +258,15 @@ fn node(name: &Arc<str>, value: Value) -> Result<Object, Vec<Fault>> {
     for (field, cidr) in fields {
         match cidr.parse::<IpNet>() {
             Ok(cidr) => pod_cidrs.push(cidr.trunc()),
-            Err(_) => faults.push(Fault::new(
-                field,
-                format!("{cidr:?} is not a CIDR"),
-                "write an address and a prefix length, as 10.244.1.0/24",
-            )),
+            Err(_) => {
+                let problem = format!("{cidr:?} is not a CIDR");
+                let remedy = "write an address and a prefix length, as 10.244.1.0/24";
+                problems.push(Problem::error(problem, remedy).at(field));
+            }
         }
     }
-    if !faults.is_empty() {
-        return Err(faults);
+    if !problems.is_empty() {
+        return Err(problems);
     }
     Ok(Object::Node(policy::Node {
         name: Arc::clone(name),
@@ -304,7 +275,7 @@ fn node(name: &Arc<str>, value: Value) -> Result<Object, Vec<Fault>> {
     }))
 }
 
-fn push_address(into: &mut Vec<IpAddr>, faults: &mut Vec<Fault>, field: String, text: &str) {
+fn push_address(into: &mut Vec<IpAddr>, problems: &mut Vec<Problem>, field: String, text: &str) {
     match text.parse::<IpAddr>() {
         Ok(address) => {
             let address = address.to_canonical();
@@ -312,16 +283,20 @@ fn push_address(into: &mut Vec<IpAddr>, faults: &mut Vec<Fault>, field: String, 
                 into.push(address);
             }
         }
-        Err(_) => faults.push(Fault::new(
-            field,
-            format!("{text:?} is not an IP address"),
-            "write an IPv4 or IPv6 address without a prefix length",
-        )),
+        Err(_) => {
+            let problem = format!("{text:?} is not an IP address");
+            let remedy = "write an IPv4 or IPv6 address without a prefix length";
+            problems.push(Problem::error(problem, remedy).at(field));
+        }
     }
 }
 
 /// Deserializes; an error names the field below `prefix` and the remedy.
-fn typed<T: DeserializeOwned>(resource: &str, prefix: &str, value: Value) -> Result<T, Fault> {
+fn typed<T: DeserializeOwned>(
+    resource: &str,
+    prefix: &str,
+    value: Value,
+) -> Result<T, Box<Problem>> {
     serde_path_to_error::deserialize(value).map_err(|error| {
         let path = error.path().to_string();
         let field = match (prefix, path.as_str()) {
@@ -331,11 +306,7 @@ fn typed<T: DeserializeOwned>(resource: &str, prefix: &str, value: Value) -> Res
         };
         let problem = error.into_inner().to_string();
         let remedy = remedy(resource, &field, &problem);
-        Fault {
-            field,
-            problem,
-            remedy,
-        }
+        problem_at(field, problem, remedy)
     })
 }
 

@@ -22,7 +22,6 @@ mod compile;
 mod decided;
 mod decider;
 mod endpoint;
-mod fault;
 mod isolation;
 mod matches;
 mod model;
@@ -38,7 +37,6 @@ pub use budget::{Budget, Excess, Resource};
 pub use cluster::{Claim, Cluster, Touched};
 pub use decided::{Decided, DecidedSide, decide};
 pub use endpoint::{Endpoint, Identity};
-pub use fault::InvalidPolicy;
 pub use model::{
     Direction, Labels, Namespace, Node, Pod, PodKey, PodPort, PolicyKey, Protocol, UnknownProtocol,
 };

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::fault::{Faults, InvalidPolicy};
 use crate::model::{Direction, PolicyKey, Protocol};
+use crate::problem::{Problem, Problems};
 use crate::ranges::IpBlock;
 use crate::selector::{LabelSelector, NamespaceScope, PeerSelector};
 use crate::{syntax, v1};
@@ -59,15 +59,15 @@ impl NetworkPolicy {
     /// Validates `spec` and fills in the API server's defaults.
     ///
     /// # Errors
-    /// Every fault of the object, each with its field.
-    pub fn new(key: PolicyKey, spec: v1::NetworkPolicySpec) -> Result<Self, Vec<InvalidPolicy>> {
-        let mut faults = Faults::default();
-        check_key(&key, &mut faults);
-        let directions = directions(&spec, &mut faults);
-        let pods = LabelSelector::new(spec.pod_selector, "spec.podSelector", &mut faults);
+    /// Every problem of the object, each with its field.
+    pub fn new(key: PolicyKey, spec: v1::NetworkPolicySpec) -> Result<Self, Vec<Problem>> {
+        let mut problems = Problems::default();
+        check_key(&key, &mut problems);
+        let directions = directions(&spec, &mut problems);
+        let pods = LabelSelector::new(spec.pod_selector, "spec.podSelector", &mut problems);
         let mut validator = Validator {
             namespace: &key.namespace,
-            faults: &mut faults,
+            problems: &mut problems,
         };
         let ingress = spec.ingress.into_iter().enumerate().map(|(index, rule)| {
             validator.rule(
@@ -82,7 +82,7 @@ impl NetworkPolicy {
             validator.rule(rule.to, rule.ports, &format!("spec.egress[{index}]"), "to")
         });
         let egress: Vec<Rule> = egress.collect();
-        faults.or(Self {
+        problems.or(Self {
             pods,
             ingress: directions.contains(&Direction::Ingress).then_some(ingress),
             egress: directions.contains(&Direction::Egress).then_some(egress),
@@ -128,27 +128,27 @@ impl NetworkPolicy {
     }
 }
 
-fn check_key(key: &PolicyKey, faults: &mut Faults) {
+fn check_key(key: &PolicyKey, problems: &mut Problems) {
     if let Some(fault) = syntax::dns_label_fault(&key.namespace) {
         let problem = format!("the namespace {:?} {fault}", &*key.namespace);
-        faults.push("metadata.namespace", problem, "name an existing namespace");
+        problems.push("metadata.namespace", problem, "name an existing namespace");
     }
     if let Some(fault) = syntax::dns_subdomain_fault(&key.name) {
         let problem = format!("the name {:?} {fault}", &*key.name);
-        faults.push("metadata.name", problem, "write a name such as deny-all");
+        problems.push("metadata.name", problem, "write a name such as deny-all");
     }
 }
 
 /// `policyTypes`, or the API server's default: Ingress always, Egress only where
 /// there is an egress rule.
-fn directions(spec: &v1::NetworkPolicySpec, faults: &mut Faults) -> Vec<Direction> {
+fn directions(spec: &v1::NetworkPolicySpec, problems: &mut Problems) -> Vec<Direction> {
     if spec.policy_types.is_empty() {
         let egress = (!spec.egress.is_empty()).then_some(Direction::Egress);
         return [Direction::Ingress].into_iter().chain(egress).collect();
     }
     if spec.policy_types.len() > 2 {
         let problem = format!("{} policy types", spec.policy_types.len());
-        faults.push(
+        problems.push(
             "spec.policyTypes",
             problem,
             "list Ingress and Egress at most once each",
@@ -159,7 +159,7 @@ fn directions(spec: &v1::NetworkPolicySpec, faults: &mut Faults) -> Vec<Directio
         match name.as_str() {
             "Ingress" => directions.push(Direction::Ingress),
             "Egress" => directions.push(Direction::Egress),
-            unknown => faults.push(
+            unknown => problems.push(
                 format!("spec.policyTypes[{index}]"),
                 format!("unknown policy type {unknown:?}"),
                 "use Ingress or Egress",
@@ -172,7 +172,7 @@ fn directions(spec: &v1::NetworkPolicySpec, faults: &mut Faults) -> Vec<Directio
 struct Validator<'a> {
     /// The policy's own namespace, for peers without `namespaceSelector`.
     namespace: &'a Arc<str>,
-    faults: &'a mut Faults,
+    problems: &'a mut Problems,
 }
 
 impl Validator<'_> {
@@ -199,13 +199,13 @@ impl Validator<'_> {
     fn peer(&mut self, raw: v1::NetworkPolicyPeer, path: &str) -> Option<Peer> {
         let selects = raw.pod_selector.is_some() || raw.namespace_selector.is_some();
         let mut selector = |raw: Option<v1::LabelSelector>, field: &str| {
-            raw.map(|raw| LabelSelector::new(raw, &format!("{path}.{field}"), self.faults))
+            raw.map(|raw| LabelSelector::new(raw, &format!("{path}.{field}"), self.problems))
         };
         let pods = selector(raw.pod_selector, "podSelector");
         let namespaces = selector(raw.namespace_selector, "namespaceSelector");
         let Some(raw_block) = raw.ip_block else {
             if !selects {
-                self.faults.push(
+                self.problems.push(
                     path,
                     "the peer is empty",
                     "give it a podSelector, a namespaceSelector or an ipBlock",
@@ -222,7 +222,7 @@ impl Validator<'_> {
             }));
         };
         if selects {
-            self.faults.push(
+            self.problems.push(
                 path,
                 "the peer has an ipBlock together with a selector",
                 "split it into two peers",
@@ -243,7 +243,7 @@ impl Validator<'_> {
             except.push(exception);
             let Some(cidr) = cidr else { continue };
             if !cidr.contains(&exception) || exception.prefix_len() <= cidr.prefix_len() {
-                self.faults.push(
+                self.problems.push(
                     field,
                     format!("{text} does not lie strictly within {}", raw.cidr),
                     format!("name a part of {}, with a longer prefix", raw.cidr),
@@ -260,11 +260,11 @@ impl Validator<'_> {
     fn cidr(&mut self, text: &str, field: &str) -> Option<IpNet> {
         let remedy = "write a block such as 10.0.0.0/8 or 2001:db8::/32";
         if text.is_empty() {
-            self.faults.push(field, "no block is given", remedy);
+            self.problems.push(field, "no block is given", remedy);
             return None;
         }
         let Ok(net) = text.parse::<IpNet>() else {
-            self.faults
+            self.problems
                 .push(field, format!("{text:?} is no address block"), remedy);
             return None;
         };
@@ -274,7 +274,7 @@ impl Validator<'_> {
         {
             // Addresses are unmapped before they are judged: as a block it would match nothing, as
             // an exception it would except nothing.
-            self.faults.push(
+            self.problems.push(
                 field,
                 format!("{text} is an IPv4-mapped IPv6 block"),
                 "write it as an IPv4 block",
@@ -290,7 +290,7 @@ impl Validator<'_> {
             Some(name) => name.parse().ok(),
         };
         if protocol.is_none() {
-            self.faults.push(
+            self.problems.push(
                 format!("{path}.protocol"),
                 format!("unknown protocol {:?}", raw.protocol.unwrap_or_default()),
                 "use TCP, UDP or SCTP",
@@ -314,7 +314,7 @@ impl Validator<'_> {
             (None, None) => Some(PortNumbers::All),
             (None, Some(_)) => {
                 let problem = "endPort without port";
-                self.faults.push(
+                self.problems.push(
                     end_field,
                     problem,
                     "give the first port of the range as port",
@@ -331,7 +331,7 @@ impl Validator<'_> {
                     self.port_number(last, &end_field),
                 );
                 if last < first {
-                    self.faults.push(
+                    self.problems.push(
                         end_field,
                         format!("endPort {last} is below port {first}"),
                         "give the lower port as port, the higher as endPort",
@@ -342,7 +342,7 @@ impl Validator<'_> {
             (Some(v1::IntOrString::String(name)), end) => {
                 if end.is_some() {
                     let problem = format!("endPort with the named port {name:?}");
-                    self.faults.push(
+                    self.problems.push(
                         end_field,
                         problem,
                         "give port as a number, or remove endPort",
@@ -356,7 +356,7 @@ impl Validator<'_> {
     fn port_number(&mut self, number: i64, field: &str) -> Option<u16> {
         let valid = u16::try_from(number).ok().filter(|&number| number != 0);
         if valid.is_none() {
-            self.faults.push(
+            self.problems.push(
                 field,
                 format!("{number} is not a port"),
                 "use a number from 1 to 65535",
@@ -374,7 +374,7 @@ impl Validator<'_> {
         } else {
             "write up to 15 of a-z, 0-9 and single hyphens, with at least one letter"
         };
-        self.faults
+        self.problems
             .push(field, format!("the port name {name:?} {fault}"), remedy);
         None
     }

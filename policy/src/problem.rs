@@ -80,10 +80,10 @@ impl Problem {
         self
     }
 
-    /// Names the field.
+    /// Names the field; an empty path is the whole object.
     #[must_use]
     pub fn at(mut self, field: impl Into<String>) -> Self {
-        self.field = Some(field.into());
+        self.field = Some(field.into()).filter(|field| !field.is_empty());
         self
     }
 }
@@ -114,6 +114,44 @@ fn one_line(text: &str) -> String {
         .collect()
 }
 
+/// Problems of one object that are named; further ones are only counted.
+const NAMED: usize = 100;
+
+/// The errors found so far in one object.
+#[derive(Debug, Default)]
+pub(crate) struct Problems {
+    named: Vec<Problem>,
+    more: usize,
+}
+
+impl Problems {
+    pub(crate) fn push(
+        &mut self,
+        field: impl Into<String>,
+        problem: impl Into<String>,
+        remedy: impl Into<String>,
+    ) {
+        if self.named.len() < NAMED {
+            self.named.push(Problem::error(problem, remedy).at(field));
+        } else {
+            self.more += 1;
+        }
+    }
+
+    /// `value` if there are no problems, else all of them.
+    pub(crate) fn or<T>(mut self, value: T) -> Result<T, Vec<Problem>> {
+        if self.named.is_empty() {
+            return Ok(value);
+        }
+        if self.more > 0 {
+            let problem = format!("{} more faults are not named", self.more);
+            let remedy = "correct the first ones first";
+            self.named.push(Problem::error(problem, remedy).at("spec"));
+        }
+        Err(self.named)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -135,5 +173,16 @@ mod tests {
     fn control_characters_are_removed_from_problem_lines() {
         let problem = Problem::warning("a\nb\u{1b}[31m", "c").of("Pod x/\ny");
         assert_eq!(problem.to_string(), "Pod x/ y: a b [31m; c");
+    }
+
+    #[test]
+    fn only_the_first_problems_are_named() {
+        let mut problems = Problems::default();
+        for number in 0..1_000 {
+            problems.push(number.to_string(), "wrong", "correct it");
+        }
+        let named = problems.or(()).unwrap_err();
+        assert_eq!(named.len(), NAMED + 1);
+        assert_eq!(named[NAMED].problem, "900 more faults are not named");
     }
 }

@@ -4,8 +4,8 @@
 //! id in the cluster. Knows no pods: labels only.
 use std::sync::Arc;
 
-use crate::fault::Faults;
 use crate::model::Labels;
+use crate::problem::Problems;
 use crate::{syntax, v1};
 
 /// A `meta/v1` LabelSelector; all requirements must hold; without any, everything matches.
@@ -48,13 +48,13 @@ pub(crate) enum Test {
 }
 
 impl LabelSelector {
-    /// Checks `raw` as the API server does; every fault goes to `faults` under `path`.
-    pub(crate) fn new(raw: v1::LabelSelector, path: &str, faults: &mut Faults) -> Self {
+    /// Checks `raw` as the API server does; every fault goes to `problems` under `path`.
+    pub(crate) fn new(raw: v1::LabelSelector, path: &str, problems: &mut Problems) -> Self {
         let mut requirements = Vec::new();
         for (key, value) in raw.match_labels {
             let field = format!("{path}.matchLabels");
-            check_key(&key, &field, faults);
-            check_value(&value, &field, faults);
+            check_key(&key, &field, problems);
+            check_value(&value, &field, problems);
             requirements.push(Requirement {
                 key: key.into(),
                 test: Test::In([value.into()].into()),
@@ -62,7 +62,7 @@ impl LabelSelector {
         }
         for (index, requirement) in raw.match_expressions.into_iter().enumerate() {
             let field = format!("{path}.matchExpressions[{index}]");
-            requirements.extend(Requirement::new(requirement, &field, faults));
+            requirements.extend(Requirement::new(requirement, &field, problems));
         }
         requirements.sort();
         requirements.dedup();
@@ -93,14 +93,14 @@ impl NamespaceScope {
 }
 
 impl Requirement {
-    fn new(raw: v1::LabelSelectorRequirement, path: &str, faults: &mut Faults) -> Option<Self> {
-        check_key(&raw.key, &format!("{path}.key"), faults);
+    fn new(raw: v1::LabelSelectorRequirement, path: &str, problems: &mut Problems) -> Option<Self> {
+        check_key(&raw.key, &format!("{path}.key"), problems);
         for (index, value) in raw.values.iter().enumerate() {
-            check_value(value, &format!("{path}.values[{index}]"), faults);
+            check_value(value, &format!("{path}.values[{index}]"), problems);
         }
         let takes_values = matches!(raw.operator.as_str(), "In" | "NotIn");
         if takes_values && raw.values.is_empty() {
-            faults.push(
+            problems.push(
                 format!("{path}.values"),
                 format!("{} has no values", raw.operator),
                 "give at least one value, or use Exists or DoesNotExist",
@@ -113,7 +113,7 @@ impl Requirement {
             "In" => Test::In(values.into()),
             "NotIn" => Test::NotIn(values.into()),
             "Exists" | "DoesNotExist" if !values.is_empty() => {
-                faults.push(
+                problems.push(
                     format!("{path}.values"),
                     format!("{} takes no values", raw.operator),
                     "remove the values, or use In or NotIn",
@@ -123,7 +123,7 @@ impl Requirement {
             "Exists" => Test::Exists,
             "DoesNotExist" => Test::DoesNotExist,
             unknown => {
-                faults.push(
+                problems.push(
                     format!("{path}.operator"),
                     format!("unknown operator {unknown:?}"),
                     "use In, NotIn, Exists or DoesNotExist",
@@ -179,9 +179,9 @@ pub(crate) mod asked {
     }
 }
 
-fn check_key(key: &str, field: &str, faults: &mut Faults) {
+fn check_key(key: &str, field: &str, problems: &mut Problems) {
     if let Some(problem) = syntax::label_key_fault(key) {
-        faults.push(
+        problems.push(
             field,
             problem,
             "write a label key such as app or example.com/app",
@@ -189,9 +189,9 @@ fn check_key(key: &str, field: &str, faults: &mut Faults) {
     }
 }
 
-fn check_value(value: &str, field: &str, faults: &mut Faults) {
+fn check_value(value: &str, field: &str, problems: &mut Problems) {
     if let Some(problem) = syntax::label_value_fault(value) {
-        faults.push(
+        problems.push(
             field,
             problem,
             "write up to 63 of A-Z, a-z, 0-9, -, _ and .",
@@ -204,10 +204,10 @@ mod tests {
     use super::*;
 
     fn selector(yaml: &str) -> LabelSelector {
-        let mut faults = Faults::default();
+        let mut problems = Problems::default();
         let raw = serde_saphyr::from_str(yaml).unwrap();
-        let selector = LabelSelector::new(raw, "s", &mut faults);
-        faults.or(selector).unwrap()
+        let selector = LabelSelector::new(raw, "s", &mut problems);
+        problems.or(selector).unwrap()
     }
 
     fn labels(pairs: &[(&str, &str)]) -> Labels {

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::turns::Turns;
 use super::watch::News;
-use crate::objects::{self, Fault, Kind};
+use crate::objects::{self, Kind};
 use crate::{Batch, Event, Object, ObjectKey, Problem};
 
 /// How long after an outage the first kinds that are back wait for the others.
@@ -252,7 +252,7 @@ impl State {
     fn upsert(&mut self, kind: Kind, value: Value) -> Result<ObjectKey, Box<Problem>> {
         let key = match objects::key_of(kind, &value) {
             Ok(key) => key,
-            Err(fault) => return Err(Box::new(problem(fault, kind.name()))),
+            Err(problem) => return Err(Box::new(problem.of(kind.name()))),
         };
         let object = match &key {
             ObjectKey::NetworkPolicy(policy) => self.policy(policy, value),
@@ -274,14 +274,14 @@ impl State {
         self.note(key, read)
     }
 
-    fn note(&mut self, key: &ObjectKey, read: Result<Object, Vec<Fault>>) -> Option<Object> {
+    fn note(&mut self, key: &ObjectKey, read: Result<Object, Vec<Problem>>) -> Option<Object> {
         match read {
             Ok(object) => {
                 self.restate |= self.faults.remove(key).is_some();
                 Some(object)
             }
-            Err(faults) => {
-                let problems = faults.into_iter().map(|fault| problem(fault, key));
+            Err(problems) => {
+                let problems = problems.into_iter().map(|problem| problem.of(key));
                 self.restate = true;
                 self.faults.insert(key.clone(), problems.collect());
                 None
@@ -377,15 +377,6 @@ impl State {
         } else if was_lost {
             self.hold.get_or_insert(now + TOGETHER);
         }
-    }
-}
-
-fn problem(fault: Fault, object: impl std::fmt::Display) -> Problem {
-    let problem = Problem::error(fault.problem, fault.remedy).of(object);
-    if fault.field.is_empty() {
-        problem
-    } else {
-        problem.at(fault.field)
     }
 }
 

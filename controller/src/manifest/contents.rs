@@ -208,29 +208,25 @@ impl Reader<'_> {
                 return self.contents.problems.push(problem);
             }
             Selected::Refused { problem, remedy } => {
-                let fault = Problem::error(problem, remedy)
+                let problem = Problem::error(problem, remedy)
                     .of(describe(meta.kind, &value))
-                    .at(format!("{at}apiVersion"));
+                    .at("apiVersion");
                 self.contents.incomplete |= !self.note_invalid(meta.kind, &value);
-                return self.contents.problems.push(self.problem("", fault));
+                return self.contents.problems.push(self.problem(at, problem));
             }
         };
         let key = match objects::key_of(kind, &value) {
             Ok(key) => key,
-            Err(fault) => {
-                let problem = Problem::error(fault.problem, fault.remedy)
-                    .of(describe(meta.kind, &value))
-                    .at(format!("{at}{}", fault.field));
+            Err(problem) => {
+                let problem = problem.of(describe(meta.kind, &value));
                 self.contents.incomplete = true;
-                return self.contents.problems.push(self.problem("", problem));
+                return self.contents.problems.push(self.problem(at, problem));
             }
         };
         let object = objects::read(&key, value);
-        let object = object.map_err(|faults| {
-            for fault in faults {
-                let problem = Problem::error(fault.problem, fault.remedy).of(&key);
-                let field = format!("{at}{}", fault.field);
-                let problem = self.problem(&field, problem);
+        let object = object.map_err(|problems| {
+            for problem in problems {
+                let problem = self.problem(at, problem.of(&key));
                 self.contents.problems.push(problem);
             }
         });
@@ -261,14 +257,13 @@ impl Reader<'_> {
         self.contents.problems.push(problem);
     }
 
-    fn problem(&self, field: &str, problem: Problem) -> Problem {
-        let problem = problem.in_file(self.file).in_document(self.document);
-        let field = field.trim_end_matches('.');
-        if field.is_empty() {
-            problem
-        } else {
-            problem.at(field)
-        }
+    /// Names the place of a problem; its field is one of the object at the path `at` of the document.
+    fn problem(&self, at: &str, mut problem: Problem) -> Problem {
+        let field = format!("{at}{}", problem.field.take().unwrap_or_default());
+        problem
+            .in_file(self.file)
+            .in_document(self.document)
+            .at(field.trim_end_matches('.'))
     }
 }
 

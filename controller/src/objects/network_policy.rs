@@ -5,41 +5,37 @@
 use policy::PolicyKey;
 use serde_json::{Value, json};
 
-use super::{Fault, typed};
-use crate::Object;
+use super::typed;
+use crate::{Object, Problem};
 
-pub(super) fn read(key: &PolicyKey, mut value: Value) -> Result<Object, Vec<Fault>> {
+pub(super) fn read(key: &PolicyKey, mut value: Value) -> Result<Object, Vec<Problem>> {
     const FIELDS: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
-    let mut faults: Vec<Fault> = value
+    let mut problems: Vec<Problem> = value
         .as_object()
         .into_iter()
         .flat_map(serde_json::Map::keys)
         .filter(|field| !FIELDS.contains(&field.as_str()))
         .map(|field| {
             let remedy = "remove it, or indent it under spec if it belongs there";
-            Fault::new(
-                field,
-                "unknown field: it could change what is allowed",
-                remedy,
-            )
+            Problem::error("unknown field: it could change what is allowed", remedy).at(field)
         })
         .collect();
     let spec = value.get_mut("spec").map(Value::take).unwrap_or_default();
     if spec.is_null() {
         let remedy = "add it; `spec: {podSelector: {}}` denies all ingress in the namespace";
-        faults.push(Fault::new("spec", "missing", remedy));
-        return Err(faults);
+        problems.push(Problem::error("missing", remedy).at("spec"));
+        return Err(problems);
     }
     // The labels of a policy mean nothing to enforcement, so they are not looked at.
     match typed::<policy::v1::NetworkPolicySpec>("networkpolicy", "spec", spec) {
         Ok(spec) => match policy::NetworkPolicy::new(key.clone(), spec) {
-            Ok(policy) if faults.is_empty() => return Ok(policy.into()),
+            Ok(policy) if problems.is_empty() => return Ok(policy.into()),
             Ok(_) => {}
-            Err(invalid) => faults.extend(invalid.into_iter().map(Fault::from)),
+            Err(invalid) => problems.extend(invalid),
         },
-        Err(fault) => faults.push(fault),
+        Err(problem) => problems.push(*problem),
     }
-    Err(faults)
+    Err(problems)
 }
 
 /// The replacement for a policy that cannot be read and has no last good state: it isolates the pods that

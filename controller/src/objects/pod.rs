@@ -8,8 +8,8 @@ use policy::{PodKey, PodPort, Protocol};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Fault, Metadata, push_address, typed};
-use crate::Object;
+use super::{Metadata, problem_at, push_address, typed};
+use crate::{Object, Problem};
 
 #[derive(Deserialize)]
 struct PodLite {
@@ -59,14 +59,14 @@ struct PodIp {
     ip: Option<String>,
 }
 
-pub(super) fn read(key: &PodKey, value: Value) -> Result<Object, Vec<Fault>> {
-    let mut raw: PodLite = typed("pod", "", value).map_err(|fault| vec![fault])?;
+pub(super) fn read(key: &PodKey, value: Value) -> Result<Object, Vec<Problem>> {
+    let mut raw: PodLite = typed("pod", "", value).map_err(|problem| vec![*problem])?;
     let (spec, status) = (raw.spec.unwrap_or_default(), raw.status.unwrap_or_default());
-    let mut faults = Vec::new();
-    let addresses = pod_addresses(&status, &mut faults);
-    let ports = pod_ports(&spec, &mut faults);
-    if !faults.is_empty() {
-        return Err(faults);
+    let mut problems = Vec::new();
+    let addresses = pod_addresses(&status, &mut problems);
+    let ports = pod_ports(&spec, &mut problems);
+    if !problems.is_empty() {
+        return Err(problems);
     }
     let created = raw.metadata.creation_timestamp.take();
     let deleted = raw.metadata.deletion_timestamp.take();
@@ -86,7 +86,7 @@ pub(super) fn read(key: &PodKey, value: Value) -> Result<Object, Vec<Fault>> {
 
 /// `status.podIPs` and `status.podIP`; both are empty until the pod has an address. A pod has at most one address of
 /// each family (Kubernetes API reference, PodStatus `podIPs`); otherwise it could claim a whole network.
-fn pod_addresses(status: &PodStatus, faults: &mut Vec<Fault>) -> Vec<IpAddr> {
+fn pod_addresses(status: &PodStatus, problems: &mut Vec<Problem>) -> Vec<IpAddr> {
     let mut addresses = Vec::new();
     let listed = status.pod_ips.iter().flatten().enumerate();
     let listed = listed.map(|(index, entry)| (format!("status.podIPs[{index}].ip"), &entry.ip));
@@ -96,11 +96,11 @@ fn pod_addresses(status: &PodStatus, faults: &mut Vec<Fault>) -> Vec<IpAddr> {
             continue;
         };
         let known = addresses.len();
-        push_address(&mut addresses, faults, field.clone(), ip);
+        push_address(&mut addresses, problems, field.clone(), ip);
         let Some(&new) = addresses.get(known) else {
             continue;
         };
-        let fault = if is_nobodys(new) {
+        let problem = if is_nobodys(new) {
             format!("a pod cannot have the address {new}")
         } else if addresses[..known]
             .iter()
@@ -112,7 +112,7 @@ fn pod_addresses(status: &PodStatus, faults: &mut Vec<Fault>) -> Vec<IpAddr> {
             continue;
         };
         let remedy = "a pod has at most one IPv4 and one IPv6 address: correct the pod's status";
-        faults.push(Fault::new(field, fault, remedy));
+        problems.push(Problem::error(problem, remedy).at(field));
         return Vec::new();
     }
     addresses
@@ -125,7 +125,7 @@ fn is_nobodys(address: IpAddr) -> bool {
 
 /// The ports of the containers, and of those init containers that keep running beside them
 /// (sidecars: `restartPolicy: Always`); another init container is gone before the pod serves.
-fn pod_ports(spec: &PodSpec, faults: &mut Vec<Fault>) -> Vec<PodPort> {
+fn pod_ports(spec: &PodSpec, problems: &mut Vec<Problem>) -> Vec<PodPort> {
     let main = spec
         .containers
         .iter()
@@ -145,20 +145,20 @@ fn pod_ports(spec: &PodSpec, faults: &mut Vec<Fault>) -> Vec<PodPort> {
             let field = format!("spec.{list}[{at}].ports[{index}]");
             match pod_port(&field, port) {
                 Ok(port) => ports.push(port),
-                Err(fault) => faults.push(fault),
+                Err(problem) => problems.push(*problem),
             }
         }
     }
     ports
 }
 
-fn pod_port(field: &str, port: &ContainerPort) -> Result<PodPort, Fault> {
+fn pod_port(field: &str, port: &ContainerPort) -> Result<PodPort, Box<Problem>> {
     let number = u16::try_from(port.container_port)
         .ok()
         .filter(|number| *number != 0);
     let number = number.ok_or_else(|| {
         let problem = format!("{} is not a port", port.container_port);
-        Fault::new(
+        problem_at(
             format!("{field}.containerPort"),
             problem,
             "use a number from 1 to 65535",
@@ -168,7 +168,7 @@ fn pod_port(field: &str, port: &ContainerPort) -> Result<PodPort, Fault> {
         None | Some("") => Protocol::Tcp,
         Some(text) => text.parse().map_err(|_| {
             let problem = format!("{text:?} is not a protocol");
-            Fault::new(format!("{field}.protocol"), problem, "use TCP, UDP or SCTP")
+            problem_at(format!("{field}.protocol"), problem, "use TCP, UDP or SCTP")
         })?,
     };
     let name = port

@@ -77,7 +77,7 @@ fn a_pod_with_a_deletion_timestamp_is_terminating() {
 }
 
 #[test]
-fn missing_or_null_pod_fields_have_defaults() {
+fn missing_or_null_pod_fields_have_deproblems() {
     for value in [
         json!({"metadata": {"name": "a"}}),
         json!({"metadata": {"name": "a", "labels": null, "creationTimestamp": null}, "spec": null, "status": null}),
@@ -151,15 +151,18 @@ fn node_has_its_addresses_and_pod_cidrs() {
 }
 
 #[test]
-fn all_faults_of_an_object_are_reported_together() {
+fn all_problems_of_an_object_are_reported_together() {
     let value = json!({
         "metadata": {"name": "a"},
         "spec": {"containers": [{"ports": [{"containerPort": 70000}, {"containerPort": -1}]}]},
         "status": {"podIP": "10.0.0.256"}
     });
     let key = key_of(Kind::Pod, &value).expect("a name");
-    let faults = read(&key, value).expect_err("three faults");
-    let fields: Vec<_> = faults.iter().map(|fault| fault.field.as_str()).collect();
+    let problems = read(&key, value).expect_err("three problems");
+    let fields: Vec<_> = problems
+        .iter()
+        .filter_map(|problem| problem.field.as_deref())
+        .collect();
     assert_eq!(
         fields,
         [
@@ -215,8 +218,11 @@ fn a_pod_has_one_address_of_each_family() {
         (json!({"podIP": "ff02::1"}), "status.podIP"),
         (json!({"podIP": "255.255.255.255"}), "status.podIP"),
     ] {
-        let faults = pod(status.clone()).expect_err("refused");
-        let fields: Vec<_> = faults.iter().map(|fault| fault.field.as_str()).collect();
+        let problems = pod(status.clone()).expect_err("refused");
+        let fields: Vec<_> = problems
+            .iter()
+            .filter_map(|problem| problem.field.as_deref())
+            .collect();
         assert_eq!(fields, [field], "{status}");
     }
 }

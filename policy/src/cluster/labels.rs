@@ -313,14 +313,14 @@ fn slot_of(at: usize) -> Slot {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fault::Faults;
+    use crate::problem::Problems;
     use crate::selector::LabelSelector;
 
     fn selector(yaml: &str) -> LabelSelector {
-        let mut faults = Faults::default();
+        let mut problems = Problems::default();
         let raw = serde_saphyr::from_str(yaml).unwrap();
-        let selector = LabelSelector::new(raw, "s", &mut faults);
-        faults.or(selector).unwrap()
+        let selector = LabelSelector::new(raw, "s", &mut problems);
+        problems.or(selector).unwrap()
     }
 
     fn namespace(number: usize) -> Arc<Namespace> {

@@ -1,7 +1,7 @@
 //! What is accepted, what is refused and where, and what is filled in.
 use super::*;
 
-fn policy(spec: &str) -> Result<NetworkPolicy, Vec<InvalidPolicy>> {
+fn policy(spec: &str) -> Result<NetworkPolicy, Vec<Problem>> {
     let key = PolicyKey {
         namespace: "x".into(),
         name: "p".into(),
@@ -10,11 +10,14 @@ fn policy(spec: &str) -> Result<NetworkPolicy, Vec<InvalidPolicy>> {
     NetworkPolicy::new(key, raw)
 }
 
-/// The fields of all faults of `spec`, sorted.
+/// The fields of all problems of `spec`, sorted.
 fn faulty_fields(spec: &str) -> Vec<String> {
     let mut fields: Vec<String> = match policy(spec) {
         Ok(_) => Vec::new(),
-        Err(faults) => faults.into_iter().map(|fault| fault.field).collect(),
+        Err(problems) => problems
+            .into_iter()
+            .filter_map(|problem| problem.field)
+            .collect(),
     };
     fields.sort();
     fields
@@ -190,7 +193,7 @@ fn peer_validation_matches_the_api_server() {
         (
             "{ipBlock: {cidr: x}, podSelector: {matchLabels: {/: x}}}",
             &["", ".ipBlock.cidr", ".podSelector.matchLabels"],
-            "all faults",
+            "all problems",
         ),
         ("{ipBlock: {}}", &[".ipBlock.cidr"], "no block"),
         (
@@ -366,8 +369,11 @@ fn name_validation_matches_the_api_server() {
         namespace: "X".into(),
         name: "".into(),
     };
-    let faults = NetworkPolicy::new(key, v1::NetworkPolicySpec::default()).unwrap_err();
-    let fields: Vec<_> = faults.iter().map(|fault| &*fault.field).collect();
+    let problems = NetworkPolicy::new(key, v1::NetworkPolicySpec::default()).unwrap_err();
+    let fields: Vec<_> = problems
+        .iter()
+        .filter_map(|problem| problem.field.as_deref())
+        .collect();
     assert_eq!(fields, ["metadata.namespace", "metadata.name"]);
 }
 
@@ -378,11 +384,11 @@ fn rules_of_unlisted_policy_types_are_validated() {
 }
 
 #[test]
-fn fault_names_field_problem_and_remedy() {
-    let faults =
+fn error_names_field_problem_and_remedy() {
+    let problems =
         policy("ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [11.0.0.0/16]}}]}]");
     assert_eq!(
-        faults.unwrap_err()[0].to_string(),
+        problems.unwrap_err()[0].to_string(),
         "spec.ingress[0].from[0].ipBlock.except[0]: 11.0.0.0/16 does not lie strictly within \
          10.0.0.0/8; name a part of 10.0.0.0/8, with a longer prefix"
     );

@@ -117,8 +117,8 @@ impl KubeSource {
         }
         let state = State::new(&snapshot.node);
         tasks.spawn(foreign::watch(connector.clone()));
-        let (reporter, telling) = EventReporter::new(&snapshot.node, connector);
-        tasks.spawn(telling);
+        let (reporter, sending) = EventReporter::new(&snapshot.node, connector);
+        tasks.spawn(sending);
         Ok(Self {
             news,
             state,
@@ -170,10 +170,11 @@ impl KubeSource {
     }
 
     /// Creates an Event, once, on each policy that one of `problems` is about.
-    pub fn tell(&mut self, problems: &[Problem]) {
+    pub fn report(&mut self, problems: &[Problem]) {
         // Problems that are known from disk only may be fixed already.
         if self.state.is_complete() {
-            self.reporter.tell(problems, |key| self.state.written(key));
+            self.reporter
+                .report(problems, |key| self.state.written(key));
         }
     }
 

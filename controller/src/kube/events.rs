@@ -29,7 +29,7 @@ const NOTE_BYTES: usize = 1024;
 pub(super) struct EventReporter {
     events: mpsc::Sender<Value>,
     /// Names of those that were handed over, by the policy that they are about.
-    told: BTreeMap<PolicyKey, BTreeSet<String>>,
+    sent: BTreeMap<PolicyKey, BTreeSet<String>>,
     node: String,
 }
 
@@ -42,19 +42,19 @@ impl EventReporter {
         let (events, waiting) = mpsc::channel(WAITING);
         let reporter = Self {
             events,
-            told: BTreeMap::new(),
+            sent: BTreeMap::new(),
             node: node.to_owned(),
         };
         (reporter, send(waiting, connector))
     }
 
     /// Reports the problems of policies that the API server has; `written` finds them.
-    pub(super) fn tell<'a>(
+    pub(super) fn report<'a>(
         &mut self,
         problems: &[Problem],
         written: impl Fn(&PolicyKey) -> Option<&'a Written>,
     ) {
-        self.told.retain(|key, _| written(key).is_some());
+        self.sent.retain(|key, _| written(key).is_some());
         for problem in problems {
             let key = problem.object.as_deref().and_then(policy_key);
             let Some((key, written)) = key.and_then(|key| Some((key.clone(), written(&key)?)))
@@ -62,13 +62,13 @@ impl EventReporter {
                 continue;
             };
             let name = name(&key, written, problem);
-            let told = self.told.entry(key.clone()).or_default();
-            if told.contains(&name) {
+            let sent = self.sent.entry(key.clone()).or_default();
+            if sent.contains(&name) {
                 continue;
             }
             let event = event(&name, &key, written, problem, &self.node);
             if self.events.try_send(event).is_ok() {
-                told.insert(name);
+                sent.insert(name);
             }
         }
     }
@@ -144,7 +144,7 @@ async fn send(mut events: mpsc::Receiver<Value>, connector: Connector) {
         let sent = send_one(&mut client, &connector, &event).await;
         let cause = sent.as_ref().err().map(ApiError::cause);
         match sent {
-            Ok(()) => debug!(%event, "told"),
+            Ok(()) => debug!(%event, "Event sent"),
             Err(error) => {
                 client = None;
                 if last != cause {
@@ -228,7 +228,7 @@ mod tests {
     fn fault_is_sent_once_per_policy_version() {
         let (mut reporter, _task) = EventReporter::new("n1", Connector::default());
         let faults = [
-            Problem::error("bad", "mend")
+            Problem::error("bad", "correct it")
                 .of("NetworkPolicy x/deny")
                 .at("spec"),
             Problem::warning("two claim it", "...").of("Pod x/a"),
@@ -237,16 +237,16 @@ mod tests {
         let (old, new) = (written("1"), written("2"));
         let known = |written| move |asked: &PolicyKey| (*asked == key()).then_some(written);
         let before = reporter.events.capacity();
-        reporter.tell(&faults, known(&old));
-        reporter.tell(&faults, known(&old));
+        reporter.report(&faults, known(&old));
+        reporter.report(&faults, known(&old));
         assert_eq!(reporter.events.capacity(), before - 1);
-        reporter.tell(&faults, known(&new));
+        reporter.report(&faults, known(&new));
         assert_eq!(reporter.events.capacity(), before - 2);
     }
 
     #[test]
     fn event_note_fits_the_api_limit() {
-        let problem = Problem::error("ö".repeat(2000), "mend");
+        let problem = Problem::error("ö".repeat(2000), "correct it");
         let event = event("name", &key(), &written("1"), &problem, "n1");
         let note = event["note"].as_str().expect("a note");
         assert!(note.len() <= NOTE_BYTES && note.len() > NOTE_BYTES - 4);

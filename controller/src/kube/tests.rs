@@ -387,8 +387,8 @@ async fn policy_gets_one_event_from_all_nodes() {
         .at("spec.podSelector")];
     for source in [&mut one, &mut two] {
         next(source).await;
-        source.tell(&problems);
-        source.tell(&problems);
+        source.report(&problems);
+        source.report(&problems);
     }
     let deadline = Instant::now() + DEADLINE;
     while bed

@@ -75,7 +75,7 @@ impl Source {
     pub(super) fn report(&mut self, problems: &[Problem]) {
         match self {
             Self::Manifests { .. } => {}
-            Self::Kube(source) => source.tell(problems),
+            Self::Kube(source) => source.report(problems),
         }
     }
 }

@@ -8,7 +8,7 @@ mod backlog;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -67,8 +67,8 @@ pub(crate) struct KernelFlow {
     received: AtomicU64,
     /// The round in which conntrack was last known to have it.
     seen: AtomicU64,
-    /// Its first packet came again: there may have been another flow between the same ends.
-    again: AtomicBool,
+    /// How often its first packet came again: there may be as many other conntrack entries between the same ends.
+    again: AtomicU32,
     severance: Mutex<Option<Severance>>,
 }
 
@@ -136,7 +136,7 @@ impl KernelFlows {
     /// Enters a flow whose first packet is allowed.
     pub(crate) fn enter(&self, id: FlowId, opened: SystemTime, decision: &Arc<Decision>) -> Listed {
         if let Some(known) = self.by_id.get(&id) {
-            known.again.store(true, Ordering::Relaxed);
+            known.again.fetch_add(1, Ordering::Relaxed);
             return Listed::Again;
         }
         let source = Source::behind(decision.from.as_deref(), id.client.ip());
@@ -156,7 +156,7 @@ impl KernelFlows {
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             seen: AtomicU64::new(self.round.load(Ordering::Relaxed)),
-            again: AtomicBool::new(false),
+            again: AtomicU32::new(0),
             severance: Mutex::new(None),
         });
         // First, since from the next step on it may be taken out again.
@@ -216,12 +216,14 @@ impl KernelFlows {
         }
     }
 
-    /// Removes the flow whose conntrack entry was deleted, unless that may be an earlier one between
+    /// Removes the flow whose conntrack entry was deleted, unless there may be another one between
     /// the same endpoints: then the next comparisons with conntrack find out.
     pub(crate) fn ended(&self, entry: &Entry) -> Option<Arc<KernelFlow>> {
         let flow = self.get(&entry.flow)?;
         flow.note(entry);
-        if flow.again.swap(false, Ordering::Relaxed) {
+        let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
+        let another = |again: u32| again.checked_sub(1);
+        if flow.again.fetch_update(set, fetch, another).is_ok() {
             return None;
         }
         self.remove(&entry.flow)
@@ -430,13 +432,18 @@ mod tests {
     }
 
     #[test]
-    fn late_end_event_keeps_the_newer_flow() {
+    fn flow_is_listed_until_its_last_entry_ends() {
         let flows = KernelFlows::default();
         enter(&flows, 1);
-        assert_eq!(enter(&flows, 1), Listed::Again);
-        assert!(flows.ended(&entry(1, 100)).is_none());
-        assert_eq!(flows.of(&addresses(1)).len(), 1, "a change still finds it");
-        assert!(flows.ended(&entry(1, 200)).is_some());
+        for _ in 0..2 {
+            assert_eq!(enter(&flows, 1), Listed::Again);
+        }
+        for sent in [100, 200] {
+            assert!(flows.ended(&entry(1, sent)).is_none());
+            let found = flows.of(&addresses(1)).len();
+            assert_eq!(found, 1, "a change still finds it");
+        }
+        assert!(flows.ended(&entry(1, 300)).is_some());
     }
 
     #[test]

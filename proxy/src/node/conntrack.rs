@@ -5,7 +5,7 @@
 //! node that proxies the connection passes, and without an entry only a SYN starts a new one.
 //! The list says which flows these are; conntrack is dumped only to find their entries, at the
 //! start, and from time to time for missed events.
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -103,7 +103,9 @@ fn denied_of(enforcer: &Enforcer, touched: &BTreeSet<IpAddr>) -> HashMap<FlowId,
     denied
 }
 
-/// Ends listed flows that have an end among `touched`.
+/// Ends listed flows that have an end among `touched`. Conntrack may have several entries of one flow, such as one by a
+/// Service and one without. It names a flow otherwise than the gate if headers precede TCP: those of its entries that
+/// are not listed are evaluated too.
 fn sever_listed(
     enforcer: &Enforcer,
     touched: &BTreeSet<IpAddr>,
@@ -116,16 +118,23 @@ fn sever_listed(
             .flat_map(|id| [id.client.ip(), id.server.ip()]);
         let ends = ends.filter(|end| touched.contains(end)).collect();
         let mut to_sever = ToSever::new();
+        let mut found = HashSet::new();
         conntrack::each_with_end(&ends, accepted, accepted, |entry| {
-            if let Some(severance) = denied.remove(&entry.flow) {
-                to_sever.push((entry, Some(severance)));
+            if let Some(severance) = denied.get(&entry.flow) {
+                found.insert(entry.flow);
+                to_sever.push((entry, Some(severance.clone())));
+            } else if enforcer.kernel_flows.get(&entry.flow).is_none() {
+                add_if_denied(enforcer, touched, entry, &mut to_sever);
             }
             sever_if_many(enforcer, &mut to_sever)
         })?;
         sever(enforcer, &to_sever)?;
         // A flow that has ended will not appear; one that was just allowed will.
         denied.retain(|id, _| {
-            let listed = enforcer.kernel_flows.get(id);
+            let listed = enforcer
+                .kernel_flows
+                .get(id)
+                .filter(|_| !found.contains(id));
             listed.is_some_and(|flow| flow.entered.elapsed() < ON_ITS_WAY)
         });
         if !denied.is_empty() {
@@ -283,19 +292,29 @@ fn evaluate_unlisted(
         if !concerned(&entry.flow) {
             return Ok(());
         }
-        match enforcer.decide(&entry.flow) {
-            // The earlier owner of the address is unknown: no pod inherits the flow.
-            Err(Unknown(unknown)) if addresses.contains(&unknown) => to_sever.push((entry, None)),
-            Ok(decision) if !decision.verdict.allowed() => {
-                // A flow without a reply may never have been allowed: it is not recorded as severed.
-                let severance = (!entry.unanswered).then(|| Severance::denied(Arc::new(decision)));
-                to_sever.push((entry, severance));
-            }
-            Ok(_) | Err(Unknown(_)) => {}
-        }
+        add_if_denied(enforcer, addresses, entry, &mut to_sever);
         sever_if_many(enforcer, &mut to_sever)
     })?;
     sever(enforcer, &to_sever)
+}
+
+/// Evaluates a flow that is not listed, and adds it to those to sever if it is denied.
+fn add_if_denied(
+    enforcer: &Enforcer,
+    addresses: &BTreeSet<IpAddr>,
+    entry: Entry,
+    to_sever: &mut ToSever,
+) {
+    match enforcer.decide(&entry.flow) {
+        // The earlier owner of the address is unknown: no pod inherits the flow.
+        Err(Unknown(unknown)) if addresses.contains(&unknown) => to_sever.push((entry, None)),
+        Ok(decision) if !decision.verdict.allowed() => {
+            // A flow without a reply may never have been allowed: it is not recorded as severed.
+            let severance = (!entry.unanswered).then(|| Severance::denied(Arc::new(decision)));
+            to_sever.push((entry, severance));
+        }
+        Ok(_) | Err(Unknown(_)) => {}
+    }
 }
 
 /// Ends the flows if there are [`AT_ONCE`] or more, so that no more than that wait in memory.

@@ -39,6 +39,7 @@ mod ports;
 mod redirect;
 mod restart;
 mod reuse;
+mod same_ends;
 mod sctp;
 mod sever;
 mod spans;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         odd::TESTS,
         own_node::TESTS,
         pmtu::TESTS,
+        same_ends::TESTS,
         sctp::TESTS,
         spoof::TESTS,
         martians::TESTS,

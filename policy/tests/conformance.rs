@@ -3,14 +3,8 @@
 //! One `check` for all of them; a new scenario is a new file. Every table is also put to the naive
 //! oracle that the generated tests rely on.
 mod support {
-    pub(crate) mod case;
     pub(crate) mod cluster;
     pub(crate) mod oracle;
-    #[expect(
-        dead_code,
-        reason = "files cannot write every change that can happen to a cluster"
-    )]
-    pub(crate) mod world;
 }
 
 use std::fs;
@@ -18,9 +12,10 @@ use std::io::Error;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use support::case::{Case, Family, Grid, Probe, Step};
+use support::cluster;
 use support::oracle::{self, Question};
-use support::{cluster, world::World};
+use testbed::cases::world::World;
+use testbed::cases::{Case, Family, Grid, Probe, Step};
 
 #[test]
 fn upstream_end_to_end_cases_pass() {

@@ -5,8 +5,6 @@
 mod support {
     pub(crate) mod cluster;
     pub(crate) mod oracle;
-    #[expect(dead_code, reason = "no case of this suite changes a node")]
-    pub(crate) mod world;
 }
 mod generated {
     pub(crate) mod cyclonus;
@@ -17,7 +15,7 @@ use std::collections::BTreeMap;
 use generated::cyclonus::{Case, all};
 use support::cluster::{self, change, check_against_oracle, pairs};
 use support::oracle::Question;
-use support::world::World;
+use testbed::cases::world::World;
 
 /// Ports and protocols of each verdict.
 const PROBES: [(Option<u16>, &str); 8] = [

@@ -6,8 +6,6 @@ mod support {
     pub(crate) mod arbitrary;
     pub(crate) mod cluster;
     pub(crate) mod oracle;
-    #[expect(dead_code, reason = "the nine pods of upstream are for the tables")]
-    pub(crate) mod world;
 }
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,8 +24,8 @@ use support::cluster::{
     protocol, touched_by,
 };
 use support::oracle::{Answer, Question, Side, answer};
-use support::world::addresses;
-use support::world::{Change, World, policy_key};
+use testbed::cases::world::addresses;
+use testbed::cases::world::{Change, World, policy_key};
 
 const PROBES: [(Option<u16>, &str); 6] = [
     (Some(80), "TCP"),

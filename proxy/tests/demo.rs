@@ -223,7 +223,7 @@ impl Jaeger {
         // All at once, so that they differ.
         let [otlp, query, grpc] =
             [free(), free(), free()].map(|it| it.local_addr().unwrap().port());
-        let text = include_str!("jaeger.yaml")
+        let text = include_str!("../../testbed/jaeger.yaml")
             .replace("OTLP_GRPC", &format!("127.0.0.1:{otlp}"))
             .replace("OTLP_HTTP", "127.0.0.1:0")
             .replace("QUERY_HTTP", &format!("127.0.0.1:{query}"))

@@ -17,6 +17,7 @@ const FENCES: &[(&str, &[&str])] = &[
     ("kernel", &["policy"]),
     ("iptables-init", &["kernel"]),
     ("lab", &[]),
+    ("testbed", &["lab"]),
     ("demo", &["policy", "controller", "lab"]),
     (
         "proxy",

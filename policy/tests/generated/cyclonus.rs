@@ -7,7 +7,7 @@ mod upstream;
 
 use serde_json::{Value, json};
 
-use crate::support::world::{Change, addresses};
+use testbed::cases::world::{Change, addresses};
 
 /// One case: a list of steps, each a list of changes, with a look at all verdicts after each.
 pub(crate) struct Case {

@@ -9,7 +9,7 @@ use proptest::sample::{select, subsequence};
 use proptest::{option, strategy::Union};
 use serde_json::{Map, Value, json};
 
-use super::world::{Change, ContainerPort, Labels, Pod, World, addresses, pod};
+use testbed::cases::world::{Change, ContainerPort, Labels, Pod, World, addresses, pod};
 
 const NAMESPACES: [&str; 3] = ["x", "y", "z"];
 const KEYS: [&str; 3] = ["app", "tier", "env"];

@@ -10,7 +10,7 @@ use policy::{Side, Touched, Verdict};
 use serde_json::Value;
 
 use super::oracle::{self, Answer, Question};
-use super::world::{Change, Key, Labels, Node, Pod, World, policy_key};
+use testbed::cases::world::{Change, Key, Labels, Node, Pod, World, policy_key};
 
 /// The cluster that has seen the objects of `world`, in the order of [`World::changes`].
 pub(crate) fn cluster(world: &World) -> Cluster {
@@ -176,7 +176,7 @@ fn node(written: &Node) -> policy::Node {
 }
 
 fn pod(written: &Pod) -> policy::Pod {
-    let port = |port: &super::world::ContainerPort| PodPort {
+    let port = |port: &testbed::cases::world::ContainerPort| PodPort {
         name: port.name.as_deref().map(Into::into),
         number: port.number,
         protocol: protocol(&port.protocol),

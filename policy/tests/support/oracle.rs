@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use serde_json::Value;
 
-use super::world::{Labels, Pod, World};
+use testbed::cases::world::{Labels, Pod, World};
 
 /// The same things that a verdict says.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,9 +9,6 @@ use lab::kubernetes::ControlPlane;
 use lab::{Cluster, Command};
 use serde_json::{Value, json};
 
-#[path = "../../tests/kube/account.rs"]
-mod account;
-
 /// A kind of source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Kind {
@@ -43,7 +40,7 @@ impl Source {
         let control = Box::new(ControlPlane::start(&own)?);
         control.join(lab)?;
         Ok(Self::Api {
-            kubeconfig: account::kubeconfig(&control)?,
+            kubeconfig: testbed::account::kubeconfig(&control)?,
             control,
             states: directory.join("states"),
         })

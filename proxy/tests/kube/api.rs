@@ -4,7 +4,7 @@ use lab::runner::Test;
 use serde_json::{Value, json};
 
 use crate::control;
-use crate::support::{DEADLINE, deny_ingress, small};
+use testbed::{DEADLINE, deny_ingress, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     lab_objects_are_in_api_and_kubectl_editable,

@@ -7,9 +7,9 @@ use lab::runner::Test;
 use lab::{Host, PodSpec, wait_until};
 use serde_json::{Value, json};
 
-use crate::account::NAMESPACE;
 use crate::daemons::{Daemons, PATIENCE};
-use crate::support::{
+use testbed::account::NAMESPACE;
+use testbed::{
     DEADLINE, SOON, allow_ingress, ask, connected, deny_ingress, echoes, greeted, metric, policy,
 };
 

@@ -8,10 +8,10 @@ use lab::kubernetes::ControlPlane;
 use lab::{Child, wait_until};
 use serde_json::Value;
 
-use crate::account;
 use crate::api::items;
 use crate::control;
-use crate::support::{Bed, ask, marker, small};
+use testbed::account;
+use testbed::{Bed, ask, marker, small};
 
 /// The longest wait between two tries of the daemon, and what follows it.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(45);

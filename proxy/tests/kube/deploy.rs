@@ -8,8 +8,9 @@ use lab::runner::Test;
 use lab::{Child, PodSpec, wait_until};
 use serde_json::{Value, json};
 
+use crate::PORTREEVE;
 use crate::control;
-use crate::support::{Bed, DEADLINE, PORTREEVE, allow_all, ask, small};
+use testbed::{Bed, DEADLINE, allow_all, ask, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     every_manifest_is_accepted_by_the_api_server,

@@ -9,10 +9,11 @@ use lab::runner::Test;
 use lab::wait_until;
 use serde_json::json;
 
-use crate::account::NAMESPACE;
+use crate::PORTREEVE;
 use crate::away::is_kept_from;
 use crate::daemons::{Daemons, PATIENCE};
-use crate::support::{PORTREEVE, deny_ingress, in_force};
+use testbed::account::NAMESPACE;
+use testbed::{deny_ingress, in_force};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![in_cluster_configuration_is_found_and_token_reread];
 

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::away::{is_kept_from, reaches};
 use crate::daemons::{Daemons, PATIENCE};
-use crate::support::{ask, deny_ingress, in_force, metric};
+use testbed::{ask, deny_ingress, in_force, metric};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![paged_state_is_relisted_after_etcd_compaction];
 

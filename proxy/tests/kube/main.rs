@@ -5,34 +5,23 @@
     clippy::unwrap_used,
     reason = "a test panics at what it cannot do; clippy knows no tests without libtest"
 )]
-mod account;
 mod api;
 mod away;
-#[path = "../lab/cases.rs"]
-mod cases;
 mod control;
 mod daemons;
 mod deploy;
-#[path = "../lab/dials.rs"]
-mod dials;
-#[path = "../lab/ending.rs"]
-mod ending;
 mod incluster;
 mod lists;
 mod services;
-#[expect(dead_code, reason = "the lab's other tests use more")]
-#[path = "../lab/stage.rs"]
-mod stage;
-#[expect(dead_code, reason = "the lab's other tests use more")]
-#[path = "../lab/support.rs"]
-mod support;
 mod terminating;
 mod upstream;
 
 use std::process::ExitCode;
 
+const PORTREEVE: &str = env!("CARGO_BIN_EXE_portreeve");
+
 fn main() -> ExitCode {
-    support::raise_descriptor_limit();
+    testbed::set_up(PORTREEVE);
     let tests: Vec<_> = [
         api::TESTS,
         away::TESTS,

@@ -13,10 +13,10 @@ use lab::{Child, Cluster, Host, Kind, PodSpec, Protocol, wait_until};
 use serde_json::{Value, json};
 
 use crate::api::items;
-use crate::cases::case::Family;
 use crate::control;
-use crate::dials::{By, Dial, Reached, dial_all};
-use crate::support::{Bed, DEADLINE, greeted, policy};
+use testbed::cases::Family;
+use testbed::dials::{By, Dial, Reached, dial_all};
+use testbed::{Bed, DEADLINE, greeted, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     iptables_services_are_judged_by_documented_source,

@@ -5,8 +5,8 @@ use lab::wait_until;
 use serde_json::{Value, json};
 
 use crate::daemons::Daemons;
-use crate::ending::{self, Live};
-use crate::support::{DEADLINE, ask, policy};
+use testbed::terminating::{self, Live};
+use testbed::{DEADLINE, ask, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![deleted_pod_keeps_access_until_kubelet_ends_it];
 
@@ -21,8 +21,8 @@ fn told() -> Value {
 }
 
 fn deleted_pod_keeps_access_until_kubelet_ends_it() {
-    let policies = [&ending::policies()[..], &[told()]].concat();
-    let daemons = Daemons::enforced_on(ending::bed(), &policies);
+    let policies = [&terminating::policies()[..], &[told()]].concat();
+    let daemons = Daemons::enforced_on(terminating::bed(), &policies);
     daemons.apply(&policies);
     let (bed, control) = (&daemons.bed, &daemons.control);
     let kubectl = |args: &[&str]| control.kubectl(&[&["-n", "x"], args].concat(), "").unwrap();
@@ -47,9 +47,9 @@ fn deleted_pod_keeps_access_until_kubelet_ends_it() {
         wait_until(DEADLINE, format!("the label on {}", node.name()), knows).unwrap();
     }
     live.goes_on();
-    ending::new_connections_have_their_rights(bed, "terminating");
+    terminating::new_connections_have_their_rights(bed, "terminating");
     live.goes_on();
     kubectl(&["delete", "pod", "a", "--grace-period=0", "--force"]);
     live.gets_cut();
-    ending::it_is_gone(bed);
+    terminating::it_is_gone(bed);
 }

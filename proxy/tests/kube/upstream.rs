@@ -8,17 +8,17 @@ use lab::runner::Test;
 use lab::{Host, wait_until};
 use serde_json::{Value, json};
 
-use crate::account;
 use crate::api::items;
-use crate::cases::world::{Change, Labels, World};
 use crate::control;
-use crate::stage::{self, Source, Stage};
-use crate::support::{Bed, DEADLINE, ask, metric};
+use testbed::account;
+use testbed::cases::world::{Change, Labels, World};
+use testbed::matrix::{self, Source, Stage};
+use testbed::{Bed, DEADLINE, ask, metric};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![upstream_cases_pass_through_api_server_and_kubectl];
 
 fn upstream_cases_pass_through_api_server_and_kubectl() {
-    let cases = stage::cases("upstream", 48);
+    let cases = matrix::cases("upstream", 48);
     let mut stage = Stage::new(&cases, |bed| ApiServer::new(bed));
     stage.play_all(&cases);
 }
@@ -57,7 +57,7 @@ impl ApiServer {
     fn change(&self, change: &Change) {
         match change {
             Change::Policy(policy) => {
-                let object = stage::policy_object(policy).to_string();
+                let object = matrix::policy_object(policy).to_string();
                 self.kubectl(&["apply", "-f", "-"], &object);
             }
             Change::NoPolicy((namespace, name)) => {
@@ -125,7 +125,7 @@ impl Source for ApiServer {
         }
         self.published = nodes.to_vec();
         self.publish();
-        self.published = stage::objects(nodes, world);
+        self.published = matrix::objects(nodes, world);
         self.publish();
         self.world = world.clone();
     }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::bridges::BRIDGE;
 use crate::sever::reset_after;
-use crate::support::{Bed, DEADLINE, SOON, ask, connected, echoes, greeted, policy, small};
+use testbed::{Bed, DEADLINE, SOON, ask, connected, echoes, greeted, policy, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     policies_hold_for_pods_outside_node_cidrs,

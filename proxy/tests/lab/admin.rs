@@ -10,7 +10,7 @@ use lab::runner::Test;
 use lab::{Kind, wait_for, wait_until};
 use serde_json::{Value, json};
 
-use crate::support::{
+use testbed::{
     Bed, DEADLINE, SEVERAL_SYNS, SOON, allow_ingress, ask, ask_by, connected, deny_ingress, metric,
 };
 
@@ -62,7 +62,7 @@ fn uid(bed: &Bed, name: &str) -> Value {
 
 fn each_connection_record_has_the_documented_keys() {
     let bed = {
-        let mut bed = Bed::bare(crate::support::small());
+        let mut bed = Bed::bare(testbed::small());
         bed.write_policies(&policies());
         for node in 0..2 {
             bed.install(node, &[]);
@@ -162,7 +162,7 @@ fn records(file: &Path, count: usize) -> Vec<Value> {
 }
 
 fn trace_file_dash_writes_records_to_stdout() {
-    let mut bed = Bed::bare(crate::support::small());
+    let mut bed = Bed::bare(testbed::small());
     bed.write_policies(&policies());
     bed.install(0, &[]);
     bed.start(0, &["--trace-file", "-"]);
@@ -295,9 +295,9 @@ fn bytes_are_counted_while_a_connection_is_live() {
     let sent = "portreeve_bytes_total{direction=\"sent\",path=\"spliced\"}";
     let live = "portreeve_connections{stage=\"live\"}";
     let stream = connected(&a, c.addr_v4(80));
-    crate::support::echoes(&stream, "0123456789");
+    testbed::echoes(&stream, "0123456789");
     assert_eq!((metric(&node, live), metric(&node, sent)), (1, 10));
-    crate::support::echoes(&stream, "0123456789");
+    testbed::echoes(&stream, "0123456789");
     drop(stream);
     bed.wait_for_no_connection();
     assert_eq!((metric(&node, live), metric(&node, sent)), (0, 20));

@@ -12,7 +12,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::bridges::BRIDGE;
 use crate::neighbour::{StopOnDrop, are_unharmed, at_rate, in_bursts};
-use crate::support::{
+use testbed::{
     Bed, DEADLINE, SOON, allow_all, allow_ingress, connected, deny_egress, deny_ingress, echoes,
     metric,
 };

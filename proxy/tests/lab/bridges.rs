@@ -9,7 +9,7 @@ use lab::{Cluster, Gateway, Host, Kind, PodSpec, RpFilter, wait_until};
 use nix::ifaddrs::getifaddrs;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::support::{
+use testbed::{
     Bed, DEADLINE, SOON, allow_ingress, ask, connected, counter, counter_of, deny_egress,
     deny_ingress, greeted, init, metric, small,
 };

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::support::{
+use testbed::{
     self, Bed, DEADLINE, SOON, allow_ingress, connected, deny_egress, deny_ingress, echoes, metric,
     policy, small,
 };
@@ -459,7 +459,7 @@ fn ended_udp_flow_is_recorded_with_its_bytes() {
         accounting(&bed, "60");
         let flow = flow(&a, to);
         assert!(goes_on(&flow));
-        let listed = support::ask(&bed.lab.node(0), "/connections")
+        let listed = testbed::ask(&bed.lab.node(0), "/connections")
             .unwrap()
             .json();
         let ours =

@@ -8,7 +8,7 @@ use lab::runner::Test;
 use lab::{Kind, PodSpec, wait_until};
 use serde_json::{Value, json};
 
-use crate::support::{
+use testbed::{
     Bed, DEADLINE, SOON, allow_all, ask, connected, deny_ingress, echoes, greeted, metric, policy,
 };
 

@@ -7,9 +7,10 @@ use lab::runner::Test;
 use lab::{Child, Host, Kind, PodSpec, wait_until};
 use serde_json::{Value, json};
 
-use crate::support::{
-    Bed, DEADLINE, PORTREEVE, SEVERAL_SYNS, SOON, allow_ingress, ask_as, connected, deny_ingress,
-    echoes, metric, small,
+use crate::PORTREEVE;
+use testbed::{
+    Bed, DEADLINE, SEVERAL_SYNS, SOON, allow_ingress, ask_as, connected, deny_ingress, echoes,
+    metric, small,
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![

@@ -2,7 +2,7 @@
 use lab::runner::Test;
 use lab::traffic::greeting;
 
-use crate::support::{Bed, DEADLINE, allow_all, echoes};
+use testbed::{Bed, DEADLINE, allow_all, echoes};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![connections_work_with_syn_cookies,];
 

@@ -15,7 +15,7 @@ use lab::{Host, PodSpec, wait_for, wait_until};
 use serde_json::{Value, json};
 
 use crate::neighbour::StopOnDrop;
-use crate::support::{Bed, DEADLINE, connected, deny_ingress, echoes, policy};
+use testbed::{Bed, DEADLINE, connected, deny_ingress, echoes, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     first_connect_of_unknown_pods_gets_their_rights,
@@ -353,7 +353,7 @@ fn policy_change_severs_only_the_streams_it_denies() {
         for round in 0..BYTES {
             if round == BYTES / 3 {
                 *changed.lock().unwrap() = Some(Instant::now());
-                bed.write_policies(&[only_with_access("c"), crate::support::deny_egress("a")]);
+                bed.write_policies(&[only_with_access("c"), testbed::deny_egress("a")]);
             }
             for mut stream in &others {
                 stream.write_all(b"x").unwrap();

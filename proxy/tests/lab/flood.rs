@@ -10,7 +10,7 @@ use lab::{Cluster, Host, PodSpec, wait_until};
 use nix::sys::socket::{MsgFlags, NetlinkAddr, SockProtocol, sendto};
 use serde_json::{Value, json};
 
-use crate::support::{Bed, DEADLINE, metric, policy};
+use testbed::{Bed, DEADLINE, metric, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     udp_flood_delays_no_policy_change,

@@ -7,7 +7,8 @@ use lab::runner::Test;
 use lab::{Cluster, PodSpec, wait_until};
 use serde_json::Value;
 
-use crate::support::{Bed, DEADLINE, PORTREEVE, SOON, ask, deny_ingress};
+use crate::PORTREEVE;
+use testbed::{Bed, DEADLINE, SOON, ask, deny_ingress};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![records_resume_after_a_full_disk];
 

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
 use crate::streams::ends;
-use crate::support::{
+use testbed::{
     Bed, DEADLINE, Daemon, SOON, ask, connected, counter, deny_ingress, echoes, greeted, metric,
     policy, small,
 };

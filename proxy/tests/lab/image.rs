@@ -17,10 +17,9 @@ use nix::errno::Errno;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::PORTREEVE;
 use crate::bridges::{BRIDGE, takes};
-use crate::support::{
-    Bed, PORTREEVE, SEVERAL_SYNS, SOON, allow_all, connected, deny_ingress, echoes, small,
-};
+use testbed::{Bed, SEVERAL_SYNS, SOON, allow_all, connected, deny_ingress, echoes, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     image_enforces_with_capabilities_of_the_daemonset,

@@ -11,7 +11,7 @@ use lab::traffic::{Injector, Way, craft};
 use lab::{Capture, Host, Packet, RpFilter, wait_until};
 
 use crate::strange::{Case, Neighbourhood, cases};
-use crate::support::{Bed, DEADLINE, deny_egress, deny_ingress, small};
+use testbed::{Bed, DEADLINE, deny_egress, deny_ingress, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     isolated_pod_sends_no_packet_of_any_kind,

@@ -7,7 +7,7 @@ use lab::runner::Test;
 use lab::{Capture, Host, Kind, Outcome};
 use nix::errno::Errno;
 
-use crate::support::{
+use testbed::{
     Bed, DEADLINE, SEVERAL_SYNS, SOON, allow_all, allow_ingress, deny_egress, deny_ingress, small,
 };
 

@@ -2,7 +2,7 @@
 use lab::runner::Test;
 use serde_json::Value;
 
-use crate::support::{Bed, DEADLINE, deny_ingress};
+use testbed::{Bed, DEADLINE, deny_ingress};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![repeated_denials_are_logged_and_then_counted];
 

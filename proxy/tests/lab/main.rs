@@ -10,22 +10,16 @@ mod addresses;
 mod admin;
 mod bounds;
 mod bridges;
-mod browser;
 mod carried;
-mod cases;
-mod certificates;
 mod changes;
 mod console;
 mod cookies;
-mod dials;
-mod ending;
 mod first;
 mod flood;
 mod full_disk;
 mod handover;
 mod image;
 mod isolation;
-mod jaeger;
 mod likeness;
 mod logs;
 mod martians;
@@ -44,20 +38,20 @@ mod sctp;
 mod sever;
 mod spans;
 mod spoof;
-mod stage;
 mod stalled;
 mod startup;
 mod strange;
 mod streams;
-mod support;
 mod surge;
 mod tenants;
 mod topology;
 
 use std::process::ExitCode;
 
+const PORTREEVE: &str = env!("CARGO_BIN_EXE_portreeve");
+
 fn main() -> ExitCode {
-    support::raise_descriptor_limit();
+    testbed::set_up(PORTREEVE);
     let tests: Vec<_> = [
         policies::TESTS,
         carried::TESTS,

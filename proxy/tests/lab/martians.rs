@@ -7,9 +7,7 @@ use lab::traffic::craft::{self, SYN};
 use lab::{Capture, Cluster, Gateway, Host, RpFilter};
 
 use crate::bridges::BRIDGE;
-use crate::support::{
-    Bed, DEADLINE, allow_ingress, counter, deny_egress, deny_ingress, metric, small,
-};
+use testbed::{Bed, DEADLINE, allow_ingress, counter, deny_egress, deny_ingress, metric, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     a_link_local_source_stays_on_its_link,
@@ -148,7 +146,7 @@ fn source_routed_packets_reach_no_pod() {
     assert!(dropped >= 6, "{dropped} of {sent}");
     // Without the rules most of them arrive.
     bed.kill(0);
-    let said = crate::support::init(&node, "uninstall", &[]);
+    let said = testbed::init(&node, "uninstall", &[]);
     assert!(said.status.success(), "{said:?}");
     let packets = routed(&d, &node, &b);
     for packet in &packets {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use lab::{Host, Outcome, wait_until};
 
-use crate::support::DEADLINE;
+use testbed::DEADLINE;
 
 /// A connect that takes longer has failed: its SYN and a repeat of it were lost.
 const FAILED_AFTER: Duration = Duration::from_secs(2);

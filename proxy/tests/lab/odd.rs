@@ -12,7 +12,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::json;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::support::{
+use testbed::{
     Bed, DEADLINE, SOON, allow_all, counter, deny_egress, greeted, metric, policy, small,
 };
 

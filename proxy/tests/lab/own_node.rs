@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
 
 use crate::bridges::BRIDGE;
-use crate::support::{
+use testbed::{
     Bed, DEADLINE, SOON, ask, connected, counter, deny_egress, deny_ingress, echoes, greeted,
     metric, policy, small,
 };

@@ -7,8 +7,8 @@ use lab::runner::Test;
 use lab::{Cluster, Kind, PodSpec, wait_until};
 use serde_json::{Value, json};
 
-use crate::browser::Browser;
-use crate::support::{Bed, DEADLINE, SOON, connected, deny_ingress, metric, policy};
+use testbed::browser::Browser;
+use testbed::{Bed, DEADLINE, SOON, connected, deny_ingress, metric, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     page_shows_policy_matrix_reasons_and_live_denials,

@@ -7,7 +7,7 @@ use lab::runner::Test;
 use lab::traffic::{UdpOutcome, Way, bulk};
 use lab::{Host, Packet, Serve};
 
-use crate::support::{Bed, DEADLINE, allow_all, metric};
+use testbed::{Bed, DEADLINE, allow_all, metric};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     path_mtu_discovery_works_on_both_legs,

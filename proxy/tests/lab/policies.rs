@@ -7,9 +7,9 @@ use lab::traffic::UdpOutcome;
 use lab::{Protocol, ServiceSpec};
 use serde_json::{Value, json};
 
-use crate::cases::world::{Change, World};
-use crate::stage::{self, Source, Stage};
-use crate::support::{Bed, SOON, marker, policy, small};
+use testbed::cases::world::{Change, World};
+use testbed::matrix::{self, Source, Stage};
+use testbed::{Bed, SOON, marker, policy, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     kubernetes_documentation_policies_pass_on_real_connections,
@@ -76,7 +76,7 @@ fn egress_rules_match_pods_behind_a_service() {
 
 /// Replays every case of a directory.
 fn replay(directory: &str, at_least: usize) {
-    let cases = stage::cases(directory, at_least);
+    let cases = matrix::cases(directory, at_least);
     let mut stage = Stage::new(&cases, |bed| Manifests::new(bed));
     stage.play_all(&cases);
 }
@@ -95,7 +95,7 @@ impl Manifests {
 impl Source for Manifests {
     fn step(&mut self, bed: &Bed, nodes: &[Value], world: &World, _: &[Change]) {
         let mark = bed.mark();
-        let mut items = stage::objects(nodes, world);
+        let mut items = matrix::objects(nodes, world);
         items.push(marker(&mark));
         bed.write(
             "state.json",

@@ -11,7 +11,7 @@ use nix::sys::socket::{MsgFlags, NetlinkAddr, SockProtocol, recv, sendto};
 use socket2::SockRef;
 use std::time::Duration;
 
-use crate::support::{
+use testbed::{
     Bed, DEADLINE, SOON, allow_all, allow_ingress, connected, counter, deny_egress, deny_ingress,
     echoes, small,
 };

@@ -7,7 +7,7 @@ use lab::runner::Test;
 use lab::{Cluster, Host, Kind, PodSpec, wait_until};
 
 use crate::bridges::BRIDGE;
-use crate::support::{
+use testbed::{
     Bed, DEADLINE, SOON, allow_ingress, ask, connected, deny_ingress, echoes, greeted, init, metric,
 };
 

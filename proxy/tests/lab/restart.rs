@@ -14,7 +14,7 @@ use lab::{Kind, Netns, wait_until};
 use socket2::SockRef;
 
 use crate::streams::ends;
-use crate::support::{
+use testbed::{
     Bed, DEADLINE, SOON, allow_all, allow_ingress, ask, connected, deny_ingress, echoes, greeted,
     init, small,
 };

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::first::egress_by_access;
 use crate::sever::reset_after;
-use crate::support::{Bed, DEADLINE, metric};
+use testbed::{Bed, DEADLINE, metric};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![pods_on_reused_addresses_have_only_own_rights];
 

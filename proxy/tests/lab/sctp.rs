@@ -9,7 +9,7 @@ use lab::traffic::craft::{self, SCTP_INIT, SCTP_INIT_ACK};
 use lab::{Capture, Host, wait_until};
 use serde_json::{Value, json};
 
-use crate::support::{Bed, DEADLINE, deny_egress, deny_ingress, metric, policy, small};
+use testbed::{Bed, DEADLINE, deny_egress, deny_ingress, metric, policy, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     sctp_ports_are_judged_both_ways_on_nodes,
@@ -119,7 +119,7 @@ fn sctp_ports_are_judged_both_ways_on_nodes() {
             attempt.is_denied(5001, 81, 0, SCTP_INIT);
             let tcp = attempt
                 .client
-                .connect(attempt.server.addr_v4(80), crate::support::SOON);
+                .connect(attempt.server.addr_v4(80), testbed::SOON);
             assert_eq!(tcp.unwrap().kind(), lab::Kind::TimedOut, "no rule for TCP");
         }
     }

@@ -12,8 +12,8 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::carried::{flow, goes_on};
-use crate::ending::{self, Live};
-use crate::support::{Bed, DEADLINE, connected, deny_egress, deny_ingress, echoes, policy, small};
+use testbed::terminating::{self, Live};
+use testbed::{Bed, DEADLINE, connected, deny_egress, deny_ingress, echoes, policy, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     every_kind_of_change_severs_only_denied_flows,
@@ -265,27 +265,27 @@ fn reset_reaches_client_after_its_node_severed_flow() {
 }
 
 fn terminating_pod_keeps_rights_and_connections_until_deleted() {
-    let mut bed = ending::bed();
-    bed.write_policies(&ending::policies());
+    let mut bed = terminating::bed();
+    bed.write_policies(&terminating::policies());
     bed.enforce(&["--hold", "300ms"]);
     let mut told = Told {
         cluster: bed.lab.manifests(),
-        policies: ending::policies().to_vec(),
+        policies: terminating::policies().to_vec(),
     };
     let live = Live::open(&bed);
-    ending::new_connections_have_their_rights(&bed, "running");
+    terminating::new_connections_have_their_rights(&bed, "running");
     let metadata = &mut told.pod("a")["metadata"];
     metadata["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
     metadata["deletionGracePeriodSeconds"] = json!(30);
     bed.wait_in_force(&told.write(&bed));
     live.goes_on();
-    ending::new_connections_have_their_rights(&bed, "terminating");
+    terminating::new_connections_have_their_rights(&bed, "terminating");
     live.goes_on();
     told.remove_pod("a");
     let mark = told.write(&bed);
     live.gets_cut();
     bed.wait_in_force(&mark);
-    ending::it_is_gone(&bed);
+    terminating::it_is_gone(&bed);
 }
 
 /// Namespace x is open and a has access to c by its port's name; d comes by its address.

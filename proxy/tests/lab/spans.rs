@@ -12,14 +12,14 @@ use lab::{Host, wait_until};
 use serde_json::{Value, json};
 use socket2::SockRef;
 
-use crate::browser::Browser;
 use crate::carried::accounting;
-use crate::cases::world::{Change, World, policy_key};
-use crate::certificates::Certificates;
-use crate::jaeger::{Jaeger, Span};
 use crate::policies::Manifests;
-use crate::stage::{self, Refused, Source, Stage};
-use crate::support::{
+use testbed::browser::Browser;
+use testbed::cases::world::{Change, World, policy_key};
+use testbed::certificates::Certificates;
+use testbed::jaeger::{Jaeger, Span};
+use testbed::matrix::{self, Refused, Source, Stage};
+use testbed::{
     Bed, DEADLINE, SOON, allow_all, connected, deny_ingress, echoes, metric, policy, small,
 };
 
@@ -83,7 +83,7 @@ impl Source for Told {
 }
 
 fn denied_upstream_connections_are_found_in_jaeger() {
-    let cases = stage::cases("upstream", 48);
+    let cases = matrix::cases("upstream", 48);
     let mut stage = Stage::new(&cases, |bed| Told {
         manifests: Manifests::new(bed),
         jaeger: Jaeger::start(bed.lab.outside()),

@@ -7,7 +7,7 @@ use lab::traffic::craft;
 use lab::{Between, Gateway, Host, PodSpec, RpFilter, wait_until};
 
 use crate::carried::{flow, goes_on};
-use crate::support::{
+use testbed::{
     Bed, DEADLINE, allow_ingress, connected, counter, deny_ingress, greeted, metric, small,
 };
 

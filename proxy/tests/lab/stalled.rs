@@ -13,7 +13,7 @@ use lab::{Dial, Host, wait_until};
 
 use crate::handover::{bed_with, ends_of, flags, record_of};
 use crate::streams::ends;
-use crate::support::{Bed, DEADLINE, allow_all, greeted, metric};
+use testbed::{Bed, DEADLINE, allow_all, greeted, metric};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     a_handover_with_stalled_streams_keeps_the_neighbours,

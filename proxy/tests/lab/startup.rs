@@ -10,8 +10,9 @@ use lab::runner::Test;
 use lab::{Command, wait_until};
 use serde_json::json;
 
-use crate::support::{
-    Bed, DEADLINE, PORTREEVE, allow_all, ask, connected, deny_ingress, echoes, init, policy, small,
+use crate::PORTREEVE;
+use testbed::{
+    Bed, DEADLINE, allow_all, ask, connected, deny_ingress, echoes, init, policy, small,
 };
 
 pub(crate) const TESTS: &[Test] = &lab::tests![

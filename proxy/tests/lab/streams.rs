@@ -11,9 +11,7 @@ use lab::traffic::{bulk, connect_all};
 use lab::{Dial, Host, Serve, wait_until};
 use socket2::SockRef;
 
-use crate::support::{
-    Bed, DEADLINE, allow_all, connected, counter, echoes, greeted, metric, small,
-};
+use testbed::{Bed, DEADLINE, allow_all, connected, counter, echoes, greeted, metric, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     the_server_sees_the_clients_own_address,

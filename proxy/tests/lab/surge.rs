@@ -9,10 +9,9 @@ use lab::{Kind, wait_until};
 use serde_json::json;
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::PORTREEVE;
 use crate::handover::{asking, end_of, flags, heard, policies, terms_of};
-use crate::support::{
-    Bed, DEADLINE, PORTREEVE, SOON, connected, deny_ingress, echoes, greeted, init, small,
-};
+use testbed::{Bed, DEADLINE, SOON, connected, deny_ingress, echoes, greeted, init, small};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     probe_succeeds_only_for_its_own_daemon,

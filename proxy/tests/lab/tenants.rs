@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::bounds::flood;
 use crate::neighbour::StopOnDrop;
-use crate::support::{Bed, DEADLINE, allow_ingress, ask, deny_ingress, metric, policy};
+use testbed::{Bed, DEADLINE, allow_ingress, ask, deny_ingress, metric, policy};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     first_packets_cost_the_same_under_many_rules,

@@ -10,7 +10,7 @@ use lab::{Between, Builder, Gateway, Host, Kind, PodSpec, wait_until};
 use nix::errno::Errno;
 use serde_json::{Value, json};
 
-use crate::support::{
+use testbed::{
     Bed, DEADLINE, SEVERAL_SYNS, SOON, Way, connected, deny_ingress, echoes, greeted, policy, small,
 };
 

@@ -13,13 +13,13 @@ mod overlays;
 mod pods;
 mod rolling;
 mod room;
-#[expect(dead_code, reason = "the lab's other tests use more")]
-#[path = "../lab/support.rs"]
-mod support;
 
 use std::process::ExitCode;
 
+const PORTREEVE: &str = env!("CARGO_BIN_EXE_portreeve");
+
 fn main() -> ExitCode {
+    testbed::set_up(PORTREEVE);
     let tests: Vec<_> = [
         daemonset::TESTS,
         enforcement::TESTS,

@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::enforcement::policed;
 use crate::pods::{namespace, ready, server};
 use crate::room::{Room, room};
-use crate::support::SEVERAL_SYNS;
+use testbed::SEVERAL_SYNS;
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     host_port_is_judged_by_client_address,

@@ -4,7 +4,7 @@ use lab::{Host, Outcome, wait_until};
 use serde_json::{Value, json};
 
 use crate::room::{PATIENCE, Room};
-use crate::support::SEVERAL_SYNS;
+use testbed::SEVERAL_SYNS;
 
 pub(crate) const PORT: u16 = 8080;
 

@@ -10,7 +10,7 @@ use lab::{Child, Cluster, wait_for, wait_until};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::support::in_force;
+use testbed::in_force;
 
 pub(crate) const NAMESPACE: &str = "portreeve-system";
 /// How long kubelet, scheduler and controllers may take on two busy cores.

@@ -2,7 +2,7 @@
 use serde_json::{Value, json};
 
 use super::{Case, any_of, base, label, several, upstream, varied};
-use crate::support::world::{Change, labels, pod};
+use testbed::cases::world::{Change, labels, pod};
 
 pub(super) fn example() -> Case {
     several(

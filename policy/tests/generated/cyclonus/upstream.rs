@@ -3,7 +3,7 @@ use serde_json::{Value, json};
 
 use super::steps::{delete, relabel_namespace, relabel_pod};
 use super::{Case, any_of, dns, label, policy, several};
-use crate::support::world::Change;
+use testbed::cases::world::Change;
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = fixed();

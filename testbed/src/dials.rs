@@ -10,8 +10,8 @@ use lab::{Netns, Protocol};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::{Domain, Socket, Type};
 
-use crate::cases::case::{Family, Grid};
-use crate::support::DEADLINE;
+use crate::DEADLINE;
+use crate::cases::{Family, Grid};
 
 /// How long denied connections may still succeed once all allowed ones are established:
 /// all were sent before the first of these was answered.
@@ -19,38 +19,50 @@ const GRACE: Duration = Duration::from_millis(400);
 
 /// How a server is named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum By {
+pub enum By {
+    /// By its own address.
     Address,
+    /// By the ClusterIP of its Service.
     Service,
 }
 
 /// One cell of a grid.
-pub(crate) struct Dial {
-    pub(crate) protocol: Protocol,
-    pub(crate) row: usize,
-    pub(crate) column: usize,
-    pub(crate) family: Family,
-    pub(crate) by: By,
-    pub(crate) expected: bool,
-    pub(crate) netns: Netns,
-    pub(crate) source: IpAddr,
-    pub(crate) to: SocketAddr,
+pub struct Dial {
+    /// TCP, UDP or SCTP.
+    pub protocol: Protocol,
+    /// The source's place in the grid.
+    pub row: usize,
+    /// The destination's place in the grid.
+    pub column: usize,
+    /// The family of all its addresses.
+    pub family: Family,
+    /// How `to` names the server.
+    pub by: By,
+    /// Whether it must succeed.
+    pub expected: bool,
+    /// Where the socket is made.
+    pub netns: Netns,
+    /// The client's address.
+    pub source: IpAddr,
+    /// Where it connects to.
+    pub to: SocketAddr,
     /// Where `to` leads.
-    pub(crate) server_address: SocketAddr,
+    pub server_address: SocketAddr,
     /// The pod that is to answer; `None` for an external host.
-    pub(crate) server: Option<String>,
+    pub server: Option<String>,
 }
 
 /// A dial that succeeded.
-pub(crate) enum Reached {
+pub enum Reached {
     /// Its greeting waits to be read.
     Stream(TcpStream),
+    /// UDP's or SCTP's answer.
     Greeting(Greeting),
 }
 
 impl Reached {
     /// What the server said; of a stream it can be read once.
-    pub(crate) fn greeting(&self) -> io::Result<Greeting> {
+    pub fn greeting(&self) -> io::Result<Greeting> {
         match self {
             Self::Stream(stream) => greeting(stream, DEADLINE),
             Self::Greeting(greeting) => Ok(greeting.clone()),
@@ -60,7 +72,7 @@ impl Reached {
 
 impl Dial {
     /// Returns an error if another server answered, or if it saw another client.
-    pub(crate) fn misled(&self, reached: &Reached, grid: &Grid) -> Option<String> {
+    pub fn misled(&self, reached: &Reached, grid: &Grid) -> Option<String> {
         let server = self.server.as_ref()?;
         let (from, to) = (&grid.parties[self.row], &grid.parties[self.column]);
         match reached.greeting() {
@@ -121,7 +133,7 @@ fn socket(kind: Type, source: IpAddr) -> Socket {
 
 /// Dials all at once; waits until all expected ones have succeeded (or the deadline), and
 /// then a grace period for those that must not. `None` is a failure.
-pub(crate) fn dial_all(dials: &[Dial]) -> Vec<Option<Reached>> {
+pub fn dial_all(dials: &[Dial]) -> Vec<Option<Reached>> {
     let mut calls: Vec<Call> = Vec::with_capacity(dials.len());
     for group in dials.chunk_by(|one, other| one.netns.inode() == other.netns.inode()) {
         let started = group[0]

@@ -9,10 +9,10 @@ use lab::traffic::{UdpOutcome, connect_all};
 use lab::{Dial, Host, Kind};
 use serde_json::{Value, json};
 
-use crate::support::{Bed, DEADLINE, SOON, connected, echoes, policy, small};
+use crate::{Bed, DEADLINE, SOON, connected, echoes, policy, small};
 
 /// The small cluster, whose pods answer datagrams too.
-pub(crate) fn bed() -> Bed {
+pub fn bed() -> Bed {
     let bed = Bed::bare(small());
     for pod in bed.lab.pods() {
         pod.serve_udp(&[53]).unwrap();
@@ -21,7 +21,7 @@ pub(crate) fn bed() -> Bed {
 }
 
 /// What a may connect to, and what may connect to it.
-pub(crate) fn policies() -> [Value; 2] {
+pub fn policies() -> [Value; 2] {
     let pod = |name: &str| json!({ "podSelector": { "matchLabels": { "pod": name } } });
     let side = |kind: &str, key: &str, list: &str, peer: &str| {
         let mut spec = pod("a");
@@ -36,24 +36,26 @@ pub(crate) fn policies() -> [Value; 2] {
 }
 
 /// What a has open.
-pub(crate) struct Live(Vec<TcpStream>);
+pub struct Live(Vec<TcpStream>);
 
 impl Live {
     /// A connection from a and one to it, in each family.
-    pub(crate) fn open(bed: &Bed) -> Self {
+    pub fn open(bed: &Bed) -> Self {
         let ways = ways(bed, 80, [("x/a", "x/c"), ("x/d", "x/a")]);
         Self(ways.iter().map(|(from, to)| connected(from, *to)).collect())
     }
 
+    /// All connections still carry data.
     #[track_caller]
-    pub(crate) fn goes_on(&self) {
+    pub fn goes_on(&self) {
         self.0
             .iter()
             .for_each(|stream| echoes(stream, "still here"));
     }
 
+    /// All connections are reset.
     #[track_caller]
-    pub(crate) fn gets_cut(self) {
+    pub fn gets_cut(self) {
         for mut stream in self.0 {
             stream.set_read_timeout(Some(DEADLINE)).unwrap();
             let end = stream.read(&mut [0; 1]).map_err(|error| error.kind());
@@ -64,7 +66,7 @@ impl Live {
 
 /// Tries all allowed and denied connections again.
 #[track_caller]
-pub(crate) fn new_connections_have_their_rights(bed: &Bed, when: &str) {
+pub fn new_connections_have_their_rights(bed: &Bed, when: &str) {
     for (from, to) in ways(bed, 80, [("x/a", "x/c"), ("x/d", "x/a")]) {
         echoes(&connected(&from, to), when);
     }
@@ -78,7 +80,7 @@ pub(crate) fn new_connections_have_their_rights(bed: &Bed, when: &str) {
 
 /// No connection from or to a's former address succeeds.
 #[track_caller]
-pub(crate) fn it_is_gone(bed: &Bed) {
+pub fn it_is_gone(bed: &Bed) {
     refused(bed, [("x/a", "x/c"), ("x/d", "x/a")], "gone");
 }
 

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 use lab::kubernetes::{ControlPlane, KubernetesError};
 
 /// Where the DaemonSet's account lives.
-pub(crate) const NAMESPACE: &str = "portreeve-system";
+pub const NAMESPACE: &str = "portreeve-system";
 
 /// A kubeconfig of the account.
-pub(crate) fn kubeconfig(control: &ControlPlane) -> Result<PathBuf, KubernetesError> {
+pub fn kubeconfig(control: &ControlPlane) -> Result<PathBuf, KubernetesError> {
     let namespace = format!("{{apiVersion: v1, kind: Namespace, metadata: {{name: {NAMESPACE}}}}}");
     control.kubectl(&["apply", "-f", "-"], &namespace)?;
     let rights = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/base/rbac.yaml");

@@ -7,11 +7,11 @@ use std::process::Command;
 use tempfile::TempDir;
 
 /// A directory of PEM files.
-pub(crate) struct Certificates(TempDir);
+pub struct Certificates(TempDir);
 
 impl Certificates {
     /// `ca`, which signs `server` for these addresses and `client`, and `stranger`, which signs no other certificate.
-    pub(crate) fn make(server: &[IpAddr]) -> Self {
+    pub fn make(server: &[IpAddr]) -> Self {
         let made = Self(TempDir::new().unwrap());
         made.issue("ca", &[]);
         made.issue("stranger", &[]);
@@ -30,12 +30,12 @@ impl Certificates {
     }
 
     /// The file of `name`'s certificate.
-    pub(crate) fn certificate(&self, name: &str) -> String {
+    pub fn certificate(&self, name: &str) -> String {
         self.file(name, "crt")
     }
 
     /// The file of `name`'s private key.
-    pub(crate) fn key(&self, name: &str) -> String {
+    pub fn key(&self, name: &str) -> String {
         self.file(name, "key")
     }
 

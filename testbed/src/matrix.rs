@@ -2,6 +2,8 @@
 //! through a ClusterIP, in both families, on one node and across.
 //!
 //! A [`Source`] provides a case's state to the daemons.
+mod objects;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::{IpAddr, SocketAddr, TcpListener};
@@ -9,18 +11,20 @@ use std::path::{Path, PathBuf};
 
 use lab::traffic::{Server, introduce};
 use lab::{Cluster, Host, Netns, PodSpec, Protocol, ServiceSpec};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::cases::case::{Case, Family, Probe};
+use crate::Bed;
 use crate::cases::world::{self, Change, World};
+use crate::cases::{Case, Family, Probe};
 use crate::dials::{By, Dial, dial_all};
-use crate::support::Bed;
+
+pub use objects::{objects, policy_object};
 
 /// Places for pods; the loader allows no more.
 const SLOTS: usize = 9;
 
 /// Provides the state of a case to the daemons. Each call returns once it is applied.
-pub(crate) trait Source {
+pub trait Source {
     /// Starts the daemon of a node.
     fn start(&self, bed: &mut Bed, node: usize) {
         bed.start(node, &[]);
@@ -38,31 +42,11 @@ pub(crate) trait Source {
 
 /// A connection that must be denied.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Refused {
-    pub(crate) client: IpAddr,
+pub struct Refused {
+    /// Its address.
+    pub client: IpAddr,
     /// Behind a Service, the pod that it leads to.
-    pub(crate) server: SocketAddr,
-}
-
-/// The state of a case as Kubernetes objects.
-pub(crate) fn objects(nodes: &[Value], world: &World) -> Vec<Value> {
-    let mut items = nodes.to_vec();
-    items.extend(world.namespaces.iter().map(|(name, labels)| {
-        json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name, "labels": labels } })
-    }));
-    items.extend(world.pods.values().map(manifest));
-    items.extend(world.policies.values().map(policy_object));
-    items
-}
-
-/// A policy of a case as it is written to the API.
-pub(crate) fn policy_object(policy: &Value) -> Value {
-    let (namespace, _) = world::policy_key(policy);
-    let mut policy = policy.clone();
-    policy["apiVersion"] = "networking.k8s.io/v1".into();
-    policy["kind"] = "NetworkPolicy".into();
-    policy["metadata"]["namespace"] = namespace.into();
-    policy
+    pub server: SocketAddr,
 }
 
 fn protocol(probe: &Probe) -> Protocol {
@@ -75,7 +59,7 @@ fn protocol(probe: &Probe) -> Protocol {
 }
 
 /// The cases of a directory.
-pub(crate) fn cases(directory: &str, at_least: usize) -> Vec<Case> {
+pub fn cases(directory: &str, at_least: usize) -> Vec<Case> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../policy/tests/cases")
         .join(directory);
@@ -96,7 +80,7 @@ pub(crate) fn cases(directory: &str, at_least: usize) -> Vec<Case> {
 }
 
 /// The lab, used by one case after the other.
-pub(crate) struct Stage<S> {
+pub struct Stage<S> {
     bed: Bed,
     source: S,
     nodes: Vec<Value>,
@@ -113,7 +97,7 @@ const FABRIC: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(172, 18, 0, 1));
 
 impl<S: Source> Stage<S> {
     /// Builds the lab for `cases`, with the daemons on an empty state.
-    pub(crate) fn new(cases: &[Case], source: impl FnOnce(&mut Bed) -> S) -> Self {
+    pub fn new(cases: &[Case], source: impl FnOnce(&mut Bed) -> S) -> Self {
         let ports = ports(cases);
         let mut bed = Bed::of(cluster(&ports));
         let externals: BTreeSet<IpAddr> = cases
@@ -157,12 +141,12 @@ impl<S: Source> Stage<S> {
     }
 
     /// The bed and the source, once all has been played.
-    pub(crate) fn into_parts(self) -> (Bed, S) {
+    pub fn into_parts(self) -> (Bed, S) {
         (self.bed, self.source)
     }
 
     /// Plays the cases; fails with every grid of any that differs from what was asked for.
-    pub(crate) fn play_all(&mut self, cases: &[Case]) {
+    pub fn play_all(&mut self, cases: &[Case]) {
         let failures: Vec<String> = cases.iter().flat_map(|case| self.play(case)).collect();
         assert!(
             failures.is_empty(),
@@ -412,31 +396,4 @@ fn listen_in_fabric(lab: &Cluster, ports: &[u16]) -> Vec<TcpListener> {
             .collect()
     };
     lab.fabric().run(listen).unwrap()
-}
-
-fn manifest(pod: &world::Pod) -> Value {
-    let ports: Vec<Value> = pod
-        .ports
-        .iter()
-        .map(|port| {
-            let mut object = json!({ "containerPort": port.number, "protocol": port.protocol });
-            if let Some(name) = &port.name {
-                object["name"] = name.as_str().into();
-            }
-            object
-        })
-        .collect();
-    let addresses: Vec<Value> = pod.addresses.iter().map(|ip| json!({ "ip": ip })).collect();
-    json!({
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {
-            "namespace": pod.namespace, "name": pod.name, "labels": pod.labels,
-            "uid": format!("uid-of-{}-{}", pod.namespace, pod.name),
-        },
-        "spec": { "nodeName": pod.node, "containers": [{ "name": "main", "image": "lab", "ports": ports }] },
-        "status": {
-            "phase": "Running", "podIP": pod.addresses[0], "podIPs": addresses, "startTime": pod.started,
-        },
-    })
 }

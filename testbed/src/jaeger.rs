@@ -11,8 +11,8 @@ use lab::{Child, Host, wait_for, wait_until};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::DEADLINE;
 use crate::certificates::Certificates;
-use crate::support::DEADLINE;
 
 const OTLP_GRPC: u16 = 4317;
 const OTLP_HTTP: u16 = 4318;
@@ -21,7 +21,7 @@ const QUERY: u16 = 16_686;
 const ALL: u32 = 100_000;
 
 /// Jaeger with its own memory.
-pub(crate) struct Jaeger {
+pub struct Jaeger {
     host: Host,
     scheme: &'static str,
     _child: Child,
@@ -30,25 +30,29 @@ pub(crate) struct Jaeger {
 
 /// A span as Jaeger has it.
 #[derive(Clone, Debug)]
-pub(crate) struct Span {
-    pub(crate) trace: String,
-    pub(crate) id: String,
-    pub(crate) parent: Option<String>,
-    pub(crate) tags: BTreeMap<String, Value>,
+pub struct Span {
+    /// The trace's id, in hexadecimal.
+    pub trace: String,
+    /// Its own id.
+    pub id: String,
+    /// Its parent's id.
+    pub parent: Option<String>,
+    /// Attributes.
+    pub tags: BTreeMap<String, Value>,
     /// Those of the resource that sent it.
-    pub(crate) process: BTreeMap<String, Value>,
+    pub process: BTreeMap<String, Value>,
     /// Names of what happened in it, in order.
-    pub(crate) events: Vec<String>,
+    pub events: Vec<String>,
 }
 
 impl Jaeger {
     /// Starts it and waits until it answers.
-    pub(crate) fn start(host: Host) -> Self {
+    pub fn start(host: Host) -> Self {
         Self::start_as(host, None)
     }
 
     /// The same, but it accepts spans over TLS only, as `server`, from clients with a certificate of `ca`.
-    pub(crate) fn start_with_tls(host: Host, certificates: &Certificates) -> Self {
+    pub fn start_with_tls(host: Host, certificates: &Certificates) -> Self {
         Self::start_as(host, Some(certificates))
     }
 
@@ -82,22 +86,22 @@ impl Jaeger {
     }
 
     /// Where it takes spans by gRPC.
-    pub(crate) fn grpc(&self) -> String {
+    pub fn grpc(&self) -> String {
         format!("{}://{}", self.scheme, self.host.addr_v4(OTLP_GRPC))
     }
 
     /// Where it takes spans by HTTP, over IPv6.
-    pub(crate) fn http(&self) -> String {
+    pub fn http(&self) -> String {
         format!("{}://{}", self.scheme, self.host.addr_v6(OTLP_HTTP))
     }
 
     /// The page of a trace.
-    pub(crate) fn page(&self, trace: &str) -> String {
+    pub fn page(&self, trace: &str) -> String {
         format!("http://{}/trace/{trace}", self.host.addr_v4(QUERY))
     }
 
     /// Every span of a verdict that it has now.
-    pub(crate) fn spans(&self, verdict: &str) -> Vec<Span> {
+    pub fn spans(&self, verdict: &str) -> Vec<Span> {
         let path =
             format!("/api/traces?service=portreeve&operation={verdict}&limit={ALL}&lookback=1h");
         let answer = self.get(&path).expect("Jaeger answers");
@@ -110,7 +114,7 @@ impl Jaeger {
 
     /// The spans of a verdict once `enough` says so of them.
     #[track_caller]
-    pub(crate) fn spans_when(&self, verdict: &str, enough: impl Fn(&[Span]) -> bool) -> Vec<Span> {
+    pub fn spans_when(&self, verdict: &str, enough: impl Fn(&[Span]) -> bool) -> Vec<Span> {
         let mut last = Vec::new();
         let found = wait_for(DEADLINE * 4, format!("{verdict} in Jaeger"), || {
             last = self.spans(verdict);

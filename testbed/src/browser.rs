@@ -14,7 +14,7 @@ use tempfile::TempDir;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A browser window; dropped, it is closed.
-pub(crate) struct Browser {
+pub struct Browser {
     node: Host,
     port: u16,
     session: String,
@@ -24,7 +24,7 @@ pub(crate) struct Browser {
 
 impl Browser {
     /// Opens a window of this size on a node.
-    pub(crate) fn on(node: &Host, width: u32, height: u32) -> Self {
+    pub fn on(node: &Host, width: u32, height: u32) -> Self {
         let profile = TempDir::new().unwrap();
         // The browser is the driver's child: in a pid namespace of their own neither outlives us.
         let mut command = node.command("unshare");
@@ -64,19 +64,19 @@ impl Browser {
     }
 
     /// Loads a page.
-    pub(crate) fn open(&self, url: &str) {
+    pub fn open(&self, url: &str) {
         self.in_session("POST", "/url", &json!({ "url": url }));
     }
 
     /// What a script returns.
-    pub(crate) fn run(&self, script: &str) -> Value {
+    pub fn run(&self, script: &str) -> Value {
         let script = json!({ "script": script, "args": [] });
         self.in_session("POST", "/execute/sync", &script)
     }
 
     /// Waits until a script returns something that is not false, null or empty, and returns that.
     #[track_caller]
-    pub(crate) fn wait_for(&self, what: &str, script: &str) -> Value {
+    pub fn wait_for(&self, what: &str, script: &str) -> Value {
         let waited = wait_for(PATIENCE, what, || {
             let value = self.run(script);
             let nothing = [json!(null), json!(false), json!(""), json!([])];
@@ -89,7 +89,7 @@ impl Browser {
     }
 
     /// The window as PNG.
-    pub(crate) fn screenshot(&self) -> Vec<u8> {
+    pub fn screenshot(&self) -> Vec<u8> {
         let text = self.in_session("GET", "/screenshot", &json!({}));
         from_base64(text.as_str().unwrap())
     }

@@ -1,6 +1,6 @@
 //! A scenario as a file: cluster, policies, what happens to them, and who may then talk to whom.
 //!
-//! The format is described in `tests/cases/README.md`. Knows nothing of the `policy` crate, so
+//! The format is described in `policy/tests/cases/README.md`. Knows nothing of the `policy` crate, so
 //! that the same files can be replayed on real connections.
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::grid::Grid;
 use super::world::{Change, ContainerPort, Key, Labels, World, pod};
 
 /// A scenario may use as many pods as the lab has places.
@@ -16,53 +17,54 @@ const MOST_PODS: usize = 9;
 
 /// One file.
 #[derive(Debug)]
-pub(crate) struct Case {
-    pub(crate) file: PathBuf,
-    pub(crate) title: String,
+pub struct Case {
+    /// Where it was read.
+    pub file: PathBuf,
+    /// What it shows.
+    pub title: String,
     /// Why the grids are what they are.
-    pub(crate) reason: String,
+    pub reason: String,
     /// The cluster before the first step, without a policy.
-    pub(crate) start: World,
+    pub start: World,
     /// Hosts outside the cluster, each with one address.
-    pub(crate) externals: BTreeMap<String, IpAddr>,
-    pub(crate) steps: Vec<Step>,
+    pub externals: BTreeMap<String, IpAddr>,
+    /// What happens, in order.
+    pub steps: Vec<Step>,
 }
 
 /// What happens, and what must hold afterwards.
 #[derive(Debug)]
-pub(crate) struct Step {
-    pub(crate) does: String,
+pub struct Step {
+    /// In words.
+    pub does: String,
     /// NetworkPolicy objects to create or update.
-    pub(crate) manifests: Vec<Value>,
+    pub manifests: Vec<Value>,
     /// All that the step does, in order; the manifests included.
-    pub(crate) changes: Vec<Change>,
-    pub(crate) probes: Vec<Probe>,
+    pub changes: Vec<Change>,
+    /// What must hold after it.
+    pub probes: Vec<Probe>,
 }
 
 /// A whole truth table for one port.
 #[derive(Debug)]
-pub(crate) struct Probe {
-    pub(crate) port: u16,
+pub struct Probe {
+    /// The destination port.
+    pub port: u16,
     /// `TCP`, `UDP` or `SCTP`.
-    pub(crate) protocol: String,
+    pub protocol: String,
     /// `None`: the table holds for every family that both ends have.
-    pub(crate) family: Option<Family>,
-    pub(crate) expected: Grid,
+    pub family: Option<Family>,
+    /// Which connections must succeed.
+    pub expected: Grid,
 }
 
+/// Of an IP address.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
-pub(crate) enum Family {
+pub enum Family {
+    /// `10.244.1.10` and its like.
     IPv4,
+    /// `fd00::1` and its like.
     IPv6,
-}
-
-/// Rows are sources, columns destinations, both in the order of `parties`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Grid {
-    /// `namespace/pod` or the name of an external host.
-    pub(crate) parties: Vec<String>,
-    /// `None`: nobody's business here (two external hosts).
-    pub(crate) cells: Vec<Vec<Option<bool>>>,
 }
 
 impl Case {
@@ -70,7 +72,7 @@ impl Case {
     ///
     /// # Panics
     /// When the text cannot be understood, naming the file.
-    pub(crate) fn parse(file: &Path, text: &str) -> Self {
+    pub fn parse(file: &Path, text: &str) -> Self {
         // Namespace `y` is a name and no boolean, as it is to kubectl.
         let options = serde_saphyr::options! { strict_booleans: true };
         let written = serde_saphyr::from_str_with_options(text, options);
@@ -81,7 +83,7 @@ impl Case {
     }
 
     /// The addresses of a pod or an external host.
-    pub(crate) fn addresses(&self, party: &str) -> &[IpAddr] {
+    pub fn addresses(&self, party: &str) -> &[IpAddr] {
         match self.externals.get(party) {
             Some(address) => std::slice::from_ref(address),
             None => &self.start.pods[&key(party).expect("grids name pods of the case")].addresses,
@@ -90,85 +92,13 @@ impl Case {
 }
 
 impl Family {
-    pub(crate) fn of(address: IpAddr) -> Self {
+    /// The family of an address.
+    pub fn of(address: IpAddr) -> Self {
         if address.is_ipv4() {
             Self::IPv4
         } else {
             Self::IPv6
         }
-    }
-}
-
-impl Grid {
-    /// Reads the form that [`Grid::draw`] writes.
-    fn parse(text: &str) -> Result<Self, String> {
-        let mut lines = text
-            .lines()
-            .map(|line| line.split_whitespace().map(str::to_owned));
-        let mut header = lines.next().ok_or("a grid is empty")?;
-        if header.next().as_deref() != Some("to") {
-            return Err("the first line of a grid starts with `to` and names the columns".into());
-        }
-        let parties: Vec<String> = header.collect();
-        let mut cells = Vec::new();
-        for (row, party) in lines.zip(&parties) {
-            let words: Vec<String> = row.collect();
-            if words.first() != Some(party) || words.len() != parties.len() + 1 {
-                return Err(format!(
-                    "the row of {party} has its name and one cell per column, not {words:?}"
-                ));
-            }
-            cells.push(
-                words[1..]
-                    .iter()
-                    .map(|word| cell(word))
-                    .collect::<Result<_, _>>()?,
-            );
-        }
-        if cells.len() != parties.len() || text.lines().count() != parties.len() + 1 {
-            return Err(format!(
-                "a grid of {} columns has as many rows",
-                parties.len()
-            ));
-        }
-        Ok(Self { parties, cells })
-    }
-
-    /// The grid as text. A cell that differs from `expected` is shown as `[observed]`.
-    pub(crate) fn draw(&self, expected: &Self) -> String {
-        let width = self
-            .parties
-            .iter()
-            .map(String::len)
-            .max()
-            .unwrap_or_default();
-        let mut text = format!("{:width$}  {}\n", "to", self.parties.join(" "));
-        for (row, party) in self.parties.iter().enumerate() {
-            text += &format!("{party:width$} ");
-            for (column, to) in self.parties.iter().enumerate() {
-                let (cell, wanted) = (self.cells[row][column], expected.cells[row][column]);
-                let sign = cell.map_or("-", |allowed| if allowed { "." } else { "X" });
-                let sign = if cell == wanted {
-                    sign.to_owned()
-                } else {
-                    format!("[{sign}]")
-                };
-                text += &format!(" {sign:^0$}", to.len());
-            }
-            text.push('\n');
-        }
-        text
-    }
-}
-
-fn cell(word: &str) -> Result<Option<bool>, String> {
-    match word {
-        "." => Ok(Some(true)),
-        "X" => Ok(Some(false)),
-        "-" => Ok(None),
-        _ => Err(format!(
-            "a cell is `.` (allowed), `X` (denied) or `-`, not `{word}`"
-        )),
     }
 }
 

@@ -8,68 +8,94 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde_json::Value;
 
 /// `metadata.labels`.
-pub(crate) type Labels = BTreeMap<String, String>;
+pub type Labels = BTreeMap<String, String>;
 /// Namespace and name of a pod or a policy.
-pub(crate) type Key = (String, String);
+pub type Key = (String, String);
 
 /// One entry of `containers[].ports`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct ContainerPort {
-    pub(crate) name: Option<String>,
-    pub(crate) number: u16,
+pub struct ContainerPort {
+    /// Policies may name a port by it.
+    pub name: Option<String>,
+    /// The port.
+    pub number: u16,
     /// `TCP`, `UDP` or `SCTP`.
-    pub(crate) protocol: String,
+    pub protocol: String,
 }
 
+/// A pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Pod {
-    pub(crate) namespace: String,
-    pub(crate) name: String,
-    pub(crate) labels: Labels,
-    pub(crate) node: String,
-    pub(crate) host_network: bool,
-    pub(crate) finished: bool,
-    pub(crate) terminating: bool,
-    pub(crate) ports: Vec<ContainerPort>,
-    pub(crate) addresses: Vec<IpAddr>,
+pub struct Pod {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name in the namespace.
+    pub name: String,
+    /// `metadata.labels`.
+    pub labels: Labels,
+    /// The name of its node.
+    pub node: String,
+    /// `spec.hostNetwork`: its addresses are the node's.
+    pub host_network: bool,
+    /// Its phase is Succeeded or Failed.
+    pub finished: bool,
+    /// It has a deletion timestamp.
+    pub terminating: bool,
+    /// What it serves.
+    pub ports: Vec<ContainerPort>,
+    /// `status.podIPs`.
+    pub addresses: Vec<IpAddr>,
     /// RFC 3339.
-    pub(crate) started: String,
+    pub started: String,
 }
 
+/// A node.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Node {
-    pub(crate) name: String,
-    pub(crate) addresses: Vec<IpAddr>,
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// `status.addresses`.
+    pub addresses: Vec<IpAddr>,
     /// CIDRs.
-    pub(crate) pod_cidrs: Vec<String>,
+    pub pod_cidrs: Vec<String>,
 }
 
 /// The state of a cluster. A namespace without an entry has no label but its name's.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct World {
-    pub(crate) namespaces: BTreeMap<String, Labels>,
-    pub(crate) nodes: BTreeMap<String, Node>,
-    pub(crate) pods: BTreeMap<Key, Pod>,
+pub struct World {
+    /// Labels by name.
+    pub namespaces: BTreeMap<String, Labels>,
+    /// By name.
+    pub nodes: BTreeMap<String, Node>,
+    /// By namespace and name.
+    pub pods: BTreeMap<Key, Pod>,
     /// Whole NetworkPolicy objects.
-    pub(crate) policies: BTreeMap<Key, Value>,
+    pub policies: BTreeMap<Key, Value>,
 }
 
 /// One step from a state to the next: an object as it is now, or its end.
 #[derive(Clone, Debug)]
-pub(crate) enum Change {
+pub enum Change {
+    /// A namespace has these labels.
     Namespace(String, Labels),
+    /// A namespace is gone.
     NoNamespace(String),
+    /// A node is as given.
     Node(Node),
+    /// A node is gone.
     NoNode(String),
+    /// A pod is as given.
     Pod(Pod),
+    /// A pod is gone.
     NoPod(Key),
+    /// A policy is as given.
     Policy(Value),
+    /// A policy is gone.
     NoPolicy(Key),
 }
 
 impl World {
     /// Two nodes and nothing on them.
-    pub(crate) fn nodes_only() -> Self {
+    pub fn nodes_only() -> Self {
         let nodes = [1, 2].map(|number| (format!("node-{number}"), node(number)));
         Self {
             nodes: nodes.into(),
@@ -79,7 +105,7 @@ impl World {
 
     /// The cluster of the upstream end-to-end suite: pods a, b and c in namespaces x, y and z,
     /// labelled by their names, on two nodes by turns.
-    pub(crate) fn nine_pods() -> Self {
+    pub fn nine_pods() -> Self {
         let mut world = Self::nodes_only();
         for namespace in ["x", "y", "z"] {
             world
@@ -94,7 +120,7 @@ impl World {
     }
 
     /// Brings `change` about.
-    pub(crate) fn apply(&mut self, change: &Change) {
+    pub fn apply(&mut self, change: &Change) {
         match change.clone() {
             Change::Namespace(name, labels) => drop(self.namespaces.insert(name, labels)),
             Change::NoNamespace(name) => drop(self.namespaces.remove(&name)),
@@ -108,7 +134,7 @@ impl World {
     }
 
     /// The objects one by one: applied to an empty world, in any order, they give this one.
-    pub(crate) fn changes(&self) -> Vec<Change> {
+    pub fn changes(&self) -> Vec<Change> {
         let namespaces = self
             .namespaces
             .iter()
@@ -122,18 +148,19 @@ impl World {
 }
 
 impl Pod {
-    pub(crate) fn key(&self) -> Key {
+    /// Namespace and name.
+    pub fn key(&self) -> Key {
         (self.namespace.clone(), self.name.clone())
     }
 
     /// A pod owns its addresses while it runs in a network of its own.
-    pub(crate) fn owns_addresses(&self) -> bool {
+    pub fn owns_addresses(&self) -> bool {
         !self.host_network && !self.finished
     }
 }
 
 /// Namespace and name of a NetworkPolicy object; a missing namespace is `default`.
-pub(crate) fn policy_key(policy: &Value) -> Key {
+pub fn policy_key(policy: &Value) -> Key {
     let field = |name: &str| policy["metadata"][name].as_str().map(str::to_owned);
     let namespace = field("namespace").unwrap_or_else(|| "default".into());
     (
@@ -142,7 +169,8 @@ pub(crate) fn policy_key(policy: &Value) -> Key {
     )
 }
 
-pub(crate) fn labels(pairs: &[(&str, &str)]) -> Labels {
+/// Labels of pairs.
+pub fn labels(pairs: &[(&str, &str)]) -> Labels {
     pairs
         .iter()
         .map(|&(key, value)| (key.into(), value.into()))
@@ -151,7 +179,7 @@ pub(crate) fn labels(pairs: &[(&str, &str)]) -> Labels {
 
 /// A running pod in the given place of the cluster: places alternate between the nodes, and fix
 /// the pod's addresses. It serves 80 and 81 over every protocol, named as upstream does.
-pub(crate) fn pod(slot: usize, namespace: &str, name: &str, labels: Labels) -> Pod {
+pub fn pod(slot: usize, namespace: &str, name: &str, labels: Labels) -> Pod {
     let number = 1 + slot % 2;
     let mut ports = Vec::new();
     for (port, protocol) in [80, 81]
@@ -181,7 +209,7 @@ pub(crate) fn pod(slot: usize, namespace: &str, name: &str, labels: Labels) -> P
 }
 
 /// The addresses that belong to a place: 10.244.NODE.(10 + slot) and its IPv6 twin.
-pub(crate) fn addresses(slot: usize) -> [IpAddr; 2] {
+pub fn addresses(slot: usize) -> [IpAddr; 2] {
     let node = u8::try_from(1 + slot % 2).expect("two nodes");
     let host = u8::try_from(10 + slot).expect("fewer than 246 slots");
     [

@@ -7,7 +7,7 @@ use lab::traffic::craft::{self, SYN};
 use lab::traffic::{Way, introduce};
 use lab::{Capture, Cluster, PodSpec, ServiceSpec, wait_until};
 
-use crate::support::{Bed, DEADLINE, allow_all, deny_egress};
+use testbed::{Bed, DEADLINE, allow_all, deny_egress};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     udp_flows_with_equal_ends_are_severed_together,

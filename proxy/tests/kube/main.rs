@@ -29,6 +29,7 @@ fn main() -> ExitCode {
         lists::TESTS,
         incluster::TESTS,
         services::TESTS,
+        services::small::TESTS,
         upstream::TESTS,
         deploy::TESTS,
     ]

@@ -2,27 +2,29 @@
 //!
 //! The server is on node 0. A cell is a client and a way; what an ipBlock sees of it is in
 //! `docs/services.md`, cell by cell.
-use std::collections::BTreeSet;
+pub(crate) mod small;
+
+mod setup;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use lab::kubernetes::{ControlPlane, ProxyMode};
 use lab::runner::Test;
-use lab::traffic::{self, Greeting, Server, UdpOutcome};
-use lab::{Child, Cluster, Host, Kind, PodSpec, Protocol, wait_until};
-use serde_json::{Value, json};
+use lab::traffic::{self, Server};
+use lab::{Child, Cluster, Host, PodSpec, Protocol};
+use serde_json::json;
 
-use crate::api::items;
 use crate::control;
 use testbed::cases::Family;
 use testbed::dials::{By, Dial, Reached, dial_all};
-use testbed::{Bed, DEADLINE, greeted, policy};
+use testbed::{Bed, policy};
+
+use setup::{cluster_ips, only_from, route_externals, service, start_kube_proxies};
 
 pub(crate) const TESTS: &[Test] = &lab::tests![
     iptables_services_are_judged_by_documented_source,
     nftables_services_are_judged_by_documented_source,
-    session_affinity_holds_with_and_without_policy,
-    service_without_endpoints_refuses_with_any_policy,
 ];
 
 fn iptables_services_are_judged_by_documented_source() {
@@ -372,262 +374,10 @@ fn ways(client: Client) -> Vec<Way> {
     ways
 }
 
-/// The chosen ClusterIPs: IPv4, IPv6.
-fn cluster_ips(host: u8) -> [IpAddr; 2] {
-    [
-        Ipv4Addr::new(10, 96, 0, host).into(),
-        Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, host.into()).into(),
-    ]
-}
-
-/// A Service in front of the pods with the label `app`, by every way there is.
-fn service(traffic: Traffic, app: &str) -> Value {
-    let addresses = |kind| -> Vec<IpAddr> {
-        let nodes = [ROUTED_TO_SERVERS_NODE, ROUTED_TO_OTHER_NODE];
-        nodes
-            .into_iter()
-            .flat_map(|node| traffic.address(kind, node))
-            .collect()
-    };
-    let ingress: Vec<_> = addresses(External::LoadBalancer)
-        .iter()
-        .map(|ip| json!({ "ip": ip }))
-        .collect();
-    let ips = cluster_ips(traffic.cluster_ip());
-    json!({
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": { "namespace": "x", "name": traffic.name() },
-        "spec": {
-            "type": "LoadBalancer",
-            "externalTrafficPolicy": format!("{traffic:?}"),
-            "clusterIP": ips[0],
-            "clusterIPs": ips,
-            "ipFamilies": ["IPv4", "IPv6"],
-            "ipFamilyPolicy": "RequireDualStack",
-            "externalIPs": addresses(External::ExternalIp),
-            "selector": { "app": app },
-            "ports": PROTOCOLS.map(|protocol| json!({
-                "name": protocol.to_string().to_lowercase(), "protocol": protocol.to_string(),
-                "port": 80, "targetPort": 8080, "nodePort": traffic.node_port(),
-            })),
-        },
-        "status": { "loadBalancer": { "ingress": ingress } },
-    })
-}
-
-/// The fabric sends the Services' addresses outside of the cluster to the nodes.
-fn route_externals(lab: &Cluster) {
-    for traffic in [Traffic::Cluster, Traffic::Local] {
-        for kind in EXTERNALS {
-            for (routed_to, node) in [(ROUTED_TO_SERVERS_NODE, 0), (ROUTED_TO_OTHER_NODE, 1)] {
-                let vias = lab.node(node).addresses();
-                for (address, via) in traffic.address(kind, routed_to).into_iter().zip(vias) {
-                    let mut ip = lab.fabric().command("ip");
-                    ip.args([
-                        "route",
-                        "add",
-                        &address.to_string(),
-                        "via",
-                        &via.to_string(),
-                    ]);
-                    let said = ip.output().unwrap();
-                    assert!(said.status.success(), "{said:?}");
-                }
-            }
-        }
-    }
-}
-
-/// Publishes the cluster with `services` and starts kube-proxy on every node; waits for its rules.
-fn start_kube_proxies(
-    control: &ControlPlane,
-    lab: &Cluster,
-    mode: ProxyMode,
-    services: &[Value],
-) -> Vec<Child> {
-    let mut objects = items(&lab.manifests());
-    objects.extend_from_slice(services);
-    control.publish(&objects).unwrap();
-    let proxies: Vec<_> = lab
-        .nodes()
-        .map(|node| control.kube_proxy(&node, mode).unwrap())
-        .collect();
-    for node in lab.nodes() {
-        // Its first rules are those of all Services that there were when it began.
-        for ip in services
-            .iter()
-            .flat_map(|it| it["spec"]["clusterIPs"].as_array().unwrap())
-        {
-            let ip = ip.as_str().unwrap();
-            wait_until(
-                DEADLINE,
-                format!("kube-proxy's rules for {ip} on {}", node.name()),
-                || rules(&node, mode).contains(ip),
-            )
-            .unwrap();
-        }
-    }
-    proxies
-}
-
-fn rules(node: &Host, mode: ProxyMode) -> String {
-    let dump = |program: &str, args: &[&str]| {
-        let mut command = node.command(program);
-        command.args(args);
-        String::from_utf8_lossy(&command.output().unwrap().stdout).into_owned()
-    };
-    match mode {
-        ProxyMode::Iptables => dump("iptables-save", &[]) + &dump("ip6tables-save", &[]),
-        ProxyMode::Nftables => {
-            dump("nft", &["list", "table", "ip", "kube-proxy"])
-                + &dump("nft", &["list", "table", "ip6", "kube-proxy"])
-        }
-    }
-}
-
-/// Allows nothing but `source`'s addresses to the server.
-fn only_from(source: &Host) -> Value {
-    let blocks = source.addresses().map(|ip| {
-        let length = if ip.is_ipv4() { 32 } else { 128 };
-        json!({ "ipBlock": { "cidr": format!("{ip}/{length}") } })
-    });
-    policy(
-        "only-one-source",
-        &json!({
-            "podSelector": { "matchLabels": { "app": "server" } },
-            "policyTypes": ["Ingress"],
-            "ingress": [{ "from": blocks }],
-        }),
-    )
-}
-
-fn session_affinity_holds_with_and_without_policy() {
-    for mode in [ProxyMode::Iptables, ProxyMode::Nftables] {
-        let small = Small::new(
-            mode,
-            &[("sticky", STICKY, "ClientIP"), ("spread", SPREAD, "None")],
-        );
-        for client in small.clients() {
-            for family in [0, 1] {
-                let servers = |service: u8, protocol| -> BTreeSet<String> {
-                    let to = (cluster_ips(service)[family], 80).into();
-                    let once = |_| match protocol {
-                        Protocol::Udp => asked(&client, to).server,
-                        _ => greeted(&client, to).server,
-                    };
-                    (0..24).map(once).collect()
-                };
-                for protocol in PROTOCOLS {
-                    let what = format!("{mode:?}, {}, {protocol}", client.name());
-                    let (stuck, met) = (servers(STICKY, protocol), servers(SPREAD, protocol));
-                    assert_eq!(stuck.len(), 1, "{what}: {stuck:?}");
-                    // By chance of 2^-23 all are one.
-                    assert_eq!(met.len(), 2, "{what}: {met:?}");
-                }
-            }
-        }
-    }
-}
-
-fn service_without_endpoints_refuses_with_any_policy() {
-    for mode in [ProxyMode::Iptables, ProxyMode::Nftables] {
-        let small = Small::new(mode, &[("empty", EMPTY, "None")]);
-        for client in small.clients() {
-            for ip in cluster_ips(EMPTY) {
-                let what = format!("{mode:?}, {} to {ip}", client.name());
-                let outcome = client.connect((ip, 80).into(), DEADLINE).unwrap();
-                assert_eq!(outcome.kind(), Kind::Refused, "{what}: {outcome}");
-                let asked = client.ask_udp((ip, 80).into(), b"who?", DEADLINE).unwrap();
-                assert_eq!(asked, UdpOutcome::Refused, "{what}");
-            }
-        }
-    }
-}
-
 /// Has a pod answer by TCP, and by UDP as long as the answer lives.
 fn serve(lab: &Cluster, pod: &str) -> Server {
     let pod = lab.pod(pod);
     pod.serve(&[8080]).unwrap();
     let (netns, addresses) = (pod.netns(), pod.addresses());
     traffic::introduce(netns, pod.name(), Protocol::Udp, &addresses, &[8080]).unwrap()
-}
-
-/// Who answers a datagram.
-#[track_caller]
-fn asked(from: &Host, to: SocketAddr) -> Greeting {
-    match from.ask_udp(to, b"who?", DEADLINE).unwrap() {
-        UdpOutcome::Answered { text, .. } => Greeting::parse(&text).unwrap(),
-        other => panic!("{to}: {other}"),
-    }
-}
-
-/// The last parts of ClusterIPs.
-const STICKY: u8 = 30;
-const SPREAD: u8 = 31;
-const EMPTY: u8 = 32;
-
-/// Two servers on two nodes, and two clients of which one is under egress policy.
-struct Small {
-    bed: Bed,
-    _udp: Vec<Server>,
-    _control: Arc<ControlPlane>,
-    _proxies: Vec<Child>,
-}
-
-impl Small {
-    /// With Services of these names, ClusterIPs and `sessionAffinity`; the servers are behind all but
-    /// [`EMPTY`].
-    fn new(mode: ProxyMode, services: &[(&str, u8, &str)]) -> Self {
-        let server = |name, node| PodSpec::new("x", name).node(node).label("app", "server");
-        let lab = Cluster::builder()
-            .nodes(2)
-            .pods([server("one", 0), server("two", 1)])
-            .pod(PodSpec::new("x", "policed").node(0).label("policed", "yes"))
-            .pod(PodSpec::new("x", "free").node(0))
-            .build()
-            .unwrap();
-        let control = control::joined(&lab);
-        let services: Vec<_> = services
-            .iter()
-            .map(|(name, ip, affinity)| cluster_ip_service(name, *ip, affinity))
-            .collect();
-        let proxies = start_kube_proxies(&control, &lab, mode, &services);
-        let udp = ["x/one", "x/two"].map(|name| serve(&lab, name)).into();
-        let mut bed = Bed::of(lab);
-        let spec = json!({
-            "podSelector": { "matchLabels": { "policed": "yes" } },
-            "policyTypes": ["Egress"], "egress": [{}],
-        });
-        bed.write_policies(&[policy("may-go-out", &spec)]);
-        bed.enforce(&[]);
-        Self {
-            bed,
-            _udp: udp,
-            _control: control,
-            _proxies: proxies,
-        }
-    }
-
-    fn clients(&self) -> [Host; 2] {
-        ["x/policed", "x/free"].map(|name| self.bed.lab.pod(name))
-    }
-}
-
-fn cluster_ip_service(name: &str, ip: u8, affinity: &str) -> Value {
-    let ips = cluster_ips(ip);
-    let app = if ip == EMPTY { "nobody" } else { "server" };
-    json!({
-        "apiVersion": "v1", "kind": "Service",
-        "metadata": { "namespace": "x", "name": name },
-        "spec": {
-            "clusterIP": ips[0], "clusterIPs": ips,
-            "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack",
-            "sessionAffinity": affinity, "selector": { "app": app },
-            "ports": PROTOCOLS.map(|protocol| json!({
-                "name": protocol.to_string().to_lowercase(), "protocol": protocol.to_string(),
-                "port": 80, "targetPort": 8080,
-            })),
-        },
-    })
 }

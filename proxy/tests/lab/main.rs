@@ -18,6 +18,7 @@ mod first;
 mod flood;
 mod full_disk;
 mod handover;
+mod helpers;
 mod image;
 mod isolation;
 mod likeness;
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
         odd::TESTS,
         own_node::TESTS,
         pmtu::TESTS,
+        helpers::TESTS,
         same_ends::TESTS,
         sctp::TESTS,
         spoof::TESTS,

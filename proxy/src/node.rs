@@ -6,6 +6,7 @@ pub(crate) mod occupancy;
 pub(crate) mod pod_links;
 pub(crate) mod pod_sets;
 pub(crate) mod readiness;
+pub(crate) mod reconcile;
 pub(crate) mod redirect;
 
 use std::sync::Arc;

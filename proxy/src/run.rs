@@ -31,6 +31,7 @@ use crate::node::occupancy::Vacancies;
 use crate::node::pod_links::PodLinks;
 use crate::node::pod_sets::{LocalPods, PodSets};
 use crate::node::readiness::Readiness;
+use crate::node::reconcile::reconcile;
 use crate::node::redirect::Redirect;
 use crate::tcp::connections::ConnectionTable;
 use crate::tcp::relay;
@@ -181,8 +182,12 @@ async fn enforce(
         vacancies,
         renewed,
         stopped,
+        arrived: Instant::now(),
+        generation: 0,
+        behind: true,
     };
-    let following = tokio::spawn(follow(following, readiness));
+    let following = reconcile(following, readiness, "follows the cluster's state");
+    let following = tokio::spawn(following);
     info!(node = %enforcer.node, admin = %args.admin, "enforcing");
 
     let running = Running {
@@ -195,11 +200,6 @@ async fn enforce(
     };
     let offer = standby.offer(&pod);
     running.until_ended(&enforcer, signals, offer).await
-}
-
-async fn follow(follower: Follower, readiness: Readiness) {
-    follower.follow().await;
-    readiness.not_ready("this daemon no longer follows the cluster's state; restart it");
 }
 
 /// Starts enforcing: resumes the connections of `state` and accepts new ones.

@@ -5,6 +5,7 @@
 //! their networks.
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use controller::LocalPod;
@@ -23,6 +24,7 @@ use super::occupancy::{self, Looker, Occupancy, Vacancies};
 use super::pod_links::Changes;
 use super::pod_sets::LocalPods;
 use super::readiness::Readiness;
+use super::reconcile::{Reconcile, reconcile};
 
 /// How often sysctls are read; there is no notification of their changes.
 const READ_EVERY: Duration = Duration::from_secs(2);
@@ -119,51 +121,18 @@ impl Bridges {
     }
 
     /// Watches forever; fills the nft tables again when they are `renewed`.
-    pub(crate) async fn watch(mut self, readiness: Readiness, mut renewed: watch::Receiver<()>) {
+    pub(crate) async fn watch(mut self, readiness: Readiness, renewed: watch::Receiver<()>) {
         let mut every = tokio::time::interval(READ_EVERY);
         every.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut table = self.pods.changed();
         self.seen.asked.again(Instant::now());
-        loop {
-            self.seen.heard = readiness.is_heard();
-            let looked = tokio::task::spawn_blocking(move || {
-                let fault = self.look().err().map(|fault| fault.to_string());
-                (self, fault)
-            });
-            // If it panicked it took everything with it; the runtime has said where.
-            let Ok((next, fault)) = looked.await else {
-                return readiness
-                    .not_ready("this daemon no longer watches the node's bridges; restart it");
-            };
-            self = next;
-            readiness.found(fault);
-            tokio::time::sleep(PAUSE).await;
-            self.until_due(&mut every, &mut table, &mut renewed).await;
-        }
-    }
-
-    /// Waits until the next check is due.
-    async fn until_due(
-        &mut self,
-        every: &mut Interval,
-        table: &mut watch::Receiver<u64>,
-        renewed: &mut watch::Receiver<()>,
-    ) {
-        loop {
-            let due = self.seen.again;
-            tokio::select! {
-                _ = every.tick() => return,
-                () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => {}
-                _ = self.changes.next() => self.seen.bridges = None,
-                Ok(()) = renewed.changed() => self.seen.loaded = None,
-                Ok(()) = table.changed() => {
-                    if !self.occupancy.are_other(&self.pods.pods()) {
-                        continue;
-                    }
-                }
-            }
-            return self.seen.asked.again(Instant::now());
-        }
+        let watched = Watched {
+            table: self.pods.changed(),
+            bridges: self,
+            every,
+            renewed,
+            readiness: readiness.clone(),
+        };
+        reconcile(watched, readiness, "watches the node's bridges").await;
     }
 
     fn look(&mut self) -> Result<(), Fault> {
@@ -258,6 +227,54 @@ impl Bridges {
         let look = self.occupancy.look(pods, &seen, now);
         self.seen.again = look.again;
         self.vacancies.left(Looker::Bridges, look.vacant);
+    }
+}
+
+/// The bridges with the notifications of their sources.
+struct Watched {
+    bridges: Bridges,
+    every: Interval,
+    table: watch::Receiver<u64>,
+    renewed: watch::Receiver<()>,
+    readiness: Readiness,
+}
+
+impl Reconcile for Watched {
+    type Synced = Result<(), Fault>;
+
+    fn sync(&mut self) -> Self::Synced {
+        self.bridges.seen.heard = self.readiness.is_heard();
+        self.bridges.look()
+    }
+
+    async fn until_due(&mut self, synced: Self::Synced) -> ControlFlow<()> {
+        self.readiness
+            .found(synced.err().map(|fault| fault.to_string()));
+        tokio::time::sleep(PAUSE).await;
+        let Bridges {
+            seen,
+            changes,
+            occupancy,
+            pods,
+            ..
+        } = &mut self.bridges;
+        loop {
+            let due = seen.again;
+            tokio::select! {
+                _ = self.every.tick() => break,
+                () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => {}
+                _ = changes.next() => seen.bridges = None,
+                Ok(()) = self.renewed.changed() => seen.loaded = None,
+                Ok(()) = self.table.changed() => {
+                    if !occupancy.are_other(&pods.pods()) {
+                        continue;
+                    }
+                }
+            }
+            seen.asked.again(Instant::now());
+            break;
+        }
+        ControlFlow::Continue(())
     }
 }
 

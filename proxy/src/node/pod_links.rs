@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
+use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,7 @@ use tracing::warn;
 use super::occupancy::{self, Looker, Occupancy, Seen, Vacancies};
 use super::pod_sets::{LocalPods, outside};
 use super::readiness::Readiness;
+use super::reconcile::{Reconcile, reconcile};
 
 /// Multicast groups of rtnetlink(7): links, IPv4 routes, IPv6 routes.
 const ROUTES: u32 = 0x1 | 0x40 | 0x400;
@@ -90,42 +92,15 @@ impl PodLinks {
     }
 
     /// Keeps the set in sync forever; fills it again when the nft tables are `renewed`.
-    pub(crate) async fn follow(mut self, readiness: Readiness, mut renewed: watch::Receiver<()>) {
-        let mut table = self.pods.changed();
-        let mut retry = false;
-        loop {
-            let due = self.again;
-            let routes = tokio::select! {
-                () = tokio::time::sleep(RETRY), if retry => true,
-                () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => true,
-                changed = self.changes.next() => changed.is_ok(),
-                Ok(()) = renewed.changed() => {
-                    self.loaded = None;
-                    true
-                }
-                changed = table.changed() => match changed {
-                    Ok(()) => false,
-                    Err(_) => return,
-                },
-            };
-            let heard = readiness.is_heard();
-            let step = tokio::task::spawn_blocking(move || {
-                let refused = self.sync(routes || retry, heard).err();
-                (self, refused)
-            });
-            // If it panicked it took everything with it; the runtime has said where.
-            let Ok((next, refused)) = step.await else {
-                return readiness
-                    .not_ready("this daemon no longer watches the interfaces of pods; restart it");
-            };
-            self = next;
-            retry = refused.is_some();
-            match refused {
-                Some(error) => warn!("failed to update the nft set pod_links; retrying: {error:#}"),
-                None => readiness.found(self.unpoliced(Instant::now())),
-            }
-            tokio::time::sleep(PAUSE).await;
-        }
+    pub(crate) async fn follow(self, readiness: Readiness, renewed: watch::Receiver<()>) {
+        let followed = Followed {
+            table: self.pods.changed(),
+            links: self,
+            readiness: readiness.clone(),
+            renewed,
+            routes_changed: false,
+        };
+        reconcile(followed, readiness, "watches the interfaces of pods").await;
     }
 
     /// Reads the routes if they have changed, or if the pods have.
@@ -225,6 +200,50 @@ impl PodLinks {
                 "policies select pod {pod}, but no route of this node leads to its address {address} through an interface of its own, so its packets bypass the rules; use a network plugin that routes pods through the node (not macvlan, ipvlan or SR-IOV), or correct status.podIPs"
             )
         })
+    }
+}
+
+/// The set with the notifications of its sources.
+struct Followed {
+    links: PodLinks,
+    table: watch::Receiver<u64>,
+    renewed: watch::Receiver<()>,
+    readiness: Readiness,
+    /// Whether the routes must be read even if the pods are the same.
+    routes_changed: bool,
+}
+
+impl Reconcile for Followed {
+    type Synced = anyhow::Result<()>;
+
+    fn sync(&mut self) -> Self::Synced {
+        let heard = self.readiness.is_heard();
+        self.links.sync(self.routes_changed, heard)
+    }
+
+    async fn until_due(&mut self, synced: Self::Synced) -> ControlFlow<()> {
+        let retry = synced.is_err();
+        match synced {
+            Err(error) => warn!("failed to update the nft set pod_links; retrying: {error:#}"),
+            Ok(()) => self.readiness.found(self.links.unpoliced(Instant::now())),
+        }
+        tokio::time::sleep(PAUSE).await;
+        let due = self.links.again;
+        let routes_changed = tokio::select! {
+            () = tokio::time::sleep(RETRY), if retry => true,
+            () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => true,
+            changed = self.links.changes.next() => changed.is_ok(),
+            Ok(()) = self.renewed.changed() => {
+                self.links.loaded = None;
+                true
+            }
+            changed = self.table.changed() => match changed {
+                Ok(()) => false,
+                Err(_) => return ControlFlow::Break(()),
+            },
+        };
+        self.routes_changed = routes_changed || retry;
+        ControlFlow::Continue(())
     }
 }
 

@@ -2,6 +2,7 @@
 //! if one cannot be repaired, the node is not ready.
 //!
 //! Does not know the contents of the sets; notifies the tasks that fill them when they have to do it again.
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use tokio::sync::watch;
 use tracing::warn;
 
 use super::readiness::Readiness;
+use super::reconcile::{Reconcile, reconcile};
 use crate::enforcer::Enforcer;
 use crate::telemetry::occasional::warn_occasionally;
 
@@ -55,23 +57,13 @@ impl Redirect {
     }
 
     /// Watches without end.
-    pub(crate) async fn watch(mut self, readiness: Readiness, enforcer: Arc<Enforcer>) {
-        loop {
-            let step = {
-                let (readiness, enforcer) = (readiness.clone(), Arc::clone(&enforcer));
-                tokio::task::spawn_blocking(move || {
-                    let pause = self.step(&readiness, &enforcer);
-                    (self, pause)
-                })
-            };
-            // If it panicked, its state is lost; the runtime has logged where.
-            let Ok((next, pause)) = step.await else {
-                return readiness
-                    .not_ready("this daemon no longer watches the redirect; restart it");
-            };
-            self = next;
-            tokio::time::sleep(pause).await;
-        }
+    pub(crate) async fn watch(self, readiness: Readiness, enforcer: Arc<Enforcer>) {
+        let watched = Watched {
+            redirect: self,
+            readiness: readiness.clone(),
+            enforcer,
+        };
+        reconcile(watched, readiness, "watches the redirect").await;
     }
 
     /// Looks, and repairs the damage; a missing table, rule or route only at the second look. Returns the pause before
@@ -147,6 +139,27 @@ impl Redirect {
         }
         // The next look checks the repair.
         LOOK_AGAIN
+    }
+}
+
+/// The redirect, and where its state is reported.
+struct Watched {
+    redirect: Redirect,
+    readiness: Readiness,
+    enforcer: Arc<Enforcer>,
+}
+
+impl Reconcile for Watched {
+    /// The pause before the next look.
+    type Synced = Duration;
+
+    fn sync(&mut self) -> Duration {
+        self.redirect.step(&self.readiness, &self.enforcer)
+    }
+
+    async fn until_due(&mut self, pause: Duration) -> ControlFlow<()> {
+        tokio::time::sleep(pause).await;
+        ControlFlow::Continue(())
     }
 }
 

@@ -2,6 +2,7 @@
 //! allowed, then to the nft sets, then to the flows that began before their pods were isolated.
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use crate::node::conntrack;
 use crate::node::occupancy::Vacancies;
 use crate::node::pod_sets::{LocalPods, PodSets};
 use crate::node::readiness::Readiness;
+use crate::node::reconcile::Reconcile;
 
 use super::source::Source;
 
@@ -38,6 +40,12 @@ pub(super) struct Follower {
     pub(super) renewed: watch::Receiver<()>,
     /// Stops between two changes, before a handover.
     pub(super) stopped: watch::Receiver<bool>,
+    /// When the change came that is being applied.
+    pub(super) arrived: Instant,
+    /// The table's generation at the last sync.
+    pub(super) generation: u64,
+    /// Whether the last sync failed, or there was none.
+    pub(super) behind: bool,
 }
 
 /// Logs new diagnostics of the cluster's objects.
@@ -88,65 +96,6 @@ pub(super) async fn first_state(
 }
 
 impl Follower {
-    /// Follows the source until stopped; returns before only if this daemon can no longer do so.
-    pub(super) async fn follow(mut self) {
-        let mut stopped = self.stopped.clone();
-        let mut arrived = Instant::now();
-        let mut behind = true;
-        loop {
-            let generation = self.enforcer.table.generation();
-            let step = tokio::task::spawn_blocking(|| self.bring_kernel_in_step());
-            // If it panicked it took everything with it; the runtime has said where.
-            let Ok((next, refused)) = step.await else {
-                return;
-            };
-            self = next;
-            let batch = match refused {
-                None => {
-                    self.readiness.ready();
-                    self.enforcer.metrics.enforced(generation);
-                    self.enforcer.metrics.took_effect(arrived.elapsed());
-                    if std::mem::take(&mut behind) {
-                        info!(generation, "policy applied");
-                    } else {
-                        debug!(generation, "policy applied");
-                    }
-                    let batch = tokio::select! {
-                        _ = stopped.wait_for(|stopped| *stopped) => return,
-                        batch = self.source.next() => batch,
-                        () = self.vacancies.changed() => {
-                            self.vacate();
-                            arrived = Instant::now();
-                            continue;
-                        }
-                        Ok(()) = self.renewed.changed() => {
-                            self.pod_sets.forget();
-                            arrived = Instant::now();
-                            continue;
-                        }
-                    };
-                    arrived = Instant::now();
-                    batch
-                }
-                Some(reason) => {
-                    behind = true;
-                    error!("{reason}");
-                    self.readiness.not_ready(reason);
-                    tokio::select! {
-                        _ = stopped.wait_for(|stopped| *stopped) => return,
-                        batch = self.source.next() => batch,
-                        () = self.vacancies.changed() => {
-                            self.vacate();
-                            continue;
-                        }
-                        () = tokio::time::sleep(RETRY) => continue,
-                    }
-                }
-            };
-            self.apply(batch);
-        }
-    }
-
     fn apply(&mut self, batch: Batch) {
         let before = self.enforcer.table.problems();
         let touched = self.index.apply(batch);
@@ -166,15 +115,34 @@ impl Follower {
         self.touched.extend(touched);
     }
 
-    /// Returns the error, if the kernel cannot be updated.
-    fn bring_kernel_in_step(mut self) -> (Self, Option<String>) {
-        let refused = self.steps().err();
-        (self, refused)
+    /// Measures from now on until the kernel is in sync; if it is behind, it has been measured since an earlier change.
+    fn begin_change(&mut self) {
+        if !self.behind {
+            self.arrived = Instant::now();
+        }
     }
+
+    /// Reports that the table's state of the last sync is applied.
+    fn applied(&mut self) {
+        let generation = self.generation;
+        self.readiness.ready();
+        self.enforcer.metrics.enforced(generation);
+        self.enforcer.metrics.took_effect(self.arrived.elapsed());
+        if std::mem::take(&mut self.behind) {
+            info!(generation, "policy applied");
+        } else {
+            debug!(generation, "policy applied");
+        }
+    }
+}
+
+impl Reconcile for Follower {
+    type Synced = Result<(), String>;
 
     /// Allowed flows are evaluated at once. Flows of newly isolated addresses are evaluated after the
     /// sets are in sync: from then on no more of them bypass the gate.
-    fn steps(&mut self) -> Result<(), String> {
+    fn sync(&mut self) -> Result<(), String> {
+        self.generation = self.enforcer.table.generation();
         let behind =
             |error| format!("kernel flows could not be evaluated again after a change: {error}");
         conntrack::evaluate_again(&self.enforcer, &self.touched).map_err(behind)?;
@@ -187,5 +155,35 @@ impl Follower {
         conntrack::evaluate_unmarked(&self.enforcer, &self.isolated).map_err(behind)?;
         self.isolated.clear();
         Ok(())
+    }
+
+    /// Ends when this daemon is stopped.
+    async fn until_due(&mut self, synced: Self::Synced) -> ControlFlow<()> {
+        match synced {
+            Ok(()) => self.applied(),
+            Err(reason) => {
+                self.behind = true;
+                error!("{reason}");
+                self.readiness.not_ready(reason);
+            }
+        }
+        let mut stopped = self.stopped.clone();
+        tokio::select! {
+            _ = stopped.wait_for(|stopped| *stopped) => return ControlFlow::Break(()),
+            batch = self.source.next() => {
+                self.begin_change();
+                self.apply(batch);
+            }
+            () = self.vacancies.changed() => {
+                self.begin_change();
+                self.vacate();
+            }
+            Ok(()) = self.renewed.changed(), if !self.behind => {
+                self.begin_change();
+                self.pod_sets.forget();
+            }
+            () = tokio::time::sleep(RETRY), if self.behind => {}
+        }
+        ControlFlow::Continue(())
     }
 }

@@ -49,7 +49,7 @@ pub(super) enum News {
 pub(super) struct Patience {
     /// Before the first retry, before the last.
     pub(super) retry: (Duration, Duration),
-    /// For how long a lost watch may be resumed instead of listing anew.
+    /// For how long a lost watch may be resumed instead of listing everything again.
     pub(super) resume: Duration,
     /// For the head of an answer, a page, or the next object of a streamed list.
     pub(super) answer: Duration,
@@ -69,12 +69,12 @@ impl Default for Patience {
 }
 
 /// The receiver of the events is gone.
-struct Unheard;
+struct ReceiverGone;
 
 /// Why a round ended.
 enum Ended {
     Failed(ApiError),
-    Unheard,
+    ReceiverGone,
 }
 
 impl From<ApiError> for Ended {
@@ -83,9 +83,9 @@ impl From<ApiError> for Ended {
     }
 }
 
-impl From<Unheard> for Ended {
-    fn from(Unheard: Unheard) -> Self {
-        Self::Unheard
+impl From<ReceiverGone> for Ended {
+    fn from(ReceiverGone: ReceiverGone) -> Self {
+        Self::ReceiverGone
     }
 }
 
@@ -112,7 +112,7 @@ struct Position {
     streaming: bool,
     /// A streamed list has failed: the next one is read in pages.
     fall_back: bool,
-    /// Since when nothing was heard.
+    /// Since when the server has not answered.
     lost: Option<Instant>,
     client: Option<Client>,
 }
@@ -134,7 +134,7 @@ impl Watch {
             let began = Instant::now();
             let error = match self.round(&mut position).await {
                 Ok(()) => continue,
-                Err(Ended::Unheard) => return,
+                Err(Ended::ReceiverGone) => return,
                 Err(Ended::Failed(error)) => error,
             };
             let expired =
@@ -157,7 +157,7 @@ impl Watch {
                 position.lost = Some(Instant::now());
             }
             self.status.failed(self.kind, error);
-            if self.tell(News::Lost).await.is_err() {
+            if self.send(News::Lost).await.is_err() {
                 return;
             }
             tokio::select! {
@@ -192,13 +192,13 @@ impl Watch {
         self.list_as_stream(&client, position).await
     }
 
-    /// Notes that the server answers.
-    async fn heard(&self, position: &mut Position) -> Result<(), Unheard> {
+    /// Records that the server answers.
+    async fn answered(&self, position: &mut Position) -> Result<(), ReceiverGone> {
         if self.status.connected(self.kind) {
             self.back.notify_waiters();
         }
         if position.lost.take().is_some() && position.version.is_some() {
-            self.tell(News::Resumed).await?;
+            self.send(News::Resumed).await?;
         }
         Ok(())
     }
@@ -208,7 +208,7 @@ impl Watch {
         let version = position.version.clone().unwrap_or_default();
         let began = Instant::now();
         let mut events = self.open(client, &self.params(), &version).await?;
-        self.heard(position).await?;
+        self.answered(position).await?;
         position.proven = true;
         let silence = self.patience.watch + self.patience.answer;
         while let Some(event) = self.next(&mut events, silence).await? {
@@ -236,7 +236,7 @@ impl Watch {
             }
             WatchEvent::Error(status) => return Err(self.refusal(&status).into()),
         };
-        self.tell(news).await?;
+        self.send(news).await?;
         position.version = version;
         Ok(())
     }
@@ -245,8 +245,8 @@ impl Watch {
     async fn list_as_stream(&self, client: &Client, position: &mut Position) -> Result<(), Ended> {
         let params = self.params().initial_events();
         let mut events = self.open(client, &params, "").await?;
-        self.heard(position).await?;
-        self.tell(News::ListBegins).await?;
+        self.answered(position).await?;
+        self.send(News::ListBegins).await?;
         while let Some(event) = self.next(&mut events, self.patience.answer).await? {
             match event {
                 WatchEvent::Bookmark(bookmark)
@@ -264,7 +264,7 @@ impl Watch {
                     return Ok(());
                 }
                 WatchEvent::Added(Trimmed(object)) | WatchEvent::Modified(Trimmed(object)) => {
-                    self.tell(News::Listed(object)).await?;
+                    self.send(News::Listed(object)).await?;
                 }
                 WatchEvent::Deleted(_) | WatchEvent::Bookmark(_) => {}
                 WatchEvent::Error(status) => return Err(self.refusal(&status).into()),
@@ -278,11 +278,11 @@ impl Watch {
         let mut version = None;
         while let Some(page) = pages.next().await? {
             if version.is_none() {
-                self.heard(position).await?;
-                self.tell(News::ListBegins).await?;
+                self.answered(position).await?;
+                self.send(News::ListBegins).await?;
             }
             for object in page.objects {
-                self.tell(News::Listed(object)).await?;
+                self.send(News::Listed(object)).await?;
             }
             version = Some(page.version);
         }
@@ -297,7 +297,7 @@ impl Watch {
         (position.version, position.proven) = (Some(version), false);
         position.streaming = false;
         self.status.listed(self.kind);
-        Ok(self.tell(News::ListEnds).await?)
+        Ok(self.send(News::ListEnds).await?)
     }
 
     async fn open(
@@ -340,9 +340,9 @@ impl Watch {
         ApiError::from_status(status, Asked::of("watch", self.kind))
     }
 
-    async fn tell(&self, news: News) -> Result<(), Unheard> {
-        let told = self.news.send((self.kind, news)).await;
-        told.map_err(|_| Unheard)
+    async fn send(&self, news: News) -> Result<(), ReceiverGone> {
+        let sent = self.news.send((self.kind, news)).await;
+        sent.map_err(|_| ReceiverGone)
     }
 }
 

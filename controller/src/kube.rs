@@ -31,7 +31,7 @@ use self::connect::Connector;
 use self::events::EventReporter;
 use self::snapshot::{Snapshot, Unusable};
 use self::state::{Kept, State};
-use self::watch::{News, Patience, Watch};
+use self::watch::{News, Timeouts, Watch};
 use crate::objects::Kind;
 use crate::{Batch, Problem};
 
@@ -86,13 +86,13 @@ impl KubeSource {
     /// # Errors
     /// If there is no usable client configuration. An unreachable API server is not an error.
     pub async fn start(settings: KubeSettings) -> Result<Self, ApiError> {
-        Self::start_with(settings, Connector::Found, Patience::default()).await
+        Self::start_with(settings, Connector::Found, Timeouts::default()).await
     }
 
     async fn start_with(
         settings: KubeSettings,
         connector: Connector,
-        patience: Patience,
+        timeouts: Timeouts,
     ) -> Result<Self, ApiError> {
         let snapshot = Snapshot {
             folder: settings.state_dir,
@@ -111,7 +111,7 @@ impl KubeSource {
                 news: sender.clone(),
                 status: Arc::clone(&status),
                 back: Arc::clone(&back),
-                patience,
+                timeouts,
             };
             tasks.spawn(watch.run());
         }

@@ -24,7 +24,7 @@ pub(super) struct Pages<'a> {
     client: &'a Client,
     kind: Kind,
     /// How long the server has for a page.
-    patience: Duration,
+    timeout: Duration,
     /// Of the next page; `None` after the last one.
     params: Option<ListParams>,
 }
@@ -37,7 +37,7 @@ pub(super) struct Page {
 }
 
 impl<'a> Pages<'a> {
-    pub(super) fn new(client: &'a Client, kind: Kind, patience: Duration) -> Self {
+    pub(super) fn new(client: &'a Client, kind: Kind, timeout: Duration) -> Self {
         let page = match kind {
             Kind::NetworkPolicy => PAGE_OF_POLICIES,
             Kind::Namespace | Kind::Pod | Kind::Node => PAGE,
@@ -45,7 +45,7 @@ impl<'a> Pages<'a> {
         Self {
             client,
             kind,
-            patience,
+            timeout,
             params: Some(ListParams::default().limit(page)),
         }
     }
@@ -57,7 +57,7 @@ impl<'a> Pages<'a> {
         };
         let request = requests(self.kind).list(&params);
         let request = request.map_err(|error| ApiError::config(&error))?;
-        let text = within(self.patience, self.client.request_text(request)).await?;
+        let text = within(self.timeout, self.client.request_text(request)).await?;
         let asked = Asked::of("list", self.kind);
         let text = text.map_err(|error| ApiError::from_client(&error, asked))?;
         let list: List =
@@ -85,11 +85,11 @@ pub(super) fn requests(kind: Kind) -> Request {
 /// # Errors
 /// If there is no answer within this time.
 pub(super) async fn within<T>(
-    patience: Duration,
+    limit: Duration,
     answer: impl Future<Output = T>,
 ) -> Result<T, ApiError> {
-    let answer = timeout(patience, answer).await;
-    answer.map_err(|_| ApiError::Silent(patience.as_secs()))
+    let answer = timeout(limit, answer).await;
+    answer.map_err(|_| ApiError::Silent(limit.as_secs()))
 }
 
 /// A page as the API server sends it (`ListMeta`).

@@ -7,7 +7,7 @@ use super::connect::Connector;
 use super::error::ApiError;
 use super::list::Pages;
 use super::state::State;
-use super::watch::{News, Patience};
+use super::watch::{News, Timeouts};
 use crate::Loaded;
 use crate::objects::Kind;
 
@@ -19,15 +19,15 @@ use crate::objects::Kind;
 /// # Errors
 /// If there is no usable client configuration, or the API server does not answer every list.
 pub async fn load() -> Result<Loaded, ApiError> {
-    load_by(&Connector::Found, Patience::default().answer).await
+    load_by(&Connector::Found, Timeouts::default().answer).await
 }
 
-pub(super) async fn load_by(connector: &Connector, patience: Duration) -> Result<Loaded, ApiError> {
+pub(super) async fn load_by(connector: &Connector, timeout: Duration) -> Result<Loaded, ApiError> {
     let client = connector.client().await?;
     let (mut state, now) = (State::new(""), Instant::now());
     for kind in Kind::ALL {
         state.take(kind, News::ListBegins, now);
-        let mut pages = Pages::new(&client, kind, patience);
+        let mut pages = Pages::new(&client, kind, timeout);
         while let Some(page) = pages.next().await? {
             for object in page.objects {
                 state.take(kind, News::Listed(object), now);

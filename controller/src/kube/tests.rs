@@ -48,12 +48,12 @@ impl Bed {
     }
 
     async fn source(&self) -> KubeSource {
-        self.source_with(patience()).await
+        self.source_with(timeouts()).await
     }
 
-    async fn source_with(&self, patience: Patience) -> KubeSource {
+    async fn source_with(&self, timeouts: Timeouts) -> KubeSource {
         let connector = Connector::Plain(self.api.address);
-        let source = KubeSource::start_with(self.settings(), connector, patience).await;
+        let source = KubeSource::start_with(self.settings(), connector, timeouts).await;
         let mut source = source.expect("a configuration");
         // A slow machine must not make a test take what is on disk.
         source.fall_back = None;
@@ -61,8 +61,8 @@ impl Bed {
     }
 }
 
-fn patience() -> Patience {
-    Patience {
+fn timeouts() -> Timeouts {
+    Timeouts {
         retry: (Duration::from_millis(5), Duration::from_millis(50)),
         resume: Duration::from_secs(60),
         answer: Duration::from_secs(10),
@@ -146,9 +146,9 @@ async fn server_without_streaming_lists_is_paged() {
     bed.api.world().streams = None;
     let answer = Duration::from_millis(100);
     let mut source = bed
-        .source_with(Patience {
+        .source_with(Timeouts {
             answer,
-            ..patience()
+            ..timeouts()
         })
         .await;
     assert_eq!(lines(&next(&mut source).await), FULL);
@@ -246,9 +246,9 @@ async fn broken_watch_resumes_without_a_list() {
 async fn changes_during_an_outage_arrive_in_one_batch() {
     let bed = Bed::new().await;
     let mut source = bed
-        .source_with(Patience {
+        .source_with(Timeouts {
             resume: Duration::ZERO,
-            ..patience()
+            ..timeouts()
         })
         .await;
     next(&mut source).await;
@@ -301,9 +301,9 @@ async fn relists_back_off_when_every_resourceversion_expires() {
     bed.api.world().floor = u64::MAX;
     let retry = (Duration::from_secs(2), Duration::from_secs(2));
     let mut source = bed
-        .source_with(Patience {
+        .source_with(Timeouts {
             retry,
-            ..patience()
+            ..timeouts()
         })
         .await;
     next(&mut source).await;

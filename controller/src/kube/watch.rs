@@ -46,7 +46,7 @@ pub(super) enum News {
 
 /// The timeouts of a watch.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Patience {
+pub(super) struct Timeouts {
     /// Before the first retry, before the last.
     pub(super) retry: (Duration, Duration),
     /// For how long a lost watch may be resumed instead of listing everything again.
@@ -57,7 +57,7 @@ pub(super) struct Patience {
     pub(super) watch: Duration,
 }
 
-impl Default for Patience {
+impl Default for Timeouts {
     fn default() -> Self {
         Self {
             retry: (Duration::from_millis(800), Duration::from_secs(30)),
@@ -97,7 +97,7 @@ pub(super) struct Watch {
     pub(super) status: Arc<WatchStatus>,
     /// Wakes the watches that wait for their next try when one of them has got through.
     pub(super) back: Arc<Notify>,
-    pub(super) patience: Patience,
+    pub(super) timeouts: Timeouts,
 }
 
 /// The position of a watch.
@@ -120,7 +120,7 @@ struct Position {
 impl Watch {
     /// Follows until the receiver is gone.
     pub(super) async fn run(self) {
-        let mut backoff = Backoff::new(self.patience.retry);
+        let mut backoff = Backoff::new(self.timeouts.retry);
         let mut position = Position {
             version: None,
             proven: false,
@@ -149,7 +149,7 @@ impl Watch {
                 self.status.fell_back(self.kind, &error);
                 continue;
             }
-            if began.elapsed() > self.patience.resume {
+            if began.elapsed() > self.timeouts.resume {
                 backoff.reset();
             }
             position.client = None;
@@ -178,7 +178,7 @@ impl Watch {
         };
         if position
             .lost
-            .is_some_and(|lost| lost.elapsed() > self.patience.resume)
+            .is_some_and(|lost| lost.elapsed() > self.timeouts.resume)
         {
             position.version = None;
         }
@@ -210,7 +210,7 @@ impl Watch {
         let mut events = self.open(client, &self.params(), &version).await?;
         self.answered(position).await?;
         position.proven = true;
-        let silence = self.patience.watch + self.patience.answer;
+        let silence = self.timeouts.watch + self.timeouts.answer;
         while let Some(event) = self.next(&mut events, silence).await? {
             self.change(event, position).await?;
         }
@@ -247,7 +247,7 @@ impl Watch {
         let mut events = self.open(client, &params, "").await?;
         self.answered(position).await?;
         self.send(News::ListBegins).await?;
-        while let Some(event) = self.next(&mut events, self.patience.answer).await? {
+        while let Some(event) = self.next(&mut events, self.timeouts.answer).await? {
             match event {
                 WatchEvent::Bookmark(bookmark)
                     if bookmark
@@ -257,7 +257,7 @@ impl Watch {
                 {
                     self.list_ends(position, bookmark.metadata.resource_version)
                         .await?;
-                    let silence = self.patience.watch + self.patience.answer;
+                    let silence = self.timeouts.watch + self.timeouts.answer;
                     while let Some(event) = self.next(&mut events, silence).await? {
                         self.change(event, position).await?;
                     }
@@ -274,7 +274,7 @@ impl Watch {
     }
 
     async fn list_in_pages(&self, client: &Client, position: &mut Position) -> Result<(), Ended> {
-        let mut pages = Pages::new(client, self.kind, self.patience.answer);
+        let mut pages = Pages::new(client, self.kind, self.timeouts.answer);
         let mut version = None;
         while let Some(page) = pages.next().await? {
             if version.is_none() {
@@ -311,7 +311,7 @@ impl Watch {
     > {
         let request = requests(self.kind).watch(params, version);
         let request = request.map_err(|error| ApiError::config(&error))?;
-        let opened = within(self.patience.answer, client.request_events(request)).await?;
+        let opened = within(self.timeouts.answer, client.request_events(request)).await?;
         let events = opened.map_err(|error| self.failure(&error))?;
         Ok(Box::pin(events))
     }
@@ -328,7 +328,7 @@ impl Watch {
     }
 
     fn params(&self) -> WatchParams {
-        let seconds = self.patience.watch.as_secs().clamp(1, 290);
+        let seconds = self.timeouts.watch.as_secs().clamp(1, 290);
         WatchParams::default().timeout(u32::try_from(seconds).unwrap_or(290))
     }
 

@@ -39,7 +39,7 @@ const GRACE: Duration = Duration::from_millis(250);
 /// The same if its objects are all pods: a wrong deletion severs connections, but allows nothing.
 const GRACE_FOR_PODS: Duration = Duration::from_millis(50);
 /// How long a file may be written to before that is reported.
-const PATIENCE: Duration = Duration::from_secs(1);
+const REPORT_OPEN_AFTER: Duration = Duration::from_secs(1);
 
 /// The progress of one file from the disk into the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -283,7 +283,7 @@ impl Follower {
         match self.files.get(file) {
             Some(Progress::Read(read)) if *read == stamp => {}
             Some(Progress::Complete) => self.read(file, stamp, now),
-            Some(Progress::Open(_)) => self.check_again(file, now + PATIENCE),
+            Some(Progress::Open(_)) => self.check_again(file, now + REPORT_OPEN_AFTER),
             Some(&Progress::Changed(seen, since)) if seen == stamp => {
                 if now.saturating_duration_since(since) < SETTLE {
                     return self.check_again(file, since + SETTLE);
@@ -348,7 +348,7 @@ impl Follower {
         problems.extend(self.notify.problem().cloned());
         for file in &self.pending {
             if let Some(Progress::Open(since)) = self.files.get(file)
-                && now.saturating_duration_since(*since) >= PATIENCE
+                && now.saturating_duration_since(*since) >= REPORT_OPEN_AFTER
             {
                 problems.push(
                     Problem::warning(

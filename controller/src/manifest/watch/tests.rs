@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use super::*;
 use crate::{Event, Object};
 
-const PATIENT: Duration = Duration::from_secs(20);
+const DEADLINE: Duration = Duration::from_secs(20);
 
 fn pod(name: &str, label: &str) -> String {
     format!(
@@ -41,7 +41,7 @@ fn watched() -> (TempDir, ManifestSource) {
 }
 
 async fn next(source: &mut ManifestSource) -> Batch {
-    timeout(PATIENT, source.next())
+    timeout(DEADLINE, source.next())
         .await
         .expect("no batch within 20 s")
 }
@@ -78,7 +78,7 @@ async fn every_kind_of_file_change_applies_promptly() {
             &["+p three"],
         ),
         (
-            "renamed away and written anew, as vim does",
+            "renamed away and written again, as vim does",
             Box::new(|| {
                 rename(at("a.yaml"), at("a.yaml~")).unwrap();
                 write(at("a.yaml"), p("four") + &q).unwrap();

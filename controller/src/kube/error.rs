@@ -46,7 +46,7 @@ pub enum ApiError {
         group: &'static str,
         /// `pods`, ...
         resource: &'static str,
-        /// The API server's words.
+        /// The API server's message.
         message: String,
     },
     /// 410: the resource version is no longer known.
@@ -57,7 +57,7 @@ pub enum ApiError {
     Refused {
         /// HTTP status.
         code: u16,
-        /// The API server's words.
+        /// The API server's message.
         message: String,
     },
     /// Not JSON, or not of the API's shape.
@@ -69,13 +69,13 @@ pub enum ApiError {
 
 /// The request that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Asked {
+pub(super) struct RequestInfo {
     pub(super) verb: &'static str,
     pub(super) group: &'static str,
     pub(super) resource: &'static str,
 }
 
-impl Asked {
+impl RequestInfo {
     pub(super) fn of(verb: &'static str, kind: Kind) -> Self {
         Self {
             verb,
@@ -86,7 +86,7 @@ impl Asked {
 }
 
 impl ApiError {
-    /// One word for the cause, for a metric's label.
+    /// The cause, for a metric's label.
     #[must_use]
     pub fn cause(&self) -> &'static str {
         match self {
@@ -118,7 +118,7 @@ impl ApiError {
     /// Whether a list that failed to stream with this error is worth a request for pages, as in client-go: an API
     /// server can fail to stream for many reasons, such as an etcd before 3.4.31 or 3.5.13 (500). Our configuration,
     /// credentials and rights, and TLS, matter for pages too.
-    pub(super) fn may_not_concern_pages(&self) -> bool {
+    pub(super) fn pages_may_succeed(&self) -> bool {
         !matches!(
             self,
             Self::Config(_) | Self::Tls { .. } | Self::Unauthorized(_) | Self::Forbidden { .. }
@@ -127,7 +127,7 @@ impl ApiError {
 
     /// Whether the server cannot stream lists at all: servers without the feature refuse the parameter; older ones
     /// ignore it and never report that the list is complete.
-    pub(super) fn refuses_to_stream(&self) -> bool {
+    pub(super) fn cannot_stream(&self) -> bool {
         matches!(
             self,
             Self::Refused {
@@ -141,9 +141,9 @@ impl ApiError {
         Self::Config(chain(error))
     }
 
-    pub(super) fn from_client(error: &kube::Error, asked: Asked) -> Self {
+    pub(super) fn from_client(error: &kube::Error, request: RequestInfo) -> Self {
         match error {
-            kube::Error::Api(status) => Self::from_status(status, asked),
+            kube::Error::Api(status) => Self::from_status(status, request),
             kube::Error::SerdeError(error) => Self::Malformed(error.to_string()),
             kube::Error::FromUtf8(error) => Self::Malformed(error.to_string()),
             kube::Error::HyperError(_)
@@ -154,7 +154,7 @@ impl ApiError {
         }
     }
 
-    pub(super) fn from_status(status: &kube::core::Status, asked: Asked) -> Self {
+    pub(super) fn from_status(status: &kube::core::Status, request: RequestInfo) -> Self {
         let message = match (status.message.as_str(), status.reason.as_str()) {
             ("", reason) => reason.to_owned(),
             (message, _) => message.to_owned(),
@@ -162,9 +162,9 @@ impl ApiError {
         match status.code {
             401 => Self::Unauthorized(message),
             403 => Self::Forbidden {
-                verb: asked.verb,
-                group: asked.group,
-                resource: asked.resource,
+                verb: request.verb,
+                group: request.group,
+                resource: request.resource,
                 message,
             },
             410 => Self::Expired(message),
@@ -216,8 +216,8 @@ mod tests {
 
     #[test]
     fn missing_permission_names_verb_resource_and_rbac_rule() {
-        let asked = Asked::of("watch", Kind::NetworkPolicy);
-        let error = ApiError::from_status(&status(403, "no"), asked);
+        let request = RequestInfo::of("watch", Kind::NetworkPolicy);
+        let error = ApiError::from_status(&status(403, "no"), request);
         assert_eq!(
             error.to_string(),
             "not permitted to watch networkpolicies (403 no); grant it in the ClusterRole: \
@@ -227,14 +227,14 @@ mod tests {
 
     #[test]
     fn every_cause_has_its_label() {
-        let asked = Asked::of("list", Kind::Pod);
+        let request = RequestInfo::of("list", Kind::Pod);
         for (error, cause) in [
             (
-                ApiError::from_status(&status(401, "x"), asked),
+                ApiError::from_status(&status(401, "x"), request),
                 "unauthorized",
             ),
-            (ApiError::from_status(&status(410, "x"), asked), "expired"),
-            (ApiError::from_status(&status(500, "x"), asked), "refused"),
+            (ApiError::from_status(&status(410, "x"), request), "expired"),
+            (ApiError::from_status(&status(500, "x"), request), "refused"),
         ] {
             assert_eq!(error.cause(), cause);
             assert!(ApiError::CAUSES.contains(&cause));
@@ -259,7 +259,7 @@ mod tests {
             ),
         ] {
             let error = kube::Error::Service(words.into());
-            let error = ApiError::from_client(&error, Asked::of("list", Kind::Pod));
+            let error = ApiError::from_client(&error, RequestInfo::of("list", Kind::Pod));
             assert_eq!(error.cause(), "tls", "{words}");
             assert!(error.to_string().contains(remedy), "{error}");
         }

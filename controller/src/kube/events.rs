@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
 use super::connect::{Connector, fingerprint};
-use super::error::{ApiError, Asked};
+use super::error::{ApiError, RequestInfo};
 use super::state::Written;
 use crate::objects::Kind;
 use crate::{Problem, Severity};
@@ -178,7 +178,7 @@ async fn send_one(
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
         Err(error) => Err(ApiError::from_client(
             &error,
-            Asked {
+            RequestInfo {
                 verb: "create",
                 group: "events.k8s.io",
                 resource: "events",

@@ -13,7 +13,7 @@ use serde_json::Value;
 use tracing::{debug, warn};
 
 use super::connect::Connector;
-use super::error::{ApiError, Asked};
+use super::error::{ApiError, RequestInfo};
 use crate::objects::{FOREIGN, FOREIGN_REMEDY, is_foreign};
 
 /// How often to look: other software can be installed at any time.
@@ -48,12 +48,12 @@ pub(super) async fn watch(connector: Connector) {
 
 /// Each kind of which there are objects, or may be.
 pub(super) async fn look(client: &Client) -> Result<BTreeSet<String>, ApiError> {
-    let asked = Asked {
+    let request = RequestInfo {
         verb: "get",
         group: "",
         resource: "apis",
     };
-    let failed = |error: kube::Error| ApiError::from_client(&error, asked);
+    let failed = |error: kube::Error| ApiError::from_client(&error, request);
     let groups = client.list_api_groups().await.map_err(failed)?;
     let mut found = BTreeSet::new();
     for group in groups.groups {

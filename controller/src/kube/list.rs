@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokio::time::timeout;
 
-use super::error::{ApiError, Asked};
+use super::error::{ApiError, RequestInfo};
 use crate::objects::{Kind, Trimmed};
 
 /// Objects of a page.
@@ -58,8 +58,8 @@ impl<'a> Pages<'a> {
         let request = requests(self.kind).list(&params);
         let request = request.map_err(|error| ApiError::config(&error))?;
         let text = within(self.timeout, self.client.request_text(request)).await?;
-        let asked = Asked::of("list", self.kind);
-        let text = text.map_err(|error| ApiError::from_client(&error, asked))?;
+        let info = RequestInfo::of("list", self.kind);
+        let text = text.map_err(|error| ApiError::from_client(&error, info))?;
         let list: List =
             serde_json::from_str(&text).map_err(|error| ApiError::Malformed(error.to_string()))?;
         let token = list.metadata.r#continue.filter(|token| !token.is_empty());

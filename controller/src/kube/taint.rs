@@ -12,7 +12,7 @@ use tracing::{debug, info, warn};
 
 use super::backoff::Backoff;
 use super::connect::Connector;
-use super::error::{ApiError, Asked};
+use super::error::{ApiError, RequestInfo};
 
 /// Between tries: the API server may be away.
 const WAITS: (Duration, Duration) = (Duration::from_millis(800), Duration::from_secs(30));
@@ -48,7 +48,7 @@ async fn try_to_lift(connector: &Connector, node: &str, key: &str) -> Result<boo
     let found: Value = client
         .request(get)
         .await
-        .map_err(|error| ApiError::from_client(&error, asked("get")))?;
+        .map_err(|error| ApiError::from_client(&error, request_info("get")))?;
     let Some(patch) = patch_without(&found, key) else {
         return Ok(false);
     };
@@ -57,12 +57,12 @@ async fn try_to_lift(connector: &Connector, node: &str, key: &str) -> Result<boo
     client
         .request_text(patch)
         .await
-        .map_err(|error| ApiError::from_client(&error, asked("patch")))?;
+        .map_err(|error| ApiError::from_client(&error, request_info("patch")))?;
     Ok(true)
 }
 
-fn asked(verb: &'static str) -> Asked {
-    Asked {
+fn request_info(verb: &'static str) -> RequestInfo {
+    RequestInfo {
         verb,
         group: "",
         resource: "nodes",

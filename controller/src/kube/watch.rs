@@ -17,7 +17,7 @@ use tokio::time::{Instant, timeout};
 
 use super::backoff::Backoff;
 use super::connect::Connector;
-use super::error::{ApiError, Asked};
+use super::error::{ApiError, RequestInfo};
 use super::list::{Pages, requests, within};
 use super::status::WatchStatus;
 use crate::objects::{Kind, Trimmed};
@@ -143,8 +143,8 @@ impl Watch {
                 self.status.expired(self.kind, &error);
                 continue;
             }
-            if std::mem::take(&mut position.streaming) && error.may_not_concern_pages() {
-                position.streams &= !error.refuses_to_stream();
+            if std::mem::take(&mut position.streaming) && error.pages_may_succeed() {
+                position.streams &= !error.cannot_stream();
                 position.fall_back = true;
                 self.status.fell_back(self.kind, &error);
                 continue;
@@ -333,11 +333,11 @@ impl Watch {
     }
 
     fn failure(&self, error: &kube::Error) -> ApiError {
-        ApiError::from_client(error, Asked::of("watch", self.kind))
+        ApiError::from_client(error, RequestInfo::of("watch", self.kind))
     }
 
     fn refusal(&self, status: &kube::core::Status) -> ApiError {
-        ApiError::from_status(status, Asked::of("watch", self.kind))
+        ApiError::from_status(status, RequestInfo::of("watch", self.kind))
     }
 
     async fn send(&self, news: News) -> Result<(), ReceiverGone> {

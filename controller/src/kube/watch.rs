@@ -100,20 +100,29 @@ pub(super) struct Watch {
     pub(super) timeouts: Timeouts,
 }
 
+/// How the next list is read.
+#[derive(Clone, Copy, Default)]
+enum ListMode {
+    #[default]
+    Stream,
+    /// In pages, since the last stream failed; the one after it is streamed again.
+    PagesOnce,
+    /// In pages: the server cannot stream.
+    Pages,
+}
+
 /// The position of a watch.
+#[derive(Default)]
 struct Position {
     /// The resource version to go on from; `None`: a list is needed.
     version: Option<String>,
-    /// A watch has begun there. Listing again does not help if its version is rejected at once.
-    proven: bool,
-    /// Whether the server is thought to stream lists.
-    streams: bool,
+    /// The server has accepted it for a watch. Listing again does not help if it is rejected at once.
+    accepted: bool,
+    list_mode: ListMode,
     /// A streamed list is being read.
     streaming: bool,
-    /// A streamed list has failed: the next one is read in pages.
-    fall_back: bool,
     /// Since when the server has not answered.
-    lost: Option<Instant>,
+    lost_since: Option<Instant>,
     client: Option<Client>,
 }
 
@@ -121,15 +130,7 @@ impl Watch {
     /// Follows until the receiver is gone.
     pub(super) async fn run(self) {
         let mut backoff = Backoff::new(self.timeouts.retry);
-        let mut position = Position {
-            version: None,
-            proven: false,
-            streams: true,
-            streaming: false,
-            fall_back: false,
-            lost: None,
-            client: None,
-        };
+        let mut position = Position::default();
         loop {
             let began = Instant::now();
             let error = match self.round(&mut position).await {
@@ -139,13 +140,16 @@ impl Watch {
             };
             let expired =
                 matches!(error, ApiError::Expired(_)) && position.version.take().is_some();
-            if expired && position.proven {
+            if expired && position.accepted {
                 self.status.expired(self.kind, &error);
                 continue;
             }
             if std::mem::take(&mut position.streaming) && error.pages_may_succeed() {
-                position.streams &= !error.cannot_stream();
-                position.fall_back = true;
+                position.list_mode = if error.cannot_stream() {
+                    ListMode::Pages
+                } else {
+                    ListMode::PagesOnce
+                };
                 self.status.fell_back(self.kind, &error);
                 continue;
             }
@@ -153,9 +157,7 @@ impl Watch {
                 backoff.reset();
             }
             position.client = None;
-            if position.lost.is_none() {
-                position.lost = Some(Instant::now());
-            }
+            position.lost_since.get_or_insert_with(Instant::now);
             self.status.failed(self.kind, error);
             if self.send(News::Lost).await.is_err() {
                 return;
@@ -177,19 +179,25 @@ impl Watch {
                 .clone(),
         };
         if position
-            .lost
-            .is_some_and(|lost| lost.elapsed() > self.timeouts.resume)
+            .lost_since
+            .is_some_and(|since| since.elapsed() > self.timeouts.resume)
         {
             position.version = None;
         }
         if position.version.is_some() {
             return self.watch(&client, position).await;
         }
-        if std::mem::take(&mut position.fall_back) || !position.streams {
-            return self.list_in_pages(&client, position).await;
+        match position.list_mode {
+            ListMode::Stream => {
+                position.streaming = true;
+                self.list_as_stream(&client, position).await
+            }
+            ListMode::PagesOnce => {
+                position.list_mode = ListMode::Stream;
+                self.list_in_pages(&client, position).await
+            }
+            ListMode::Pages => self.list_in_pages(&client, position).await,
         }
-        position.streaming = true;
-        self.list_as_stream(&client, position).await
     }
 
     /// Records that the server answers.
@@ -197,7 +205,7 @@ impl Watch {
         if self.status.connected(self.kind) {
             self.back.notify_waiters();
         }
-        if position.lost.take().is_some() && position.version.is_some() {
+        if position.lost_since.take().is_some() && position.version.is_some() {
             self.send(News::Resumed).await?;
         }
         Ok(())
@@ -209,7 +217,7 @@ impl Watch {
         let began = Instant::now();
         let mut events = self.open(client, &self.params(), &version).await?;
         self.answered(position).await?;
-        position.proven = true;
+        position.accepted = true;
         let silence = self.timeouts.watch + self.timeouts.answer;
         while let Some(event) = self.next(&mut events, silence).await? {
             self.change(event, position).await?;
@@ -294,7 +302,7 @@ impl Watch {
             let problem = "a list has no resourceVersion".to_owned();
             return Err(ApiError::Malformed(problem).into());
         }
-        (position.version, position.proven) = (Some(version), false);
+        (position.version, position.accepted) = (Some(version), false);
         position.streaming = false;
         self.status.listed(self.kind);
         Ok(self.send(News::ListEnds).await?)

@@ -31,7 +31,7 @@ use self::connect::Connector;
 use self::events::EventReporter;
 use self::snapshot::{Snapshot, Unusable};
 use self::state::{Kept, State};
-use self::watch::{News, Timeouts, Watch};
+use self::watch::{Timeouts, Update, Watch};
 use crate::objects::Kind;
 use crate::{Batch, Problem};
 
@@ -47,10 +47,10 @@ const FIRST_WITHIN: Duration = Duration::from_secs(5);
 const WRITE_EVERY: Duration = Duration::from_secs(5);
 /// ... and, since a large cluster changes all the time, not faster than this on average.
 const WRITE_BYTES_A_SECOND: u32 = 100_000;
-/// For how long news that is there already is read before what is known comes into force.
+/// For how long updates that have arrived are read before they are applied.
 const READ_FOR: Duration = Duration::from_millis(20);
 /// How many events may wait; a faster watch is slowed down.
-const NEWS: usize = 1024;
+const UPDATES: usize = 1024;
 
 /// The operator's settings of the source.
 #[derive(Clone, Debug)]
@@ -68,7 +68,7 @@ pub struct KubeSettings {
 /// Dropping it ends its tasks.
 #[derive(Debug)]
 pub struct KubeSource {
-    news: mpsc::Receiver<(Kind, News)>,
+    updates: mpsc::Receiver<(Kind, Update)>,
     state: State,
     status: Arc<WatchStatus>,
     reporter: EventReporter,
@@ -100,17 +100,17 @@ impl KubeSource {
             cluster: connector.identity().await?,
             max_age: settings.state_max_age,
         };
-        let (sender, news) = mpsc::channel(NEWS);
+        let (sender, updates) = mpsc::channel(UPDATES);
         let status = Arc::new(WatchStatus::new());
-        let back = Arc::new(Notify::new());
+        let recovered = Arc::new(Notify::new());
         let mut tasks = JoinSet::new();
         for kind in Kind::ALL {
             let watch = Watch {
                 kind,
                 connector: connector.clone(),
-                news: sender.clone(),
+                updates: sender.clone(),
                 status: Arc::clone(&status),
-                back: Arc::clone(&back),
+                recovered: Arc::clone(&recovered),
                 timeouts,
             };
             tasks.spawn(watch.run());
@@ -120,7 +120,7 @@ impl KubeSource {
         let (reporter, sending) = EventReporter::new(&snapshot.node, connector);
         tasks.spawn(sending);
         Ok(Self {
-            news,
+            updates,
             state,
             reporter,
             keeper: Keeper::new(snapshot, Arc::clone(&status)),
@@ -143,12 +143,12 @@ impl KubeSource {
     pub async fn next(&mut self) -> Batch {
         loop {
             let now = Instant::now();
-            // What is there already comes into force together, but does not wait for all that is
-            // still to be read.
+            // Updates that have arrived are applied together, but do not wait for all that are
+            // still to come.
             while now.elapsed() < READ_FOR
-                && let Ok((kind, news)) = self.news.try_recv()
+                && let Ok((kind, update)) = self.updates.try_recv()
             {
-                self.state.take(kind, news, now);
+                self.state.take(kind, update, now);
             }
             if let Some(batch) = self.ready() {
                 return batch;
@@ -157,12 +157,12 @@ impl KubeSource {
             let due = [self.state.due(now), self.fall_back, self.keeper.due()];
             let due = due.into_iter().flatten().min();
             tokio::select! {
-                news = self.news.recv() => {
-                    let Some((kind, news)) = news else {
+                update = self.updates.recv() => {
+                    let Some((kind, update)) = update else {
                         // Every watch has panicked. The applied state stays.
                         return std::future::pending().await;
                     };
-                    self.state.take(kind, news, now);
+                    self.state.take(kind, update, now);
                 }
                 () = sleep_until(due.unwrap_or(now)), if due.is_some() => {}
             }

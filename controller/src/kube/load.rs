@@ -7,7 +7,7 @@ use super::connect::Connector;
 use super::error::ApiError;
 use super::list::Pages;
 use super::state::State;
-use super::watch::{News, Timeouts};
+use super::watch::{Timeouts, Update};
 use crate::Loaded;
 use crate::objects::Kind;
 
@@ -26,14 +26,14 @@ pub(super) async fn load_by(connector: &Connector, timeout: Duration) -> Result<
     let client = connector.client().await?;
     let (mut state, now) = (State::new(""), Instant::now());
     for kind in Kind::ALL {
-        state.take(kind, News::ListBegins, now);
+        state.take(kind, Update::ListBegins, now);
         let mut pages = Pages::new(&client, kind, timeout);
         while let Some(page) = pages.next().await? {
             for object in page.objects {
-                state.take(kind, News::Listed(object), now);
+                state.take(kind, Update::Listed(object), now);
             }
         }
-        state.take(kind, News::ListEnds, now);
+        state.take(kind, Update::ListEnds, now);
     }
     Ok(Loaded::of(state.changes(now).unwrap_or_default()))
 }

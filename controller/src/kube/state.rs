@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::turns::Turns;
-use super::watch::News;
+use super::watch::Update;
 use crate::objects::{self, Kind};
 use crate::{Batch, Event, Object, ObjectKey, Problem};
 
@@ -104,19 +104,19 @@ impl State {
     }
 
     /// Takes one thing in.
-    pub(super) fn take(&mut self, kind: Kind, news: News, now: Instant) {
+    pub(super) fn take(&mut self, kind: Kind, update: Update, now: Instant) {
         let progress = &mut self.progress[kind as usize];
-        match news {
-            News::Lost => {
+        match update {
+            Update::Lost => {
                 (progress.lost, progress.list) = (true, None);
                 (self.restate, self.together) = (true, true);
             }
-            News::Resumed => self.back(kind, now),
-            News::ListBegins => {
+            Update::Resumed => self.back(kind, now),
+            Update::ListBegins => {
                 progress.list = Some(List::default());
                 self.restate = true;
             }
-            News::Listed(value) => {
+            Update::Listed(value) => {
                 let key = self.upsert(kind, value);
                 let list = self.progress[kind as usize].list.get_or_insert_default();
                 match key {
@@ -128,14 +128,14 @@ impl State {
                     }
                 }
             }
-            News::ListEnds => self.list_ends(kind, now),
-            News::Changed(value) => {
+            Update::ListEnds => self.list_ends(kind, now),
+            Update::Changed(value) => {
                 // An object without a valid name cannot be stored; the next list reports it again.
                 if let Err(problem) = self.upsert(kind, value) {
                     tracing::warn!(%problem, "invalid object from the API server");
                 }
             }
-            News::Gone(value) => {
+            Update::Deleted(value) => {
                 if let Ok(key) = objects::key_of(kind, &value) {
                     self.remove(key);
                 }

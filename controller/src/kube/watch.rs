@@ -27,7 +27,7 @@ const TOO_SHORT: Duration = Duration::from_secs(1);
 
 /// The events of a watch, in their order.
 #[derive(Debug)]
-pub(super) enum News {
+pub(super) enum Update {
     /// The watch has lost the server.
     Lost,
     /// The watch continues from where it was lost.
@@ -40,8 +40,8 @@ pub(super) enum News {
     ListEnds,
     /// An object is new or has changed.
     Changed(Value),
-    /// An object is gone; this is what it was.
-    Gone(Value),
+    /// An object was deleted; this is what it was.
+    Deleted(Value),
 }
 
 /// The timeouts of a watch.
@@ -93,10 +93,10 @@ impl From<ReceiverGone> for Ended {
 pub(super) struct Watch {
     pub(super) kind: Kind,
     pub(super) connector: Connector,
-    pub(super) news: mpsc::Sender<(Kind, News)>,
+    pub(super) updates: mpsc::Sender<(Kind, Update)>,
     pub(super) status: Arc<WatchStatus>,
-    /// Wakes the watches that wait for their next try when one of them has got through.
-    pub(super) back: Arc<Notify>,
+    /// Wakes the watches that wait for their next try when one of them has reached the server.
+    pub(super) recovered: Arc<Notify>,
     pub(super) timeouts: Timeouts,
 }
 
@@ -159,12 +159,12 @@ impl Watch {
             position.client = None;
             position.lost_since.get_or_insert_with(Instant::now);
             self.status.failed(self.kind, error);
-            if self.send(News::Lost).await.is_err() {
+            if self.send(Update::Lost).await.is_err() {
                 return;
             }
             tokio::select! {
                 () = tokio::time::sleep(backoff.next()) => {}
-                () = self.back.notified() => {}
+                () = self.recovered.notified() => {}
             }
         }
     }
@@ -203,10 +203,10 @@ impl Watch {
     /// Records that the server answers.
     async fn answered(&self, position: &mut Position) -> Result<(), ReceiverGone> {
         if self.status.connected(self.kind) {
-            self.back.notify_waiters();
+            self.recovered.notify_waiters();
         }
         if position.lost_since.take().is_some() && position.version.is_some() {
-            self.send(News::Resumed).await?;
+            self.send(Update::Resumed).await?;
         }
         Ok(())
     }
@@ -233,18 +233,18 @@ impl Watch {
         event: WatchEvent<Trimmed>,
         position: &mut Position,
     ) -> Result<(), Ended> {
-        let (version, news) = match event {
+        let (version, update) = match event {
             WatchEvent::Added(Trimmed(object)) | WatchEvent::Modified(Trimmed(object)) => {
-                (version_of(&object), News::Changed(object))
+                (version_of(&object), Update::Changed(object))
             }
-            WatchEvent::Deleted(Trimmed(object)) => (version_of(&object), News::Gone(object)),
+            WatchEvent::Deleted(Trimmed(object)) => (version_of(&object), Update::Deleted(object)),
             WatchEvent::Bookmark(bookmark) => {
                 position.version = Some(bookmark.metadata.resource_version);
                 return Ok(());
             }
             WatchEvent::Error(status) => return Err(self.refusal(&status).into()),
         };
-        self.send(news).await?;
+        self.send(update).await?;
         position.version = version;
         Ok(())
     }
@@ -254,7 +254,7 @@ impl Watch {
         let params = self.params().initial_events();
         let mut events = self.open(client, &params, "").await?;
         self.answered(position).await?;
-        self.send(News::ListBegins).await?;
+        self.send(Update::ListBegins).await?;
         while let Some(event) = self.next(&mut events, self.timeouts.answer).await? {
             match event {
                 WatchEvent::Bookmark(bookmark)
@@ -272,7 +272,7 @@ impl Watch {
                     return Ok(());
                 }
                 WatchEvent::Added(Trimmed(object)) | WatchEvent::Modified(Trimmed(object)) => {
-                    self.send(News::Listed(object)).await?;
+                    self.send(Update::Listed(object)).await?;
                 }
                 WatchEvent::Deleted(_) | WatchEvent::Bookmark(_) => {}
                 WatchEvent::Error(status) => return Err(self.refusal(&status).into()),
@@ -287,10 +287,10 @@ impl Watch {
         while let Some(page) = pages.next().await? {
             if version.is_none() {
                 self.answered(position).await?;
-                self.send(News::ListBegins).await?;
+                self.send(Update::ListBegins).await?;
             }
             for object in page.objects {
-                self.send(News::Listed(object)).await?;
+                self.send(Update::Listed(object)).await?;
             }
             version = Some(page.version);
         }
@@ -305,7 +305,7 @@ impl Watch {
         (position.version, position.accepted) = (Some(version), false);
         position.streaming = false;
         self.status.listed(self.kind);
-        Ok(self.send(News::ListEnds).await?)
+        Ok(self.send(Update::ListEnds).await?)
     }
 
     async fn open(
@@ -348,8 +348,8 @@ impl Watch {
         ApiError::from_status(status, RequestInfo::of("watch", self.kind))
     }
 
-    async fn send(&self, news: News) -> Result<(), ReceiverGone> {
-        let sent = self.news.send((self.kind, news)).await;
+    async fn send(&self, update: Update) -> Result<(), ReceiverGone> {
+        let sent = self.updates.send((self.kind, update)).await;
         sent.map_err(|_| ReceiverGone)
     }
 }

@@ -21,11 +21,11 @@ fn policy(name: &str, spec: Value) -> Value {
 }
 
 fn list(state: &mut State, kind: Kind, objects: Vec<Value>, now: Instant) {
-    state.take(kind, News::ListBegins, now);
+    state.take(kind, Update::ListBegins, now);
     for object in objects {
-        state.take(kind, News::Listed(object), now);
+        state.take(kind, Update::Listed(object), now);
     }
-    state.take(kind, News::ListEnds, now);
+    state.take(kind, Update::ListEnds, now);
 }
 
 /// Pod a and policy p, in force.
@@ -47,7 +47,7 @@ fn listed(now: Instant) -> State {
 
 fn lose_all(state: &mut State, now: Instant) {
     for kind in Kind::ALL {
-        state.take(kind, News::Lost, now);
+        state.take(kind, Update::Lost, now);
     }
 }
 
@@ -74,9 +74,9 @@ fn reconnected_kinds_wait_for_the_others() {
         "pods of now, policies of then"
     );
     list(&mut state, Kind::NetworkPolicy, vec![], now);
-    state.take(Kind::Namespace, News::Resumed, now);
+    state.take(Kind::Namespace, Update::Resumed, now);
     assert!(state.changes(now).is_none());
-    state.take(Kind::Node, News::Resumed, now);
+    state.take(Kind::Node, Update::Resumed, now);
     assert_eq!(state.changes(now).expect("all at once").events.len(), 3);
 }
 
@@ -91,7 +91,7 @@ fn reconnected_kinds_wait_a_bounded_time() {
     assert!(state.changes(due - Duration::from_millis(1)).is_none());
     assert!(state.changes(due).is_some());
     assert!(state.due(due).is_none());
-    state.take(Kind::Pod, News::Changed(pod("c")), due);
+    state.take(Kind::Pod, Update::Changed(pod("c")), due);
     assert!(
         state.changes(due).is_some(),
         "nor is every later change held up"
@@ -102,8 +102,8 @@ fn reconnected_kinds_wait_a_bounded_time() {
 fn one_lost_kind_does_not_delay_the_others() {
     let now = Instant::now();
     let mut state = listed(now);
-    state.take(Kind::Node, News::Lost, now);
-    state.take(Kind::Pod, News::Changed(pod("b")), now);
+    state.take(Kind::Node, Update::Lost, now);
+    state.take(Kind::Pod, Update::Changed(pod("b")), now);
     assert!(state.changes(now).is_some());
 }
 
@@ -111,10 +111,10 @@ fn one_lost_kind_does_not_delay_the_others() {
 fn a_list_that_breaks_off_deletes_nothing() {
     let now = Instant::now();
     let mut state = listed(now);
-    state.take(Kind::Pod, News::ListBegins, now);
-    state.take(Kind::Pod, News::Listed(pod("b")), now);
-    state.take(Kind::Pod, News::Lost, now);
-    state.take(Kind::Pod, News::Resumed, now);
+    state.take(Kind::Pod, Update::ListBegins, now);
+    state.take(Kind::Pod, Update::Listed(pod("b")), now);
+    state.take(Kind::Pod, Update::Lost, now);
+    state.take(Kind::Pod, Update::Resumed, now);
     let batch = state.changes(now).expect("b is real");
     assert!(matches!(batch.events.as_slice(), [Event::Upsert(_)]));
 }
@@ -137,11 +137,11 @@ fn list_with_nameless_object_deletes_nothing_and_warns() {
 fn object_created_and_deleted_between_batches_is_skipped() {
     let now = Instant::now();
     let mut state = listed(now);
-    state.take(Kind::Pod, News::Changed(pod("b")), now);
-    state.take(Kind::Pod, News::Gone(pod("b")), now);
+    state.take(Kind::Pod, Update::Changed(pod("b")), now);
+    state.take(Kind::Pod, Update::Deleted(pod("b")), now);
     assert!(state.changes(now).is_none());
-    state.take(Kind::Pod, News::Gone(pod("a")), now);
-    state.take(Kind::Pod, News::Changed(pod("a")), now);
+    state.take(Kind::Pod, Update::Deleted(pod("a")), now);
+    state.take(Kind::Pod, Update::Changed(pod("a")), now);
     assert!(state.changes(now).is_none(), "back as it was");
 }
 
@@ -152,10 +152,10 @@ fn invalid_update_keeps_policy_invalid_new_policy_denies() {
     let bad = json!({"podSelector": {}, "ingress": [{"fron": []}]});
     state.take(
         Kind::NetworkPolicy,
-        News::Changed(policy("p", bad.clone())),
+        Update::Changed(policy("p", bad.clone())),
         now,
     );
-    state.take(Kind::NetworkPolicy, News::Changed(policy("q", bad)), now);
+    state.take(Kind::NetworkPolicy, Update::Changed(policy("q", bad)), now);
     let batch = state.changes(now).expect("q");
     let [Event::Upsert(Object::NetworkPolicy(q))] = batch.events.as_slice() else {
         panic!("{:?}", batch.events);
@@ -163,7 +163,11 @@ fn invalid_update_keeps_policy_invalid_new_policy_denies() {
     assert_eq!(&*q.key().name, "q");
     assert_eq!(q.rule_count(policy::Direction::Ingress), 0);
     assert_eq!(batch.problems.len(), 2);
-    state.take(Kind::NetworkPolicy, News::Gone(policy("q", json!({}))), now);
+    state.take(
+        Kind::NetworkPolicy,
+        Update::Deleted(policy("q", json!({}))),
+        now,
+    );
     assert_eq!(state.changes(now).expect("gone").problems.len(), 1);
 }
 
@@ -203,7 +207,7 @@ fn invalid_new_policy_isolates_its_declared_directions() {
         let mut state = listed(now);
         state.take(
             Kind::NetworkPolicy,
-            News::Changed(policy("q", spec.clone())),
+            Update::Changed(policy("q", spec.clone())),
             now,
         );
         let batch = state.changes(now).expect("q");
@@ -223,7 +227,7 @@ fn saved_objects_restore_the_same_state() {
     let now = Instant::now();
     let mut state = listed(now);
     let bad = json!({"podSelector": {"matchLabels": {"a": "b"}}, "odd": 1});
-    state.take(Kind::NetworkPolicy, News::Changed(policy("q", bad)), now);
+    state.take(Kind::NetworkPolicy, Update::Changed(policy("q", bad)), now);
     state.changes(now).expect("q");
     let mut restored = State::default();
     let batch = restored.restore(kept(&state));
@@ -243,11 +247,11 @@ fn a_neighbours_change_precedes_many_large_ones() {
     let large = json!({"podSelector": {"matchExpressions": [{"key": "a", "operator": "NotIn", "values": values}]}});
     for number in 0..40 {
         let changed = policy(&format!("p{number}"), large.clone());
-        state.take(Kind::NetworkPolicy, News::Changed(changed), now);
+        state.take(Kind::NetworkPolicy, Update::Changed(changed), now);
     }
     let mut neighbour = policy("p", json!({"podSelector": {}}));
     neighbour["metadata"]["namespace"] = "y".into();
-    state.take(Kind::NetworkPolicy, News::Changed(neighbour), now);
+    state.take(Kind::NetworkPolicy, Update::Changed(neighbour), now);
     let counts = |state: &mut State| state.changes(now).map_or(0, |it| it.events.len());
     let found = [0; 3].map(|_| counts(&mut state));
     assert_eq!(found, [1, 40, 0], "the neighbour, then all others together");
@@ -257,15 +261,15 @@ fn a_neighbours_change_precedes_many_large_ones() {
         let name = format!("p{number}");
         state.take(
             Kind::NetworkPolicy,
-            News::Changed(policy(&name, json!({"podSelector": {}}))),
+            Update::Changed(policy(&name, json!({"podSelector": {}}))),
             now,
         );
     }
     for number in 0..300 {
-        state.take(Kind::Pod, News::Changed(pod(&format!("p{number}"))), now);
+        state.take(Kind::Pod, Update::Changed(pod(&format!("p{number}"))), now);
     }
     for kind in Kind::ALL {
-        state.take(kind, News::Resumed, now);
+        state.take(kind, Update::Resumed, now);
     }
     let batch = state.changes(now).expect("all of them");
     assert_eq!(batch.events.len(), 340);

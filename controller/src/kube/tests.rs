@@ -16,12 +16,12 @@ use crate::{Event, Index, Object, Table, TableSettings};
 const DEADLINE: Duration = Duration::from_secs(20);
 
 /// An API server with a small cluster, and where to keep its state.
-struct Bed {
+struct TestCluster {
     api: Api,
     folder: TempDir,
 }
 
-impl Bed {
+impl TestCluster {
     async fn new() -> Self {
         let api = Api::start().await;
         api.put("nodes", node());
@@ -131,9 +131,9 @@ fn all_connected(status: &WatchStatus) -> bool {
 #[tokio::test]
 async fn first_batch_has_all_four_kinds_in_full() {
     for streams in [Some(true), Some(false)] {
-        let bed = Bed::new().await;
-        bed.api.world().streams = streams;
-        let mut source = bed.source().await;
+        let cluster = TestCluster::new().await;
+        cluster.api.state().streams = streams;
+        let mut source = cluster.source().await;
         assert_eq!(lines(&next(&mut source).await), FULL, "{streams:?}");
         assert!(all_connected(&source.status));
         assert!(source.status.kinds().iter().all(|kind| kind.lists == 1));
@@ -142,10 +142,10 @@ async fn first_batch_has_all_four_kinds_in_full() {
 
 #[tokio::test]
 async fn server_without_streaming_lists_is_paged() {
-    let bed = Bed::new().await;
-    bed.api.world().streams = None;
+    let cluster = TestCluster::new().await;
+    cluster.api.state().streams = None;
     let answer = Duration::from_millis(100);
-    let mut source = bed
+    let mut source = cluster
         .source_with(Timeouts {
             answer,
             ..timeouts()
@@ -153,7 +153,7 @@ async fn server_without_streaming_lists_is_paged() {
         .await;
     assert_eq!(lines(&next(&mut source).await), FULL);
     assert!(
-        bed.api.asked(&["/pods", "continue="]) > 0,
+        cluster.api.request_count(&["/pods", "continue="]) > 0,
         "pods come in two pages"
     );
 }
@@ -161,37 +161,42 @@ async fn server_without_streaming_lists_is_paged() {
 #[tokio::test]
 async fn a_failed_list_stream_falls_back_to_pages() {
     for code in [400, 404, 410, 422, 429, 500, 503] {
-        let bed = Bed::new().await;
-        bed.api.world().streams = Some(false);
-        bed.api.world().stream_refusal = code;
-        let mut source = bed.source().await;
+        let cluster = TestCluster::new().await;
+        cluster.api.state().streams = Some(false);
+        cluster.api.state().stream_refusal = code;
+        let mut source = cluster.source().await;
         assert_eq!(lines(&next(&mut source).await), FULL, "{code}");
         assert!(source.status.away().is_none(), "{code}");
-        assert!(bed.api.asked(&["/pods", "continue="]) > 0, "{code}");
+        assert!(
+            cluster.api.request_count(&["/pods", "continue="]) > 0,
+            "{code}"
+        );
     }
 }
 
 #[tokio::test]
 async fn an_outage_is_reported_by_the_paged_list() {
-    let bed = Bed::new().await;
-    bed.api.world().refuse.insert("pods", 500);
-    let mut source = bed.source().await;
+    let cluster = TestCluster::new().await;
+    cluster.api.state().refuse.insert("pods", 500);
+    let mut source = cluster.source().await;
     until(&source, "away", |status| status.away().is_some()).await;
-    assert!(bed.api.asked(&["/pods", "limit="]) > 0);
-    bed.api.world().refuse.clear();
+    assert!(cluster.api.request_count(&["/pods", "limit="]) > 0);
+    cluster.api.state().refuse.clear();
     assert_eq!(lines(&next(&mut source).await), FULL);
     assert!(
-        bed.api.asked(&["/pods", "sendInitialEvents"]) > 1,
+        cluster.api.request_count(&["/pods", "sendInitialEvents"]) > 1,
         "it is tried again"
     );
 }
 
 #[tokio::test]
 async fn a_cluster_is_listed_once_without_a_watch() {
-    let bed = Bed::new().await;
+    let cluster = TestCluster::new().await;
     let unreadable = json!({"podSelector": {}, "policyTypes": ["Sideways"]});
-    bed.api.put("networkpolicies", policy("bad", unreadable));
-    let connector = Connector::Plain(bed.api.address);
+    cluster
+        .api
+        .put("networkpolicies", policy("bad", unreadable));
+    let connector = Connector::Plain(cluster.api.address);
     let loaded = load::load_by(&connector, DEADLINE).await.expect("a list");
     assert_eq!(loaded.cluster.pods().count(), 3);
     let [problem] = &loaded.problems[..] else {
@@ -199,29 +204,29 @@ async fn a_cluster_is_listed_once_without_a_watch() {
     };
     assert_eq!(problem.object.as_deref(), Some("NetworkPolicy x/bad"));
     assert!(
-        bed.api.asked(&["/pods", "continue="]) > 0,
+        cluster.api.request_count(&["/pods", "continue="]) > 0,
         "pods come in two pages"
     );
-    assert_eq!(bed.api.asked(&["watch="]), 0);
-    bed.api.world().refuse.insert("nodes", 403);
+    assert_eq!(cluster.api.request_count(&["watch="]), 0);
+    cluster.api.state().refuse.insert("nodes", 403);
     let error = load::load_by(&connector, DEADLINE).await.expect_err("403");
     assert_eq!(error.cause(), "forbidden");
 }
 
 #[tokio::test]
 async fn only_relevant_changes_arrive_one_by_one() {
-    let bed = Bed::new().await;
-    let mut source = bed.source().await;
+    let cluster = TestCluster::new().await;
+    let mut source = cluster.source().await;
     next(&mut source).await;
-    bed.api.put("pods", pod("d", 4));
+    cluster.api.put("pods", pod("d", 4));
     assert_eq!(lines(&next(&mut source).await), ["+Pod x/d"]);
     let mut same = pod("d", 4);
     same["status"]["conditions"] = json!([{"type": "Ready"}]);
     same["metadata"]["annotations"] = json!({"seen": "now"});
-    bed.api.put("pods", same);
-    bed.api.delete("pods", "x/a");
+    cluster.api.put("pods", same);
+    cluster.api.delete("pods", "x/a");
     assert_eq!(lines(&next(&mut source).await), ["-Pod x/a"]);
-    bed.api.put(
+    cluster.api.put(
         "namespaces",
         json!({"metadata": {"name": "x", "labels": {"team": "t"}}}),
     );
@@ -230,11 +235,11 @@ async fn only_relevant_changes_arrive_one_by_one() {
 
 #[tokio::test]
 async fn broken_watch_resumes_without_a_list() {
-    let bed = Bed::new().await;
-    let mut source = bed.source().await;
+    let cluster = TestCluster::new().await;
+    let mut source = cluster.source().await;
     next(&mut source).await;
-    bed.api.cut();
-    bed.api.put("pods", pod("d", 4));
+    cluster.api.cut();
+    cluster.api.put("pods", pod("d", 4));
     assert_eq!(lines(&next(&mut source).await), ["+Pod x/d"]);
     assert!(
         source.status.kinds().iter().all(|kind| kind.lists == 1),
@@ -244,24 +249,24 @@ async fn broken_watch_resumes_without_a_list() {
 
 #[tokio::test]
 async fn changes_during_an_outage_arrive_in_one_batch() {
-    let bed = Bed::new().await;
-    let mut source = bed
+    let cluster = TestCluster::new().await;
+    let mut source = cluster
         .source_with(Timeouts {
             resume: Duration::ZERO,
             ..timeouts()
         })
         .await;
     next(&mut source).await;
-    bed.api.set_up(false);
+    cluster.api.set_up(false);
     until(&source, "away", |status| status.away().is_some()).await;
-    bed.api.delete("pods", "x/a");
-    bed.api.put("pods", pod("d", 4));
-    bed.api.delete("networkpolicies", "x/deny");
-    bed.api.put(
+    cluster.api.delete("pods", "x/a");
+    cluster.api.put("pods", pod("d", 4));
+    cluster.api.delete("networkpolicies", "x/deny");
+    cluster.api.put(
         "networkpolicies",
         policy("other", json!({"podSelector": {}})),
     );
-    bed.api.set_up(true);
+    cluster.api.set_up(true);
     let expected = [
         "+NetworkPolicy x/other",
         "+Pod x/d",
@@ -274,14 +279,14 @@ async fn changes_during_an_outage_arrive_in_one_batch() {
 
 #[tokio::test]
 async fn expired_resourceversion_relists_and_finds_deleted_objects() {
-    let bed = Bed::new().await;
-    let mut source = bed.source().await;
+    let cluster = TestCluster::new().await;
+    let mut source = cluster.source().await;
     next(&mut source).await;
-    bed.api.set_up(false);
+    cluster.api.set_up(false);
     until(&source, "away", |status| status.away().is_some()).await;
-    bed.api.delete("pods", "x/b");
-    bed.api.world().floor = u64::MAX;
-    bed.api.set_up(true);
+    cluster.api.delete("pods", "x/b");
+    cluster.api.state().floor = u64::MAX;
+    cluster.api.set_up(true);
     assert_eq!(lines(&next(&mut source).await), ["-Pod x/b"]);
     let kinds = source.status.kinds();
     let pods = kinds
@@ -296,36 +301,38 @@ async fn expired_resourceversion_relists_and_finds_deleted_objects() {
 
 #[tokio::test]
 async fn relists_back_off_when_every_resourceversion_expires() {
-    let bed = Bed::new().await;
-    bed.api.world().streams = Some(false);
-    bed.api.world().floor = u64::MAX;
+    let cluster = TestCluster::new().await;
+    cluster.api.state().streams = Some(false);
+    cluster.api.state().floor = u64::MAX;
     let retry = (Duration::from_secs(2), Duration::from_secs(2));
-    let mut source = bed
+    let mut source = cluster
         .source_with(Timeouts {
             retry,
             ..timeouts()
         })
         .await;
     next(&mut source).await;
-    let before = bed.api.asked(&["/nodes"]);
+    let before = cluster.api.request_count(&["/nodes"]);
     let calm = tokio::time::timeout(Duration::from_secs(1), source.next()).await;
     assert!(calm.is_err(), "nothing has changed");
     // A try is a list of one page and a watch; another watch that gets through may wake this one.
-    let asked = bed.api.asked(&["/nodes"]) - before;
+    let asked = cluster.api.request_count(&["/nodes"]) - before;
     assert!(asked < 12, "{asked} requests in a second");
 }
 
 #[tokio::test]
 async fn own_node_object_may_be_deleted_and_recreated() {
-    let bed = Bed::new().await;
-    let mut source = bed.source().await;
+    let cluster = TestCluster::new().await;
+    let mut source = cluster.source().await;
     next(&mut source).await;
-    bed.api.put("nodes", json!({"metadata": {"name": "n2"}}));
+    cluster
+        .api
+        .put("nodes", json!({"metadata": {"name": "n2"}}));
     assert_eq!(lines(&next(&mut source).await), ["+Node n2"]);
-    bed.api.delete("nodes", "n1");
-    bed.api.delete("nodes", "n2");
+    cluster.api.delete("nodes", "n1");
+    cluster.api.delete("nodes", "n2");
     assert_eq!(lines(&next(&mut source).await), ["-Node n2"]);
-    bed.api.put(
+    cluster.api.put(
         "nodes",
         json!({"metadata": {"name": "n1"}, "spec": {"podCIDR": "10.0.2.0/24"}}),
     );
@@ -334,9 +341,9 @@ async fn own_node_object_may_be_deleted_and_recreated() {
 
 #[tokio::test]
 async fn start_during_outage_uses_snapshot_then_differences() {
-    let bed = Bed::new().await;
+    let cluster = TestCluster::new().await;
     {
-        let mut source = bed.source().await;
+        let mut source = cluster.source().await;
         next(&mut source).await;
         // The state is kept while the source waits for more.
         let kept = source.keeper.snapshot.path();
@@ -350,9 +357,9 @@ async fn start_during_outage_uses_snapshot_then_differences() {
             done = tokio::time::timeout(DEADLINE, write) => done.expect("it is kept"),
         }
     }
-    bed.api.set_up(false);
-    bed.api.delete("pods", "x/b");
-    let mut source = bed.source().await;
+    cluster.api.set_up(false);
+    cluster.api.delete("pods", "x/b");
+    let mut source = cluster.source().await;
     source.fall_back = Some(Instant::now() + DEADLINE);
     assert_eq!(
         lines(&next(&mut source).await),
@@ -361,27 +368,27 @@ async fn start_during_outage_uses_snapshot_then_differences() {
     );
     assert!(source.status.restored().is_some());
     assert!(source.status.away().is_some());
-    bed.api.set_up(true);
+    cluster.api.set_up(true);
     assert_eq!(lines(&next(&mut source).await), ["-Pod x/b"]);
     assert!(source.status.restored().is_none());
 }
 
 #[tokio::test]
 async fn start_during_outage_waits_without_a_snapshot() {
-    let bed = Bed::new().await;
-    bed.api.set_up(false);
-    let mut source = bed.source().await;
+    let cluster = TestCluster::new().await;
+    cluster.api.set_up(false);
+    let mut source = cluster.source().await;
     source.fall_back = Some(Instant::now());
     let early = tokio::time::timeout(Duration::from_millis(200), source.next()).await;
     assert!(early.is_err(), "there is no state");
-    bed.api.set_up(true);
+    cluster.api.set_up(true);
     assert_eq!(lines(&next(&mut source).await), FULL);
 }
 
 #[tokio::test]
 async fn policy_gets_one_event_from_all_nodes() {
-    let bed = Bed::new().await;
-    let (mut one, mut two) = (bed.source().await, bed.source().await);
+    let cluster = TestCluster::new().await;
+    let (mut one, mut two) = (cluster.source().await, cluster.source().await);
     let problems = [Problem::warning("selects a host", "do not")
         .of("NetworkPolicy x/deny")
         .at("spec.podSelector")];
@@ -391,15 +398,19 @@ async fn policy_gets_one_event_from_all_nodes() {
         source.report(&problems);
     }
     let deadline = Instant::now() + DEADLINE;
-    while bed
+    while cluster
         .api
-        .asked(&["POST", "/apis/events.k8s.io/v1/namespaces/x/events"])
+        .request_count(&["POST", "/apis/events.k8s.io/v1/namespaces/x/events"])
         < 2
     {
-        assert!(Instant::now() < deadline, "{:?}", bed.api.world().requests);
+        assert!(
+            Instant::now() < deadline,
+            "{:?}",
+            cluster.api.state().requests
+        );
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    let events = bed.api.world().events.clone();
+    let events = cluster.api.state().events.clone();
     assert_eq!(events.len(), 1, "{events:?}");
     assert_eq!(events[0]["regarding"]["name"], "deny");
     assert_eq!(
@@ -410,8 +421,8 @@ async fn policy_gets_one_event_from_all_nodes() {
 
 #[tokio::test]
 async fn api_and_manifests_give_the_same_changes() {
-    let bed = Bed::new().await;
-    let mut source = bed.source().await;
+    let cluster = TestCluster::new().await;
+    let mut source = cluster.source().await;
     let from_api = next(&mut source).await;
     let mut items = Vec::new();
     for (kind, mut object) in [
@@ -431,7 +442,7 @@ async fn api_and_manifests_give_the_same_changes() {
         .into();
         items.push(object);
     }
-    let file = bed.folder.path().join("state.json");
+    let file = cluster.folder.path().join("state.json");
     let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
     std::fs::write(&file, list.to_string()).expect("written");
     let (_, from_file) = crate::manifest::ManifestSource::open(&file).expect("valid");

@@ -3,58 +3,58 @@ use super::*;
 
 #[tokio::test]
 async fn failed_snapshot_write_is_reported() {
-    let bed = Bed::new().await;
-    std::fs::write(bed.folder.path().join("state"), "a file, not a folder").expect("written");
-    let mut source = bed.source().await;
+    let cluster = TestCluster::new().await;
+    std::fs::write(cluster.folder.path().join("state"), "a file, not a folder").expect("written");
+    let mut source = cluster.source().await;
     next(&mut source).await;
-    let said = async {
+    let reported = async {
         while source.status().unkept().is_none() {
             let _ = tokio::time::timeout(Duration::from_millis(5), source.next()).await;
         }
     };
-    tokio::time::timeout(DEADLINE, said)
+    tokio::time::timeout(DEADLINE, reported)
         .await
-        .expect("it is said");
-    let said = source.status.unkept().expect("said");
-    assert!(said.contains("/state/state.yaml"), "{said}");
+        .expect("a report");
+    let reported = source.status.unkept().expect("a report");
+    assert!(reported.contains("/state/state.yaml"), "{reported}");
 }
 
 #[tokio::test]
 async fn missing_permission_is_named_and_delays_first_state() {
-    let bed = Bed::new().await;
-    bed.api.world().refuse.insert("networkpolicies", 403);
-    let mut source = bed.source().await;
+    let cluster = TestCluster::new().await;
+    cluster.api.state().refuse.insert("networkpolicies", 403);
+    let mut source = cluster.source().await;
     until(&source, "refused", |status| status.away().is_some()).await;
     let (_, why) = source.status.away().expect("away");
     let line = "{apiGroups: [\"networking.k8s.io\"], resources: [\"networkpolicies\"], verbs: [\"watch\"]}";
     assert!(why.to_string().contains(line), "{why}");
     let early = tokio::time::timeout(Duration::from_millis(100), source.next()).await;
     assert!(early.is_err(), "three kinds are not the full state");
-    bed.api.world().refuse.clear();
+    cluster.api.state().refuse.clear();
     assert_eq!(lines(&next(&mut source).await), FULL);
 }
 
 #[tokio::test]
 async fn expired_credentials_are_retried_until_valid() {
-    let bed = Bed::new().await;
+    let cluster = TestCluster::new().await;
     for resource in ["pods", "nodes", "namespaces", "networkpolicies"] {
-        bed.api.world().refuse.insert(resource, 401);
+        cluster.api.state().refuse.insert(resource, 401);
     }
-    let mut source = bed.source().await;
+    let mut source = cluster.source().await;
     until(&source, "refused", |status| {
         status
             .away()
             .is_some_and(|(_, why)| why.cause() == "unauthorized")
     })
     .await;
-    bed.api.world().refuse.clear();
+    cluster.api.state().refuse.clear();
     assert_eq!(lines(&next(&mut source).await), FULL);
 }
 
 #[tokio::test]
 async fn garbage_on_a_watch_loses_no_change() {
-    let bed = Bed::new().await;
-    let mut source = bed.source().await;
+    let cluster = TestCluster::new().await;
+    let mut source = cluster.source().await;
     next(&mut source).await;
     for garbage in [
         "{\"type\":\"ADDED\",\"object\":",
@@ -62,27 +62,27 @@ async fn garbage_on_a_watch_loses_no_change() {
         "{\"type\":\"SUNG\"}",
         "[]",
     ] {
-        bed.api.babble("pods", garbage);
-        bed.api.put("pods", pod("d", 4));
+        cluster.api.send_raw("pods", garbage);
+        cluster.api.put("pods", pod("d", 4));
         assert_eq!(lines(&next(&mut source).await), ["+Pod x/d"], "{garbage}");
-        bed.api.delete("pods", "x/d");
+        cluster.api.delete("pods", "x/d");
         assert_eq!(lines(&next(&mut source).await), ["-Pod x/d"], "{garbage}");
     }
 }
 
 #[tokio::test]
 async fn unreadable_object_keeps_last_good_state_with_report() {
-    let bed = Bed::new().await;
-    let mut source = bed.source().await;
+    let cluster = TestCluster::new().await;
+    let mut source = cluster.source().await;
     next(&mut source).await;
     let mut bad = pod("a", 1);
     bad["status"]["podIP"] = "10.0.1.999".into();
-    bed.api.put("pods", bad);
+    cluster.api.put("pods", bad);
     let batch = next(&mut source).await;
     assert_eq!(lines(&batch), [""; 0]);
-    let told = batch.problems.first().expect("a problem").to_string();
-    assert!(told.starts_with("Pod x/a, status.podIP: "), "{told}");
-    bed.api.put("pods", pod("a", 9));
+    let problem = batch.problems.first().expect("a problem").to_string();
+    assert!(problem.starts_with("Pod x/a, status.podIP: "), "{problem}");
+    cluster.api.put("pods", pod("a", 9));
     let batch = next(&mut source).await;
     assert_eq!(
         (lines(&batch).as_slice(), batch.problems.len()),
@@ -92,15 +92,15 @@ async fn unreadable_object_keeps_last_good_state_with_report() {
 
 #[tokio::test]
 async fn policy_never_readable_isolates_its_selected_pods() {
-    let bed = Bed::new().await;
-    bed.api.delete("networkpolicies", "x/deny");
+    let cluster = TestCluster::new().await;
+    cluster.api.delete("networkpolicies", "x/deny");
     let spec = json!({
         "podSelector": {"matchLabels": {"app": "a"}},
         "policyTypes": ["Ingress"],
         "ingress": [{"from": [{"moonPhase": "full"}]}]
     });
-    bed.api.put("networkpolicies", policy("new", spec));
-    let mut source = bed.source().await;
+    cluster.api.put("networkpolicies", policy("new", spec));
+    let mut source = cluster.source().await;
     let table = Table::new(TableSettings::default());
     let mut index = Index::new(Arc::clone(&table));
     index.apply(next(&mut source).await);
@@ -115,18 +115,18 @@ async fn policy_never_readable_isolates_its_selected_pods() {
         !endpoint(2).isolated(Direction::Ingress),
         "it selects a alone"
     );
-    let told = table.problems().first().expect("a problem").to_string();
+    let problem = table.problems().first().expect("a problem").to_string();
     assert!(
-        told.contains("NetworkPolicy x/new, spec.ingress[0].from[0]"),
-        "{told}"
+        problem.contains("NetworkPolicy x/new, spec.ingress[0].from[0]"),
+        "{problem}"
     );
-    assert!(told.contains("are closed"), "{told}");
+    assert!(problem.contains("are closed"), "{problem}");
 }
 
 #[tokio::test]
 async fn policies_of_other_systems_are_found_by_discovery() {
-    let bed = Bed::new().await;
-    bed.api.world().others = vec![
+    let cluster = TestCluster::new().await;
+    cluster.api.state().others = vec![
         (
             "cilium.io/v2",
             "CiliumNetworkPolicy",
@@ -148,7 +148,7 @@ async fn policies_of_other_systems_are_found_by_discovery() {
         ),
         ("apps/v1", "Deployment", "deployments", Some(1)),
     ];
-    let client = Connector::Plain(bed.api.address)
+    let client = Connector::Plain(cluster.api.address)
         .client()
         .await
         .expect("a client");
@@ -163,7 +163,7 @@ async fn policies_of_other_systems_are_found_by_discovery() {
         "{admin}"
     );
     assert_eq!(
-        bed.api.asked(&["GET /apis/apps"]),
+        cluster.api.request_count(&["GET /apis/apps"]),
         0,
         "only groups that matter"
     );

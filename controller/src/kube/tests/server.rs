@@ -17,12 +17,12 @@ const PAGE: usize = 2;
 /// The server; it ends with the test's runtime.
 pub(crate) struct Api {
     pub(crate) address: SocketAddr,
-    world: Arc<Mutex<World>>,
-    /// Changes whenever the world does.
-    stir: watch::Sender<u64>,
+    state: Arc<Mutex<ServerState>>,
+    /// Changes whenever the state does.
+    changes: watch::Sender<u64>,
 }
 
-pub(crate) struct World {
+pub(crate) struct ServerState {
     version: u64,
     /// Watches from before this version are gone (410).
     pub(crate) floor: u64,
@@ -51,7 +51,7 @@ impl Api {
     pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
-        let world = Arc::new(Mutex::new(World {
+        let state = Arc::new(Mutex::new(ServerState {
             version: 10,
             floor: 0,
             objects: BTreeMap::new(),
@@ -66,92 +66,92 @@ impl Api {
             up: true,
             epoch: 0,
         }));
-        let stir = watch::Sender::new(0);
-        let (shared, changed) = (Arc::clone(&world), stir.subscribe());
+        let changes = watch::Sender::new(0);
+        let (shared, changed) = (Arc::clone(&state), changes.subscribe());
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                let (world, changed) = (Arc::clone(&shared), changed.clone());
+                let (state, changed) = (Arc::clone(&shared), changed.clone());
                 tokio::spawn(async move {
                     // A connection that ends early is what many tests are about.
-                    let _ = serve(stream, &world, changed).await;
+                    let _ = serve(stream, &state, changed).await;
                 });
             }
         });
         Self {
             address,
-            world,
-            stir,
+            state,
+            changes,
         }
     }
 
-    pub(crate) fn world(&self) -> MutexGuard<'_, World> {
-        lock(&self.world)
+    pub(crate) fn state(&self) -> MutexGuard<'_, ServerState> {
+        lock(&self.state)
     }
 
-    fn stir(&self) {
-        self.stir.send_modify(|count| *count += 1);
+    fn notify(&self) {
+        self.changes.send_modify(|count| *count += 1);
     }
 
     /// Creates or replaces an object.
     pub(crate) fn put(&self, resource: &'static str, mut object: Value) {
         {
-            let mut world = self.world();
-            world.version += 1;
-            let version = world.version;
+            let mut state = self.state();
+            state.version += 1;
+            let version = state.version;
             object["metadata"]["resourceVersion"] = version.to_string().into();
             let key = (resource, name(&object));
-            let old = world.objects.insert(key, object.clone());
+            let old = state.objects.insert(key, object.clone());
             let what = if old.is_some() { "MODIFIED" } else { "ADDED" };
-            world.log.push((version, resource, what, object));
+            state.log.push((version, resource, what, object));
         }
-        self.stir();
+        self.notify();
     }
 
     pub(crate) fn delete(&self, resource: &'static str, key: &str) {
         {
-            let mut world = self.world();
-            world.version += 1;
-            let version = world.version;
-            let mut object = world
+            let mut state = self.state();
+            state.version += 1;
+            let version = state.version;
+            let mut object = state
                 .objects
                 .remove(&(resource, key.to_owned()))
                 .expect("it exists");
             object["metadata"]["resourceVersion"] = version.to_string().into();
-            world.log.push((version, resource, "DELETED", object));
+            state.log.push((version, resource, "DELETED", object));
         }
-        self.stir();
+        self.notify();
     }
 
     /// Sends `text` as a line on the watches of a resource, once.
-    pub(crate) fn babble(&self, resource: &'static str, text: &str) {
-        self.world().raw.insert(resource, format!("{text}\n"));
-        self.stir();
+    pub(crate) fn send_raw(&self, resource: &'static str, text: &str) {
+        self.state().raw.insert(resource, format!("{text}\n"));
+        self.notify();
     }
 
     /// Cuts every connection.
     pub(crate) fn cut(&self) {
-        self.world().epoch += 1;
-        self.stir();
+        self.state().epoch += 1;
+        self.notify();
     }
 
     /// Cuts every connection, and each new one until it is back up.
     pub(crate) fn set_up(&self, up: bool) {
-        self.world().up = up;
+        self.state().up = up;
         self.cut();
     }
 
     /// Requests whose line has all of `words`.
-    pub(crate) fn asked(&self, words: &[&str]) -> usize {
-        let world = self.world();
-        let requests = world.requests.iter();
+    pub(crate) fn request_count(&self, words: &[&str]) -> usize {
+        let state = self.state();
+        let requests = state.requests.iter();
         requests
             .filter(|line| words.iter().all(|word| line.contains(word)))
             .count()
     }
 }
 
-fn lock(world: &Mutex<World>) -> MutexGuard<'_, World> {
-    world.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(state: &Mutex<ServerState>) -> MutexGuard<'_, ServerState> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn name(object: &Value) -> String {
@@ -164,19 +164,19 @@ fn name(object: &Value) -> String {
 
 async fn serve(
     mut stream: TcpStream,
-    world: &Mutex<World>,
+    state: &Mutex<ServerState>,
     mut changed: watch::Receiver<u64>,
 ) -> std::io::Result<()> {
-    let epoch = lock(world).epoch;
-    let alive = |world: &Mutex<World>| {
-        let world = lock(world);
-        world.up && world.epoch == epoch
+    let epoch = lock(state).epoch;
+    let alive = |state: &Mutex<ServerState>| {
+        let state = lock(state);
+        state.up && state.epoch == epoch
     };
-    while alive(world) {
+    while alive(state) {
         let Some((line, body)) = request(&mut stream).await? else {
             return Ok(());
         };
-        if !alive(world) {
+        if !alive(state) {
             return Ok(());
         }
         let target = line.split(' ').nth(1).unwrap_or("").to_owned();
@@ -184,27 +184,27 @@ async fn serve(
         let resource = RESOURCES
             .into_iter()
             .find(|resource| path.ends_with(resource));
-        let answer = {
-            let mut world = lock(world);
-            world.requests.push(line.clone());
-            match world.discovered(path) {
-                Some((code, value)) => Answer::Whole(code, value),
-                None => world.answer(resource, query, &body),
+        let response = {
+            let mut state = lock(state);
+            state.requests.push(line.clone());
+            match state.discovery(path) {
+                Some((code, value)) => Response::Whole(code, value),
+                None => state.respond(resource, query, &body),
             }
         };
-        match answer {
-            Answer::Whole(code, value) => whole(&mut stream, code, &value).await?,
-            Answer::Watch(resource, version, listing) => {
+        match response {
+            Response::Whole(code, value) => whole(&mut stream, code, &value).await?,
+            Response::Watch(resource, version, listing) => {
                 let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n";
                 stream.write_all(head.as_bytes()).await?;
                 for line in listing {
                     chunk(&mut stream, &format!("{line}\n")).await?;
                 }
                 let mut at = version;
-                while alive(world) {
-                    let news = lock(world).news(resource, &mut at);
-                    for text in news {
-                        chunk(&mut stream, &text).await?;
+                while alive(state) {
+                    let lines = lock(state).new_lines(resource, &mut at);
+                    for line in lines {
+                        chunk(&mut stream, &line).await?;
                     }
                     if changed.changed().await.is_err() {
                         return Ok(());
@@ -216,15 +216,15 @@ async fn serve(
     Ok(())
 }
 
-enum Answer {
+enum Response {
     Whole(u16, Value),
     /// Of a resource, from a version on, after these events.
     Watch(&'static str, u64, Vec<Value>),
 }
 
-impl World {
-    /// What discovery says of foreign kinds.
-    fn discovered(&self, path: &str) -> Option<(u16, Value)> {
+impl ServerState {
+    /// The discovery response for foreign kinds.
+    fn discovery(&self, path: &str) -> Option<(u16, Value)> {
         let group = |version: &str| version.split('/').next().unwrap_or("").to_owned();
         if path == "/apis" {
             let groups = self.others.iter().map(|(version, ..)| {
@@ -269,7 +269,7 @@ impl World {
         })
     }
 
-    fn answer(&mut self, resource: Option<&'static str>, query: &str, body: &[u8]) -> Answer {
+    fn respond(&mut self, resource: Option<&'static str>, query: &str, body: &[u8]) -> Response {
         let query: HashMap<&str, &str> = query
             .split('&')
             .filter_map(|pair| pair.split_once('='))
@@ -277,7 +277,7 @@ impl World {
         let status = |code: u16, message: &str| {
             let status =
                 json!({"kind": "Status", "status": "Failure", "code": code, "message": message});
-            Answer::Whole(code, status)
+            Response::Whole(code, status)
         };
         let Some(resource) = resource else {
             let event: Value = serde_json::from_slice(body).unwrap_or_default();
@@ -286,7 +286,7 @@ impl World {
                 return status(409, "exists");
             }
             self.events.push(event.clone());
-            return Answer::Whole(201, event);
+            return Response::Whole(201, event);
         };
         if let Some(code) = self.refuse.get(resource) {
             return status(*code, "refused by the test");
@@ -305,7 +305,7 @@ impl World {
             let items: Vec<_> = all.iter().skip(at).take(PAGE).collect();
             let more = (at + PAGE < all.len()).then(|| (at + PAGE).to_string());
             let metadata = json!({"resourceVersion": self.version.to_string(), "continue": more});
-            return Answer::Whole(200, json!({"metadata": metadata, "items": items}));
+            return Response::Whole(200, json!({"metadata": metadata, "items": items}));
         }
         if query.get("sendInitialEvents") == Some(&"true") {
             return match self.streams {
@@ -315,14 +315,14 @@ impl World {
                         .map(|object| json!({"type": "ADDED", "object": object}))
                         .collect();
                     lines.push(bookmark(self.version, true));
-                    Answer::Watch(resource, self.version, lines)
+                    Response::Watch(resource, self.version, lines)
                 }
                 Some(false) => status(self.stream_refusal, "sendInitialEvents is forbidden"),
                 None => {
                     let lines = all
                         .iter()
                         .map(|object| json!({"type": "ADDED", "object": object}));
-                    Answer::Watch(resource, self.version, lines.collect())
+                    Response::Watch(resource, self.version, lines.collect())
                 }
             };
         }
@@ -333,10 +333,10 @@ impl World {
         if version < self.floor {
             return status(410, "too old resource version");
         }
-        Answer::Watch(resource, version, Vec::new())
+        Response::Watch(resource, version, Vec::new())
     }
 
-    fn news(&mut self, resource: &'static str, at: &mut u64) -> Vec<String> {
+    fn new_lines(&mut self, resource: &'static str, at: &mut u64) -> Vec<String> {
         let mut lines: Vec<String> = self.raw.remove(resource).into_iter().collect();
         for (version, of, what, object) in &self.log {
             if *of == resource && version > at {

@@ -3,10 +3,10 @@
 //! One JSON value in, one object of the `policy` crate out, or every problem by its field path.
 //! Knows nothing of files, documents or lists. What the API allows to be `null` may be `null`.
 mod foreign;
+mod json;
 mod network_policy;
 mod pod;
 mod trimmed;
-mod written;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -21,9 +21,9 @@ use serde_json::Value;
 use crate::{Object, ObjectKey, Problem};
 
 pub(crate) use foreign::{FOREIGN, REMEDY as FOREIGN_REMEDY, is_foreign};
+pub(crate) use json::to_json;
 pub(crate) use network_policy::closed_policy;
 pub(crate) use trimmed::Trimmed;
-pub(crate) use written::write;
 
 /// The kinds that are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -81,7 +81,7 @@ pub(super) struct Kept {
 impl Kept {
     /// As JSON in the API's form, with only the fields that are read.
     pub(super) fn json(&self) -> String {
-        let mut json = objects::write(&self.object).to_string();
+        let mut json = objects::to_json(&self.object).to_string();
         // It has a policy's rules as they were written, without parsing them.
         if let Some(spec) = self.spec.as_deref().filter(|spec| !spec.is_empty())
             && json.pop() == Some('}')

@@ -100,7 +100,7 @@ fn pod_addresses(status: &PodStatus, problems: &mut Vec<Problem>) -> Vec<IpAddr>
         let Some(&new) = addresses.get(known) else {
             continue;
         };
-        let problem = if is_nobodys(new) {
+        let problem = if is_unassignable(new) {
             format!("a pod cannot have the address {new}")
         } else if addresses[..known]
             .iter()
@@ -118,7 +118,7 @@ fn pod_addresses(status: &PodStatus, problems: &mut Vec<Problem>) -> Vec<IpAddr>
     addresses
 }
 
-fn is_nobodys(address: IpAddr) -> bool {
+fn is_unassignable(address: IpAddr) -> bool {
     let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
     broadcast || address.is_unspecified() || address.is_loopback() || address.is_multicast()
 }

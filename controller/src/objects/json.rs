@@ -1,6 +1,6 @@
 //! An object of the `policy` crate back in the API's form: the reverse of reading.
 //!
-//! What is written here reads as the same object again. The rules of a policy are not kept in the
+//! What is written here is read as the same object again. The rules of a policy are not kept in the
 //! form in which they were written, so its `spec` is for the caller to add.
 use policy::{Labels, Node, Pod, PodPort};
 use serde_json::{Map, Value, json};
@@ -9,7 +9,7 @@ use super::Kind;
 use crate::Object;
 
 /// `object` as JSON, with `apiVersion` and `kind`.
-pub(crate) fn write(object: &Object) -> Value {
+pub(crate) fn to_json(object: &Object) -> Value {
     let (kind, mut value) = match object {
         Object::Namespace(namespace) => (
             Kind::Namespace,
@@ -107,7 +107,7 @@ mod tests {
         ] {
             let key = key_of(kind, &value).expect("a name");
             let object = read(&key, value).expect("valid");
-            let written = write(&object);
+            let written = to_json(&object);
             assert_eq!(key_of(kind, &written).expect("a name"), key);
             assert_eq!(read(&key, written).expect("valid"), object);
         }

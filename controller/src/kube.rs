@@ -138,7 +138,7 @@ impl KubeSource {
 
     /// Waits for the next change and returns it. Cancel safe.
     ///
-    /// The first batch is the full state: the API server's, or the one on disk while that is away; the
+    /// The first batch is the full state: the API server's, or the one on disk while that is unreachable; the
     /// API server's follows then as a change.
     pub async fn next(&mut self) -> Batch {
         loop {
@@ -192,7 +192,7 @@ impl KubeSource {
         self.keeper.keep(&self.state, now);
         let late = self
             .fall_back
-            .is_some_and(|at| at <= now || self.status.away().is_some());
+            .is_some_and(|at| at <= now || self.status.outage().is_some());
         if !late {
             return None;
         }
@@ -256,7 +256,7 @@ impl Keeper {
             let bytes = u32::try_from(body.len()).unwrap_or(u32::MAX);
             written_bytes.store(bytes, Ordering::Relaxed);
             let written = snapshot.write(&body, SystemTime::now());
-            status.set_unkept(written.err().map(|error| {
+            status.set_save_error(written.err().map(|error| {
                 let path = snapshot.path();
                 format!(
                     "cannot save the state in {}, so a restart while the API server is unreachable would find none: {error}; make the directory writable, or choose another with --state-dir",

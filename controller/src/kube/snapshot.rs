@@ -1,4 +1,4 @@
-//! The last good state on disk, for a start while the API server is away.
+//! The last good state on disk, for a start while the API server is unreachable.
 //!
 //! One file: a comment line with its owner, length and checksum, then a `kind: List`
 //! of the objects, reduced to what is read; `portreeve check --cluster dir:FILE` reads it too. Whole or

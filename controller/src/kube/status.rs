@@ -20,7 +20,7 @@ pub struct WatchStatus {
 struct Inner {
     kinds: [KindStatus; 4],
     restored: Option<SystemTime>,
-    unkept: Option<String>,
+    save_error: Option<String>,
 }
 
 /// The watch of one kind.
@@ -55,7 +55,7 @@ impl WatchStatus {
             inner: Mutex::new(Inner {
                 kinds: Kind::ALL.map(kind),
                 restored: None,
-                unkept: None,
+                save_error: None,
             }),
         }
     }
@@ -75,17 +75,17 @@ impl WatchStatus {
 
     /// Why the state on disk is behind, if it is.
     #[must_use]
-    pub fn unkept(&self) -> Option<String> {
-        self.lock().unkept.clone()
+    pub fn save_error(&self) -> Option<String> {
+        self.lock().save_error.clone()
     }
 
     /// Since when, and why, a watch of the API server is down; `None` while all work or
     /// nothing has failed yet.
     #[must_use]
-    pub fn away(&self) -> Option<(SystemTime, ApiError)> {
+    pub fn outage(&self) -> Option<(SystemTime, ApiError)> {
         let inner = self.lock();
-        let away = inner.kinds.iter().filter(|kind| !kind.connected);
-        let failed = away.filter_map(|kind| Some((kind.since, kind.error.clone()?)));
+        let down = inner.kinds.iter().filter(|kind| !kind.connected);
+        let failed = down.filter_map(|kind| Some((kind.since, kind.error.clone()?)));
         failed.min_by_key(|(since, _)| *since)
     }
 
@@ -164,12 +164,12 @@ impl WatchStatus {
         self.lock().restored = written;
     }
 
-    pub(super) fn set_unkept(&self, reason: Option<String>) {
+    pub(super) fn set_save_error(&self, reason: Option<String>) {
         let mut inner = self.lock();
-        if let Some(reason) = reason.as_ref().filter(|_| inner.unkept.is_none()) {
+        if let Some(reason) = reason.as_ref().filter(|_| inner.save_error.is_none()) {
             warn!("{reason}");
         }
-        inner.unkept = reason;
+        inner.save_error = reason;
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -190,15 +190,15 @@ mod tests {
     #[test]
     fn outage_time_and_cause_last_until_all_reconnect() {
         let status = WatchStatus::new();
-        assert!(status.away().is_none(), "nothing has failed yet");
+        assert!(status.outage().is_none(), "nothing has failed yet");
         let gone = ApiError::Unreachable("refused".to_owned());
         status.failed(Kind::Pod, gone.clone());
-        let (since, why) = status.away().expect("away");
+        let (since, why) = status.outage().expect("an outage");
         assert_eq!(why, gone);
         status.failed(Kind::Pod, ApiError::Silent(5));
-        assert_eq!(status.away().map(|(since, _)| since), Some(since));
+        assert_eq!(status.outage().map(|(since, _)| since), Some(since));
         assert!(status.connected(Kind::Pod));
-        assert!(status.away().is_none());
+        assert!(status.outage().is_none());
         assert!(!status.connected(Kind::Pod), "it was connected before");
     }
 }

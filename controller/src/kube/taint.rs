@@ -14,7 +14,7 @@ use super::backoff::Backoff;
 use super::connect::Connector;
 use super::error::{ApiError, RequestInfo};
 
-/// Between tries: the API server may be away.
+/// Between tries: the API server may be unreachable.
 const WAITS: (Duration, Duration) = (Duration::from_millis(800), Duration::from_secs(30));
 
 /// Removes every taint with `key` from the Node `node`; retries until that succeeds.

@@ -166,7 +166,7 @@ async fn a_failed_list_stream_falls_back_to_pages() {
         cluster.api.state().stream_refusal = code;
         let mut source = cluster.source().await;
         assert_eq!(lines(&next(&mut source).await), FULL, "{code}");
-        assert!(source.status.away().is_none(), "{code}");
+        assert!(source.status.outage().is_none(), "{code}");
         assert!(
             cluster.api.request_count(&["/pods", "continue="]) > 0,
             "{code}"
@@ -179,7 +179,7 @@ async fn an_outage_is_reported_by_the_paged_list() {
     let cluster = TestCluster::new().await;
     cluster.api.state().refuse.insert("pods", 500);
     let mut source = cluster.source().await;
-    until(&source, "away", |status| status.away().is_some()).await;
+    until(&source, "outage", |status| status.outage().is_some()).await;
     assert!(cluster.api.request_count(&["/pods", "limit="]) > 0);
     cluster.api.state().refuse.clear();
     assert_eq!(lines(&next(&mut source).await), FULL);
@@ -258,7 +258,7 @@ async fn changes_during_an_outage_arrive_in_one_batch() {
         .await;
     next(&mut source).await;
     cluster.api.set_up(false);
-    until(&source, "away", |status| status.away().is_some()).await;
+    until(&source, "outage", |status| status.outage().is_some()).await;
     cluster.api.delete("pods", "x/a");
     cluster.api.put("pods", pod("d", 4));
     cluster.api.delete("networkpolicies", "x/deny");
@@ -274,7 +274,7 @@ async fn changes_during_an_outage_arrive_in_one_batch() {
         "-Pod x/a",
     ];
     assert_eq!(lines(&next(&mut source).await), expected);
-    assert!(source.status.away().is_none());
+    assert!(source.status.outage().is_none());
 }
 
 #[tokio::test]
@@ -283,7 +283,7 @@ async fn expired_resourceversion_relists_and_finds_deleted_objects() {
     let mut source = cluster.source().await;
     next(&mut source).await;
     cluster.api.set_up(false);
-    until(&source, "away", |status| status.away().is_some()).await;
+    until(&source, "outage", |status| status.outage().is_some()).await;
     cluster.api.delete("pods", "x/b");
     cluster.api.state().floor = u64::MAX;
     cluster.api.set_up(true);
@@ -367,7 +367,7 @@ async fn start_during_outage_uses_snapshot_then_differences() {
         "as soon as the first request has failed"
     );
     assert!(source.status.restored().is_some());
-    assert!(source.status.away().is_some());
+    assert!(source.status.outage().is_some());
     cluster.api.set_up(true);
     assert_eq!(lines(&next(&mut source).await), ["-Pod x/b"]);
     assert!(source.status.restored().is_none());

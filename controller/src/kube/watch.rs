@@ -2,7 +2,7 @@
 //!
 //! The list is streamed where the server can (`sendInitialEvents`, KEP-3157); where that fails, it is read in pages.
 //! Both are reads of the newest state, so that a relist never goes back in time. A watch that ends or breaks is resumed
-//! where it was, unless the server was away for longer: a list has an end mark, a resumed watch has none.
+//! where it was, unless the server was unreachable for longer: a list has an end mark, a resumed watch has none.
 //! Knows nothing of what the objects mean.
 use std::sync::Arc;
 use std::time::Duration;

@@ -96,7 +96,7 @@ impl Readiness {
     /// Whether the cluster's state is up to date: all watches of the API server are connected.
     pub(crate) fn is_heard(&self) -> bool {
         let behind =
-            |watches: &WatchStatus| watches.away().is_some() || watches.restored().is_some();
+            |watches: &WatchStatus| watches.outage().is_some() || watches.restored().is_some();
         !self.watches.as_deref().is_some_and(behind)
     }
 
@@ -147,7 +147,7 @@ impl Readiness {
         let Some(watches) = &self.watches else {
             return Vec::new();
         };
-        let away = watches.away().map(|(since, why)| {
+        let away = watches.outage().map(|(since, why)| {
             let since = timestamp(since);
             let how = match watches.kinds().iter().any(|kind| kind.connected) {
                 true => "heard only in part",
@@ -165,7 +165,7 @@ impl Readiness {
         });
         away.into_iter()
             .chain(restored)
-            .chain(watches.unkept())
+            .chain(watches.save_error())
             .collect()
     }
 

@@ -8,14 +8,14 @@ async fn failed_snapshot_write_is_reported() {
     let mut source = cluster.source().await;
     next(&mut source).await;
     let reported = async {
-        while source.status().unkept().is_none() {
+        while source.status().save_error().is_none() {
             let _ = tokio::time::timeout(Duration::from_millis(5), source.next()).await;
         }
     };
     tokio::time::timeout(DEADLINE, reported)
         .await
         .expect("a report");
-    let reported = source.status.unkept().expect("a report");
+    let reported = source.status.save_error().expect("a report");
     assert!(reported.contains("/state/state.yaml"), "{reported}");
 }
 
@@ -24,8 +24,8 @@ async fn missing_permission_is_named_and_delays_first_state() {
     let cluster = TestCluster::new().await;
     cluster.api.state().refuse.insert("networkpolicies", 403);
     let mut source = cluster.source().await;
-    until(&source, "refused", |status| status.away().is_some()).await;
-    let (_, why) = source.status.away().expect("away");
+    until(&source, "refused", |status| status.outage().is_some()).await;
+    let (_, why) = source.status.outage().expect("an outage");
     let line = "{apiGroups: [\"networking.k8s.io\"], resources: [\"networkpolicies\"], verbs: [\"watch\"]}";
     assert!(why.to_string().contains(line), "{why}");
     let early = tokio::time::timeout(Duration::from_millis(100), source.next()).await;
@@ -43,7 +43,7 @@ async fn expired_credentials_are_retried_until_valid() {
     let mut source = cluster.source().await;
     until(&source, "refused", |status| {
         status
-            .away()
+            .outage()
             .is_some_and(|(_, why)| why.cause() == "unauthorized")
     })
     .await;

@@ -56,14 +56,6 @@ pub(super) struct Found {
     pub(super) link: bool,
 }
 
-/// What has a name.
-#[derive(Debug)]
-pub(super) enum Look {
-    File(Found),
-    Directory,
-    Nothing,
-}
-
 /// The files of a source at one moment, in the order of their names.
 #[derive(Debug, Default)]
 pub(super) struct Listing {
@@ -124,14 +116,14 @@ pub(super) fn list(root: &Path) -> Result<Listing, Box<Problem>> {
     Ok(listing)
 }
 
-/// Looks at one name of a source.
+/// One file of a source; `None` if there is no such name.
 ///
 /// # Errors
-/// If it cannot be told what is there.
-pub(super) fn look_at(file: &OsStr) -> io::Result<Look> {
+/// If it is a directory, or cannot be looked up.
+pub(super) fn find(file: &OsStr) -> io::Result<Option<Found>> {
     let own = match fs::symlink_metadata(file) {
         Ok(own) => own,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Look::Nothing),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };
     let link = own.is_symlink();
@@ -141,10 +133,10 @@ pub(super) fn look_at(file: &OsStr) -> io::Result<Look> {
         Some(own)
     };
     if metadata.as_ref().is_some_and(Metadata::is_dir) {
-        return Ok(Look::Directory);
+        return Err(ErrorKind::IsADirectory.into());
     }
     let stamp = metadata.map(|metadata| Stamp::of(&metadata));
-    Ok(Look::File(Found { stamp, link }))
+    Ok(Some(Found { stamp, link }))
 }
 
 /// Whether a file of this name in a source's directory is one of its files.

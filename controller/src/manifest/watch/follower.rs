@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 use super::notify::Notify;
 use crate::manifest::LoadError;
 use crate::manifest::contents::Contents;
-use crate::manifest::files::{self, Found, Listing, Look, Name, Stamp};
+use crate::manifest::files::{self, Found, Listing, Name, Stamp};
 use crate::manifest::state::State;
 use crate::{Batch, Problem};
 
@@ -236,12 +236,12 @@ impl Follower {
     }
 
     fn check(&mut self, file: &Name, now: Instant) {
-        match files::look_at(file) {
-            Ok(Look::File(found)) => self.present(file, found, now),
+        match files::find(file) {
+            Ok(Some(found)) => self.present(file, found, now),
             // A file that is missing with its whole directory is not deleted.
-            Ok(Look::Nothing) if self.notify.follow(&self.root) => self.lose_track(now),
-            Ok(Look::Nothing) => self.absent(file, now),
-            Ok(Look::Directory) | Err(_) => self.all_at = now,
+            Ok(None) if self.notify.follow(&self.root) => self.lose_track(now),
+            Ok(None) => self.absent(file, now),
+            Err(_) => self.all_at = now,
         }
     }
 

@@ -19,7 +19,7 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 
-pub use endings::{Endings, Heard};
+pub use endings::{Ended, Endings, Heard, Report};
 pub use entry::{Entry, FlowId};
 pub use filter::each_with_end;
 
@@ -128,10 +128,22 @@ pub fn keep_their_marks(entries: &[&Entry]) -> io::Result<Vec<bool>> {
     }
     let mut conntrack = Conntrack::open()?;
     let mut keeps = |entry: &&Entry| {
-        let now = conntrack.get(entry)?;
+        let now = conntrack.same(entry)?;
         Ok(now.is_some_and(|now| entry.has_mark_of(&now)))
     };
     entries.iter().map(&mut keeps).collect()
+}
+
+/// Whether there is an entry between the ends of this one: itself, or that of a later flow.
+///
+/// Blocks, at most five seconds.
+///
+/// # Errors
+/// As [`marked`].
+pub fn has_entry_between(ends: &Entry) -> io::Result<bool> {
+    Ok(Conntrack::open()?
+        .get(ends.without_id(), family(ends))?
+        .is_some())
 }
 
 /// Sends a request for every entry and returns how many succeeded.
@@ -215,9 +227,16 @@ impl Conntrack {
         Ok(dump.interrupted)
     }
 
-    /// The entry between the ends of this one, if there is one.
-    fn get(&mut self, entry: &Entry) -> io::Result<Option<Entry>> {
-        self.request(CT_GET, 0, family(entry), |m| m.raw(entry.name()))?;
+    /// This entry as it is now; `None` if it is gone.
+    fn same(&mut self, entry: &Entry) -> io::Result<Option<Entry>> {
+        let found = self.get(entry.name(), family(entry))?;
+        // Before Linux 5.1 a request ignores the id.
+        Ok(found.filter(|now| entry.is_same(now)))
+    }
+
+    /// The entry of this name, if there is one.
+    fn get(&mut self, name: &[u8], family: u8) -> io::Result<Option<Entry>> {
+        self.request(CT_GET, 0, family, |m| m.raw(name))?;
         let mut answer = Dump::default();
         while answer.entries.is_empty() {
             let sequence = self.sequence;

@@ -198,7 +198,16 @@ impl KernelFlows {
 
     /// Removes a flow; only one caller gets it.
     pub(crate) fn remove(&self, id: &FlowId) -> Option<Arc<KernelFlow>> {
-        let (_, flow) = self.by_id.remove(id)?;
+        self.remove_if(id, |_| true)
+    }
+
+    /// Removes a flow if `over`, which is asked while no packet can enter the flow.
+    fn remove_if(
+        &self,
+        id: &FlowId,
+        over: impl FnOnce(&KernelFlow) -> bool,
+    ) -> Option<Arc<KernelFlow>> {
+        let (_, flow) = self.by_id.remove_if(id, |_, flow| over(flow))?;
         self.by_address.remove(&flow);
         self.by_source.remove_if_mut(&flow.source, |_, count| {
             *count = count.saturating_sub(1);
@@ -216,17 +225,15 @@ impl KernelFlows {
         }
     }
 
-    /// Removes the flow whose conntrack entry was deleted, unless there may be another one between
+    /// Removes the flow whose conntrack entry was deleted or is closed, unless there may be another one between
     /// the same endpoints: then the next comparisons with conntrack find out.
     pub(crate) fn ended(&self, entry: &Entry) -> Option<Arc<KernelFlow>> {
-        let flow = self.get(&entry.flow)?;
-        flow.note(entry);
-        let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
-        let another = |again: u32| again.checked_sub(1);
-        if flow.again.fetch_update(set, fetch, another).is_ok() {
-            return None;
-        }
-        self.remove(&entry.flow)
+        self.remove_if(&entry.flow, |flow| {
+            flow.note(entry);
+            let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
+            let another = |again: u32| again.checked_sub(1);
+            flow.again.fetch_update(set, fetch, another).is_err()
+        })
     }
 
     /// The flow of this name.

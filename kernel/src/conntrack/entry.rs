@@ -13,16 +13,20 @@ pub(super) const CTA_TUPLE_REPLY: u16 = 2;
 const CTA_STATUS: u16 = 3;
 /// `IPS_SEEN_REPLY` (linux/netfilter/nf_conntrack_common.h).
 const SEEN_REPLY: u32 = 1 << 1;
-const CTA_PROTOINFO: u16 = 4;
-const CTA_PROTOINFO_TCP: u16 = 1;
-const CTA_PROTOINFO_TCP_STATE: u16 = 1;
-/// `TCP_CONNTRACK_TIME_WAIT`; what is numbered higher is closed.
-const TIME_WAIT: u8 = 7;
+pub(super) const CTA_PROTOINFO: u16 = 4;
+pub(super) const CTA_PROTOINFO_TCP: u16 = 1;
+pub(super) const CTA_PROTOINFO_TCP_STATE: u16 = 1;
+/// `TCP_CONNTRACK_TIME_WAIT` (linux/netfilter/nf_conntrack_tcp.h).
+pub(super) const TCP_TIME_WAIT: u8 = 7;
+/// `TCP_CONNTRACK_CLOSE`.
+pub(super) const TCP_CLOSE: u8 = 8;
 const CTA_COUNTERS_ORIG: u16 = 9;
 const CTA_COUNTERS_REPLY: u16 = 10;
 const CTA_COUNTERS_BYTES: u16 = 2;
 const CTA_MARK: u16 = 8;
 pub(super) const CTA_ID: u16 = 12;
+/// Bytes of that attribute, with its header.
+const ID_LENGTH: usize = 8;
 const CTA_ZONE: u16 = 18;
 const CTA_TIMESTAMP: u16 = 20;
 const CTA_TIMESTAMP_START: u16 = 1;
@@ -108,7 +112,7 @@ impl Entry {
             sent: bytes(attributes, CTA_COUNTERS_ORIG).unwrap_or(0),
             received: bytes(attributes, CTA_COUNTERS_REPLY).unwrap_or(0),
             began: began(attributes),
-            over: tcp_state(attributes).is_some_and(|state| state >= TIME_WAIT),
+            over: matches!(tcp_state(attributes), Some(TCP_TIME_WAIT | TCP_CLOSE)),
             unanswered: status(attributes).is_some_and(|status| status & SEEN_REPLY == 0),
             mark: find(attributes, CTA_MARK)
                 .and_then(|mark| chunk(mark.value, 0))
@@ -119,12 +123,23 @@ impl Entry {
 
     /// Whether `now` is the same entry with the same mark.
     pub(super) fn has_mark_of(&self, now: &Self) -> bool {
-        (self.mark, &self.name) == (now.mark, &now.name)
+        self.mark == now.mark && self.is_same(now)
+    }
+
+    /// Whether `now` is the same entry.
+    pub(super) fn is_same(&self, now: &Self) -> bool {
+        self.name == now.name
     }
 
     /// The attributes by which a request names it.
     pub(super) fn name(&self) -> &[u8] {
         &self.name
+    }
+
+    /// The same without its id.
+    pub(super) fn without_id(&self) -> &[u8] {
+        let id = self.name.len().saturating_sub(ID_LENGTH);
+        self.name.get(..id).unwrap_or_default()
     }
 }
 

@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use controller::{Severance, Unknown};
-use kernel::conntrack::{self, Endings, Entry, FlowId, Heard};
+use kernel::conntrack::{self, Ended, Endings, Entry, FlowId, Heard};
 use policy::Protocol;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
@@ -196,7 +196,7 @@ async fn follow(enforcer: Arc<Enforcer>, mut endings: Endings) {
     let mut compared: Option<Instant> = None;
     loop {
         let due = tokio::select! {
-            heard = endings.next(|entry| ended(&enforcer, &entry)) => match heard {
+            heard = endings.next(|entry, how| ended(&enforcer, &entry, how)) => match heard {
                 Ok(Heard::All) => false,
                 Ok(Heard::SomeLost) => {
                     debug!("conntrack events were lost; reading the table again");
@@ -230,7 +230,13 @@ pub(crate) fn compare(enforcer: &Enforcer) -> io::Result<()> {
     let accepted = enforcer.marks.accepted();
     let mut to_sever = ToSever::new();
     conntrack::each_marked(accepted, accepted, |entry| {
-        if let Some(flow) = enforcer.kernel_flows.get(&entry.flow) {
+        let listed = enforcer.kernel_flows.get(&entry.flow);
+        if entry.over {
+            // It does not count as seen: if it is listed, the event of its end was lost.
+            listed.inspect(|flow| flow.note(&entry));
+            return Ok(());
+        }
+        if let Some(flow) = listed {
             flow.seen_in(&round, &entry);
             return Ok(());
         }
@@ -271,11 +277,27 @@ async fn compare_in_background(enforcer: &Arc<Enforcer>) {
     }
 }
 
-/// Records a flow whose conntrack entry was deleted.
-fn ended(enforcer: &Enforcer, entry: &Entry) {
+/// Records a flow that has ended.
+fn ended(enforcer: &Enforcer, entry: &Entry, how: Ended) {
+    if how == Ended::Deleted && is_of_earlier(enforcer, entry) {
+        return;
+    }
     if let Some(flow) = enforcer.kernel_flows.ended(entry) {
         enforcer.kernel_flow_ended(&flow);
     }
+}
+
+/// Whether the deleted entry of a TCP connection was an earlier one's between the ends of a listed one: a closed one has
+/// left the list long before its entry is deleted, and a new one with the same ports can be in it.
+fn is_of_earlier(enforcer: &Enforcer, deleted: &Entry) -> bool {
+    if deleted.flow.protocol != Protocol::Tcp {
+        return false;
+    }
+    let Some(listed) = enforcer.kernel_flows.get(&deleted.flow) else {
+        return true;
+    };
+    // If conntrack cannot be asked, the next comparison finds out.
+    listed.entered.elapsed() < ON_ITS_WAY || conntrack::has_entry_between(deleted).unwrap_or(true)
 }
 
 /// Evaluates the flows of these addresses in conntrack whose mark under `mask` is `mark`, but for those

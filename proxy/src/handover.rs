@@ -104,11 +104,17 @@ impl Hello {
             ..
         } = redirect;
         let queues = redirect.queue_count();
+        // Other values differ for new connections only.
+        let tcp = if redirect.tcp.has_proxy() {
+            ""
+        } else {
+            " --tcp kernel"
+        };
         Ok(Self {
             format: FORMAT,
             namespace: std::fs::metadata("/proc/self/ns/net")?.ino(),
             settings: format!(
-                "--proxy-port {proxy_port} --queue {queue} --queues {queues} --mark-mask {mark_mask}"
+                "--proxy-port {proxy_port} --queue {queue} --queues {queues} --mark-mask {mark_mask}{tcp}"
             ),
             pod,
         })
@@ -141,7 +147,8 @@ pub(crate) struct State {
 #[derive(Debug)]
 pub(crate) struct WorkerSockets {
     pub(crate) queue: OwnedFd,
-    pub(crate) listener: OwnedFd,
+    /// None with `--tcp kernel`.
+    pub(crate) listener: Option<OwnedFd>,
 }
 
 /// A relayed connection.

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use controller::kube::WatchStatus;
 use controller::{Index, Table, TableSettings};
-use kernel::conntrack::Endings;
+use iptables_init::settings::Tcp;
+use kernel::conntrack::{Endings, Report};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::{info, warn};
@@ -212,7 +213,7 @@ fn begin(
     since: Option<Instant>,
 ) -> anyhow::Result<(Vec<Thread>, JoinSet<()>)> {
     let mut tasks = JoinSet::new();
-    follow_kernel_flows(enforcer, &mut tasks)?;
+    follow_kernel_flows(args.redirect.tcp, enforcer, &mut tasks)?;
     let workers = start_workers(args, enforcer, outgoing, stopped, state, since)?;
     tasks.spawn(expire(Arc::clone(enforcer)));
     reclaim::start(Arc::clone(enforcer), stopped.clone())?;
@@ -305,8 +306,16 @@ fn recorder(args: &RunArgs, node: &Arc<str>) -> anyhow::Result<Recorder> {
 }
 
 /// Call this before the first flow: conntrack reports the end only of flows that began while somebody listened.
-fn follow_kernel_flows(enforcer: &Arc<Enforcer>, tasks: &mut JoinSet<()>) -> anyhow::Result<()> {
-    let endings = Endings::listen(enforcer.marks.accepted())
+fn follow_kernel_flows(
+    tcp: Tcp,
+    enforcer: &Arc<Enforcer>,
+    tasks: &mut JoinSet<()>,
+) -> anyhow::Result<()> {
+    let report = match tcp {
+        Tcp::Spliced => Report::Deleted,
+        Tcp::Auto | Tcp::Kernel => Report::Closed,
+    };
+    let endings = Endings::listen(enforcer.marks.accepted(), report)
         .context("cannot listen to conntrack; load it with `modprobe nf_conntrack_netlink`")?;
     conntrack::spawn(tasks, enforcer, endings);
     Ok(())

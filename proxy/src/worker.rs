@@ -36,7 +36,7 @@ pub(crate) struct Worker {
 
 /// The initial work of a worker.
 struct Work {
-    listener: std::net::TcpListener,
+    listener: Option<std::net::TcpListener>,
     /// Connections that another daemon has left.
     left: Vec<Relayed>,
     /// Where it leaves connections for a daemon that takes over.
@@ -90,10 +90,10 @@ impl Worker {
         }
     }
 
-    /// Hands the worker its listener, and what was `left` for it: from now on connections come.
+    /// Hands the worker its listener, if there is a proxy, and what was `left` for it: from now on connections come.
     pub(crate) fn listen(
         self,
-        listener: std::net::TcpListener,
+        listener: Option<std::net::TcpListener>,
         left: Vec<Relayed>,
         outgoing: Arc<Outgoing>,
     ) -> JoinHandle<io::Result<()>> {
@@ -153,8 +153,10 @@ async fn serve(
     else {
         return Ok(());
     };
-    prefer_own_core(&listener, number);
-    let listener = tokio::net::TcpListener::from_std(listener)?;
+    listener.iter().for_each(|it| prefer_own_core(it, number));
+    let listener = listener
+        .map(tokio::net::TcpListener::from_std)
+        .transpose()?;
     let relays = Rc::new(Relays {
         enforcer: Arc::clone(&enforcer),
         outgoing,
@@ -168,7 +170,7 @@ async fn serve(
         biased;
         _ = stop.wait_for(|stop| *stop) => Ok(()),
         result = Rc::clone(&gate).serve() => result,
-        () = accept::serve(&listener, &relays) => Ok(()),
+        () = accept::serve(listener.as_ref(), &relays) => Ok(()),
     };
     if enforcer.draining.has_begun() {
         return leave(&gate, listener, &relays).await;
@@ -181,7 +183,11 @@ async fn serve(
 }
 
 /// Hands everything over to the new daemon.
-async fn leave(gate: &Gate, listener: tokio::net::TcpListener, relays: &Relays) -> io::Result<()> {
+async fn leave(
+    gate: &Gate,
+    listener: Option<tokio::net::TcpListener>,
+    relays: &Relays,
+) -> io::Result<()> {
     let Relays {
         enforcer, outgoing, ..
     } = relays;
@@ -194,7 +200,10 @@ async fn leave(gate: &Gate, listener: tokio::net::TcpListener, relays: &Relays) 
     let at_work = [StageName::Held, StageName::Live];
     within(STOP_WITHIN, || !flows.has_any(&at_work)).await;
     let (number, queue) = gate.leave()?;
-    let listener = listener.into_std()?.into();
+    let listener = listener
+        .map(tokio::net::TcpListener::into_std)
+        .transpose()?;
+    let listener = listener.map(Into::into);
     outgoing.worker(number, WorkerSockets { queue, listener });
     Ok(())
 }

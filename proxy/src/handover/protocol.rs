@@ -102,7 +102,12 @@ impl Channel {
     fn give_all(&self, state: &State, within: Duration) -> Result<usize, HandoverError> {
         for (queue, sockets) in &state.workers {
             let part = encoded(&Part::Worker { queue: *queue })?;
-            self.send(&part, &[sockets.queue.as_fd(), sockets.listener.as_fd()])?;
+            let listener = sockets.listener.as_ref().map(AsFd::as_fd);
+            let descriptors: Vec<_> = [sockets.queue.as_fd()]
+                .into_iter()
+                .chain(listener)
+                .collect();
+            self.send(&part, &descriptors)?;
         }
         let until = Instant::now() + within;
         let mut connections = 0;
@@ -156,9 +161,14 @@ impl Channel {
             } = self.receive()?;
             match decoded(message)? {
                 Part::Worker { queue } => {
-                    let [queue_socket, listener] = exactly(descriptors)?;
+                    let mut descriptors = descriptors.into_iter();
+                    let (Some(socket), listener, None) =
+                        (descriptors.next(), descriptors.next(), descriptors.next())
+                    else {
+                        return Err(wrong_descriptors());
+                    };
                     let sockets = WorkerSockets {
-                        queue: queue_socket,
+                        queue: socket,
                         listener,
                     };
                     state.workers.insert(queue, sockets);
@@ -259,9 +269,8 @@ fn decoded<T: DeserializeOwned>(message: &[u8]) -> Result<T, HandoverError> {
     serde_json::from_slice(message).map_err(|error| malformed(&error.to_string()))
 }
 
-fn exactly<const N: usize>(descriptors: Vec<OwnedFd>) -> Result<[OwnedFd; N], HandoverError> {
-    let wrong = |_| malformed("a message with too few or too many descriptors");
-    descriptors.try_into().map_err(wrong)
+fn wrong_descriptors() -> HandoverError {
+    malformed("a message with too few or too many descriptors")
 }
 
 fn malformed(what: &str) -> HandoverError {

@@ -42,15 +42,16 @@ pub(super) fn start_workers(
         let (bound, listener) = sockets
             .map(|sockets| (sockets.queue, sockets.listener))
             .unzip();
-        listeners.push(listener);
+        listeners.push(listener.flatten());
         let worker = Worker::start(number.into(), count.into(), queue, bound, Arc::clone(enforcer), stopped.clone())
             .with_context(|| format!("cannot bind NFQUEUE {queue}: is another daemon running, or another program on that queue? (--queue chooses others)"))?;
         workers.push(worker);
     }
     let port = settings.proxy_port;
     let listen = |left: Option<OwnedFd>| match left {
-        Some(listener) => Ok(listener.into()),
-        None => accept::listen(port),
+        _ if !settings.tcp.has_proxy() => Ok(None),
+        Some(listener) => Ok(Some(listener.into())),
+        None => accept::listen(port).map(Some),
     };
     let listeners = listeners.into_iter().map(listen).collect::<Result<Vec<_>, _>>()
         .with_context(|| format!("cannot listen on port {port}: is it in use? (--proxy-port chooses another, for iptables-init too)"))?;

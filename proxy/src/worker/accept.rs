@@ -80,7 +80,10 @@ pub(crate) struct Relays {
 }
 
 /// Accepts connections forever. Must run inside a `LocalSet`.
-pub(crate) async fn serve(listener: &TcpListener, relays: &Rc<Relays>) {
+pub(crate) async fn serve(listener: Option<&TcpListener>, relays: &Rc<Relays>) {
+    let Some(listener) = listener else {
+        return std::future::pending().await;
+    };
     loop {
         match listener.accept().await {
             Ok((client, peer)) => accepted(client, peer, relays),

@@ -89,7 +89,7 @@ fn worker_sockets() -> WorkerSockets {
     let listener = || OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap());
     WorkerSockets {
         queue: listener(),
-        listener: listener(),
+        listener: Some(listener()),
     }
 }
 

@@ -28,6 +28,10 @@ pub use holder::Holder;
 use surroundings::Surroundings;
 pub use unsettled::Unsettled;
 
+/// Lists of rules and entries that one change merges, about 5 ms; a single pod's may exceed it, up
+/// to the budget of its namespace.
+const MERGED_AT_ONCE: usize = 100_000;
+
 /// The operator's settings of the table.
 #[derive(Clone, Debug, Default)]
 pub struct TableSettings {
@@ -308,6 +312,8 @@ impl Table {
         surroundings: Option<Arc<Surroundings>>,
         unsettled: Option<Arc<Unsettled>>,
     ) {
+        let first = self.generation() == 0;
+        cluster.prepare(touched, if first { usize::MAX } else { MERGED_AT_ONCE });
         let now = unsettled.clone().unwrap_or_else(|| self.unsettled());
         let changes: Vec<(IpAddr, Option<Arc<Endpoint>>)> = touched
             .iter()

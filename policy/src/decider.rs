@@ -10,25 +10,24 @@ use crate::compile::{Question, Rules};
 /// Beyond it, further sets of policies are evaluated policy by policy.
 const MERGED: usize = 1_200_000;
 
-/// Evaluates lists of rules, which the first query passes to it.
+/// Evaluates lists of rules, which each call passes to it.
 #[derive(Debug, Default)]
 pub(crate) struct Decider {
     /// The number of merged entries of the namespace.
     taken: Arc<AtomicUsize>,
-    built: OnceLock<Built>,
+    merged: OnceLock<Merged>,
 }
 
 #[derive(Debug)]
-enum Built {
-    Merged(Box<Merged>),
-    /// One list or none, or the bound leaves no room for another copy.
-    Apart(Box<[Arc<Rules>]>),
-}
-
-#[derive(Debug)]
-struct Merged {
-    access: Access,
-    _lease: Lease,
+enum Merged {
+    /// The only list that is not empty, if there is one.
+    One(Option<Arc<Rules>>),
+    All {
+        access: Box<Access>,
+        _lease: Lease,
+    },
+    /// There is no room for another copy: every list is evaluated.
+    No,
 }
 
 /// A part of the namespace's merged entries; released when dropped.
@@ -43,55 +42,66 @@ impl Decider {
     pub(crate) fn new(taken: Arc<AtomicUsize>) -> Self {
         Self {
             taken,
-            built: OnceLock::new(),
+            merged: OnceLock::new(),
         }
     }
 
     /// How many lists it evaluates one by one.
     #[cfg(test)]
-    pub(crate) fn evaluated(&self) -> usize {
-        match self.built.get() {
-            Some(Built::Apart(lists)) => lists.len(),
-            Some(Built::Merged(_)) | None => 0,
+    pub(crate) fn evaluated<'a>(&self, lists: impl Iterator<Item = &'a Arc<Rules>>) -> usize {
+        match self.merged.get() {
+            Some(Merged::One(list)) => list.iter().count(),
+            Some(Merged::No) => lists.count(),
+            Some(Merged::All { .. }) | None => 0,
         }
     }
 
-    /// Whether any rule of `lists` allows the connection.
-    pub(crate) fn allows(
-        &self,
-        question: Question<'_>,
-        lists: impl FnOnce() -> Vec<Arc<Rules>>,
-    ) -> bool {
-        match self.built(lists) {
-            Built::Merged(merged) => merged.access.allows(question),
-            Built::Apart(lists) => lists.iter().any(|it| it.access.allows(question)),
+    /// Whether any rule of `lists` allows the connection. The first call merges them, unless
+    /// [`Self::prepare`] was called.
+    pub(crate) fn allows<'a, I>(&self, question: Question<'_>, lists: impl Fn() -> I) -> bool
+    where
+        I: Iterator<Item = &'a Arc<Rules>>,
+    {
+        let mut unbounded = usize::MAX;
+        let merge = || self.merge(lists(), &mut unbounded);
+        match self.merged.get_or_init(merge) {
+            Merged::One(list) => list.iter().any(|it| it.access.allows(question)),
+            Merged::All { access, .. } => access.allows(question),
+            Merged::No => lists().any(|it| it.access.allows(question)),
         }
     }
 
-    /// Builds the merged structure, so that the first lookup does not wait for it.
-    pub(crate) fn prepare(&self, lists: impl FnOnce() -> Vec<Arc<Rules>>) {
-        self.built(lists);
+    /// Merges the lists, so that the first lookup does not wait for it, and subtracts their number
+    /// and that of their entries from `work`. If no work is left, they stay unmerged.
+    pub(crate) fn prepare<'a, I>(&self, lists: impl Fn() -> I, work: &mut usize)
+    where
+        I: Iterator<Item = &'a Arc<Rules>>,
+    {
+        self.merged.get_or_init(|| match work {
+            0 => Merged::No,
+            _ => self.merge(lists(), work),
+        });
     }
 
-    fn built(&self, lists: impl FnOnce() -> Vec<Arc<Rules>>) -> &Built {
-        self.built.get_or_init(|| {
-            // Equal rules share an allocation, so that addresses identify them.
-            let mut lists = lists();
-            lists.retain(|rules| !rules.list.is_empty());
-            lists.sort_unstable_by_key(Arc::as_ptr);
-            lists.dedup_by_key(|rules| Arc::as_ptr(rules));
-            let all: Vec<_> = lists.iter().map(|rules| &rules.access).collect();
-            let entries = all.iter().map(|access| access.entries()).sum();
-            let several = all.len() > 1;
-            let lease = several.then(|| Lease::take(&self.taken, entries, MERGED));
-            match lease.flatten() {
-                Some(_lease) => {
-                    let access = Access::merged(&all);
-                    Built::Merged(Box::new(Merged { access, _lease }))
-                }
-                None => Built::Apart(lists.into()),
-            }
-        })
+    fn merge<'a>(&self, lists: impl Iterator<Item = &'a Arc<Rules>>, work: &mut usize) -> Merged {
+        // Equal rules share an allocation, so that addresses identify them.
+        let mut lists: Vec<_> = lists.filter(|rules| !rules.list.is_empty()).collect();
+        *work = work.saturating_sub(lists.len());
+        lists.sort_unstable_by_key(|rules| Arc::as_ptr(rules));
+        lists.dedup_by_key(|rules| Arc::as_ptr(rules));
+        if lists.len() <= 1 {
+            return Merged::One(lists.first().map(|&rules| rules.clone()));
+        }
+        let all: Vec<_> = lists.iter().map(|rules| &rules.access).collect();
+        let entries = all.iter().map(|access| access.entries()).sum();
+        let Some(lease) = Lease::take(&self.taken, entries, MERGED) else {
+            return Merged::No;
+        };
+        *work = work.saturating_sub(entries);
+        Merged::All {
+            access: Box::new(Access::merged(&all)),
+            _lease: lease,
+        }
     }
 }
 

@@ -86,10 +86,10 @@ impl Endpoint {
         }
     }
 
-    /// Merges its policies, so that no verdict has to.
-    pub(crate) fn prepare(&self) {
+    /// Merges its policies, so that no verdict has to, while `work` is left.
+    pub(crate) fn prepare(&self, work: &mut usize) {
         let isolations = [&self.egress, &self.ingress].into_iter().flatten();
-        isolations.for_each(|isolation| isolation.prepare());
+        isolations.for_each(|isolation| isolation.prepare(work));
     }
 
     /// Whether any policy isolates the pod in `direction`.

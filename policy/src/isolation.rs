@@ -70,19 +70,19 @@ impl Isolation {
         self.decider.allows(question, || self.lists())
     }
 
-    /// Merges the rules, so that the first lookup does not wait for it.
-    pub(crate) fn prepare(&self) {
-        self.decider.prepare(|| self.lists());
+    /// Merges the rules as [`Decider::prepare`] does.
+    pub(crate) fn prepare(&self, work: &mut usize) {
+        self.decider.prepare(|| self.lists(), work);
     }
 
     /// How many lists of rules are evaluated one by one.
     #[cfg(test)]
     pub(crate) fn evaluated(&self) -> usize {
-        self.decider.evaluated()
+        self.decider.evaluated(self.lists())
     }
 
-    fn lists(&self) -> Vec<Arc<Rules>> {
-        self.rules().map(|(_, rules)| rules.clone()).collect()
+    fn lists(&self) -> impl Iterator<Item = &Arc<Rules>> {
+        self.rules().map(|(_, rules)| rules)
     }
 
     fn policies(&self) -> impl Iterator<Item = (&PolicyKey, Option<&Arc<Rules>>)> {

@@ -290,6 +290,7 @@ fn pods_under_same_policies_share_compiled_rules() {
         let _ = cluster.upsert_policy(policy(key, "ingress: [{from: [{podSelector: {}}]}]"));
     }
     let _ = cluster.upsert_policy(policy("x/r", "ingress: []"));
+    cluster.prepare(&[address(A)].into(), usize::MAX);
     let [a, b] = [A, B].map(|text| cluster.endpoint(address(text)).unwrap());
     let (a, b) = (a.ingress.as_ref().unwrap(), b.ingress.as_ref().unwrap());
     assert!(Arc::ptr_eq(a, b));

@@ -162,3 +162,32 @@ fn many_edits_of_a_namespace_are_settled_once() {
         assert!(cluster.selections.made <= before + 1, "{spec:?}");
     }
 }
+
+#[test]
+fn a_change_merges_a_bounded_number_of_rules() {
+    let mut cluster = Cluster::default();
+    // Each pod is selected by two policies of its own, and by one with all others.
+    for number in 0..10 {
+        let _ = cluster.upsert_pod(one_of_many(number));
+        for port in [80, 81] {
+            let spec = format!(
+                "{{podSelector: {{matchLabels: {{pod: p{number}}}}}, ingress: [{{ports: [{{port: {port}}}]}}]}}"
+            );
+            let _ = cluster.upsert_policy(policy(&format!("n0/p{number}-{port}"), &spec));
+        }
+    }
+    let touched = cluster.upsert_policy(policy("n0/all", "ingress: [{ports: [{port: 82}]}]"));
+    assert_eq!(touched.addresses.len(), 10);
+    // Three lists with an entry each: the second pod's exceed it.
+    cluster.prepare(&touched.addresses, 7);
+    let evaluated = touched.addresses.iter().map(|address| {
+        let endpoint = cluster.endpoint(*address).unwrap();
+        endpoint.ingress.as_ref().unwrap().evaluated()
+    });
+    let evaluated: Vec<usize> = evaluated.collect();
+    assert_eq!(evaluated, [0, 0, 3, 3, 3, 3, 3, 3, 3, 3]);
+    let addresses: Vec<_> = touched.addresses.iter().map(ToString::to_string).collect();
+    for to in &addresses {
+        assert!(tcp80(&cluster, "192.0.2.1", to), "{to}");
+    }
+}

@@ -8,6 +8,7 @@ mod doubts;
 mod intern;
 mod labels;
 mod match_sets;
+mod matches;
 mod ownership;
 mod pod_state;
 mod selection;
@@ -16,6 +17,7 @@ mod standing;
 mod upkeep;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::RandomState;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -63,6 +65,7 @@ pub struct Cluster {
     policies: BTreeMap<PolicyKey, PolicyState>,
     selectors: Selectors,
     rules: Interner<Rules>,
+    hasher: RandomState,
     match_sets: MatchSets,
     selections: Selections,
     ownership: Ownership,

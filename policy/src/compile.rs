@@ -22,6 +22,8 @@ pub(crate) type PolicyId = u64;
 #[derive(Debug)]
 pub(crate) struct CompiledPolicy {
     pub(crate) id: PolicyId,
+    /// A hash of the id.
+    pub(crate) hash: u64,
     pub(crate) key: PolicyKey,
     pub(crate) egress: Option<Arc<Rules>>,
     pub(crate) ingress: Option<Arc<Rules>>,
@@ -89,12 +91,6 @@ impl PartialEq for CompiledPolicy {
 }
 
 impl Eq for CompiledPolicy {}
-
-impl Hash for CompiledPolicy {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.id.hash(state);
-    }
-}
 
 impl Rules {
     /// `id_of` gives the id of every selector that the rules have.

@@ -62,31 +62,36 @@ impl Doubts {
     }
 }
 
-/// Returns whether anything has changed.
+/// Returns whether anything has changed. Both lists are sorted, and mostly hold the same policies.
 fn settle(
     pods_of: &mut PodsOfPolicies,
     pod: &PodKey,
-    before: &[Arc<CompiledPolicy>],
-    after: &[Arc<CompiledPolicy>],
+    mut before: &[Arc<CompiledPolicy>],
+    mut after: &[Arc<CompiledPolicy>],
 ) -> bool {
-    if keys(before).eq(keys(after)) {
-        return false;
-    }
-    for key in keys(before) {
-        if let Some(pods) = pods_of.get_mut(key) {
-            pods.remove(pod);
-            if pods.is_empty() {
-                pods_of.remove(key);
+    let mut changed = false;
+    loop {
+        match (before.split_first(), after.split_first()) {
+            (Some((old, olds)), Some((new, news))) if old == new || old.key == new.key => {
+                (before, after) = (olds, news);
+                continue;
             }
+            (Some((old, olds)), new) if new.is_none_or(|(new, _)| old.key < new.key) => {
+                before = olds;
+                if let Some(pods) = pods_of.get_mut(&old.key) {
+                    pods.remove(pod);
+                    if pods.is_empty() {
+                        pods_of.remove(&old.key);
+                    }
+                }
+            }
+            (_, Some((new, news))) => {
+                after = news;
+                let pods = pods_of.entry(new.key.clone()).or_default();
+                pods.insert(pod.clone());
+            }
+            (_, None) => return changed,
         }
+        changed = true;
     }
-    for key in keys(after) {
-        let pods = pods_of.entry(key.clone()).or_default();
-        pods.insert(pod.clone());
-    }
-    true
-}
-
-fn keys(policies: &[Arc<CompiledPolicy>]) -> impl Iterator<Item = &PolicyKey> {
-    policies.iter().map(|policy| &policy.key)
 }

@@ -1,42 +1,62 @@
-//! One shared copy of each distinct value, for as long as somebody uses it.
-use std::collections::HashSet;
-use std::hash::Hash;
+//! One shared copy of each distinct value, for as long as it is in use.
+use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Values that only the interner still holds are freed when their number may have doubled.
+/// Values that nothing else uses are freed when their number may have doubled.
 #[derive(Debug)]
 pub(super) struct Interner<T> {
-    values: HashSet<Arc<T>>,
+    /// By a hash that the caller computes, once for each value.
+    values: HashMap<u64, Vec<Arc<T>>>,
+    count: usize,
     collect_at: usize,
 }
 
-/// Below this many values nothing is collected.
+/// Below this many values nothing is freed.
 const FEW: usize = 64;
 
 impl<T> Default for Interner<T> {
     fn default() -> Self {
         Self {
-            values: HashSet::new(),
+            values: HashMap::new(),
+            count: 0,
             collect_at: FEW,
         }
     }
 }
 
-impl<T: Eq + Hash> Interner<T> {
-    pub(super) fn intern(&mut self, value: T) -> Arc<T> {
-        match self.values.get(&value) {
-            Some(known) => known.clone(),
-            None => self.add(Arc::new(value)),
-        }
+impl<T> Interner<T> {
+    /// The value with this hash that is `wanted`.
+    pub(super) fn find(&self, hash: u64, wanted: impl Fn(&T) -> bool) -> Option<Arc<T>> {
+        let mut alike = self.values.get(&hash).into_iter().flatten();
+        alike.find(|value| wanted(value)).cloned()
     }
 
-    fn add(&mut self, value: Arc<T>) -> Arc<T> {
-        if self.values.len() >= self.collect_at {
-            self.values.retain(|value| Arc::strong_count(value) > 1);
-            self.collect_at = FEW.max(self.values.len() * 2);
+    /// Adds a value that [`Self::find`] does not find.
+    pub(super) fn add(&mut self, hash: u64, value: T) -> Arc<T> {
+        if self.count >= self.collect_at {
+            self.collect();
+            self.collect_at = FEW.max(self.count * 2);
         }
-        self.values.insert(value.clone());
+        let value = Arc::new(value);
+        let alike = self.values.entry(hash).or_default();
+        alike.push(value.clone());
+        self.count += 1;
         value
+    }
+
+    /// Frees the values that nothing else uses.
+    pub(super) fn collect(&mut self) {
+        self.count = 0;
+        self.values.retain(|_, alike| {
+            alike.retain(|value| Arc::strong_count(value) > 1);
+            self.count += alike.len();
+            !alike.is_empty()
+        });
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.count
     }
 }
 
@@ -47,16 +67,18 @@ mod tests {
     #[test]
     fn equal_values_are_shared_and_unused_ones_freed() {
         let mut interner = Interner::<Vec<u32>>::default();
-        let kept = interner.intern(vec![1, 2]);
-        assert!(Arc::ptr_eq(&kept, &interner.intern(vec![1, 2])));
+        let mut shared = |hash: u64, value: Vec<u32>| {
+            let found = interner.find(hash, |known| *known == value);
+            let shared = found.unwrap_or_else(|| interner.add(hash, value));
+            (shared, interner.len())
+        };
+        let (kept, _) = shared(7, vec![1, 2]);
+        let (other, _) = shared(7, vec![1]);
+        assert_ne!(kept, other, "the hash alone does not identify a value");
         for value in 0..10_000 {
-            interner.intern(vec![value]);
+            let (_, stayed) = shared(value.into(), vec![value]);
+            assert!(stayed <= FEW + 3, "{stayed} values stayed");
         }
-        assert!(
-            interner.values.len() <= FEW + 1,
-            "{} values stayed",
-            interner.values.len()
-        );
-        assert!(Arc::ptr_eq(&kept, &interner.intern(vec![1, 2])));
+        assert!(Arc::ptr_eq(&kept, &shared(7, vec![1, 2]).0));
     }
 }

@@ -196,6 +196,7 @@ pub(super) struct Shared {
 /// Finds the matches of many selectors, and evaluates each requirement only once.
 pub(super) struct Search<'a, T> {
     index: &'a ByLabel<T>,
+    everything: OnceCell<Bits>,
     bits: HashMap<&'a Requirement, Bits>,
 }
 
@@ -214,6 +215,7 @@ impl<'a, T: Labelled> Search<'a, T> {
     pub(super) fn new(index: &'a ByLabel<T>) -> Self {
         Self {
             index,
+            everything: OnceCell::new(),
             bits: HashMap::new(),
         }
     }
@@ -247,7 +249,10 @@ impl<'a, T: Labelled> Search<'a, T> {
                 let bits = || self.index.bits(&shared.requirement);
                 shared.bits.get_or_init(bits).clone()
             }
-            None => self.index.everything(),
+            None => {
+                let bits = || self.index.everything();
+                self.everything.get_or_init(bits).clone()
+            }
         };
         for requirement in requirements {
             self.narrow(&mut found, requirement);

@@ -85,6 +85,23 @@ impl Ownership {
         })
     }
 
+    /// Updates the endpoints at the addresses of a pod, of which nothing but its endpoint has
+    /// changed. Returns false if another pod or a Node claims one of them: then
+    /// [`Self::settle`] has to find the endpoint.
+    pub(super) fn replace(&mut self, state: &PodState, touched: &mut Touched) -> bool {
+        let mut addresses = state.pod.owned_addresses().iter();
+        addresses.all(|address| match self.slots.get_mut(address) {
+            Some(slot) if !self.claimed.contains(address) => {
+                if slot.endpoint != state.endpoint {
+                    slot.endpoint = state.endpoint.clone();
+                    touched.addresses.insert(*address);
+                }
+                true
+            }
+            _ => false,
+        })
+    }
+
     /// Updates the owners of `addresses`, which `key` owns or owned, from `pods`.
     pub(super) fn settle(
         &mut self,

@@ -160,15 +160,16 @@ impl Selectors {
         }
     }
 
-    /// Removes the unheld selectors if they are many, and returns them; the caller has to remove
-    /// them from the pods.
-    pub(super) fn sweep(&mut self) -> Vec<Named> {
+    /// Removes the unheld selectors if they are many, and returns their ids, sorted; the caller has
+    /// to remove them from the pods.
+    pub(super) fn sweep(&mut self) -> Vec<SelectorId> {
         let held = self.entries.len() - self.unheld;
         if self.unheld <= UNHELD.max(held) {
             return Vec::new();
         }
         let gone = self.entries.extract_if(|_, entry| entry.holders == 0);
-        let gone: Vec<Named> = gone.map(|(id, entry)| (id, entry.selector)).collect();
+        let mut gone: Vec<SelectorId> = gone.map(|(id, _)| id).collect();
+        gone.sort_unstable();
         self.ids.retain(|_, id| self.entries.contains_key(id));
         let known = |(id, _): &Named| self.entries.contains_key(id);
         self.by_pod.retain(known);

@@ -3,9 +3,12 @@
 //! The other half of [`Cluster`]: its events determine what has changed, this module updates the
 //! endpoints.
 use std::collections::{BTreeSet, HashMap};
+use std::hash::BuildHasher;
+use std::mem;
 use std::sync::Arc;
 
 use super::labels::{Search, Shared, Slot};
+use super::matches::Matches;
 use super::pod_state::PodState;
 use super::selection::Selection;
 use super::selectors::{Named, in_namespaces};
@@ -98,38 +101,9 @@ impl Cluster {
         }
     }
 
-    /// Replaces each pod's set of ids by the result of `with` on that set and the ids given with
-    /// the pod.
-    fn rematch_with(
-        &mut self,
-        changes: Vec<(PodKey, Vec<SelectorId>)>,
-        with: impl Fn(&[SelectorId], &[SelectorId]) -> Vec<SelectorId>,
-        touched: &mut Touched,
-    ) {
-        // Pods often share a set, and the change is the same.
-        let mut last: Option<(Arc<MatchSet>, Vec<SelectorId>, Arc<MatchSet>)> = None;
-        for (key, ids) in changes {
-            let Some(had) = self.pods.get(&key).map(|state| state.matches.clone()) else {
-                continue;
-            };
-            let same = last
-                .take()
-                .filter(|(was, by, _)| Arc::ptr_eq(was, &had) && *by == ids);
-            let same = same.unwrap_or_else(|| {
-                let matches = self.match_sets.intern(with(&had, &ids));
-                (had, ids, matches)
-            });
-            let matches = last.insert(same).2.clone();
-            self.update(&key, touched, |state| state.matches = matches);
-        }
-    }
-
-    /// The pods that match any of these selectors, each with the ids of those selectors, in the
-    /// given order. The cost is the number of matches, not of all pods for each selector.
-    fn matched_by(&self, selectors: &[Named]) -> Vec<(PodKey, Vec<SelectorId>)> {
-        if selectors.is_empty() {
-            return Vec::new();
-        }
+    /// Which pods match any of these selectors. The cost is the number of matches, not of all pods
+    /// for each selector.
+    fn matched_by(&self, selectors: &[Named]) -> Matches {
         let mut scopes = HashMap::new();
         let mut namespaces = Search::new(&self.namespaces_by_label);
         for (_, selector) in selectors {
@@ -137,28 +111,16 @@ impl Cluster {
             scope.or_insert_with(|| self.scope(&selector.namespaces, &mut namespaces));
         }
         let mut pods = Search::new(&self.pods_by_label);
-        let mut matched = vec![Vec::new(); self.pods_by_label.slots_end()];
-        // A selector often matches the same pods as the one before.
-        let (mut alike, mut slots) = (Vec::new(), Vec::new());
-        let mut enter = |slots: &[Slot], ids: &mut Vec<SelectorId>| {
-            for slot in slots {
-                matched[*slot as usize].extend_from_slice(ids);
-            }
-            ids.clear();
-        };
+        let mut matches = Matches::new(self.pods_by_label.slots_end(), selectors.len());
+        let mut last = Vec::new();
         for (id, selector) in selectors {
             let scope = scopes[&selector.namespaces].as_ref();
             let found = pods.find(selector.pods.requirements(), scope);
-            if found != slots {
-                enter(&slots, &mut alike);
-                slots = found;
-            }
-            alike.push(*id);
+            // A selector often matches the same pods as the one before.
+            matches.add(*id, (found != last).then_some(&found));
+            last = found;
         }
-        enter(&slots, &mut alike);
-        let matched = (0..).zip(matched).filter(|(_, ids)| !ids.is_empty());
-        let keyed = |(slot, ids)| Some((self.pods_by_label.get(slot)?.key.clone(), ids));
-        matched.filter_map(keyed).collect()
+        matches
     }
 
     /// The requirement that the pods of a scope meet; none if the scope is every namespace.
@@ -224,8 +186,10 @@ impl Cluster {
         };
         change(state);
         state.rebuild();
-        let addresses = state.pod.owned_addresses().iter().copied().collect();
-        self.ownership.settle(key, &addresses, &self.pods, touched);
+        if !self.ownership.replace(state, touched) {
+            let addresses = state.pod.owned_addresses().iter().copied().collect();
+            self.ownership.settle(key, &addresses, &self.pods, touched);
+        }
     }
 
     /// Holds every peer selector of `policy`; [`Self::match_new`] lets the pods know the new ones.
@@ -243,31 +207,68 @@ impl Cluster {
     /// so that appending keeps every set sorted.
     pub(super) fn match_new(&mut self, known: SelectorId, touched: &mut Touched) {
         let new = self.selectors.named(known..self.selectors.next_id());
-        let changes = self.matched_by(&new);
-        self.rematch_with(changes, |had, new| [had, new].concat(), touched);
+        if new.is_empty() {
+            return;
+        }
+        let matches = self.matched_by(&new);
+        // Pods often share a set, and the change is the same.
+        let mut sets: HashMap<(u64, &[u64]), Arc<MatchSet>> = HashMap::new();
+        for (slot, groups) in matches.slots() {
+            let pod = self.pods_by_label.get(slot);
+            let Some(key) = pod.map(|pod| pod.key.clone()) else {
+                continue;
+            };
+            let Some(had) = self.pods.get(&key).map(|state| &state.matches) else {
+                continue;
+            };
+            let set = sets.entry((had.number(), groups)).or_insert_with(|| {
+                let ids = had.iter().copied().chain(matches.ids(groups));
+                self.match_sets.intern(ids.collect())
+            });
+            let set = set.clone();
+            self.update(&key, touched, |state| state.matches = set);
+        }
     }
 
     /// Releases a policy's selectors. Those that no policy holds are kept for a while, since a
     /// policy often comes back; when there are many, they are removed everywhere.
     pub(super) fn release_selectors(&mut self, selectors: &[SelectorId], touched: &mut Touched) {
         self.selectors.release(selectors);
-        let mut gone = self.selectors.sweep();
-        gone.sort_unstable_by_key(|(id, _)| *id);
-        let changes = self.matched_by(&gone);
-        let without = |had: &[SelectorId], gone: &[SelectorId]| {
-            let stays = |id: &SelectorId| gone.binary_search(id).is_err();
-            had.iter().copied().filter(stays).collect()
-        };
-        self.rematch_with(changes, without, touched);
+        let gone = self.selectors.sweep();
+        if gone.is_empty() {
+            return;
+        }
+        // Of each distinct set; most pods share theirs with others.
+        let mut rest: HashMap<u64, Arc<MatchSet>> = HashMap::new();
+        let mut changes = Vec::new();
+        for (key, state) in &self.pods {
+            let had = &state.matches;
+            let rest = rest.entry(had.number()).or_insert_with(|| {
+                let mut gone = gone.iter().peekable();
+                let stays = |id: &SelectorId| {
+                    while gone.next_if(|gone| *gone < id).is_some() {}
+                    gone.next_if_eq(&id).is_none()
+                };
+                let rest = had.iter().copied().filter(stays).collect();
+                self.match_sets.intern(rest)
+            });
+            if !Arc::ptr_eq(rest, had) {
+                changes.push((key.clone(), rest.clone()));
+            }
+        }
+        for (key, matches) in changes {
+            self.update(&key, touched, |state| state.matches = matches);
+        }
     }
 
     pub(super) fn compile(&mut self, policy: &NetworkPolicy) -> CompiledPolicy {
         let selectors = &self.selectors;
         let id_of = |selector: &PeerSelector| selectors.id(selector);
         let mut compiled = |direction| {
-            policy
-                .rules(direction)
-                .map(|rules| self.rules.intern(Rules::new(rules, id_of)))
+            let rules = Rules::new(policy.rules(direction)?, id_of);
+            let hash = self.hasher.hash_one(&rules);
+            let known = self.rules.find(hash, |known| *known == rules);
+            Some(known.unwrap_or_else(|| self.rules.add(hash, rules)))
         };
         let (egress, ingress) = (compiled(Direction::Egress), compiled(Direction::Ingress));
         self.selections
@@ -326,11 +327,11 @@ impl Cluster {
         let scope = self.within(namespace);
         let mut search = Search::new(&self.pods_by_label);
         let bound = self.ledger.of_a_pod();
-        let mut selecting: HashMap<Slot, Vec<Arc<CompiledPolicy>>> = HashMap::new();
+        let mut selecting = vec![Vec::new(); self.pods_by_label.slots_end()];
         for state in policies_of(&self.policies, namespace) {
             if let (Some(pods), Some(policy)) = (&state.pods, &state.compiled) {
                 for slot in search.find(pods.requirements(), Some(&scope)) {
-                    let of_pod = selecting.entry(slot).or_default();
+                    let of_pod = &mut selecting[slot as usize];
                     if of_pod.len() <= bound {
                         of_pod.push(policy.clone());
                     }
@@ -339,7 +340,7 @@ impl Cluster {
         }
         let mut changes = Vec::new();
         for (key, pod) in pods_of(&self.pods, namespace) {
-            let policies = selecting.remove(&pod.slot).unwrap_or_default();
+            let policies = mem::take(&mut selecting[pod.slot as usize]);
             let selection = self.selections.intern(policies, bound);
             if !Arc::ptr_eq(&selection, &pod.selection) {
                 changes.push((key.clone(), selection));

@@ -10,12 +10,13 @@ mod unsettled;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread;
 
 use dashmap::DashMap;
 use ipnet::IpNet;
+use parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use policy::{
     Cluster, Direction, Endpoint, Identity, OwnNode, Party, PodKey, PolicyKey, Protocol, Touched,
 };
@@ -276,7 +277,7 @@ impl Table {
 
     /// The cluster that is published; the index alone writes to it.
     pub(crate) fn cluster(&self) -> MutexGuard<'_, Cluster> {
-        self.cluster.lock().unwrap_or_else(PoisonError::into_inner)
+        self.cluster.lock()
     }
 
     /// Sets which addresses in the cluster's CIDRs belong to this host, and so to no pod.
@@ -373,12 +374,12 @@ impl Table {
     }
 }
 
-fn read_lock<T>(lock: &RwLock<Arc<T>>) -> std::sync::RwLockReadGuard<'_, Arc<T>> {
-    lock.read().unwrap_or_else(PoisonError::into_inner)
+fn read_lock<T>(lock: &RwLock<Arc<T>>) -> RwLockReadGuard<'_, Arc<T>> {
+    lock.read()
 }
 
-fn write_lock<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
-    lock.write().unwrap_or_else(PoisonError::into_inner)
+fn write_lock<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write()
 }
 
 #[cfg(test)]

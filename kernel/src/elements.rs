@@ -6,9 +6,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ipnet::IpNet;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::names::TABLE;
 use crate::netlink::{attributes, chunk, find};
@@ -90,7 +90,7 @@ static NOTED: Mutex<Noted> = Mutex::new(Noted {
 });
 
 fn noted() -> MutexGuard<'static, Noted> {
-    NOTED.lock().unwrap_or_else(PoisonError::into_inner)
+    NOTED.lock()
 }
 
 /// Forgets what was loaded: another process may have changed the sets since.

@@ -18,10 +18,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use iptables_init::settings::Settings;
+use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
@@ -263,7 +263,7 @@ impl Outgoing {
         std::mem::take(&mut *self.state())
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
     }
 }

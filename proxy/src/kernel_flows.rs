@@ -8,14 +8,15 @@ mod backlog;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use controller::{Decision, Severance};
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as Place;
 use kernel::conntrack::{Entry, FlowId};
+use parking_lot::Mutex;
 
 use crate::limits::Source;
 use crate::tcp::connections::{ByAddress, Ends};
@@ -116,19 +117,13 @@ impl KernelFlows {
     /// Stores severed connections for [`Self::due_for_delete`].
     pub(crate) fn await_delete(&self, entries: impl IntoIterator<Item = Entry>) {
         let now = Instant::now();
-        let mut awaiting_delete = self
-            .awaiting_delete
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut awaiting_delete = self.awaiting_delete.lock();
         awaiting_delete.extend(entries.into_iter().map(|entry| (now, entry)));
     }
 
     /// Takes those that were severed longer ago than this.
     pub(crate) fn due_for_delete(&self, ago: Duration) -> Vec<Entry> {
-        let mut awaiting_delete = self
-            .awaiting_delete
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut awaiting_delete = self.awaiting_delete.lock();
         let gone = awaiting_delete.extract_if(.., |(since, _)| since.elapsed() >= ago);
         gone.map(|(_, entry)| entry).collect()
     }
@@ -334,28 +329,21 @@ impl KernelFlow {
 
     /// The decision that allows it.
     pub(crate) fn decision(&self) -> Arc<Decision> {
-        let decision = self.decision.lock();
-        Arc::clone(&decision.unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.decision.lock())
     }
 
     /// Replaces the decision that allows it.
     pub(crate) fn decide(&self, decision: Decision) {
-        *self.decision.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(decision);
+        *self.decision.lock() = Arc::new(decision);
     }
 
     /// Which later change ended it, if one did.
     pub(crate) fn severance(&self) -> Option<Severance> {
-        self.severance
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.severance.lock().clone()
     }
 
     pub(crate) fn sever(&self, severance: Severance) {
-        *self
-            .severance
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(severance);
+        *self.severance.lock() = Some(severance);
     }
 
     /// Copies the byte counts of conntrack.

@@ -2,9 +2,9 @@
 //!
 //! Logs each change once. Knows nothing of objects.
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use parking_lot::{Mutex, MutexGuard};
 use tracing::{debug, info, warn};
 
 use super::error::ApiError;
@@ -173,7 +173,7 @@ impl WatchStatus {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock()
     }
 }
 

@@ -2,9 +2,9 @@
 //! changes that concern others.
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::sync::Notify;
 
 /// The addresses whose flows wait to be evaluated again. Adding waits for the result, but only for a limited time.
@@ -32,8 +32,7 @@ impl Backlog {
         let turn = waiting.turn;
         self.added.notify_one();
         let is_open = |waiting: &mut Waiting| waiting.done < turn;
-        let waited = self.done.wait_timeout_while(waiting, patience, is_open);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        self.done.wait_while_for(&mut waiting, is_open, patience);
     }
 
     /// Waits until there is something to do.
@@ -66,7 +65,7 @@ impl Backlog {
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waiting.lock()
     }
 }
 

@@ -7,10 +7,11 @@
 mod slab;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Source;
+use parking_lot::{Mutex, MutexGuard};
 use slab::Slab;
 
 /// Stands for no index.
@@ -156,7 +157,7 @@ impl<T> Pending<T> {
     }
 
     fn state(&self) -> MutexGuard<'_, State<T>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

@@ -7,10 +7,11 @@
 //! Pure, except for [`Vacancies`], which hands the result to the table.
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use controller::{LocalPod, Table, Unsettled};
+use parking_lot::{Mutex, MutexGuard};
 use policy::Identity;
 use tokio::sync::Notify;
 
@@ -205,7 +206,7 @@ impl Vacancies {
     }
 
     fn found(&self) -> MutexGuard<'_, Found> {
-        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+        self.found.lock()
     }
 }
 

@@ -13,13 +13,14 @@ mod stage;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use controller::{Decision, Severance};
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 use kernel::marks::Marks;
+use parking_lot::{Mutex, MutexGuard};
 use policy::Protocol;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
@@ -275,23 +276,17 @@ impl Connection {
 
     /// The decision, once there is one.
     pub(crate) fn decision(&self) -> Option<Arc<Decision>> {
-        self.decision
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.decision.lock().clone()
     }
 
     /// Sets the decision on the connection.
     pub(crate) fn decide(&self, decision: Arc<Decision>) {
-        *self.decision.lock().unwrap_or_else(PoisonError::into_inner) = Some(decision);
+        *self.decision.lock() = Some(decision);
     }
 
     /// Which later change ended it, if one did.
     pub(crate) fn severance(&self) -> Option<Severance> {
-        self.severance
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.severance.lock().clone()
     }
 
     /// Keeps its place among the half-open connections until it is live or over.
@@ -345,8 +340,8 @@ impl Connection {
         self.stage().name()
     }
 
-    fn stage(&self) -> std::sync::MutexGuard<'_, Stage> {
-        self.stage.lock().unwrap_or_else(PoisonError::into_inner)
+    fn stage(&self) -> MutexGuard<'_, Stage> {
+        self.stage.lock()
     }
 
     /// How a SYN with `sequence` relates to this connection; `None`: it is another attempt.

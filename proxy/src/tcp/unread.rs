@@ -8,12 +8,13 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
 use kernel::sys;
 use nix::sys::socket::{setsockopt, sockopt};
+use parking_lot::Mutex;
 
 use crate::limits::Source;
 
@@ -225,7 +226,7 @@ impl Holding {
 
     /// For how long `sign`, which changes when bytes move, has been the same.
     pub(crate) fn stalled(&self, sign: u64, now: Instant) -> Duration {
-        let mut still = self.still.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut still = self.still.lock();
         match *still {
             Some((last, since)) if last == sign => now.saturating_duration_since(since),
             _ => {

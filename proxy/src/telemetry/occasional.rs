@@ -2,8 +2,9 @@
 //!
 //! A sender of packets must not fill the disk, nor hide other lines: each call site has its own bound. Knows no clock
 //! and no text.
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 /// Lines of one call site in one [`WINDOW`].
 const LINES: u64 = 5;
@@ -38,7 +39,7 @@ impl Occasional {
 
     /// Asks for a line.
     pub(crate) fn line(&self, now: Instant) -> Option<Line> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         let runs = |since: Instant| now.saturating_duration_since(since) < WINDOW;
         let mut left_out = 0;
         if !state.since.is_some_and(runs) {

@@ -4,12 +4,13 @@
 //! stream loses the oldest decisions and gets their number. Knows nothing of HTTP.
 mod denials;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use controller::Decision;
 use dashmap::DashMap;
+use parking_lot::Mutex;
 use policy::{Endpoint, PodKey};
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
@@ -85,10 +86,7 @@ impl Observed {
         };
         if kind == VerdictKind::Deny {
             let sighting = sighting();
-            self.denials
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .note(&sighting);
+            self.denials.lock().note(&sighting);
             let _ = self.stream.send(sighting);
         } else if self.stream.receiver_count() > 0 {
             // It fails only if the last reader has just gone.
@@ -122,7 +120,7 @@ impl Observed {
                 })
             })
             .collect();
-        let denials = self.denials.lock().unwrap_or_else(PoisonError::into_inner);
+        let denials = self.denials.lock();
         json!({
             "node": node,
             "since": timestamp(self.since),

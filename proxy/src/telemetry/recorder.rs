@@ -8,10 +8,11 @@ mod log;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use controller::{Decision, Severance};
+use parking_lot::Mutex;
 use policy::{Endpoint, Protocol};
 
 use crate::telemetry::decision::{DataPath, VerdictKind};
@@ -108,7 +109,6 @@ impl Recorder {
         let first = self
             .denied
             .lock()
-            .unwrap_or_else(PoisonError::into_inner)
             .is_first(&subject, decision, Instant::now());
         if first {
             let decision = &Arc::new(decision.to_keep());

@@ -1,7 +1,9 @@
 //! Connections in a handover: the old daemon releases them, and the new one enters
 //! them into its table.
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Instant, SystemTime};
+
+use parking_lot::Mutex;
 
 use super::{Connection, ConnectionKey, ConnectionTable, Stage, StageName};
 use crate::limits::Permit;

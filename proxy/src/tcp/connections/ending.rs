@@ -1,6 +1,6 @@
 //! How connections leave the table, and how half-open ones make room for new ones.
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use controller::Severance;
@@ -85,10 +85,7 @@ impl ConnectionTable {
 
     /// Ends a connection that a change denies.
     pub(crate) fn sever(&self, flow: &Arc<Connection>, severance: Severance) {
-        *flow
-            .severance
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(severance);
+        *flow.severance.lock() = Some(severance);
         self.end(flow);
     }
 

@@ -4,8 +4,9 @@
 //! woken once for many entries, so that a busy node does not pay a wake-up for each. Knows nothing
 //! of what it carries.
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// A queue with one reader.
 pub(crate) struct Queue<T> {
@@ -112,15 +113,15 @@ impl<T> Queue<T> {
 
     fn wait<'a>(
         &self,
-        waiting: MutexGuard<'a, Waiting<T>>,
+        mut waiting: MutexGuard<'a, Waiting<T>>,
         left: Duration,
     ) -> MutexGuard<'a, Waiting<T>> {
-        let woken = self.changed.wait_timeout(waiting, left);
-        woken.unwrap_or_else(PoisonError::into_inner).0
+        self.changed.wait_for(&mut waiting, left);
+        waiting
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting<T>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waiting.lock()
     }
 }
 

@@ -1,8 +1,10 @@
 //! A thread that writes records.
 use std::io;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
+
+use parking_lot::Mutex;
 
 use super::{Queue, Record};
 
@@ -51,7 +53,7 @@ impl Sink {
     /// Waits until `deadline` for the sink to write the queued records; later records are lost.
     pub(crate) fn finish(&self, deadline: Instant) {
         self.queue.close();
-        let alive = self.alive.lock().unwrap_or_else(PoisonError::into_inner);
+        let alive = self.alive.lock();
         // Either way there is no more to do: it has ended, or its time is up.
         let _ = alive.recv_timeout(deadline.saturating_duration_since(Instant::now()));
     }

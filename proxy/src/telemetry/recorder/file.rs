@@ -5,8 +5,10 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+
+use parking_lot::Mutex;
 
 use crate::telemetry::record::{Queue, Record, Sink, timestamp};
 
@@ -52,14 +54,14 @@ pub(super) struct Trouble(Arc<Mutex<Option<(SystemTime, String)>>>);
 impl Trouble {
     /// A line for `/readyz`.
     pub(super) fn note(&self) -> Option<String> {
-        let trouble = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let trouble = self.0.lock();
         let (since, what) = trouble.as_ref()?;
         Some(format!("{what} (since {})", timestamp(*since)))
     }
 
     /// Sets the trouble. Returns whether it has begun or ended with this.
     fn set(&self, what: Option<String>) -> bool {
-        let mut trouble = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut trouble = self.0.lock();
         if trouble.is_some() == what.is_some() {
             return false;
         }
@@ -200,7 +202,7 @@ mod tests {
 
     impl Write for Shared {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            let mut disk = self.0.lock().unwrap();
+            let mut disk = self.0.lock();
             let fits = bytes.len().min(disk.room - disk.content.len());
             if fits == 0 {
                 return Err(io::ErrorKind::StorageFull.into());
@@ -216,7 +218,7 @@ mod tests {
 
     impl Target for Shared {
         fn take_back(&mut self, bytes: u64) -> io::Result<()> {
-            let mut disk = self.0.lock().unwrap();
+            let mut disk = self.0.lock();
             if !disk.takes_back {
                 return Err(io::ErrorKind::ResourceBusy.into());
             }
@@ -246,11 +248,11 @@ mod tests {
         let (disk, mut lines) = on_disk(true);
         let mut rest = &b"one\ntwo\nthree\n"[..];
         assert!(lines.append(&mut rest).is_err());
-        assert_eq!(disk.0.lock().unwrap().content, b"one\ntwo\n");
+        assert_eq!(disk.0.lock().content, b"one\ntwo\n");
         assert_eq!(rest, b"three\n");
-        disk.0.lock().unwrap().room = 100;
+        disk.0.lock().room = 100;
         lines.append(&mut rest).unwrap();
-        assert_eq!(disk.0.lock().unwrap().content, b"one\ntwo\nthree\n");
+        assert_eq!(disk.0.lock().content, b"one\ntwo\nthree\n");
     }
 
     #[test]
@@ -258,9 +260,9 @@ mod tests {
         let (disk, mut lines) = on_disk(false);
         let mut rest = &b"one\ntwo\nthree\n"[..];
         assert!(lines.append(&mut rest).is_err());
-        disk.0.lock().unwrap().room = 100;
+        disk.0.lock().room = 100;
         lines.append(&mut rest).unwrap();
-        assert_eq!(disk.0.lock().unwrap().content, b"one\ntwo\nth\nthree\n");
+        assert_eq!(disk.0.lock().content, b"one\ntwo\nth\nthree\n");
     }
 
     #[test]

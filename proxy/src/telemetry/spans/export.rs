@@ -5,8 +5,8 @@
 use std::error::Error;
 use std::iter;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use opentelemetry_http::hyper::HyperClient;
@@ -14,6 +14,7 @@ use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response};
 use opentelemetry_otlp::{SpanExporter, WithExportConfig, WithHttpConfig, WithTonicConfig};
 use opentelemetry_sdk::error::OTelSdkError;
 use opentelemetry_sdk::trace::{SpanData, SpanExporter as _};
+use parking_lot::Mutex;
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 use tracing::{info, warn};
@@ -130,7 +131,7 @@ impl Exporter {
             ),
         };
         count.fetch_add(number, Ordering::Relaxed);
-        let cause = self.failure.lock().ok().and_then(|mut last| last.take());
+        let cause = self.failure.lock().take();
         let failure = failure.map(|why| match cause {
             Some(cause) => format!("{why}: {cause}"),
             None => why,
@@ -163,9 +164,7 @@ impl HttpClient for Client {
         let sent = self.inner.send_bytes(request);
         Box::pin(async move {
             sent.await.inspect_err(|error| {
-                if let Ok(mut last) = self.failure.lock() {
-                    *last = Some(chain(&**error));
-                }
+                *self.failure.lock() = Some(chain(&**error));
             })
         })
     }

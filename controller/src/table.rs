@@ -16,7 +16,7 @@ use std::thread;
 
 use dashmap::DashMap;
 use ipnet::IpNet;
-use parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use policy::{
     Cluster, Direction, Endpoint, Identity, OwnNode, Party, PodKey, PolicyKey, Protocol, Touched,
 };
@@ -126,14 +126,14 @@ impl Table {
             let unexplained = match ends {
                 (Some(_), Some(_)) => None,
                 _ => {
-                    let surroundings = read_lock(&self.surroundings);
+                    let surroundings = self.surroundings.read();
                     let bare = [(from, &ends.0), (to, &ends.1)].into_iter();
                     bare.filter(|(_, end)| end.is_none())
                         .map(|(address, _)| address)
                         .find(|address| {
                             surroundings.is_unexplained(*address)
-                                && !read_lock(&self.gateways).contains(address)
-                                || read_lock(&self.unsettled).holds(*address)
+                                && !self.gateways.read().contains(address)
+                                || self.unsettled.read().holds(*address)
                         })
                 }
             };
@@ -214,7 +214,7 @@ impl Table {
     /// The networks of all pods: as few CIDRs as possible, in no order.
     #[must_use]
     pub fn cluster_cidrs(&self) -> Arc<[IpNet]> {
-        read_lock(&self.surroundings).cidrs()
+        self.surroundings.read().cidrs()
     }
 
     /// The pod of this key, whatever its state.
@@ -232,7 +232,7 @@ impl Table {
     /// The addresses whose holder is uncertain.
     #[must_use]
     pub fn unsettled(&self) -> Arc<Unsettled> {
-        Arc::clone(&read_lock(&self.unsettled))
+        Arc::clone(&self.unsettled.read())
     }
 
     /// The node's addresses (`status.addresses`); none if there is no such node.
@@ -257,7 +257,7 @@ impl Table {
     /// All present problems.
     #[must_use]
     pub fn problems(&self) -> Arc<Vec<Problem>> {
-        Arc::clone(&read_lock(&self.problems))
+        Arc::clone(&self.problems.read())
     }
 
     /// Every policy in force with the pods that it selects; costs a look at each pod.
@@ -282,11 +282,11 @@ impl Table {
 
     /// Sets which addresses in the cluster's CIDRs belong to this host, and so to no pod.
     pub fn set_gateways(&self, gateways: BTreeSet<IpAddr>) {
-        *write_lock(&self.gateways) = Arc::new(gateways);
+        *self.gateways.write() = Arc::new(gateways);
     }
 
     pub(crate) fn set_problems(&self, problems: Vec<Problem>) {
-        *write_lock(&self.problems) = Arc::new(problems);
+        *self.problems.write() = Arc::new(problems);
     }
 
     /// Sets the addresses whose holder is uncertain, as one generation, and returns those that this changes.
@@ -337,10 +337,10 @@ impl Table {
             });
         }
         if let Some(surroundings) = surroundings {
-            *write_lock(&self.surroundings) = surroundings;
+            *self.surroundings.write() = surroundings;
         }
         if let Some(unsettled) = unsettled {
-            *write_lock(&self.unsettled) = unsettled;
+            *self.unsettled.write() = unsettled;
         }
         self.sequence.store(before + 2, Ordering::Release);
         self.generation.send_replace((before + 2) / 2);
@@ -372,14 +372,6 @@ impl Table {
     fn get(&self, address: IpAddr) -> Option<Arc<Endpoint>> {
         self.map.get(&address).map(|entry| Arc::clone(&entry))
     }
-}
-
-fn read_lock<T>(lock: &RwLock<Arc<T>>) -> RwLockReadGuard<'_, Arc<T>> {
-    lock.read()
-}
-
-fn write_lock<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
-    lock.write()
 }
 
 #[cfg(test)]

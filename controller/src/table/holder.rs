@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use policy::Endpoint;
 
-use super::{Table, read_lock};
+use super::Table;
 
 /// What has an address.
 #[derive(Clone, Debug)]
@@ -27,12 +27,10 @@ impl Table {
             if let Some(endpoint) = self.get(address) {
                 return Holder::Pod(endpoint);
             }
-            let surroundings = read_lock(&self.surroundings);
-            if surroundings.is_node(address) || read_lock(&self.gateways).contains(&address) {
+            let surroundings = self.surroundings.read();
+            if surroundings.is_node(address) || self.gateways.read().contains(&address) {
                 Holder::Node
-            } else if surroundings.is_unexplained(address)
-                || read_lock(&self.unsettled).holds(address)
-            {
+            } else if surroundings.is_unexplained(address) || self.unsettled.read().holds(address) {
                 Holder::Unknown
             } else {
                 Holder::Outside

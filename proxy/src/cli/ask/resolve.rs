@@ -132,7 +132,7 @@ fn nearest(cluster: &Cluster, wanted: &str) -> Option<String> {
         .pods()
         .map(|pod| {
             let name = pod.key.to_string();
-            let slips = distance(&name, wanted);
+            let slips = strsim::levenshtein(&name, wanted);
             (
                 if same_pod(&pod.key) {
                     slips.min(SLIPS)
@@ -145,36 +145,4 @@ fn nearest(cluster: &Cluster, wanted: &str) -> Option<String> {
         .min()
         .filter(|(slips, _)| *slips <= SLIPS)
         .map(|(_, name)| name)
-}
-
-/// The Levenshtein distance between `a` and `b`.
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.bytes().enumerate() {
-            let substituted = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::distance;
-
-    #[test]
-    fn edit_distance_counts_typing_errors() {
-        for (a, b, expected) in [
-            ("x/a", "x/a", 0),
-            ("x/a", "x/b", 1),
-            ("web", "wbe", 2),
-            ("", "abc", 3),
-        ] {
-            assert_eq!(distance(a, b), expected, "{a} {b}");
-        }
-    }
 }

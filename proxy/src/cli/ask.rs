@@ -45,24 +45,41 @@ enum AskError {
     Output(#[from] io::Error),
 }
 
-/// Reads the cluster of `--cluster` once; its diagnostics go to standard error.
-fn load(source: &str) -> Result<Cluster, AskError> {
-    let path = source.strip_prefix("dir:").filter(|path| !path.is_empty());
-    let loaded = match (source, path) {
-        ("kube", _) => runtime()
-            .map_err(AskError::Runtime)?
-            .block_on(kube::load())?,
-        (_, Some(path)) => manifest::load(Path::new(path))?,
-        (_, None) => return Err(AskError::Source(source.to_owned())),
-    };
-    for problem in &loaded.problems {
-        let severity = match problem.severity {
-            Severity::Error => "error",
-            Severity::Warning => "warning",
+/// The cluster that a command asks about.
+#[derive(clap::Args, Debug)]
+struct SourceArgs {
+    /// Where the cluster's state comes from: `kube`, the API server as kubectl finds it, or `dir:PATH`, a manifest
+    /// file or a directory of them
+    #[arg(
+        long,
+        value_name = "SOURCE",
+        env = "PORTREEVE_CLUSTER",
+        default_value = "kube"
+    )]
+    cluster: String,
+}
+
+impl SourceArgs {
+    /// Reads the cluster once; its diagnostics go to standard error.
+    fn load(&self) -> Result<Cluster, AskError> {
+        let source = self.cluster.as_str();
+        let path = source.strip_prefix("dir:").filter(|path| !path.is_empty());
+        let loaded = match (source, path) {
+            ("kube", _) => runtime()
+                .map_err(AskError::Runtime)?
+                .block_on(kube::load())?,
+            (_, Some(path)) => manifest::load(Path::new(path))?,
+            (_, None) => return Err(AskError::Source(source.to_owned())),
         };
-        eprintln!("portreeve: {severity}: {problem}");
+        for problem in &loaded.problems {
+            let severity = match problem.severity {
+                Severity::Error => "error",
+                Severity::Warning => "warning",
+            };
+            eprintln!("portreeve: {severity}: {problem}");
+        }
+        Ok(loaded.cluster)
     }
-    Ok(loaded.cluster)
 }
 
 fn runtime() -> io::Result<Runtime> {

@@ -10,20 +10,13 @@ use policy::{Cluster, Direction, Exempt, OwnNode, Protocol, Side, Verdict};
 use serde::{Deserialize, Serialize};
 
 use super::resolve::{End, common};
-use super::{AskError, WRONG, coloured, finish, load, protocol};
+use super::{AskError, SourceArgs, WRONG, coloured, finish, protocol};
 
 /// Check whether X may connect to Y. Exit status 0: allowed. 1: denied. 2: the question or the manifests are wrong.
 #[derive(Args, Debug)]
 pub(crate) struct CheckArgs {
-    /// Where the cluster's state comes from: `kube`, the API server as kubectl finds it, or `dir:PATH`, a manifest
-    /// file or a directory of them
-    #[arg(
-        long,
-        value_name = "SOURCE",
-        env = "PORTREEVE_CLUSTER",
-        default_value = "kube"
-    )]
-    cluster: String,
+    #[command(flatten)]
+    source: SourceArgs,
     /// Who opens the connection: namespace/pod or an IP address
     #[arg(long, value_name = "X", required_unless_present = "queries")]
     from: Option<String>,
@@ -58,7 +51,7 @@ pub(crate) fn check(args: &CheckArgs) -> ExitCode {
 }
 
 fn run(args: &CheckArgs) -> Result<ExitCode, AskError> {
-    let cluster = load(&args.cluster)?;
+    let cluster = args.source.load()?;
     let mut out = io::stdout().lock();
     if let Some(path) = &args.queries {
         return answer_all(&cluster, path, &mut out);

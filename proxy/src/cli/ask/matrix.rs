@@ -8,20 +8,13 @@ use policy::{Cluster, OwnNode, Protocol};
 use serde::Serialize;
 
 use super::resolve::{End, common};
-use super::{AskError, coloured, finish, load, protocol};
+use super::{AskError, SourceArgs, coloured, finish, protocol};
 
 /// Print the verdict for every pair of pods, sources as rows.
 #[derive(Args, Debug)]
 pub(crate) struct MatrixArgs {
-    /// Where the cluster's state comes from: `kube`, the API server as kubectl finds it, or `dir:PATH`, a manifest
-    /// file or a directory of them
-    #[arg(
-        long,
-        value_name = "SOURCE",
-        env = "PORTREEVE_CLUSTER",
-        default_value = "kube"
-    )]
-    cluster: String,
+    #[command(flatten)]
+    source: SourceArgs,
     /// To which port
     #[arg(long, value_name = "N", default_value_t = 80,
           value_parser = clap::value_parser!(u16).range(1..))]
@@ -47,7 +40,7 @@ pub(crate) fn matrix(args: &MatrixArgs) -> ExitCode {
 }
 
 fn run(args: &MatrixArgs) -> Result<ExitCode, AskError> {
-    let cluster = load(&args.cluster)?;
+    let cluster = args.source.load()?;
     let matrix = Matrix::of(&cluster, args.port, args.protocol);
     let mut out = io::BufWriter::new(io::stdout().lock());
     match args.output {

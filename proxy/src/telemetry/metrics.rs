@@ -2,9 +2,7 @@
 //! looks up no label: every series has its counter from the start.
 mod decisions;
 mod queues;
-mod rules;
 mod scraped;
-mod spans;
 mod text;
 mod watch;
 

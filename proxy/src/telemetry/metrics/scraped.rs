@@ -8,9 +8,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use super::rules::Rules;
-use super::spans::Spans;
-use super::{Queues, whole};
+use super::{Queues, ReasonLabel, whole};
 use crate::telemetry::spans::SpanCounts;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -39,125 +37,139 @@ pub(crate) struct Readings {
     pub(crate) ready: bool,
 }
 
-/// What is set from [`Readings`].
-#[derive(Default)]
-pub(super) struct Scraped {
-    connections: Family<StageLabel, Gauge>,
-    kernel_flows: Gauge,
-    held: Gauge,
-    generation: Gauge,
-    addresses: Gauge,
-    policies: Gauge,
-    refused: Gauge,
-    problems: Gauge,
-    records_lost: Counter,
-    queue_drops: Counter,
-    rules: Rules,
-    observers: Gauge,
-    ready: Gauge,
-    spans: Spans,
-}
+/// Sets the metrics to what was read.
+pub(super) struct Scraped(Vec<Setter>);
+
+/// Sets one metric.
+type Setter = Box<dyn Fn(&Readings) + Send + Sync>;
+
+/// Values by label; `None`: not known now, the last one stays.
+type ByLabel<const N: usize> = [(&'static str, Option<u64>); N];
 
 impl Scraped {
     /// In `registry`.
     pub(super) fn registered(registry: &mut Registry) -> Self {
-        let all = Self {
-            spans: Spans::registered(registry),
-            rules: Rules::registered(registry),
-            ..Self::default()
+        let mut all = Registration {
+            registry,
+            setters: Vec::new(),
         };
-        registry.register(
-            "connections",
-            "Proxied connections by stage",
-            all.connections.clone(),
-        );
-        registry.register(
-            "kernel_flows",
-            "Flows that the kernel forwards",
-            all.kernel_flows.clone(),
-        );
-        registry.register(
-            "queued_packets",
-            "Packets that wait in the kernel's queues",
-            all.held.clone(),
-        );
-        all.register_state(registry);
-        registry.register(
-            "records_dropped",
-            "Records lost to a slow or full disk",
-            all.records_lost.clone(),
-        );
-        registry.register(
-            "queue_drops",
-            "Packets that the kernel dropped because a queue was full",
-            all.queue_drops.clone(),
-        );
-        registry.register(
-            "observe_clients",
-            "Readers of the stream of decisions",
-            all.observers.clone(),
-        );
-        registry.register(
-            "ready",
-            "Whether this node enforces the newest state",
-            all.ready.clone(),
-        );
-        all
-    }
-
-    /// The gauges of the cluster's state.
-    fn register_state(&self, registry: &mut Registry) {
-        registry.register(
-            "table_generation",
-            "Generation of the policy table in force",
-            self.generation.clone(),
-        );
-        registry.register(
-            "endpoints",
-            "Pod addresses in the policy table",
-            self.addresses.clone(),
-        );
-        registry.register("policies", "Policies in force", self.policies.clone());
-        registry.register(
-            "policies_refused",
-            "Policies beyond the budgets of their namespaces, or the first one too many for a pod",
-            self.refused.clone(),
-        );
-        registry.register(
-            "config_problems",
-            "Current diagnostics of the cluster's objects",
-            self.problems.clone(),
-        );
+        all.traffic();
+        all.cluster();
+        all.losses();
+        Self(all.setters)
     }
 
     /// Sets the metrics to `readings`.
     pub(super) fn set(&self, readings: &Readings) {
-        let stages = [
-            ("held", readings.held),
-            ("admitted", readings.admitted),
-            ("live", readings.live),
-        ];
-        for (stage, count) in stages {
-            let gauge = self.connections.get_or_create(&StageLabel { stage });
-            gauge.set(whole(count as u64));
+        for set in &self.0 {
+            set(readings);
         }
-        self.kernel_flows.set(whole(readings.kernel_flows as u64));
-        self.held.set(whole(readings.queues.held));
-        self.generation.set(whole(readings.generation));
-        self.addresses.set(whole(readings.addresses as u64));
-        self.policies.set(whole(readings.policies as u64));
-        self.refused.set(whole(readings.refused as u64));
-        self.problems.set(whole(readings.problems as u64));
-        let counters = [
-            (&self.records_lost, readings.records_lost),
-            (&self.queue_drops, readings.queues.drops),
-        ];
-        for (counter, count) in counters {
-            counter.inner().store(count, Ordering::Relaxed);
-        }
-        self.rules.set(readings.rules.as_ref());
-        self.observers.set(whole(readings.observers as u64));
-        self.ready.set(readings.ready.into());
-        self.spans.set(&readings.spans);
+    }
+}
+
+/// Registers metrics, each with how it is read.
+struct Registration<'a> {
+    registry: &'a mut Registry,
+    setters: Vec<Setter>,
+}
+
+impl Registration<'_> {
+    fn register_gauge(&mut self, name: &str, help: &str, read: fn(&Readings) -> u64) {
+        let gauge = Gauge::<i64>::default();
+        self.registry.register(name, help, gauge.clone());
+        let set = move |readings: &Readings| {
+            gauge.set(whole(read(readings)));
+        };
+        self.setters.push(Box::new(set));
+    }
+
+    fn register_counter(&mut self, name: &str, help: &str, read: fn(&Readings) -> u64) {
+        let counter = Counter::<u64>::default();
+        self.registry.register(name, help, counter.clone());
+        let set =
+            move |readings: &Readings| counter.inner().store(read(readings), Ordering::Relaxed);
+        self.setters.push(Box::new(set));
+    }
+
+    /// A counter for each reason.
+    fn register_counters<const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        read: fn(&Readings) -> ByLabel<N>,
+    ) {
+        let family = Family::<ReasonLabel, Counter>::default();
+        self.registry.register(name, help, family.clone());
+        let set = move |readings: &Readings| {
+            for (reason, count) in read(readings) {
+                let counter = family.get_or_create(&ReasonLabel { reason });
+                if let Some(count) = count {
+                    counter.inner().store(count, Ordering::Relaxed);
+                }
+            }
+        };
+        self.setters.push(Box::new(set));
+    }
+
+    fn traffic(&mut self) {
+        let stages = Family::<StageLabel, Gauge>::default();
+        let help = "Proxied connections by stage";
+        self.registry.register("connections", help, stages.clone());
+        self.setters.push(Box::new(move |readings| {
+            for (stage, count) in [
+                ("held", readings.held),
+                ("admitted", readings.admitted),
+                ("live", readings.live),
+            ] {
+                let gauge = stages.get_or_create(&StageLabel { stage });
+                gauge.set(whole(count as u64));
+            }
+        }));
+        let help = "Flows that the kernel forwards";
+        self.register_gauge("kernel_flows", help, |all| all.kernel_flows as u64);
+        let help = "Packets that wait in the kernel's queues";
+        self.register_gauge("queued_packets", help, |all| all.queues.held);
+        let help = "Readers of the stream of decisions";
+        self.register_gauge("observe_clients", help, |all| all.observers as u64);
+        let help = "Whether this node enforces the newest state";
+        self.register_gauge("ready", help, |all| all.ready.into());
+    }
+
+    /// The gauges of the cluster's state.
+    fn cluster(&mut self) {
+        let help = "Generation of the policy table in force";
+        self.register_gauge("table_generation", help, |all| all.generation);
+        let help = "Pod addresses in the policy table";
+        self.register_gauge("endpoints", help, |all| all.addresses as u64);
+        let help = "Policies in force";
+        self.register_gauge("policies", help, |all| all.policies as u64);
+        let help =
+            "Policies beyond the budgets of their namespaces, or the first one too many for a pod";
+        self.register_gauge("policies_refused", help, |all| all.refused as u64);
+        let help = "Current diagnostics of the cluster's objects";
+        self.register_gauge("config_problems", help, |all| all.problems as u64);
+    }
+
+    fn losses(&mut self) {
+        let help = "Records lost to a slow or full disk";
+        self.register_counter("records_dropped", help, |all| all.records_lost);
+        let help = "Packets that the kernel dropped because a queue was full";
+        self.register_counter("queue_drops", help, |all| all.queues.drops);
+        let help = "Packets that the redirect's rules dropped before policy evaluation";
+        self.register_counters("nft_dropped_packets", help, |all| {
+            let mut packets = all.rules.into_iter().flatten();
+            counters::NAMES.map(|name| (name, packets.next()))
+        });
+        let help = "Spans that the collector accepted";
+        self.register_counter("spans_sent", help, |all| all.spans.sent);
+        let help = "Spans that did not reach the collector";
+        self.register_counters("spans_dropped", help, |all| {
+            [
+                ("queue_full", all.spans.queue_full),
+                ("refused", all.spans.refused),
+                ("timeout", all.spans.timed_out),
+            ]
+            .map(|(reason, count)| (reason, Some(count)))
+        });
     }
 }

@@ -36,3 +36,24 @@ fn connection_bytes_are_counted_once() {
         assert!(text.contains(line), "{line} is not in\n{text}");
     }
 }
+
+#[test]
+fn every_documented_metric_exists_from_the_start() {
+    const KUBERNETES: [&str; 2] = ["portreeve_watch_", "portreeve_state_from_snapshot"];
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
+    let page = std::fs::read_to_string(page).unwrap();
+    let rows = page.lines().filter_map(|line| line.strip_prefix("| `"));
+    let names = rows.filter_map(|row| row.split('`').next());
+    let names: Vec<_> = names
+        .filter(|name| name.starts_with("portreeve_"))
+        .filter(|name| !KUBERNETES.iter().any(|source| name.starts_with(source)))
+        .collect();
+    assert!(names.len() > 20, "{names:?}");
+    let text = Metrics::new().render(&Readings::default()).unwrap();
+    for name in names {
+        assert!(text.contains(&format!("# TYPE {name} ")), "{name}");
+        let series = [' ', '{', '_'].map(|next| format!("\n{name}{next}"));
+        let has = series.iter().any(|series| text.contains(series.as_str()));
+        assert!(has, "{name} has no series in\n{text}");
+    }
+}

@@ -99,8 +99,10 @@ pub(crate) fn findings(cluster: &Cluster) -> Vec<Problem> {
     // The API does not define policy for hostNetwork pods; here, as nearly everywhere, it has no effect.
     let out_of_reach = cluster.out_of_reach();
     let out_of_reach = out_of_reach.filter_map(|(policy, pods)| not_isolated(policy, pods));
+    let oversized = oversized(cluster);
     claims
         .chain(out_of_reach)
+        .chain(oversized)
         .chain(refusals(cluster))
         .collect()
 }
@@ -227,6 +229,28 @@ fn claimed(claim: &Claim) -> Problem {
         claim.pods.first().map_or_else(String::new, ToString::to_string)
     ))
     .at("status.podIPs")
+}
+
+/// One problem for each namespace, however many pods.
+fn oversized(cluster: &Cluster) -> Vec<Problem> {
+    let mut namespaces: BTreeMap<&str, (&PodKey, usize)> = BTreeMap::new();
+    for pod in cluster.oversized() {
+        let (_, count) = namespaces.entry(&pod.namespace).or_insert((pod, 0));
+        *count += 1;
+    }
+    let problem = |(first, count): &(&PodKey, usize)| {
+        let others = match count - 1 {
+            0 => String::new(),
+            more => format!(", and so do {more} more pods of the namespace"),
+        };
+        let problem = format!(
+            "has more than {} labels or {} ports{others}: isolated in both directions, and nothing is allowed",
+            policy::Pod::LABELS,
+            policy::Pod::PORTS
+        );
+        Problem::error(problem, "remove labels or ports").of(format_args!("Pod {first}"))
+    };
+    namespaces.values().map(problem).collect()
 }
 
 fn not_isolated(policy: &PolicyKey, pods: &BTreeSet<PodKey>) -> Option<Problem> {

@@ -65,6 +65,7 @@ fn pod(name: &str, app: &str, at: IpAddr, born: usize) -> Pod {
         finished: false,
         terminating: false,
         started: format!("2026-01-01T00:00:00.{born:09}Z").into(),
+        oversized: false,
     }
 }
 

@@ -446,6 +446,7 @@ fn pod(namespace: &str, name: &str, app: &str, address: IpAddr) -> Pod {
         finished: false,
         terminating: false,
         started: Arc::from("2026-01-01T00:00:00Z"),
+        oversized: false,
     }
 }
 

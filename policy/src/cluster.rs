@@ -367,7 +367,7 @@ impl Cluster {
     }
 
     /// A number that changes whenever the result of [`Self::claims`], [`Self::out_of_reach`],
-    /// [`Self::surplus`] or [`Self::refused`] changes.
+    /// [`Self::oversized`], [`Self::surplus`] or [`Self::refused`] changes.
     pub fn doubts(&self) -> u64 {
         self.ownership.disputes + self.doubts.changes + self.ledger.changes
     }

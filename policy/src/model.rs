@@ -102,6 +102,9 @@ pub struct Pod {
     /// `status.startTime`, else `metadata.creationTimestamp`: RFC 3339, which sorts as text; may be
     /// empty.
     pub started: Arc<str>,
+    /// It has more than [`Self::LABELS`] labels or [`Self::PORTS`] ports, of which none is kept: it is isolated in both
+    /// directions, and nothing is allowed.
+    pub oversized: bool,
 }
 
 /// A `v1` Namespace; carries its `kubernetes.io/metadata.name` label by construction.
@@ -184,6 +187,22 @@ impl FromStr for Protocol {
 }
 
 impl Pod {
+    /// How many labels a pod may have: more than ten times as many as in practice. Each takes some 200 bytes in every
+    /// daemon of the cluster, and an object of the API has room for 100,000.
+    pub const LABELS: usize = 256;
+    /// How many container ports a pod may have.
+    pub const PORTS: usize = 2_000;
+
+    /// This pod without its labels and ports if it has too many.
+    #[must_use]
+    pub fn bounded(mut self) -> Self {
+        self.oversized |= self.labels.len() > Self::LABELS || self.ports.len() > Self::PORTS;
+        if self.oversized {
+            (self.labels, self.ports) = (Labels::new(), Vec::new());
+        }
+        self
+    }
+
     /// The addresses that are this pod's own: none for a hostNetwork pod, which is its node, and
     /// none for a finished one, whose address another pod may have.
     pub fn owned_addresses(&self) -> &[IpAddr] {

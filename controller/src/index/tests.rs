@@ -25,6 +25,7 @@ fn pod(name: &str, address: &str) -> policy::Pod {
         finished: false,
         terminating: false,
         started: "".into(),
+        oversized: false,
     }
 }
 
@@ -46,6 +47,36 @@ fn deny_all() -> Object {
     };
     let spec = policy::v1::NetworkPolicySpec::default();
     Object::from(policy::NetworkPolicy::new(key, spec).unwrap())
+}
+
+/// A pod with too many labels.
+fn oversized(name: &str, address: &str) -> Object {
+    let mut pod = pod(name, address);
+    pod.labels = (0..=policy::Pod::LABELS)
+        .map(|number| (number.to_string().into(), "".into()))
+        .collect();
+    Object::from(pod.bounded())
+}
+
+#[test]
+fn oversized_pods_of_a_namespace_are_one_problem() {
+    let (table, mut index) = setup();
+    index.apply(batch([node(), oversized("a", "10.0.0.2")]));
+    index.apply(batch([oversized("b", "10.0.0.3")]));
+    let problems = table.problems();
+    let [problem] = &problems[..] else {
+        panic!("{problems:?}")
+    };
+    let text = problem.to_string();
+    assert!(
+        text.starts_with("Pod x/a: has more than 256 labels"),
+        "{text}"
+    );
+    assert!(text.contains("and so do 1 more pods"), "{text}");
+    index.apply(batch(
+        [pod("a", "10.0.0.2"), pod("b", "10.0.0.3")].map(Object::from),
+    ));
+    assert!(table.problems().is_empty());
 }
 
 fn batch(objects: impl IntoIterator<Item = Object>) -> Batch {

@@ -66,6 +66,7 @@ fn pod(pod: &Pod) -> Value {
         "spec": {
             "nodeName": &*pod.node,
             "hostNetwork": pod.host_network,
+            "portreeveOversized": pod.oversized,
             "containers": [{ "ports": ports }],
         },
         "status": {
@@ -93,6 +94,10 @@ mod tests {
                 "startTime": "2026-01-01T00:00:00Z"}
         });
         let bare = json!({"metadata": {"name": "b", "namespace": "x"}});
+        let labels: Map<String, Value> = (0..=Pod::LABELS)
+            .map(|number| (format!("k{number}"), "v".into()))
+            .collect();
+        let oversized = json!({"metadata": {"name": "c", "namespace": "x", "labels": labels}});
         let namespace = json!({"metadata": {"name": "x", "labels": {"team": "a"}}});
         let node = json!({
             "metadata": {"name": "n1"},
@@ -102,6 +107,7 @@ mod tests {
         for (kind, value) in [
             (Kind::Pod, pod),
             (Kind::Pod, bare),
+            (Kind::Pod, oversized),
             (Kind::Namespace, namespace),
             (Kind::Node, node),
         ] {

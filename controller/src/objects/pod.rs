@@ -26,6 +26,9 @@ struct PodSpec {
     host_network: Option<bool>,
     containers: Option<Vec<Container>>,
     init_containers: Option<Vec<Container>>,
+    /// Written by us alone ([`super::write`]), for a pod whose labels and ports are not kept.
+    #[serde(rename = "portreeveOversized")]
+    oversized: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -70,7 +73,7 @@ pub(super) fn read(key: &PodKey, value: Value) -> Result<Object, Vec<Problem>> {
     }
     let created = raw.metadata.creation_timestamp.take();
     let deleted = raw.metadata.deletion_timestamp.take();
-    Ok(Object::from(policy::Pod {
+    let pod = policy::Pod {
         key: key.clone(),
         uid: raw.metadata.uid.take().unwrap_or_default().into(),
         node: spec.node_name.unwrap_or_default().into(),
@@ -81,7 +84,9 @@ pub(super) fn read(key: &PodKey, value: Value) -> Result<Object, Vec<Problem>> {
         terminating: deleted.is_some(),
         started: status.start_time.or(created).unwrap_or_default().into(),
         labels: raw.metadata.labels(),
-    }))
+        oversized: spec.oversized.unwrap_or(false),
+    };
+    Ok(Object::from(pod.bounded()))
 }
 
 /// `status.podIPs` and `status.podIP`; both are empty until the pod has an address. A pod has at most one address of

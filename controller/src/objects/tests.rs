@@ -64,6 +64,7 @@ fn pod_is_read_with_all_fields_policy_needs() {
             finished: false,
             terminating: false,
             started: "2024-01-02T00:00:00Z".into(),
+            oversized: false,
         }
     );
 }

@@ -28,6 +28,7 @@ fn pod(name: &str, address: &str) -> Object {
         finished: false,
         terminating: false,
         started: "".into(),
+        oversized: false,
     })
 }
 

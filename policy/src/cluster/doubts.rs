@@ -2,7 +2,7 @@
 //!
 //! Policies apply to pods with their own addresses; one that selects a hostNetwork pod has no
 //! effect on it. Of the policies that select a pod a bounded number is enforced. No single object
-//! shows either. Does not report them.
+//! shows either. And pods that are oversized. Does not report them.
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -18,6 +18,8 @@ pub(super) struct Doubts {
     out_of_reach: PodsOfPolicies,
     /// Pods for which the policy is the first one over the limit.
     surplus: PodsOfPolicies,
+    /// Pods with too many labels or ports.
+    oversized: BTreeSet<PodKey>,
     /// Changes whenever one of them does.
     pub(super) changes: u64,
 }
@@ -42,8 +44,15 @@ impl Cluster {
         self.doubts.surplus.iter()
     }
 
+    /// The pods that are isolated because they have too many labels or ports; sorted.
+    pub fn oversized(&self) -> impl Iterator<Item = &PodKey> {
+        self.doubts.oversized.iter()
+    }
+
     /// Records a pod's next state, and the policies that select it, in place of the present ones.
     pub(super) fn settle_doubts(&mut self, key: &PodKey, after: Option<(&Pod, &Selection)>) {
+        let oversized = after.is_some_and(|(pod, _)| pod.oversized);
+        self.doubts.settle_oversized(key, oversized);
         let before = self.pods.get(key);
         let before = before.map(|state| (&*state.pod, &*state.selection));
         let none = (&[][..], &[][..]);
@@ -59,6 +68,14 @@ impl Doubts {
         let out_of_reach = settle(&mut self.out_of_reach, pod, before.0, after.0);
         let surplus = settle(&mut self.surplus, pod, before.1, after.1);
         self.changes += u64::from(out_of_reach || surplus);
+    }
+
+    fn settle_oversized(&mut self, pod: &PodKey, oversized: bool) {
+        let changed = match oversized {
+            true => self.oversized.insert(pod.clone()),
+            false => self.oversized.remove(pod),
+        };
+        self.changes += u64::from(changed);
     }
 }
 

@@ -5,8 +5,9 @@ use super::labels::Slot;
 use super::selection::Selection;
 use crate::compile::CompiledPolicy;
 use crate::endpoint::{Endpoint, Identity, NamedPort};
+use crate::isolation::Isolation;
 use crate::matches::MatchSet;
-use crate::model::{Node, Pod};
+use crate::model::{Node, Pod, PolicyKey};
 
 #[derive(Debug)]
 pub(super) struct PodState {
@@ -37,7 +38,13 @@ impl PodState {
             node,
         });
         let named_ports: Arc<[NamedPort]> = named_ports(&pod).into();
-        let endpoint = Arc::new(endpoint(&identity, &named_ports, &matches, &selection));
+        let endpoint = Arc::new(endpoint(
+            &pod,
+            &identity,
+            &named_ports,
+            &matches,
+            &selection,
+        ));
         Self {
             pod,
             slot,
@@ -60,6 +67,7 @@ impl PodState {
     /// Rebuilds the endpoint after a change of the other fields.
     pub(super) fn rebuild(&mut self) {
         let endpoint = endpoint(
+            &self.pod,
             &self.identity,
             &self.named_ports,
             &self.matches,
@@ -91,20 +99,32 @@ pub(super) fn surplus<'a>(pod: &Pod, selection: &'a Selection) -> &'a [Arc<Compi
 }
 
 fn endpoint(
+    pod: &Pod,
     identity: &Arc<Identity>,
     named_ports: &Arc<[NamedPort]>,
     matches: &Arc<MatchSet>,
     selection: &Selection,
 ) -> Endpoint {
+    let closed = pod.oversized.then(|| closed(pod));
+    let isolation = |of: &Option<Arc<Isolation>>| closed.clone().flatten().or_else(|| of.clone());
     Endpoint {
         identity: identity.clone(),
         matches: matches.clone(),
         named_ports: named_ports.clone(),
         own_node: identity.node.clone(),
-        egress: selection.egress.clone(),
-        ingress: selection.ingress.clone(),
+        egress: isolation(&selection.egress),
+        ingress: isolation(&selection.ingress),
         contested: false,
     }
+}
+
+/// What isolates an oversized pod in each direction: no policy, so the name says why.
+fn closed(pod: &Pod) -> Option<Arc<Isolation>> {
+    let key = PolicyKey {
+        namespace: pod.key.namespace.clone(),
+        name: "(too many labels or ports)".into(),
+    };
+    Isolation::closed([key].into()).map(Arc::new)
 }
 
 fn named_ports(pod: &Pod) -> Vec<NamedPort> {

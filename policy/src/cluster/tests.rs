@@ -3,6 +3,7 @@ mod addresses;
 mod budget;
 mod claims;
 mod cost;
+mod oversized;
 
 use super::*;
 use crate::model::{Direction, PodPort, Protocol};
@@ -49,6 +50,7 @@ fn pod(key: &str, ip: &str) -> Pod {
         finished: false,
         terminating: false,
         started: "2026-01-01T00:00:00Z".into(),
+        oversized: false,
     }
 }
 

@@ -26,6 +26,7 @@ fn pod(name: &str, addresses: &[&str], ports: &[(&str, u16, Protocol)]) -> Pod {
         finished: false,
         terminating: false,
         started: "".into(),
+        oversized: false,
     }
 }
 

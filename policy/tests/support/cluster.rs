@@ -192,6 +192,7 @@ fn pod(written: &Pod) -> policy::Pod {
         finished: written.finished,
         terminating: written.terminating,
         started: written.started.as_str().into(),
+        oversized: false,
     }
 }
 

@@ -35,7 +35,6 @@ pub mod kubernetes;
 mod netns;
 mod privilege;
 mod process;
-pub mod runner;
 mod tools;
 pub mod traffic;
 mod wait;

@@ -14,6 +14,7 @@ pub mod dials;
 pub mod jaeger;
 pub mod matrix;
 mod objects;
+pub mod runner;
 pub mod terminating;
 mod test_cluster;
 

@@ -334,7 +334,7 @@ fn test_names(source: &str) -> Vec<&str> {
         .skip(1)
         .filter_map(|text| text.split_once("fn ")?.1.split_once('(').map(|it| it.0));
     let listed = source
-        .split("lab::tests![")
+        .split("testbed::tests![")
         .skip(1)
         .filter_map(|text| text.split_once(']'))
         .flat_map(|(list, _)| list.split(',').map(str::trim));

@@ -6,14 +6,14 @@ use std::path::Path;
 use clap::Parser;
 use iptables_init::watch::{Part, Watch};
 use lab::Outcome;
-use lab::runner::Test;
 use socket2::{Domain, Socket, Type};
+use testbed::runner::Test;
 
 use crate::support::{
     INIT, Lab, Line, NonIsolated, Ran, SOON, counting_namespace, init, namespace, sh,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     damage_before_the_first_check_is_found,
     wrong_sysctl_among_many_links_is_found_promptly,
     counting_that_was_switched_off_is_on_again,

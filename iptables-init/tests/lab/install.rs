@@ -5,11 +5,11 @@ use std::path::Path;
 
 use kernel::pod_links::Links;
 use lab::Netns;
-use lab::runner::Test;
+use testbed::runner::Test;
 
 use crate::support::{INIT, Ran, all_sets, counting_namespace, init, load, namespace, sh, sorted};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     uninstall_restores_the_namespace_exactly,
     installing_again_changes_nothing,
     partial_installs_can_be_repaired_and_uninstalled,

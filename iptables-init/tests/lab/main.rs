@@ -15,5 +15,5 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let tests: Vec<_> = [install::TESTS, rules::TESTS, checks::TESTS, traffic::TESTS].concat();
-    lab::runner::main(&tests)
+    testbed::runner::run(&tests)
 }

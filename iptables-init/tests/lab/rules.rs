@@ -5,14 +5,14 @@ use std::process::Command;
 use clap::Parser;
 use iptables_init::ruleset::{Kernel, QueueRule, Ruleset};
 use kernel::sets::{Groups, Sets};
-use lab::runner::Test;
+use testbed::runner::Test;
 
 use crate::support::{
     INIT, Line, Ran, address, all_sets, counting_namespace, init, load, namespace, sh, some_sets,
     sorted,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     nft_native_queue_works_for_any_queue_count,
     each_debians_nft_loads_and_removes_the_rules,
     each_debians_nft_keeps_the_sets_elements,

@@ -3,13 +3,13 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use lab::runner::Test;
 use lab::traffic::UdpOutcome;
 use lab::{Outcome, wait_until};
+use testbed::runner::Test;
 
 use crate::support::{Lab, NonIsolated, SOON, init, load, queue, sh};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     fail_closed_drops_isolated_traffic_without_a_daemon,
     fail_open_passes_all_traffic_without_a_daemon,
     non_isolated_pods_keep_access_without_a_daemon,

@@ -1,12 +1,12 @@
 //! The description of a cluster, and its changes while it runs.
 use std::time::Duration;
 
-use lab::runner::Test;
 use lab::{Cluster, Kind, PodSpec, Protocol};
+use testbed::runner::Test;
 
 use super::{LIMIT, seen, web};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     pods_come_and_go_while_the_cluster_runs,
     manifests_describe_the_cluster,
     wrong_cluster_is_rejected_with_a_remedy,

@@ -7,12 +7,12 @@ use std::process::{ExitCode, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use lab::{Cluster, Netns, PodSpec, ServiceSpec};
+use testbed::runner::Test;
 
 use super::{LIMIT, two_pods};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     cluster_starts_quickly_and_leaves_host_unchanged,
     namespaces_are_removed_after_drop_and_panic,
     every_namespace_has_its_own_run_directory,

@@ -35,7 +35,7 @@ fn main() -> ExitCode {
         lifetime::TESTS,
     ]
     .concat();
-    lab::runner::main(&tests)
+    testbed::runner::run(&tests)
 }
 
 fn two_pods() -> Cluster {

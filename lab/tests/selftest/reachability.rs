@@ -2,14 +2,14 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use lab::runner::Test;
 use lab::traffic::{connect_all, greeting};
 use lab::{Between, Cluster, Dial, Gateway, Kind, PodSpec, RpFilter, ServiceSpec};
 use nix::errno::Errno;
+use testbed::runner::Test;
 
 use super::{LIMIT, seen, two_pods, web};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     client_distinguishes_dropped_refused_and_unreachable,
     pods_reach_pods_across_nodes_in_both_families,
     pods_connect_on_every_wiring_and_rp_filter,

@@ -4,14 +4,14 @@ use std::net::Shutdown;
 use std::thread;
 use std::time::Duration;
 
-use lab::runner::Test;
 use lab::traffic::{Flags, UdpOutcome, Way, bulk, craft, greeting};
 use lab::{Kind, Packet, Serve};
 use nix::errno::Errno;
+use testbed::runner::Test;
 
 use super::{LIMIT, seen, two_pods};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     udp_distinguishes_answered_refused_and_dropped,
     a_capture_sees_the_handshake_and_counts_retransmits,
     crafted_packets_arrive_unchanged,

@@ -1,12 +1,12 @@
 //! The lab's cluster in the real API: what the API server makes of it, and what `kubectl` can do.
 use lab::kubernetes::{API_PORT, API_V4, KubernetesError};
-use lab::runner::Test;
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use crate::control;
 use testbed::{DEADLINE, deny_ingress, small};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     lab_objects_are_in_api_and_kubectl_editable,
     unpublished_objects_are_deleted_from_the_api,
     service_account_has_only_its_rbac_permissions,

@@ -3,9 +3,9 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::process::Command;
 
-use lab::runner::Test;
 use lab::{Host, PodSpec, wait_until};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use crate::daemons::{Daemons, PATIENCE};
 use testbed::account::NAMESPACE;
@@ -13,7 +13,7 @@ use testbed::{
     DEADLINE, SOON, allow_ingress, ask, connected, deny_ingress, echoes, greeted, metric, policy,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     last_state_stays_in_force_during_api_outage,
     restart_without_api_server_uses_the_snapshot,
     first_start_without_api_server_permits_nothing,

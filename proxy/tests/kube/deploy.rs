@@ -4,15 +4,15 @@ use std::fs::{self, File};
 use std::path::PathBuf;
 
 use lab::kubernetes::ControlPlane;
-use lab::runner::Test;
 use lab::{Child, PodSpec, wait_until};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use crate::PORTREEVE;
 use crate::control;
 use testbed::{Bed, DEADLINE, allow_all, ask, small};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     every_manifest_is_accepted_by_the_api_server,
     daemon_needs_exactly_the_permissions_it_has,
     account_may_only_remove_taint_of_own_node,

@@ -5,9 +5,9 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use lab::kubernetes::{API_PORT, API_V4};
-use lab::runner::Test;
 use lab::wait_until;
 use serde_json::json;
+use testbed::runner::Test;
 
 use crate::PORTREEVE;
 use crate::away::is_kept_from;
@@ -15,7 +15,8 @@ use crate::daemons::{Daemons, PATIENCE};
 use testbed::account::NAMESPACE;
 use testbed::{deny_ingress, in_force};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![in_cluster_configuration_is_found_and_token_reread];
+pub(crate) const TESTS: &[Test] =
+    &testbed::tests![in_cluster_configuration_is_found_and_token_reread];
 
 /// Where every pod has its account's files.
 const ACCOUNT: &str = "/run/secrets/kubernetes.io/serviceaccount";

@@ -1,13 +1,13 @@
 //! Paged lists and a compacted etcd, which only a real server has.
-use lab::runner::Test;
 use lab::wait_until;
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use crate::away::{is_kept_from, reaches};
 use crate::daemons::{Daemons, PATIENCE};
 use testbed::{ask, deny_ingress, in_force, metric};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![paged_state_is_relisted_after_etcd_compaction];
+pub(crate) const TESTS: &[Test] = &testbed::tests![paged_state_is_relisted_after_etcd_compaction];
 
 /// A page has 500 objects.
 const MANY: usize = 1100;

@@ -34,7 +34,7 @@ fn main() -> ExitCode {
         deploy::TESTS,
     ]
     .concat();
-    let code = lab::runner::main(&tests);
+    let code = testbed::runner::run(&tests);
     control::stop();
     code
 }

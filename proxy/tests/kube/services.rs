@@ -10,10 +10,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use lab::kubernetes::{ControlPlane, ProxyMode};
-use lab::runner::Test;
 use lab::traffic::{self, Server};
 use lab::{Child, Cluster, Host, PodSpec, Protocol};
 use serde_json::json;
+use testbed::runner::Test;
 
 use crate::control;
 use testbed::cases::Family;
@@ -22,7 +22,7 @@ use testbed::{Bed, policy};
 
 use setup::{cluster_ips, only_from, route_externals, service, start_kube_proxies};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     iptables_services_are_judged_by_documented_source,
     nftables_services_are_judged_by_documented_source,
 ];

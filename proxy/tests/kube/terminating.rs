@@ -1,14 +1,14 @@
 //! A pod that `kubectl delete` ends, with the grace period that the API server gives it. The lab is its
 //! kubelet: the pod runs on until the lab says that it is gone.
-use lab::runner::Test;
 use lab::wait_until;
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use crate::daemons::Daemons;
 use testbed::terminating::{self, Live};
 use testbed::{DEADLINE, ask, policy};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![deleted_pod_keeps_access_until_kubelet_ends_it];
+pub(crate) const TESTS: &[Test] = &testbed::tests![deleted_pod_keeps_access_until_kubelet_ends_it];
 
 /// Allows a one more port, but only by a label that it is given after its deletion.
 fn told() -> Value {

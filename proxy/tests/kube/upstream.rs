@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use lab::kubernetes::ControlPlane;
-use lab::runner::Test;
 use lab::{Host, wait_until};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use crate::api::items;
 use crate::control;
@@ -15,7 +15,8 @@ use testbed::cases::world::{Change, Labels, World};
 use testbed::matrix::{self, Source, Stage};
 use testbed::{Bed, DEADLINE, ask, metric};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![upstream_cases_pass_through_api_server_and_kubectl];
+pub(crate) const TESTS: &[Test] =
+    &testbed::tests![upstream_cases_pass_through_api_server_and_kubectl];
 
 fn upstream_cases_pass_through_api_server_and_kubectl() {
     let cases = matrix::cases("upstream", 48);

@@ -3,16 +3,16 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 
-use lab::runner::Test;
 use lab::traffic::connect_all;
 use lab::{Cluster, Dial, Gateway, Kind, PodSpec, wait_until};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use crate::bridges::BRIDGE;
 use crate::sever::reset_after;
 use testbed::{Bed, DEADLINE, SOON, ask, connected, echoes, greeted, policy, small};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     policies_hold_for_pods_outside_node_cidrs,
     an_unknown_pod_outside_of_cidrs_is_held,
     policies_hold_without_node_pod_cidrs,

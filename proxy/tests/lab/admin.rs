@@ -6,15 +6,15 @@ use std::net::Shutdown;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use lab::runner::Test;
 use lab::{Kind, wait_for, wait_until};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use testbed::{
     Bed, DEADLINE, SEVERAL_SYNS, SOON, allow_ingress, ask, ask_by, connected, deny_ingress, metric,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     each_connection_record_has_the_documented_keys,
     trace_file_dash_writes_records_to_stdout,
     admin_port_serves_health_metrics_and_policies,

@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use lab::runner::Test;
 use lab::traffic::craft;
 use lab::{Cluster, Gateway, Host, Kind, PodSpec, wait_until};
 use socket2::{Domain, Protocol, Socket, Type};
+use testbed::runner::Test;
 
 use crate::bridges::BRIDGE;
 use crate::neighbour::{StopOnDrop, are_unharmed, at_rate, in_bursts};
@@ -19,7 +19,7 @@ use testbed::{
     metric,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     denied_syn_flood_does_not_stop_other_pods,
     only_the_pod_over_its_bound_is_limited,
     node_and_pod_limits_are_counted_separately,

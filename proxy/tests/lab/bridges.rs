@@ -5,18 +5,18 @@ use std::io::{ErrorKind, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use lab::traffic::{UdpOutcome, craft};
 use lab::{Cluster, Gateway, Host, Kind, PodSpec, wait_until};
 use nix::ifaddrs::getifaddrs;
 use socket2::{Domain, Protocol, Socket, Type};
+use testbed::runner::Test;
 
 use testbed::{
     Bed, DEADLINE, SOON, allow_ingress, ask, connected, counter, counter_of, deny_ingress, greeted,
     small,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     bridge_created_with_the_first_pod_is_found,
     pods_started_without_daemon_are_blocked_until_restart,
     bridge_without_daemon_drops_only_pod_addresses,

@@ -9,19 +9,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use lab::traffic::{Greeting, UdpOutcome, introduce};
 use lab::{Cluster, Host, PodSpec, ServiceSpec, wait_until};
 use nix::errno::Errno;
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
+use testbed::runner::Test;
 
 use testbed::{
     self, Bed, DEADLINE, SOON, allow_ingress, connected, deny_egress, deny_ingress, echoes, metric,
     policy, small,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     udp_is_judged_both_ways_on_both_nodes,
     reject_answers_a_denied_datagram_immediately,
     policy_change_severs_only_the_denied_udp_flow,

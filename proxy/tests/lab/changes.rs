@@ -4,15 +4,15 @@ use std::io::{Seek, SeekFrom, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use lab::{Kind, PodSpec, wait_until};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use testbed::{
     Bed, DEADLINE, SOON, allow_all, ask, connected, deny_ingress, echoes, greeted, metric, policy,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     policy_change_on_disk_applies_within_a_second,
     file_edited_in_place_applies_within_a_second,
     half_written_file_keeps_last_good_state,

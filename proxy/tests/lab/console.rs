@@ -3,9 +3,9 @@ use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Lines};
 use std::process::{ChildStdout, Output, Stdio};
 
-use lab::runner::Test;
 use lab::{Child, Host, Kind, PodSpec, wait_until};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use crate::PORTREEVE;
 use testbed::{
@@ -13,7 +13,7 @@ use testbed::{
     metric, small,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     explain_command_shows_the_policy_in_force,
     connections_command_filters_by_pod_and_namespace,
     observe_shows_each_decision_once,

@@ -1,10 +1,10 @@
 //! SYN cookies (RFC 4987, 3.6): for the last packet of such a handshake there is no socket yet, only our listener.
-use lab::runner::Test;
 use lab::traffic::greeting;
+use testbed::runner::Test;
 
 use testbed::{Bed, DEADLINE, allow_all, echoes};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![connections_work_with_syn_cookies,];
+pub(crate) const TESTS: &[Test] = &testbed::tests![connections_work_with_syn_cookies,];
 
 /// `net.ipv4.tcp_syncookies` is of both families (ip-sysctl); 2 sends nothing but cookies.
 fn connections_work_with_syn_cookies() {

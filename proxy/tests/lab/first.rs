@@ -10,14 +10,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use lab::{Host, PodSpec, wait_for, wait_until};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use crate::neighbour::StopOnDrop;
 use testbed::{Bed, DEADLINE, connected, deny_ingress, echoes, policy};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     first_connect_of_unknown_pods_gets_their_rights,
     new_pod_is_unreachable_until_policies_are_known,
     first_connect_from_reused_address_has_new_rights,

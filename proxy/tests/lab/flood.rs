@@ -5,14 +5,14 @@ use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use kernel::netlink::{self, Attributes, Header};
-use lab::runner::Test;
 use lab::{Cluster, Host, PodSpec, wait_until};
 use nix::sys::socket::{MsgFlags, NetlinkAddr, SockProtocol, sendto};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use testbed::{Bed, DEADLINE, metric, policy};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     udp_flood_delays_no_policy_change,
     flows_of_a_flooding_pod_are_all_severed,
     memory_is_freed_after_a_udp_flood,

@@ -3,14 +3,14 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 
-use lab::runner::Test;
 use lab::{Cluster, PodSpec, wait_until};
 use serde_json::Value;
+use testbed::runner::Test;
 
 use crate::PORTREEVE;
 use testbed::{Bed, DEADLINE, SOON, ask, deny_ingress};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![records_resume_after_a_full_disk];
+pub(crate) const TESTS: &[Test] = &testbed::tests![records_resume_after_a_full_disk];
 
 fn records_resume_after_a_full_disk() {
     let pod = |name: &str| PodSpec::new("x", name).label("pod", name).port("http", 80);

@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use lab::runner::Test;
 use lab::traffic::bulk;
 use lab::{Host, Kind, wait_until};
 use serde_json::{Value, json};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
+use testbed::runner::Test;
 
 use crate::streams::ends;
 use testbed::{
@@ -22,7 +22,7 @@ use testbed::{
     small,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     handover_keeps_every_stream_without_loss,
     policy_change_severs_connections_after_handover,
     handover_severs_denied_and_replaced_connections,

@@ -12,16 +12,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use nix::errno::Errno;
 use serde_json::Value;
 use tempfile::TempDir;
+use testbed::runner::Test;
 
 use crate::PORTREEVE;
 use crate::bridges::{BRIDGE, takes};
 use testbed::{Bed, SEVERAL_SYNS, SOON, allow_all, connected, deny_ingress, echoes, small};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     image_enforces_with_capabilities_of_the_daemonset,
     new_container_takes_over_streams_and_reports_ready,
     container_can_disable_bridge_nf_call,

@@ -6,14 +6,14 @@
 use std::fs;
 use std::time::Duration;
 
-use lab::runner::Test;
 use lab::traffic::{Injector, Way, craft};
 use lab::{Capture, Host, Packet, RpFilter, wait_until};
+use testbed::runner::Test;
 
 use crate::strange::{Case, Neighbourhood, cases};
 use testbed::{Bed, DEADLINE, deny_egress, deny_ingress, small};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     isolated_pod_sends_no_packet_of_any_kind,
     isolated_pod_receives_no_packet_of_any_kind,
 ];

@@ -3,15 +3,15 @@ use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use lab::{Capture, Host, Kind, Outcome};
 use nix::errno::Errno;
+use testbed::runner::Test;
 
 use testbed::{
     Bed, DEADLINE, SEVERAL_SYNS, SOON, allow_all, allow_ingress, deny_egress, deny_ingress, small,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     client_sees_the_same_as_without_portreeve,
     denied_client_sees_a_silent_host,
     reject_resets_a_denied_client_immediately,

@@ -1,10 +1,10 @@
 //! Log lines of denied connections.
-use lab::runner::Test;
 use serde_json::Value;
+use testbed::runner::Test;
 
 use testbed::{Bed, DEADLINE, deny_ingress};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![repeated_denials_are_logged_and_then_counted];
+pub(crate) const TESTS: &[Test] = &testbed::tests![repeated_denials_are_logged_and_then_counted];
 
 fn repeated_denials_are_logged_and_then_counted() {
     const TRIES: usize = 40;

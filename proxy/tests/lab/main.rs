@@ -98,5 +98,5 @@ fn main() -> ExitCode {
         image::TESTS,
     ]
     .concat();
-    lab::runner::main(&tests)
+    testbed::runner::run(&tests)
 }

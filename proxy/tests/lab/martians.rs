@@ -2,14 +2,14 @@
 //! source routes. The rules drop them before the gate sees them.
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use lab::runner::Test;
 use lab::traffic::craft::{self, SYN};
 use lab::{Capture, Cluster, Gateway, Host, RpFilter};
+use testbed::runner::Test;
 
 use crate::bridges::BRIDGE;
 use testbed::{Bed, DEADLINE, allow_ingress, counter, deny_egress, deny_ingress, metric, small};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     a_link_local_source_stays_on_its_link,
     a_pod_cannot_reach_its_nodes_loopback_network,
     source_routed_packets_reach_no_pod,

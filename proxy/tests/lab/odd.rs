@@ -4,19 +4,19 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use lab::runner::Test;
 use lab::traffic::craft::{self, ACK, FIN, PSH, RST, SYN, URG};
 use lab::traffic::{UdpOutcome, connect_all};
 use lab::{Dial, Host, Kind, wait_until};
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::json;
 use socket2::{Domain, Protocol, Socket, Type};
+use testbed::runner::Test;
 
 use testbed::{
     Bed, DEADLINE, SOON, allow_all, counter, deny_egress, greeted, metric, policy, small,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     fragmented_datagram_is_judged_once,
     invalid_tcp_segments_are_dropped_and_counted,
     fast_open_data_waits_and_arrives_once,

@@ -6,13 +6,13 @@ use std::net::{
 };
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use lab::traffic::{UdpOutcome, craft, introduce};
 use lab::{Cluster, Gateway, Host, Kind, PodSpec, Protocol, ServiceSpec, wait_until};
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::if_nametoindex;
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
+use testbed::runner::Test;
 
 use crate::bridges::BRIDGE;
 use testbed::{
@@ -20,7 +20,7 @@ use testbed::{
     metric, policy, small,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     pod_reaches_only_its_own_node_despite_policy,
     untracked_node_local_dns_cache_answers_pods,
     judged_own_node_needs_an_egress_rule,

@@ -3,14 +3,14 @@
 //! `PORTREEVE_PICTURE=FILE.png` has the first test take the picture that the documents show.
 use std::fs;
 
-use lab::runner::Test;
 use lab::{Cluster, Kind, PodSpec, wait_until};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use testbed::browser::Browser;
 use testbed::{Bed, DEADLINE, SOON, connected, deny_ingress, metric, policy};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     page_shows_policy_matrix_reasons_and_live_denials,
     html_in_names_is_shown_as_text,
     five_hundred_pods_fold_into_their_namespaces,

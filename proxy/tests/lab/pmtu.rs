@@ -3,13 +3,13 @@ use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use lab::runner::Test;
 use lab::traffic::{UdpOutcome, Way, bulk};
 use lab::{Host, Packet, Serve};
+use testbed::runner::Test;
 
 use testbed::{Bed, DEADLINE, allow_all, metric};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     path_mtu_discovery_works_on_both_legs,
     oversized_datagram_gets_packet_too_big,
 ];

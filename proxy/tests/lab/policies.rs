@@ -2,16 +2,16 @@
 use std::fs;
 use std::net::SocketAddr;
 
-use lab::runner::Test;
 use lab::traffic::UdpOutcome;
 use lab::{Protocol, ServiceSpec};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use testbed::cases::world::{Change, World};
 use testbed::matrix::{self, Source, Stage};
 use testbed::{Bed, SOON, marker, policy, small};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     kubernetes_documentation_policies_pass_on_real_connections,
     upstream_cases_pass_with_tcp_udp_and_sctp,
     network_policy_recipes_pass_on_real_connections,

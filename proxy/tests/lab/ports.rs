@@ -3,20 +3,20 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 
 use kernel::netlink::{self, Header};
-use lab::runner::Test;
 use lab::traffic::craft::{self, ACK, FIN, PSH, SYN};
 use lab::traffic::greeting;
 use lab::{Dial, Host, Kind, Serve};
 use nix::sys::socket::{MsgFlags, NetlinkAddr, SockProtocol, recv, sendto};
 use socket2::SockRef;
 use std::time::Duration;
+use testbed::runner::Test;
 
 use testbed::{
     Bed, DEADLINE, SOON, allow_all, allow_ingress, connected, counter, deny_egress, deny_ingress,
     echoes, small,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     two_pods_may_use_the_same_source_port,
     pod_using_proxy_upstream_ports_disturbs_nobody,
     non_isolated_pod_on_upstream_ports_disturbs_nobody,

@@ -3,15 +3,15 @@ use std::io::Write;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use lab::{Cluster, Host, Kind, PodSpec, wait_until};
+use testbed::runner::Test;
 
 use crate::bridges::BRIDGE;
 use testbed::{
     Bed, DEADLINE, SOON, allow_ingress, ask, connected, deny_ingress, echoes, greeted, init, metric,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     damaged_rules_come_back_and_denied_stays_denied,
     flushed_sets_are_filled_again,
     a_deleted_ip_rule_or_route_comes_back,

@@ -8,10 +8,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use lab::traffic::bulk;
 use lab::{Kind, Netns, wait_until};
 use socket2::SockRef;
+use testbed::runner::Test;
 
 use crate::streams::ends;
 use testbed::{
@@ -19,7 +19,7 @@ use testbed::{
     init, small,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     killed_daemon_keeps_denials_and_non_isolated_pods,
     fail_open_passes_new_connections_without_daemon,
     sigterm_resets_streams_and_exits_in_two_seconds,

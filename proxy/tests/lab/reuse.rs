@@ -9,16 +9,16 @@ use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::path::Path;
 
-use lab::runner::Test;
 use lab::traffic::connect_all;
 use lab::{Cluster, Dial, Host, PodSpec, wait_until};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use crate::first::egress_by_access;
 use crate::sever::reset_after;
 use testbed::{Bed, DEADLINE, metric};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![pods_on_reused_addresses_have_only_own_rights];
+pub(crate) const TESTS: &[Test] = &testbed::tests![pods_on_reused_addresses_have_only_own_rights];
 
 /// Pods at a time ...
 const PODS: u8 = 250;

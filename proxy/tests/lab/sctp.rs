@@ -3,15 +3,15 @@
 use std::fs;
 use std::net::SocketAddr;
 
-use lab::runner::Test;
 use lab::traffic::Way;
 use lab::traffic::craft::{self, SCTP_INIT, SCTP_INIT_ACK};
 use lab::{Capture, Host, wait_until};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use testbed::{Bed, DEADLINE, deny_egress, deny_ingress, metric, policy, small};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     sctp_ports_are_judged_both_ways_on_nodes,
     sctp_replies_pass_only_in_their_association,
 ];

@@ -5,17 +5,17 @@ use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use lab::{Host, wait_for, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use crate::carried::{flow, goes_on};
 use testbed::terminating::{self, Live};
 use testbed::{Bed, DEADLINE, connected, deny_egress, deny_ingress, echoes, policy, small};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     every_kind_of_change_severs_only_denied_flows,
     severed_connection_record_names_its_policies,
     reset_reaches_client_after_its_node_severed_flow,

@@ -7,10 +7,10 @@ use std::io::Read;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use lab::{Host, wait_until};
 use serde_json::{Value, json};
 use socket2::SockRef;
+use testbed::runner::Test;
 
 use crate::carried::accounting;
 use crate::policies::Manifests;
@@ -23,7 +23,7 @@ use testbed::{
     Bed, DEADLINE, SOON, allow_all, connected, deny_ingress, echoes, metric, policy, small,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     denied_upstream_connections_are_found_in_jaeger,
     connection_across_nodes_is_one_trace,
     connection_denied_by_second_node_is_one_trace,

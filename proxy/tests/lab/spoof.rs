@@ -2,16 +2,16 @@
 //! the node's own links are not affected.
 use std::net::SocketAddr;
 
-use lab::runner::Test;
 use lab::traffic::craft;
 use lab::{Between, Gateway, Host, PodSpec, RpFilter, wait_until};
+use testbed::runner::Test;
 
 use crate::carried::{flow, goes_on};
 use testbed::{
     Bed, DEADLINE, allow_ingress, connected, counter, deny_ingress, greeted, metric, small,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     spoofed_source_is_dropped_at_the_pod_link,
     new_pod_link_is_known_without_any_policy,
     asymmetric_return_path_is_not_spoofing,

@@ -6,16 +6,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use lab::traffic::bulk::{self, Verifier};
 use lab::traffic::connect_all;
 use lab::{Dial, Host, wait_until};
+use testbed::runner::Test;
 
 use crate::handover::{bed_with, ends_of, flags, record_of};
 use crate::streams::ends;
 use testbed::{Bed, DEADLINE, allow_all, greeted, metric};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     a_handover_with_stalled_streams_keeps_the_neighbours,
     unread_bytes_of_a_pod_are_bounded,
     only_the_pods_own_streams_are_reset,

@@ -6,16 +6,16 @@ use std::path::Path;
 use std::process::Output;
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use lab::{Command, wait_until};
 use serde_json::json;
+use testbed::runner::Test;
 
 use crate::PORTREEVE;
 use testbed::{
     Bed, DEADLINE, allow_all, ask, connected, deny_ingress, echoes, init, policy, small,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     daemon_reports_missing_install,
     daemon_reports_flags_that_differ_from_install,
     daemon_reports_missing_privilege,

@@ -6,14 +6,14 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
-use lab::runner::Test;
 use lab::traffic::{bulk, connect_all};
 use lab::{Dial, Host, Serve, wait_until};
 use socket2::SockRef;
+use testbed::runner::Test;
 
 use testbed::{Bed, DEADLINE, allow_all, connected, counter, echoes, greeted, metric, small};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     the_server_sees_the_clients_own_address,
     hundred_megabytes_arrive_unchanged_both_ways,
     bulk_in_one_direction_arrives_whole_and_ends,

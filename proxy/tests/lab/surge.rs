@@ -4,16 +4,16 @@
 use std::io::ErrorKind;
 use std::thread;
 
-use lab::runner::Test;
 use lab::{Kind, wait_until};
 use serde_json::json;
 use socket2::{Domain, SockAddr, Socket, Type};
+use testbed::runner::Test;
 
 use crate::PORTREEVE;
 use crate::handover::{asking, end_of, flags, heard, policies, terms_of};
 use testbed::{Bed, DEADLINE, SOON, connected, deny_ingress, echoes, greeted, init, small};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     probe_succeeds_only_for_its_own_daemon,
     restarted_old_container_leaves_node_to_newer_pod,
     old_daemon_resumes_when_the_new_one_exits,

@@ -4,15 +4,15 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use lab::{Cluster, PodSpec, wait_until};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use crate::bounds::flood;
 use crate::neighbour::StopOnDrop;
 use testbed::{Bed, DEADLINE, allow_ingress, ask, deny_ingress, metric, policy};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     first_packets_cost_the_same_under_many_rules,
     a_large_policy_delays_no_other_tenants_deny,
 ];

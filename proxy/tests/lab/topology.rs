@@ -4,17 +4,17 @@ use std::net::{SocketAddr, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
-use lab::runner::Test;
 use lab::traffic::{UdpOutcome, bulk};
 use lab::{Between, Builder, Gateway, Host, Kind, PodSpec, wait_until};
 use nix::errno::Errno;
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use testbed::{
     Bed, DEADLINE, SEVERAL_SYNS, SOON, Way, connected, deny_ingress, echoes, greeted, policy, small,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     policies_hold_on_a_bridge,
     policies_hold_on_hairpin_bridge_without_nf_call,
     policies_hold_on_veths_behind_node_address,

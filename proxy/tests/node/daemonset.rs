@@ -2,13 +2,13 @@
 use std::fs;
 use std::path::Path;
 
-use lab::runner::Test;
 use serde_json::Value;
+use testbed::runner::Test;
 
 use crate::pods::is_ready;
 use crate::room::{NAMESPACE, Room, room};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![kubelet_runs_the_daemonset_manifest];
+pub(crate) const TESTS: &[Test] = &testbed::tests![kubelet_runs_the_daemonset_manifest];
 
 /// CAP_NET_ADMIN and CAP_NET_RAW (linux/capability.h).
 const CAPABILITIES: u64 = 1 << 12 | 1 << 13;

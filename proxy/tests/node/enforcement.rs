@@ -1,9 +1,9 @@
 //! What the daemon does for pods that kubelet starts, and without a daemon.
-use lab::runner::Test;
 use lab::wait_until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use crate::daemonset::daemon;
 use crate::pods::{
@@ -11,7 +11,7 @@ use crate::pods::{
 };
 use crate::room::{NAMESPACE, PATIENCE, Room, room};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     policy_isolates_kubelet_pod_except_its_probes,
     pods_stay_isolated_without_daemon_until_the_next,
     killed_daemon_is_restarted_and_enforces,

@@ -28,7 +28,7 @@ fn main() -> ExitCode {
         overlays::TESTS,
     ]
     .concat();
-    let code = lab::runner::main(&tests);
+    let code = testbed::runner::run(&tests);
     room::close();
     code
 }

@@ -1,15 +1,15 @@
 //! What CNI plugins make of a pod's network, beside the veth that the other tests have.
 use lab::kubernetes::Network;
-use lab::runner::Test;
 use lab::{Host, Outcome};
 use serde_json::json;
+use testbed::runner::Test;
 
 use crate::enforcement::policed;
 use crate::pods::{namespace, ready, server};
 use crate::room::{Room, room};
 use testbed::SEVERAL_SYNS;
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     host_port_is_judged_by_client_address,
     policies_hold_on_the_cni_bridge_plugin,
 ];

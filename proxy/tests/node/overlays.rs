@@ -1,11 +1,11 @@
 //! The overlays of the DaemonSet that change the node; each test applies `base` again at its end.
-use lab::runner::Test;
+use testbed::runner::Test;
 
 use crate::enforcement::policed;
 use crate::pods::{idle, is_kept_from, namespace, reaches, ready};
 use crate::room::room;
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     taint_is_removed_once_the_daemon_enforces,
     uninstall_restores_node_and_reinstall_enforces,
 ];

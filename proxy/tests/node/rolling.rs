@@ -6,15 +6,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use lab::runner::Test;
 use lab::traffic::bulk;
 use lab::{Host, Kind, wait_until};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 
 use crate::enforcement::policed;
 use crate::room::{NAMESPACE, PATIENCE, Room, room};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     streams_survive_a_daemonset_rollout_unchanged,
     failed_and_undone_rollout_ends_no_stream,
 ];

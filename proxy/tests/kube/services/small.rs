@@ -4,17 +4,17 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use lab::kubernetes::{ControlPlane, ProxyMode};
-use lab::runner::Test;
 use lab::traffic::{Greeting, Server, UdpOutcome};
 use lab::{Child, Cluster, Host, Kind, PodSpec, Protocol};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 use testbed::{Bed, DEADLINE, greeted, policy};
 
 use crate::control;
 
 use super::{PROTOCOLS, cluster_ips, serve, start_kube_proxies};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     session_affinity_holds_with_and_without_policy,
     service_without_endpoints_refuses_with_any_policy,
 ];

@@ -2,9 +2,9 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::atomic::AtomicBool;
 
-use lab::runner::Test;
 use lab::traffic::connect_all;
 use lab::{Dial, Host, wait_until};
+use testbed::runner::Test;
 use testbed::{Bed, DEADLINE, SOON, allow_ingress, connected, metric};
 
 use crate::neighbour::{are_unharmed, at_rate, in_bursts};
@@ -13,7 +13,7 @@ use super::{
     ALL, MEASURED, RawSyns, SOURCE_LIMIT, SYNS, SYNS_OF_BURSTS, TOO_MANY, attacked, crowded, port,
 };
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     one_pod_does_not_use_up_its_server,
     spoofed_handshakes_to_one_pod_affect_nobody,
     unfinished_handshakes_of_two_pods_affect_nobody,

@@ -1,16 +1,16 @@
 //! Frames that a pod writes by hand: none passes its bridge, none takes another's address.
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use lab::runner::Test;
 use lab::traffic::{UdpOutcome, craft};
 use lab::{Host, RpFilter, wait_until};
+use testbed::runner::Test;
 use testbed::{
     Bed, DEADLINE, SOON, counter, counter_of, deny_egress, greeted, init, metric, small,
 };
 
 use super::{BRIDGE, MAGIC, Tap, frames, gateway, lies, link_address, link_of, listed, neighbour};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     isolated_pod_sends_no_frame_past_its_bridge,
     pod_cannot_take_another_pods_bridge_address,
     vlan_tagged_frame_cannot_spoof_another_pod,

@@ -4,14 +4,14 @@ use std::io::Read;
 use std::net::IpAddr;
 use std::path::Path;
 
-use lab::runner::Test;
 use lab::{Kind, wait_for, wait_until};
 use serde_json::{Value, json};
+use testbed::runner::Test;
 use testbed::{self, Bed, DEADLINE, SOON, connected, deny_ingress, metric, small};
 
 use super::{accounting, bed, dns_from, dns_to, flow, goes_on};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     ended_stream_is_not_reported_as_severed,
     denial_by_another_node_is_not_reported_severed,
     ended_udp_flow_is_recorded_with_its_bytes,

@@ -5,17 +5,17 @@ use std::os::unix::fs::MetadataExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
 use lab::wait_until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 use socket2::{Domain, SockAddr, Socket, Type};
+use testbed::runner::Test;
 use testbed::{DEADLINE, ask, connected, echoes, greeted};
 
 use super::{asking, bed, end_of, flags, heard, relieve, terms_of};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     suspended_daemon_times_out_and_keeps_the_node,
     daemons_with_different_formats_hand_over_no_connections,
     forbidden_handover_is_rejected_and_disturbs_nothing,

@@ -27,7 +27,7 @@ pub use admin::{Answer, ask, ask_as, ask_by, counter, counter_of, in_force, metr
 pub use connections::{connected, echoes, greeted};
 pub use daemon::{Daemon, init};
 pub use objects::{allow_all, allow_ingress, deny_egress, deny_ingress, marker, policy, small};
-pub use test_cluster::{Bed, Way};
+pub use test_cluster::{TestCluster, Way};
 
 /// Longer than a round trip in the lab by far, shorter than a SYN's first retransmit.
 pub const SOON: Duration = Duration::from_millis(900);

@@ -13,7 +13,7 @@ use lab::traffic::{Server, introduce};
 use lab::{Cluster, Host, Netns, PodSpec, Protocol, ServiceSpec};
 use serde_json::Value;
 
-use crate::Bed;
+use crate::TestCluster;
 use crate::cases::world::{self, Change, World};
 use crate::cases::{Case, Family, Probe};
 use crate::dials::{By, Dial, dial_all};
@@ -26,15 +26,15 @@ const SLOTS: usize = 9;
 /// Provides the state of a case to the daemons. Each call returns once it is applied.
 pub trait Source {
     /// Starts the daemon of a node.
-    fn start(&self, bed: &mut Bed, node: usize) {
+    fn start(&self, bed: &mut TestCluster, node: usize) {
         bed.start(node, &[]);
     }
 
     /// Makes `world` the state that the first step of a case starts from, if steps are told as changes.
-    fn begin(&mut self, _: &Bed, _: &[Value], _: &World) {}
+    fn begin(&mut self, _: &TestCluster, _: &[Value], _: &World) {}
 
     /// Makes `world` the state: the one before with `changes`.
-    fn step(&mut self, bed: &Bed, nodes: &[Value], world: &World, changes: &[Change]);
+    fn step(&mut self, bed: &TestCluster, nodes: &[Value], world: &World, changes: &[Change]);
 
     /// Called for every connection that must be denied, after the attempt.
     fn refused(&mut self, _: &World, _: Refused) {}
@@ -81,7 +81,7 @@ pub fn cases(directory: &str, at_least: usize) -> Vec<Case> {
 
 /// The lab, used by one case after the other.
 pub struct Stage<S> {
-    bed: Bed,
+    bed: TestCluster,
     source: S,
     nodes: Vec<Value>,
     /// Who answers besides TCP, and in the fabric.
@@ -97,9 +97,9 @@ const FABRIC: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(172, 18, 0, 1));
 
 impl<S: Source> Stage<S> {
     /// Builds the lab for `cases`, with the daemons on an empty state.
-    pub fn new(cases: &[Case], source: impl FnOnce(&mut Bed) -> S) -> Self {
+    pub fn new(cases: &[Case], source: impl FnOnce(&mut TestCluster) -> S) -> Self {
         let ports = ports(cases);
-        let mut bed = Bed::of(cluster(&ports));
+        let mut bed = TestCluster::of(cluster(&ports));
         let externals: BTreeSet<IpAddr> = cases
             .iter()
             .flat_map(|case| case.externals.values().copied())
@@ -141,7 +141,7 @@ impl<S: Source> Stage<S> {
     }
 
     /// The bed and the source, once all has been played.
-    pub fn into_parts(self) -> (Bed, S) {
+    pub fn into_parts(self) -> (TestCluster, S) {
         (self.bed, self.source)
     }
 

@@ -9,11 +9,11 @@ use lab::traffic::{UdpOutcome, connect_all};
 use lab::{Dial, Host, Kind};
 use serde_json::{Value, json};
 
-use crate::{Bed, DEADLINE, SOON, connected, echoes, policy, small};
+use crate::{DEADLINE, SOON, TestCluster, connected, echoes, policy, small};
 
 /// The small cluster, whose pods answer datagrams too.
-pub fn bed() -> Bed {
-    let bed = Bed::bare(small());
+pub fn bed() -> TestCluster {
+    let bed = TestCluster::bare(small());
     for pod in bed.lab.pods() {
         pod.serve_udp(&[53]).unwrap();
     }
@@ -40,7 +40,7 @@ pub struct Live(Vec<TcpStream>);
 
 impl Live {
     /// A connection from a and one to it, in each family.
-    pub fn open(bed: &Bed) -> Self {
+    pub fn open(bed: &TestCluster) -> Self {
         let ways = ways(bed, 80, [("x/a", "x/c"), ("x/d", "x/a")]);
         Self(ways.iter().map(|(from, to)| connected(from, *to)).collect())
     }
@@ -66,7 +66,7 @@ impl Live {
 
 /// Tries all allowed and denied connections again.
 #[track_caller]
-pub fn new_connections_have_their_rights(bed: &Bed, when: &str) {
+pub fn new_connections_have_their_rights(bed: &TestCluster, when: &str) {
     for (from, to) in ways(bed, 80, [("x/a", "x/c"), ("x/d", "x/a")]) {
         echoes(&connected(&from, to), when);
     }
@@ -80,12 +80,12 @@ pub fn new_connections_have_their_rights(bed: &Bed, when: &str) {
 
 /// No connection from or to a's former address succeeds.
 #[track_caller]
-pub fn it_is_gone(bed: &Bed) {
+pub fn it_is_gone(bed: &TestCluster) {
     refused(bed, [("x/a", "x/c"), ("x/d", "x/a")], "gone");
 }
 
 #[track_caller]
-fn refused(bed: &Bed, pairs: [(&str, &str); 2], when: &str) {
+fn refused(bed: &TestCluster, pairs: [(&str, &str); 2], when: &str) {
     let ways = ways(bed, 80, pairs);
     let dials: Vec<_> = ways.iter().map(|(from, to)| Dial::new(from, *to)).collect();
     for ((from, to), outcome) in ways.iter().zip(connect_all(&dials, SOON).unwrap()) {
@@ -98,7 +98,7 @@ fn refused(bed: &Bed, pairs: [(&str, &str); 2], when: &str) {
     }
 }
 
-fn ways(bed: &Bed, port: u16, pairs: [(&str, &str); 2]) -> Vec<(Host, SocketAddr)> {
+fn ways(bed: &TestCluster, port: u16, pairs: [(&str, &str); 2]) -> Vec<(Host, SocketAddr)> {
     let way = |(from, to)| {
         let from = bed.lab.pod(from);
         let to = bed.lab.pod(to).addrs(port);

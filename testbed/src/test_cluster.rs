@@ -16,7 +16,7 @@ use crate::objects::{marker, small};
 use crate::{DEADLINE, portreeve};
 
 /// A cluster and the directory that its daemons watch.
-pub struct Bed {
+pub struct TestCluster {
     /// Its nodes and pods.
     pub lab: Cluster,
     directory: TempDir,
@@ -25,7 +25,7 @@ pub struct Bed {
     variables: Vec<(&'static str, String)>,
 }
 
-impl Bed {
+impl TestCluster {
     /// A cluster without redirect or daemon; its pods serve 80 and 81.
     pub fn bare(cluster: lab::Builder) -> Self {
         let lab = cluster.build().unwrap();

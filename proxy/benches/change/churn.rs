@@ -13,10 +13,10 @@ use lab::traffic::greeting;
 use lab::{Cluster, PodSpec};
 use serde_json::{Value, json};
 
-use crate::bed::{Bed, policy};
 use crate::figures::Spread;
 use crate::large::Large;
 use crate::source::Kind;
+use crate::test_cluster::{TestCluster, policy};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often a policy comes and goes meanwhile.
@@ -55,7 +55,7 @@ pub(crate) fn measure(
         .nodes(1)
         .pods([spec("client"), spec("server")])
         .build()?;
-    let mut bed = Bed::empty(lab, source)?;
+    let mut bed = TestCluster::empty(lab, source)?;
     bed.lab.pod("bench/server").serve(&[80])?;
     let mut frame = bed.objects();
     frame.extend(cluster.frame());
@@ -90,7 +90,12 @@ pub(crate) fn measure(
 }
 
 /// Changes the labels of one pod after the other until the end; returns how many it changed.
-fn churn(bed: &Bed, cluster: Large, a_second: u32, end: &AtomicBool) -> anyhow::Result<u32> {
+fn churn(
+    bed: &TestCluster,
+    cluster: Large,
+    a_second: u32,
+    end: &AtomicBool,
+) -> anyhow::Result<u32> {
     let begun = Instant::now();
     let mut change = 0;
     while !end.load(Ordering::Relaxed) {
@@ -102,7 +107,7 @@ fn churn(bed: &Bed, cluster: Large, a_second: u32, end: &AtomicBool) -> anyhow::
     Ok(change)
 }
 
-fn effects(bed: &Bed, until: Instant) -> anyhow::Result<Spread> {
+fn effects(bed: &TestCluster, until: Instant) -> anyhow::Result<Spread> {
     let mut effects = Spread::default();
     while Instant::now() < until {
         let next = Instant::now() + EVERY;
@@ -113,7 +118,7 @@ fn effects(bed: &Bed, until: Instant) -> anyhow::Result<Spread> {
 }
 
 /// How long a policy takes to cut a live connection, which is possible again afterwards.
-fn effect(bed: &Bed) -> anyhow::Result<Duration> {
+fn effect(bed: &TestCluster) -> anyhow::Result<Duration> {
     let to = bed.lab.pod("bench/server").addr_v4(80);
     let dialled = bed.lab.pod("bench/client").connect(to, PATIENCE)?;
     let mut stream = dialled.into_stream().context("before the policy")?;

@@ -11,9 +11,9 @@ use anyhow::Context;
 use lab::{Cluster, PodSpec};
 use serde_json::{Value, json};
 
-use crate::bed::{Bed, policy};
 use crate::figures::Spread;
 use crate::streams::{Sink, Streams, keep_busy, resets};
+use crate::test_cluster::{TestCluster, policy};
 
 /// Client pods; one of them is concerned by each change.
 const CLIENTS: u32 = 10;
@@ -26,8 +26,8 @@ const AROUND: Duration = Duration::from_millis(100);
 struct Change {
     what: &'static str,
     /// What must stand before beyond [`base`].
-    before: fn(&Bed) -> Vec<Value>,
-    edit: fn(&Bed) -> anyhow::Result<Edit>,
+    before: fn(&TestCluster) -> Vec<Value>,
+    edit: fn(&TestCluster) -> anyhow::Result<Edit>,
 }
 
 enum Edit {
@@ -91,7 +91,7 @@ const CHANGES: [Change; 12] = [
     }),
 ];
 
-const fn change(what: &'static str, edit: fn(&Bed) -> anyhow::Result<Edit>) -> Change {
+const fn change(what: &'static str, edit: fn(&TestCluster) -> anyhow::Result<Edit>) -> Change {
     Change {
         what,
         before: |_| Vec::new(),
@@ -108,7 +108,7 @@ fn block(address: IpAddr) -> Value {
     json!({ "ipBlock": { "cidr": format!("{address}/{length}") } })
 }
 
-fn relabelled(bed: &Bed, kind: &str, name: &str, labels: &Value) -> anyhow::Result<Edit> {
+fn relabelled(bed: &TestCluster, kind: &str, name: &str, labels: &Value) -> anyhow::Result<Edit> {
     let mut object = bed.object(kind, name)?;
     object["metadata"]["labels"] = labels.clone();
     Ok(Edit::Write(object))
@@ -183,7 +183,7 @@ pub(crate) fn measure(
 }
 
 /// The cluster, with nothing enforced yet.
-fn served_bed(nodes: usize) -> anyhow::Result<Bed> {
+fn served_bed(nodes: usize) -> anyhow::Result<TestCluster> {
     let client = |number| {
         let name = format!("client-{number}");
         let access = if number == 0 { "first" } else { "others" };
@@ -203,7 +203,7 @@ fn served_bed(nodes: usize) -> anyhow::Result<Bed> {
         .build()?;
     lab.relabel_namespace("bench", [("open", "yes")]);
     lab.relabel_namespace("served", [("serves", "yes")]);
-    let bed = Bed::new(lab, |_| true)?;
+    let bed = TestCluster::new(lab, |_| true)?;
     for policy in base() {
         bed.write(&policy)?;
     }
@@ -211,7 +211,7 @@ fn served_bed(nodes: usize) -> anyhow::Result<Bed> {
 }
 
 /// Takes back what was done to an object.
-fn restore(bed: &Bed, object: &Value) -> anyhow::Result<()> {
+fn restore(bed: &TestCluster, object: &Value) -> anyhow::Result<()> {
     let same = |it: &&Value| {
         it["kind"] == object["kind"] && it["metadata"]["name"] == object["metadata"]["name"]
     };
@@ -225,7 +225,7 @@ fn restore(bed: &Bed, object: &Value) -> anyhow::Result<()> {
 /// Opens the flows, makes the change, and says how long each end of the concerned flows lived on, and how
 /// far apart the bytes of a flow were.
 fn cut_once(
-    bed: &Bed,
+    bed: &TestCluster,
     sink: &Sink,
     each: u32,
     interval: Duration,

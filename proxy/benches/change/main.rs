@@ -3,7 +3,6 @@
 //!
 //! Figures for people, not a test; what must hold is checked all the same, and a breach is an error.
 //! Run by `cargo bench -p proxy --bench change`. This file owns the order of things.
-mod bed;
 mod churn;
 mod cut;
 mod figures;
@@ -11,6 +10,7 @@ mod large;
 mod source;
 mod start;
 mod streams;
+mod test_cluster;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -83,7 +83,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> anyhow::Result<()> {
     // Before any thread: a namespace is entered by a thread, not by a process.
     lab::enter()?;
-    bed::raise_descriptor_limit()?;
+    test_cluster::raise_descriptor_limit()?;
     let wanted = |part| args.only.is_empty() || args.only.contains(&part);
     if wanted(Part::Start) {
         for rate in &args.rate {

@@ -12,8 +12,8 @@ use anyhow::ensure;
 use lab::{Cluster, PodSpec};
 use serde_json::json;
 
-use crate::bed::{Bed, policy};
 use crate::figures::Spread;
+use crate::test_cluster::{TestCluster, policy};
 
 /// The state of the cluster is late by at most this.
 const LATE: Duration = Duration::from_secs(2);
@@ -43,7 +43,7 @@ pub(crate) fn measure(pods: u32, rate: u32) -> anyhow::Result<()> {
     });
     let server = PodSpec::new("bench", "server").node(1);
     let lab = Cluster::builder().nodes(2).pods(new).pod(server).build()?;
-    let mut bed = Bed::new(lab, |pod| pod == "server")?;
+    let mut bed = TestCluster::new(lab, |pod| pod == "server")?;
     for access in ["yes", "no"] {
         let egress = if access == "yes" {
             json!([{}])

@@ -11,14 +11,14 @@ use serde_json::Value;
 use crate::api::items;
 use crate::control;
 use testbed::account;
-use testbed::{Bed, ask, marker, small};
+use testbed::{TestCluster, ask, marker, small};
 
 /// The longest wait between two tries of the daemon, and what follows it.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(45);
 
 /// The small cluster, its control plane, and a kubeconfig of the DaemonSet's account.
 pub(crate) struct Daemons {
-    pub(crate) bed: Bed,
+    pub(crate) bed: TestCluster,
     pub(crate) control: Arc<ControlPlane>,
     pub(crate) kubeconfig: PathBuf,
 }
@@ -26,10 +26,10 @@ pub(crate) struct Daemons {
 impl Daemons {
     /// Everything but the daemons: `policies` and the lab's objects are in the API.
     pub(crate) fn prepared(policies: &[Value]) -> Self {
-        Self::prepared_on(Bed::bare(small()), policies)
+        Self::prepared_on(TestCluster::bare(small()), policies)
     }
 
-    fn prepared_on(bed: Bed, policies: &[Value]) -> Self {
+    fn prepared_on(bed: TestCluster, policies: &[Value]) -> Self {
         let control = control::joined(&bed.lab);
         publish(&bed, &control, policies);
         let kubeconfig = account::kubeconfig(&control).unwrap();
@@ -42,11 +42,11 @@ impl Daemons {
 
     /// The same with the redirect and a daemon on each node, and `policies` in force.
     pub(crate) fn enforced(policies: &[Value]) -> Self {
-        Self::enforced_on(Bed::bare(small()), policies)
+        Self::enforced_on(TestCluster::bare(small()), policies)
     }
 
     /// The same on a bed of the test's own.
-    pub(crate) fn enforced_on(bed: Bed, policies: &[Value]) -> Self {
+    pub(crate) fn enforced_on(bed: TestCluster, policies: &[Value]) -> Self {
         let mut daemons = Self::prepared_on(bed, policies);
         for node in 0..daemons.bed.lab.nodes().count() {
             daemons.bed.install(node, &[]);
@@ -140,7 +140,7 @@ pub(crate) struct Waiting {
     pub(crate) log: PathBuf,
 }
 
-fn publish(bed: &Bed, control: &ControlPlane, policies: &[Value]) -> String {
+fn publish(bed: &TestCluster, control: &ControlPlane, policies: &[Value]) -> String {
     let mark = bed.mark();
     let mut objects = items(&bed.lab.manifests());
     objects.extend_from_slice(policies);

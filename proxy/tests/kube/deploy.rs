@@ -10,7 +10,7 @@ use testbed::runner::Test;
 
 use crate::PORTREEVE;
 use crate::control;
-use testbed::{Bed, DEADLINE, allow_all, ask, small};
+use testbed::{DEADLINE, TestCluster, allow_all, ask, small};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     every_manifest_is_accepted_by_the_api_server,
@@ -50,7 +50,7 @@ fn every_manifest_is_accepted_by_the_api_server() {
 }
 
 fn daemon_needs_exactly_the_permissions_it_has() {
-    let bed = Bed::bare(small().pod(PodSpec::new("x", "host").node(0).host_network()));
+    let bed = TestCluster::bare(small().pod(PodSpec::new("x", "host").node(0).host_network()));
     bed.install(0, &[]);
     let control = control::joined(&bed.lab);
     let objects = installed(&bed, &control);
@@ -100,7 +100,7 @@ fn daemon_needs_exactly_the_permissions_it_has() {
 }
 
 fn account_may_only_remove_taint_of_own_node() {
-    let bed = Bed::bare(small());
+    let bed = TestCluster::bare(small());
     let control = control::joined(&bed.lab);
     let objects = installed(&bed, &control);
     wait_for_permissions(&control, &permissions(&objects), None);
@@ -178,7 +178,7 @@ fn pod(object: &Value, name: &str) -> Value {
 }
 
 /// The cluster with Portreeve applied, a daemon's pod on node 0, and a policy with a fault.
-fn installed(bed: &Bed, control: &ControlPlane) -> Vec<Value> {
+fn installed(bed: &TestCluster, control: &ControlPlane) -> Vec<Value> {
     let mut objects = built(control, "overlays/startup-taint");
     let daemonset = objects.iter().find(|it| it["kind"] == "DaemonSet").unwrap();
     let mut pod = pod(daemonset, "portreeve-0");
@@ -298,7 +298,7 @@ struct Daemon {
 
 impl Daemon {
     /// Starts it without saved state from an earlier daemon.
-    fn start(bed: &Bed, control: &ControlPlane, token: &str) -> Self {
+    fn start(bed: &TestCluster, control: &ControlPlane, token: &str) -> Self {
         let mark = bed.mark();
         let log = bed.file(&format!("{mark}.log"));
         let written = File::create(&log).unwrap();

@@ -18,7 +18,7 @@ use testbed::runner::Test;
 use crate::control;
 use testbed::cases::Family;
 use testbed::dials::{By, Dial, Reached, dial_all};
-use testbed::{Bed, policy};
+use testbed::{TestCluster, policy};
 
 use setup::{cluster_ips, only_from, route_externals, service, start_kube_proxies};
 
@@ -189,7 +189,7 @@ fn seen(client: Client, way: Way, traffic: Traffic, judged: bool) -> Seen {
 
 /// The cluster, its Services and who may be a client.
 struct Stage {
-    bed: Bed,
+    bed: TestCluster,
     _udp: Vec<Server>,
     _control: Arc<ControlPlane>,
     _proxies: Vec<Child>,
@@ -233,7 +233,7 @@ impl Stage {
         let services = [Traffic::Cluster, Traffic::Local].map(|it| service(it, "server"));
         let proxies = start_kube_proxies(&control, &lab, mode, &services);
         let udp = vec![serve(&lab, "x/server")];
-        let mut bed = Bed::of(lab);
+        let mut bed = TestCluster::of(lab);
         bed.write_policies(&[]);
         bed.enforce(&[]);
         Self {

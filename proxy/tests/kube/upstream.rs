@@ -13,7 +13,7 @@ use crate::control;
 use testbed::account;
 use testbed::cases::world::{Change, Labels, World};
 use testbed::matrix::{self, Source, Stage};
-use testbed::{Bed, DEADLINE, ask, metric};
+use testbed::{DEADLINE, TestCluster, ask, metric};
 
 pub(crate) const TESTS: &[Test] =
     &testbed::tests![upstream_cases_pass_through_api_server_and_kubectl];
@@ -36,7 +36,7 @@ struct ApiServer {
 }
 
 impl ApiServer {
-    fn new(bed: &Bed) -> Self {
+    fn new(bed: &TestCluster) -> Self {
         let control = control::joined(&bed.lab);
         let mut published = items(&bed.lab.manifests());
         published.retain(|object| object["kind"] == "Node");
@@ -110,7 +110,7 @@ impl ApiServer {
 }
 
 impl Source for ApiServer {
-    fn start(&self, bed: &mut Bed, node: usize) {
+    fn start(&self, bed: &mut TestCluster, node: usize) {
         let state = bed.file(&format!("state-{node}"));
         let flags = ["--cluster", "kube", "--state-dir", state.to_str().unwrap()];
         let mut command = bed.run_command(node, &flags);
@@ -118,7 +118,7 @@ impl Source for ApiServer {
         bed.start_command(node, command);
     }
 
-    fn begin(&mut self, _: &Bed, nodes: &[Value], world: &World) {
+    fn begin(&mut self, _: &TestCluster, nodes: &[Value], world: &World) {
         // What kubectl made is not the lab's to take back.
         for namespace in self.world.namespaces.keys() {
             let path = format!("/apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies");
@@ -131,7 +131,7 @@ impl Source for ApiServer {
         self.world = world.clone();
     }
 
-    fn step(&mut self, bed: &Bed, _: &[Value], world: &World, changes: &[Change]) {
+    fn step(&mut self, bed: &TestCluster, _: &[Value], world: &World, changes: &[Change]) {
         for change in changes {
             self.change(change);
             self.world.apply(change);

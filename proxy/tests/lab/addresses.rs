@@ -10,7 +10,7 @@ use testbed::runner::Test;
 
 use crate::bridges::BRIDGE;
 use crate::sever::reset_after;
-use testbed::{Bed, DEADLINE, SOON, ask, connected, echoes, greeted, policy, small};
+use testbed::{DEADLINE, SOON, TestCluster, ask, connected, echoes, greeted, policy, small};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     policies_hold_for_pods_outside_node_cidrs,
@@ -48,7 +48,7 @@ fn allow_egress(pod: &str) -> Value {
 }
 
 /// Gives a pod more addresses, with a route to each on its node and from everywhere.
-fn place(bed: &Bed, pod: &str, addresses: [IpAddr; 2]) {
+fn place(bed: &TestCluster, pod: &str, addresses: [IpAddr; 2]) {
     let (host, node) = (bed.lab.pod(pod), bed.lab.node_of(pod));
     let link = bed.lab.link_of(pod).unwrap();
     for (at, via) in addresses.into_iter().zip(node.addresses()) {
@@ -63,7 +63,7 @@ fn place(bed: &Bed, pod: &str, addresses: [IpAddr; 2]) {
 }
 
 /// The cluster's state with these addresses for these pods instead of their own.
-fn moved(bed: &Bed, pods: &[(&str, [IpAddr; 2])]) -> Value {
+fn moved(bed: &TestCluster, pods: &[(&str, [IpAddr; 2])]) -> Value {
     let mut state = bed.lab.manifests();
     for object in state["items"].as_array_mut().unwrap() {
         let Some((_, [v4, v6])) = pods
@@ -79,7 +79,7 @@ fn moved(bed: &Bed, pods: &[(&str, [IpAddr; 2])]) -> Value {
 }
 
 /// Connections between two pods by these addresses.
-fn dials(bed: &Bed, pairs: &[(&str, [IpAddr; 2], [IpAddr; 2])]) -> Vec<Dial> {
+fn dials(bed: &TestCluster, pairs: &[(&str, [IpAddr; 2], [IpAddr; 2])]) -> Vec<Dial> {
     let dial = |&(from, source, to): &(&str, [IpAddr; 2], [IpAddr; 2])| {
         let host = bed.lab.pod(from);
         let dial = |(source, to)| Dial::new(&host, SocketAddr::new(to, 80)).source(source);
@@ -96,7 +96,7 @@ fn all(dials: &[Dial], kind: Kind) {
 }
 
 fn policies_hold_for_pods_outside_node_cidrs() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     let (a, b) = (outside(5), outside(6));
     place(&bed, "x/a", a);
     bed.write("cluster.json", &moved(&bed, &[("a", a)]));
@@ -142,7 +142,7 @@ fn is_silent(mut stream: &TcpStream) -> bool {
 }
 
 fn an_unknown_pod_outside_of_cidrs_is_held() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     let (a, new) = (outside(5), outside(7));
     place(&bed, "x/a", a);
     bed.write("cluster.json", &moved(&bed, &[("a", a)]));
@@ -179,7 +179,7 @@ fn in_set(node: &lab::Host, name: &str, address: IpAddr) -> bool {
 }
 
 fn policies_hold_without_node_pod_cidrs() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     let mut state = bed.lab.manifests();
     for object in state["items"].as_array_mut().unwrap() {
         if object["kind"] == "Node" {
@@ -201,7 +201,7 @@ fn policies_hold_without_node_pod_cidrs() {
 }
 
 fn a_pod_behind_no_link_is_reported() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     let node = bed.lab.node(0);
     bed.write(
         "cluster.json",
@@ -255,7 +255,7 @@ enum Last {
 fn succession(gateway: Gateway, last: Last) {
     let pod = |name: &str, node: usize| PodSpec::new("x", name).node(node).label("pod", name);
     let pods = [pod("old", 0), pod("b", 0), pod("c", 1)];
-    let mut bed = Bed::bare(Cluster::builder().nodes(2).gateway(gateway).pods(pods));
+    let mut bed = TestCluster::bare(Cluster::builder().nodes(2).gateway(gateway).pods(pods));
     bed.write_policies(&[deny_all_of("new")]);
     bed.enforce(&["--hold", "300ms"]);
     let [at, b, c] = ["x/old", "x/b", "x/c"].map(|pod| bed.lab.pod(pod).addresses());
@@ -306,7 +306,7 @@ fn succession(gateway: Gateway, last: Last) {
     );
 }
 
-fn terminating_pod(bed: &Bed, name: &str) -> Value {
+fn terminating_pod(bed: &TestCluster, name: &str) -> Value {
     let mut state = bed.lab.manifests();
     let items = state["items"].as_array_mut().unwrap();
     let pod = items
@@ -318,7 +318,7 @@ fn terminating_pod(bed: &Bed, name: &str) -> Value {
 }
 
 fn a_pod_whose_route_returns_keeps_its_rights() {
-    let bed = Bed::enforced(&[], &[allow_egress("a")]);
+    let bed = TestCluster::enforced(&[], &[allow_egress("a")]);
     let (a, c, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"), bed.lab.node(0));
     let link = bed.lab.link_of("x/a").unwrap();
     let live = connected(&a, c.addr_v4(80));
@@ -344,7 +344,7 @@ fn address_of_a_removed_link_has_no_owner() {
     for gateway in [Gateway::LinkLocal, BRIDGE] {
         let pod = |name: &str| PodSpec::new("x", name).label("pod", name);
         let pods = [pod("a"), pod("b"), pod("last")];
-        let mut bed = Bed::bare(Cluster::builder().nodes(1).gateway(gateway).pods(pods));
+        let mut bed = TestCluster::bare(Cluster::builder().nodes(1).gateway(gateway).pods(pods));
         bed.write_policies(&[allow_egress("a")]);
         bed.enforce(&[]);
         let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));

@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 use testbed::runner::Test;
 
 use testbed::{
-    Bed, DEADLINE, SEVERAL_SYNS, SOON, allow_ingress, ask, ask_by, connected, deny_ingress, metric,
+    DEADLINE, SEVERAL_SYNS, SOON, TestCluster, allow_ingress, ask, ask_by, connected, deny_ingress,
+    metric,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -53,7 +54,7 @@ fn policies() -> [Value; 2] {
     [deny_ingress("b"), allow_ingress("c")]
 }
 
-fn uid(bed: &Bed, name: &str) -> Value {
+fn uid(bed: &TestCluster, name: &str) -> Value {
     let manifests = bed.lab.manifests();
     let mut items = manifests["items"].as_array().unwrap().iter();
     let pod = items.find(|it| it["kind"] == "Pod" && it["metadata"]["name"] == name);
@@ -62,7 +63,7 @@ fn uid(bed: &Bed, name: &str) -> Value {
 
 fn each_connection_record_has_the_documented_keys() {
     let bed = {
-        let mut bed = Bed::bare(testbed::small());
+        let mut bed = TestCluster::bare(testbed::small());
         bed.write_policies(&policies());
         for node in 0..2 {
             bed.install(node, &[]);
@@ -162,7 +163,7 @@ fn records(file: &Path, count: usize) -> Vec<Value> {
 }
 
 fn trace_file_dash_writes_records_to_stdout() {
-    let mut bed = Bed::bare(testbed::small());
+    let mut bed = TestCluster::bare(testbed::small());
     bed.write_policies(&policies());
     bed.install(0, &[]);
     bed.start(0, &["--trace-file", "-"]);
@@ -181,7 +182,7 @@ fn trace_file_dash_writes_records_to_stdout() {
 }
 
 fn admin_port_serves_health_metrics_and_policies() {
-    let bed = Bed::enforced(&[], &policies());
+    let bed = TestCluster::enforced(&[], &policies());
     let (a, b, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/c"));
     let node = bed.lab.node(0);
     for (path, status, body) in [
@@ -245,7 +246,7 @@ fn admin_port_serves_health_metrics_and_policies() {
 }
 
 fn metrics_pass_promtool_and_match_the_documentation() {
-    let bed = Bed::enforced(&[], &policies());
+    let bed = TestCluster::enforced(&[], &policies());
     let node = bed.lab.node(0);
     let text = ask(&node, "/metrics").unwrap().body;
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
@@ -290,7 +291,7 @@ fn said_of(promtool: &Path, metrics: &str) -> Output {
 }
 
 fn bytes_are_counted_while_a_connection_is_live() {
-    let bed = Bed::enforced(&[], &policies());
+    let bed = TestCluster::enforced(&[], &policies());
     let (a, c, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"), bed.lab.node(1));
     let sent = "portreeve_bytes_total{direction=\"sent\",path=\"spliced\"}";
     let live = "portreeve_connections{stage=\"live\"}";
@@ -304,7 +305,7 @@ fn bytes_are_counted_while_a_connection_is_live() {
 }
 
 fn connections_endpoint_lists_only_live_connections() {
-    let bed = Bed::enforced(&[], &policies());
+    let bed = TestCluster::enforced(&[], &policies());
     let (a, c, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"), bed.lab.node(1));
     let stream = connected(&a, c.addr_v4(80));
     let listed = ask(&node, "/connections").unwrap().json();
@@ -324,7 +325,7 @@ fn connections_endpoint_lists_only_live_connections() {
 }
 
 fn explain_answers_as_check_does() {
-    let bed = Bed::enforced(&[], &policies());
+    let bed = TestCluster::enforced(&[], &policies());
     let node = bed.lab.node(0);
     let (a, b) = (bed.lab.pod("x/a").ipv4(), bed.lab.pod("x/b").ipv4());
     for (from, to, verdict) in [("x/a", "x/b", "deny"), ("x/a", "x/c", "allow")] {

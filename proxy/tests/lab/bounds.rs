@@ -15,8 +15,8 @@ use testbed::runner::Test;
 use crate::bridges::BRIDGE;
 use crate::neighbour::{StopOnDrop, are_unharmed, at_rate, in_bursts};
 use testbed::{
-    Bed, DEADLINE, SOON, allow_all, allow_ingress, connected, deny_egress, deny_ingress, echoes,
-    metric,
+    DEADLINE, SOON, TestCluster, allow_all, allow_ingress, connected, deny_egress, deny_ingress,
+    echoes, metric,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -40,7 +40,7 @@ const WAITING: u64 = 1024;
 
 fn denied_syn_flood_does_not_stop_other_pods() {
     let policies = [deny_egress("d"), allow_ingress("b"), allow_ingress("c")];
-    let bed = Bed::enforced(&[], &policies);
+    let bed = TestCluster::enforced(&[], &policies);
     let (a, d, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/d"), bed.lab.node(0));
     let (stop, sent) = (AtomicBool::new(false), AtomicUsize::new(0));
     let victim = bed.lab.pod("x/b");
@@ -139,7 +139,7 @@ const SOURCE_LIMIT: &str = "portreeve_dropped_packets_total{reason=\"source_limi
 const NODE_LIMIT: &str = "portreeve_dropped_packets_total{reason=\"node_limit\"}";
 
 fn only_the_pod_over_its_bound_is_limited() {
-    let bed = Bed::enforced(&["--max-connections-per-source", "5"], &[allow_all()]);
+    let bed = TestCluster::enforced(&["--max-connections-per-source", "5"], &[allow_all()]);
     let (a, d, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/d"), bed.lab.node(0));
     let to = bed.lab.pod("x/b").addr_v4(80);
     let mut held: Vec<_> = (0..5).map(|_| connected(&a, to)).collect();
@@ -159,7 +159,7 @@ fn only_the_pod_over_its_bound_is_limited() {
 }
 
 fn node_and_pod_limits_are_counted_separately() {
-    let bed = Bed::enforced(&["--max-connections", "2"], &[allow_all()]);
+    let bed = TestCluster::enforced(&["--max-connections", "2"], &[allow_all()]);
     let [a, b, d, node] = [
         bed.lab.pod("x/a"),
         bed.lab.pod("x/b"),
@@ -194,14 +194,14 @@ const SYNS_OF_BURSTS: u32 = 15_000;
 const MEASURED: usize = 60;
 
 /// A node with the attacked pod v, and neighbours n, o and p, all under policy and allowed everything.
-fn attacked() -> Bed {
+fn attacked() -> TestCluster {
     attacked_behind(Gateway::LinkLocal)
 }
 
-fn attacked_behind(gateway: Gateway) -> Bed {
+fn attacked_behind(gateway: Gateway) -> TestCluster {
     let pod = |name: &str| PodSpec::new("x", name).node(0).label("pod", name);
     let pods = ["v", "n", "o", "p"].map(pod);
-    let mut bed = Bed::bare(Cluster::builder().nodes(1).gateway(gateway).pods(pods));
+    let mut bed = TestCluster::bare(Cluster::builder().nodes(1).gateway(gateway).pods(pods));
     // The flood exceeds this listener's backlog as a large flood exceeds that of a real node.
     let backlog = [("core/somaxconn", "128")];
     bed.lab.node(0).netns().set_sysctls(&backlog).unwrap();

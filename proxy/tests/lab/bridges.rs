@@ -12,8 +12,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 use testbed::runner::Test;
 
 use testbed::{
-    Bed, DEADLINE, SOON, allow_ingress, ask, connected, counter, counter_of, deny_ingress, greeted,
-    small,
+    DEADLINE, SOON, TestCluster, allow_ingress, ask, connected, counter, counter_of, deny_ingress,
+    greeted, small,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -39,7 +39,7 @@ const FOREIGN: [Ipv4Addr; 2] = [
 ];
 
 fn bridge_created_with_the_first_pod_is_found() {
-    let mut bed = Bed::of(Cluster::builder().nodes(1).gateway(BRIDGE).build().unwrap());
+    let mut bed = TestCluster::of(Cluster::builder().nodes(1).gateway(BRIDGE).build().unwrap());
     bed.enforce(&[]);
     for name in ["a", "b"] {
         let pod = bed
@@ -58,7 +58,7 @@ fn bridge_created_with_the_first_pod_is_found() {
 }
 
 fn pods_started_without_daemon_are_blocked_until_restart() {
-    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    let mut bed = TestCluster::bare(small().gateway(BRIDGE));
     bed.enforce(&[]);
     bed.kill(0);
     let new = ["e", "f"].map(|name| {
@@ -105,7 +105,7 @@ fn pods_started_without_daemon_are_blocked_until_restart() {
 }
 
 fn bridge_without_daemon_drops_only_pod_addresses() {
-    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    let mut bed = TestCluster::bare(small().gateway(BRIDGE));
     bed.enforce(&[]);
     bed.kill(0);
     let [e, f] = ["e", "f"].map(|name| {
@@ -162,7 +162,7 @@ fn bridge_without_daemon_drops_only_pod_addresses() {
 }
 
 fn bridge_nf_call_is_reported_and_opens_nothing() {
-    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    let mut bed = TestCluster::bare(small().gateway(BRIDGE));
     for pod in bed.lab.pods() {
         pod.serve_udp(&[53]).unwrap();
     }
@@ -234,7 +234,7 @@ fn neighbour(node: &Host, pod: &Host) -> [u8; 6] {
 
 /// One after the other: with a poll every two seconds, they would take 16 s.
 fn new_pod_address_is_owned_immediately() {
-    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    let mut bed = TestCluster::bare(small().gateway(BRIDGE));
     bed.enforce(&[]);
     let (node, pod) = (bed.lab.node(0), bed.lab.pod("x/a"));
     let since = Instant::now();
@@ -334,7 +334,7 @@ fn gateway(pod: &Host) -> String {
 
 /// By the other pod's and by the node's own address on the bridge.
 fn a_ports_free_addresses_share_one_packet_rate() {
-    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    let mut bed = TestCluster::bare(small().gateway(BRIDGE));
     bed.write_policies(&[allow_ingress("b")]);
     bed.enforce(&[]);
     let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));

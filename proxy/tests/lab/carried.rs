@@ -17,8 +17,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 use testbed::runner::Test;
 
 use testbed::{
-    self, Bed, DEADLINE, SOON, allow_ingress, connected, deny_egress, deny_ingress, echoes, metric,
-    policy, small,
+    self, DEADLINE, SOON, TestCluster, allow_ingress, connected, deny_egress, deny_ingress, echoes,
+    metric, policy, small,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -53,8 +53,8 @@ fn dns_from(pod: &str) -> Value {
 }
 
 /// The small cluster, whose pods answer datagrams on 53 and 55, and not on 54.
-fn bed(flags: &[&str], policies: &[Value]) -> Bed {
-    let mut bed = Bed::bare(small());
+fn bed(flags: &[&str], policies: &[Value]) -> TestCluster {
+    let mut bed = TestCluster::bare(small());
     for pod in bed.lab.pods() {
         pod.serve_udp(&[53, 55]).unwrap();
     }
@@ -316,7 +316,7 @@ fn parallel_dns_queries_through_service_are_both_answered() {
     };
     let client = PodSpec::new("x", "a").node(0).label("pod", "a");
     let pods = [client, server("b", 0), server("c", 1)];
-    let mut bed = Bed::bare(Cluster::builder().nodes(2).pods(pods).service(dns));
+    let mut bed = TestCluster::bare(Cluster::builder().nodes(2).pods(pods).service(dns));
     let servers = ["x/b", "x/c"].map(|name| bed.lab.pod(name));
     let _servers = servers.map(|pod| {
         let (netns, addresses) = (pod.netns(), pod.addresses());
@@ -374,7 +374,7 @@ fn pings(from: &Host, to: IpAddr) -> bool {
 }
 
 /// Enables conntrack accounting, and sets the UDP timeout to `timeout` seconds.
-pub(crate) fn accounting(bed: &Bed, timeout: &str) {
+pub(crate) fn accounting(bed: &TestCluster, timeout: &str) {
     for node in bed.lab.nodes() {
         let sysctls = [
             ("netfilter/nf_conntrack_acct", "1"),

@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 use testbed::runner::Test;
 
 use testbed::{
-    Bed, DEADLINE, SOON, allow_all, ask, connected, deny_ingress, echoes, greeted, metric, policy,
+    DEADLINE, SOON, TestCluster, allow_all, ask, connected, deny_ingress, echoes, greeted, metric,
+    policy,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -23,7 +24,7 @@ pub(crate) const TESTS: &[Test] = &testbed::tests![
 ];
 
 fn policy_change_on_disk_applies_within_a_second() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     for (policies, expected) in [
         (vec![deny_ingress("b")], Kind::TimedOut),
@@ -56,7 +57,7 @@ fn policy_change_on_disk_applies_within_a_second() {
 }
 
 fn file_edited_in_place_applies_within_a_second() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     let path = bed.manifests().join("more.yaml");
     let written = Instant::now();
@@ -93,7 +94,7 @@ fn deny_in_yaml(pod: &str) -> String {
 }
 
 fn half_written_file_keeps_last_good_state() {
-    let bed = Bed::enforced(&[], &[deny_ingress("b")]);
+    let bed = TestCluster::enforced(&[], &[deny_ingress("b")]);
     let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
     let denied = || {
         assert_eq!(
@@ -142,7 +143,7 @@ fn half_written_file_keeps_last_good_state() {
 }
 
 fn invalid_policy_is_named_and_keeps_last_state() {
-    let bed = Bed::enforced(&[], &[deny_ingress("b")]);
+    let bed = TestCluster::enforced(&[], &[deny_ingress("b")]);
     let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
     let mut broken: Value = deny_ingress("b");
     broken["spec"]["ingress"] = json!([{ "from": [{ "ipBlock": { "cidr": "0.0.0.0/33" } }] }]);
@@ -165,7 +166,7 @@ fn invalid_policy_is_named_and_keeps_last_state() {
 fn a_relabelled_pod_gets_its_new_rights() {
     let from = json!([{ "from": [{ "podSelector": { "matchLabels": { "access": "true" } } }] }]);
     let spec = json!({ "podSelector": { "matchLabels": { "pod": "c" } }, "policyTypes": ["Ingress"], "ingress": from });
-    let mut bed = Bed::enforced(&[], &[policy("access", &spec)]);
+    let mut bed = TestCluster::enforced(&[], &[policy("access", &spec)]);
     let (a, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"));
     for (labels, expected) in [
         (vec![("pod", "a")], Kind::TimedOut),
@@ -185,8 +186,8 @@ fn a_relabelled_pod_gets_its_new_rights() {
 }
 
 /// A pod that runs, and that no manifest names.
-fn with_a_stranger(flags: &[&str]) -> Bed {
-    let mut bed = Bed::enforced(flags, &[]);
+fn with_a_stranger(flags: &[&str]) -> TestCluster {
+    let mut bed = TestCluster::enforced(flags, &[]);
     let spec = PodSpec::new("x", "stranger")
         .node(0)
         .label("pod", "stranger");

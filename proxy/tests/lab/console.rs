@@ -9,8 +9,8 @@ use testbed::runner::Test;
 
 use crate::PORTREEVE;
 use testbed::{
-    Bed, DEADLINE, SEVERAL_SYNS, SOON, allow_ingress, ask_as, connected, deny_ingress, echoes,
-    metric, small,
+    DEADLINE, SEVERAL_SYNS, SOON, TestCluster, allow_ingress, ask_as, connected, deny_ingress,
+    echoes, metric, small,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -36,7 +36,7 @@ fn said(output: &Output) -> String {
 }
 
 fn explain_command_shows_the_policy_in_force() {
-    let mut bed = Bed::enforced(&[], &policies());
+    let mut bed = TestCluster::enforced(&[], &policies());
     let node = bed.lab.node(0);
     let explain = |to: &str, output: &str| {
         let question = ["explain", "--from", "x/a", "--to", to, "--port", "80"];
@@ -70,7 +70,7 @@ fn explain_command_shows_the_policy_in_force() {
 }
 
 fn connections_command_filters_by_pod_and_namespace() {
-    let bed = Bed::enforced(&[], &policies());
+    let bed = TestCluster::enforced(&[], &policies());
     let (a, d, c, node) = (
         bed.lab.pod("x/a"),
         bed.lab.pod("x/d"),
@@ -106,7 +106,7 @@ fn connections_command_filters_by_pod_and_namespace() {
 }
 
 fn observe_shows_each_decision_once() {
-    let bed = Bed::enforced(&[], &policies());
+    let bed = TestCluster::enforced(&[], &policies());
     let (a, b, d, node) = (
         bed.lab.pod("x/a"),
         bed.lab.pod("x/b"),
@@ -176,7 +176,7 @@ fn observers(node: &Host, number: u64) {
 /// A pod of another namespace asks x/b.
 fn observe_filters_kernel_flows_and_severed_connections() {
     let other = PodSpec::new("y", "e").node(0).label("pod", "e");
-    let mut bed = Bed::bare(small().pod(other));
+    let mut bed = TestCluster::bare(small().pod(other));
     bed.write_policies(&[allow_ingress("b")]);
     bed.enforce(&[]);
     let pod = |key: &str| bed.lab.pod(key);
@@ -242,7 +242,7 @@ fn observe_filters_kernel_flows_and_severed_connections() {
 }
 
 fn the_admin_port_answers_by_address_only() {
-    let bed = Bed::enforced(&[], &[]);
+    let bed = TestCluster::enforced(&[], &[]);
     let node = bed.lab.node(0);
     for (host, status) in [
         ("localhost:15020", 200),

@@ -2,13 +2,13 @@
 use lab::traffic::greeting;
 use testbed::runner::Test;
 
-use testbed::{Bed, DEADLINE, allow_all, echoes};
+use testbed::{DEADLINE, TestCluster, allow_all, echoes};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![connections_work_with_syn_cookies,];
 
 /// `net.ipv4.tcp_syncookies` is of both families (ip-sysctl); 2 sends nothing but cookies.
 fn connections_work_with_syn_cookies() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     for node in bed.lab.nodes() {
         let sysctls = [("ipv4/tcp_syncookies", "2")];
         node.netns().set_sysctls(&sysctls).unwrap();

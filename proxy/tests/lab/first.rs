@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use testbed::runner::Test;
 
 use crate::neighbour::StopOnDrop;
-use testbed::{Bed, DEADLINE, connected, deny_ingress, echoes, policy};
+use testbed::{DEADLINE, TestCluster, connected, deny_ingress, echoes, policy};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     first_connect_of_unknown_pods_gets_their_rights,
@@ -67,7 +67,7 @@ fn access(number: usize) -> &'static str {
 /// A pod's first act is to dial; its object comes to the daemons up to two seconds later.
 fn first_connect_of_unknown_pods_gets_their_rights() {
     let [may, stays] = egress_by_access();
-    let mut bed = Bed::enforced(&["--hold", "10s"], &[may, stays, only_with_access("c")]);
+    let mut bed = TestCluster::enforced(&["--hold", "10s"], &[may, stays, only_with_access("c")]);
     let known = bed.lab.manifests();
     let name = |number: usize| format!("new-{number}");
     for number in 0..PODS {
@@ -126,7 +126,7 @@ fn first_connect_of_unknown_pods_gets_their_rights() {
 
 /// Others dial the address from before there is a pod, and its object comes late.
 fn new_pod_is_unreachable_until_policies_are_known() {
-    let mut bed = Bed::enforced(&["--hold", "10s"], &[only_with_access("new")]);
+    let mut bed = TestCluster::enforced(&["--hold", "10s"], &[only_with_access("new")]);
     for (name, node, access) in [("near", 0, "no"), ("far", 1, "no"), ("friend", 1, "yes")] {
         let spec = PodSpec::new("x", name).node(node).label("access", access);
         bed.lab.add_pod(spec).unwrap();
@@ -198,7 +198,7 @@ fn first_connect_from_reused_address_has_new_rights() {
     let records = tempfile::NamedTempFile::new().unwrap();
     let [may, stays] = egress_by_access();
     let flags = ["--trace-file", records.path().to_str().unwrap()];
-    let mut bed = Bed::enforced(&flags, &[may, stays]);
+    let mut bed = TestCluster::enforced(&flags, &[may, stays]);
     let to = bed.lab.pod("x/c").addr_v4(80);
     let mut expected = BTreeMap::new();
     let mut address = None;
@@ -263,7 +263,7 @@ fn first_connect_from_reused_address_has_new_rights() {
 /// Pods dial all the time while a server's isolation comes and goes, which moves it between the
 /// gate and the kernel's sets.
 fn no_connection_succeeds_while_policy_denies_it() {
-    let bed = Bed::enforced(&[], &[]);
+    let bed = TestCluster::enforced(&[], &[]);
     let probes: Mutex<Vec<(Instant, Instant, bool)>> = Mutex::default();
     let mut denials = Vec::new();
     let stop = AtomicBool::new(false);
@@ -322,7 +322,7 @@ impl Drop for Stop<'_> {
 
 fn policy_change_severs_only_the_streams_it_denies() {
     const BYTES: usize = 60;
-    let mut bed = Bed::enforced(&[], &[]);
+    let mut bed = TestCluster::enforced(&[], &[]);
     for name in ["x/a", "x/d"] {
         let label = name.trim_start_matches("x/");
         bed.lab

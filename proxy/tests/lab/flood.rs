@@ -10,7 +10,7 @@ use nix::sys::socket::{MsgFlags, NetlinkAddr, SockProtocol, sendto};
 use serde_json::{Value, json};
 use testbed::runner::Test;
 
-use testbed::{Bed, DEADLINE, metric, policy};
+use testbed::{DEADLINE, TestCluster, metric, policy};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     udp_flood_delays_no_policy_change,
@@ -30,10 +30,10 @@ const IN_FORCE_WITHIN: Duration = Duration::from_secs(1);
 const CARRIED: u32 = 0x800;
 
 /// One node: x/a floods, x/d sends to x/b.
-fn bed() -> Bed {
+fn bed() -> TestCluster {
     let pod = |name: &str| PodSpec::new("x", name).label("pod", name);
     let pods = ["a", "b", "d"].map(pod);
-    let bed = Bed::bare(Cluster::builder().nodes(1).pods(pods));
+    let bed = TestCluster::bare(Cluster::builder().nodes(1).pods(pods));
     bed.lab.pod("x/b").serve_udp(&[53]).unwrap();
     bed
 }
@@ -175,7 +175,7 @@ fn flows_of_a_flooding_pod_are_all_severed() {
 }
 
 /// The value of `key` in the daemon's `/proc/PID/status`, in bytes.
-fn memory(bed: &mut Bed, key: &str) -> u64 {
+fn memory(bed: &mut TestCluster, key: &str) -> u64 {
     let id = bed.daemon(0).child.id();
     let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with(key)).unwrap();

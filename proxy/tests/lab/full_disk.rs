@@ -8,13 +8,13 @@ use serde_json::Value;
 use testbed::runner::Test;
 
 use crate::PORTREEVE;
-use testbed::{Bed, DEADLINE, SOON, ask, deny_ingress};
+use testbed::{DEADLINE, SOON, TestCluster, ask, deny_ingress};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![records_resume_after_a_full_disk];
 
 fn records_resume_after_a_full_disk() {
     let pod = |name: &str| PodSpec::new("x", name).label("pod", name).port("http", 80);
-    let mut bed = Bed::bare(Cluster::builder().nodes(1).pods(["a", "b"].map(pod)));
+    let mut bed = TestCluster::bare(Cluster::builder().nodes(1).pods(["a", "b"].map(pod)));
     bed.write_policies(&[deny_ingress("b")]);
     bed.install(0, &[]);
     let disk = bed.file("disk");

@@ -18,8 +18,8 @@ use testbed::runner::Test;
 
 use crate::streams::ends;
 use testbed::{
-    Bed, DEADLINE, Daemon, SOON, ask, connected, counter, deny_ingress, echoes, metric, policy,
-    small,
+    DEADLINE, Daemon, SOON, TestCluster, ask, connected, counter, deny_ingress, echoes, metric,
+    policy, small,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -48,7 +48,7 @@ struct Stream {
 }
 
 /// Streams of the pods of node 0 with each other, with the other node's and from there, in both families.
-fn streams(bed: &Bed, of_each: usize) -> Vec<Stream> {
+fn streams(bed: &TestCluster, of_each: usize) -> Vec<Stream> {
     let mut streams = Vec::new();
     for (from, to) in [("x/a", "x/b"), ("x/a", "x/c"), ("x/c", "x/b")] {
         let [from, to] = [from, to].map(|name| bed.lab.pod(name));
@@ -303,7 +303,7 @@ fn handover_severs_denied_and_replaced_connections() {
 }
 
 /// Starts one more daemon on node 0; returns the one that it takes over from.
-fn relieve(bed: &mut Bed) -> Daemon {
+fn relieve(bed: &mut TestCluster) -> Daemon {
     let flags = flags(bed);
     bed.relieve(0, &flags.each_ref().map(String::as_str))
 }
@@ -316,7 +316,7 @@ pub(crate) fn terms_of(node: &Host) -> Value {
 }
 
 /// Sends this to the handover socket of node 0's daemon.
-pub(crate) fn asking(bed: &Bed, terms: &Value) -> Socket {
+pub(crate) fn asking(bed: &TestCluster, terms: &Value) -> Socket {
     let line = Socket::new(Domain::UNIX, Type::SEQPACKET, None).unwrap();
     let place = SockAddr::unix(bed.file("handover.sock")).unwrap();
     line.connect(&place).unwrap();
@@ -340,13 +340,13 @@ pub(crate) fn end_of(mut stream: &TcpStream) -> ErrorKind {
 }
 
 /// The small cluster; the daemon of node 0 allows a handover, and writes records to the file returned.
-fn bed() -> (Bed, PathBuf) {
+fn bed() -> (TestCluster, PathBuf) {
     bed_with(&[])
 }
 
 /// The same, whose daemon of node 0 has more flags.
-pub(crate) fn bed_with(more: &[&str]) -> (Bed, PathBuf) {
-    let mut bed = Bed::bare(small());
+pub(crate) fn bed_with(more: &[&str]) -> (TestCluster, PathBuf) {
+    let mut bed = TestCluster::bare(small());
     bed.write_policies(&policies());
     let flags = flags(&bed);
     let flags: Vec<_> = flags
@@ -362,7 +362,7 @@ pub(crate) fn bed_with(more: &[&str]) -> (Bed, PathBuf) {
     (bed, records)
 }
 
-pub(crate) fn flags(bed: &Bed) -> [String; 4] {
+pub(crate) fn flags(bed: &TestCluster) -> [String; 4] {
     let path = |name| bed.file(name).display().to_string();
     let [handover, trace_file] = ["--handover", "--trace-file"].map(str::to_owned);
     [handover, path("handover.sock"), trace_file, path("records")]

@@ -19,7 +19,7 @@ use testbed::runner::Test;
 
 use crate::PORTREEVE;
 use crate::bridges::{BRIDGE, takes};
-use testbed::{Bed, SEVERAL_SYNS, SOON, allow_all, connected, deny_ingress, echoes, small};
+use testbed::{SEVERAL_SYNS, SOON, TestCluster, allow_all, connected, deny_ingress, echoes, small};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     image_enforces_with_capabilities_of_the_daemonset,
@@ -41,7 +41,7 @@ const CAPABILITIES: &[(&str, u32)] = &[
 
 fn image_enforces_with_capabilities_of_the_daemonset() {
     let image = Image::build("base");
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     bed.write_policies(&[allow_all(), deny_ingress("d")]);
     for node in 0..2 {
         let said = image.install(&bed, node, &image.granted("iptables-init"));
@@ -63,7 +63,7 @@ fn image_enforces_with_capabilities_of_the_daemonset() {
 
 fn new_container_takes_over_streams_and_reports_ready() {
     let mut image = Image::build("base");
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     bed.write_policies(&[allow_all()]);
     let [first, granted] = ["iptables-init", "portreeve"].map(|name| image.granted(name));
     image.install(&bed, 0, &first);
@@ -92,7 +92,7 @@ fn new_container_takes_over_streams_and_reports_ready() {
 
 fn container_can_disable_bridge_nf_call() {
     let image = Image::build("overlays/bridge");
-    let bed = Bed::bare(small());
+    let bed = TestCluster::bare(small());
     let node = bed.lab.node(0);
     let sysctls = ["iptables", "ip6tables"].map(|it| format!("bridge/bridge-nf-call-{it}"));
     for sysctl in &sysctls {
@@ -108,7 +108,7 @@ fn container_can_disable_bridge_nf_call() {
 
 fn every_capability_of_the_daemonset_is_needed() {
     let image = Image::build("base");
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     bed.write_policies(&[allow_all()]);
     for container in ["iptables-init", "portreeve"] {
         let granted = image.granted(container);
@@ -140,7 +140,7 @@ fn every_capability_of_the_daemonset_is_needed() {
 /// Needed for bridges only: without it the daemon polls pods' addresses every two seconds.
 fn net_broadcast_gives_prompt_bridge_address_events() {
     let image = Image::build("overlays/bridge");
-    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    let mut bed = TestCluster::bare(small().gateway(BRIDGE));
     bed.write_policies(&[allow_all()]);
     let granted = image.granted("portreeve");
     let mut without = granted.clone();
@@ -172,7 +172,7 @@ fn refused(output: &Output) {
 }
 
 /// What a pod sees when it connects to a host without a route.
-fn unreachable(bed: &Bed, pod: &str) -> Errno {
+fn unreachable(bed: &TestCluster, pod: &str) -> Errno {
     let [to, _] = bed.lab.unreachable(80);
     let outcome = bed.lab.pod(pod).connect(to, SEVERAL_SYNS).unwrap();
     outcome.errno().unwrap()
@@ -243,25 +243,25 @@ impl Image {
     }
 
     /// The init container, to its end.
-    fn install(&self, bed: &Bed, node: usize, capabilities: &[String]) -> Output {
+    fn install(&self, bed: &TestCluster, node: usize, capabilities: &[String]) -> Output {
         let command = self.command(bed, node, "iptables-init", capabilities);
         command.output().unwrap()
     }
 
     /// Starts the daemon's container and waits until the daemon enforces.
-    fn run(&self, bed: &mut Bed, node: usize, capabilities: &[String]) {
+    fn run(&self, bed: &mut TestCluster, node: usize, capabilities: &[String]) {
         let command = self.daemon(bed, node, capabilities);
         bed.start_command(node, command);
     }
 
-    fn daemon(&self, bed: &Bed, node: usize, capabilities: &[String]) -> lab::Command {
+    fn daemon(&self, bed: &TestCluster, node: usize, capabilities: &[String]) -> lab::Command {
         let mut command = self.command(bed, node, "portreeve", capabilities);
         command.args(["--cluster", &format!("dir:{MANIFESTS}")]);
         command
     }
 
     /// The startup probe.
-    fn probe(&self, bed: &Bed, node: usize) -> lab::Command {
+    fn probe(&self, bed: &TestCluster, node: usize) -> lab::Command {
         let (name, probe) = ("portreeve", "startupProbe");
         let mut command = self.sandbox(bed, node, name, &self.granted(name));
         command.args(strings(&self.container(name)[probe]["exec"]["command"]));
@@ -269,14 +269,26 @@ impl Image {
     }
 
     /// A container's command as its pod has it, on a node.
-    fn command(&self, bed: &Bed, node: usize, name: &str, capabilities: &[String]) -> lab::Command {
+    fn command(
+        &self,
+        bed: &TestCluster,
+        node: usize,
+        name: &str,
+        capabilities: &[String],
+    ) -> lab::Command {
         let mut command = self.sandbox(bed, node, name, capabilities);
         command.args(strings(&self.container(name)["command"]));
         command
     }
 
     /// The sandbox command of a container; a program follows.
-    fn sandbox(&self, bed: &Bed, node: usize, name: &str, capabilities: &[String]) -> lab::Command {
+    fn sandbox(
+        &self,
+        bed: &TestCluster,
+        node: usize,
+        name: &str,
+        capabilities: &[String],
+    ) -> lab::Command {
         let container = self.container(name);
         let context = &container["securityContext"];
         assert_eq!(context["readOnlyRootFilesystem"], true);

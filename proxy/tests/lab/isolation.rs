@@ -11,7 +11,7 @@ use lab::{Capture, Host, Packet, RpFilter, wait_until};
 use testbed::runner::Test;
 
 use crate::strange::{Case, Neighbourhood, cases};
-use testbed::{Bed, DEADLINE, deny_egress, deny_ingress, small};
+use testbed::{DEADLINE, TestCluster, deny_egress, deny_ingress, small};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     isolated_pod_sends_no_packet_of_any_kind,
@@ -42,15 +42,15 @@ fn isolated_pod_receives_no_packet_of_any_kind() {
 }
 
 /// Packets from unknown addresses are dropped soon, without help from a reverse path filter.
-fn bed(policy: serde_json::Value) -> Bed {
-    let mut bed = Bed::bare(small().rp_filter(RpFilter::Off));
+fn bed(policy: serde_json::Value) -> TestCluster {
+    let mut bed = TestCluster::bare(small().rp_filter(RpFilter::Off));
     bed.write_policies(&[policy]);
     bed.enforce(&["--hold", "50ms"]);
     bed
 }
 
 #[track_caller]
-fn assert_nothing_arrives(bed: &Bed, source: &Host, target: &Host, friend: &Host) {
+fn assert_nothing_arrives(bed: &TestCluster, source: &Host, target: &Host, friend: &Host) {
     let surroundings = |family: usize| Neighbourhood {
         from: source.addresses()[family],
         to: target.addresses()[family],
@@ -103,7 +103,7 @@ fn inject(injector: &Injector, case: &Case, number: u32) {
 }
 
 /// Waits until all that was sent has been judged and, if it passes, has arrived.
-fn settle(bed: &Bed, friend: &Host, target: &Host, capture: &Capture) {
+fn settle(bed: &TestCluster, friend: &Host, target: &Host, capture: &Capture) {
     for round in 0..2 {
         for to in target.addrs(SENTINEL) {
             friend.ask_udp(to, b"all?", Duration::ZERO).unwrap();

@@ -8,7 +8,8 @@ use nix::errno::Errno;
 use testbed::runner::Test;
 
 use testbed::{
-    Bed, DEADLINE, SEVERAL_SYNS, SOON, allow_all, allow_ingress, deny_egress, deny_ingress, small,
+    DEADLINE, SEVERAL_SYNS, SOON, TestCluster, allow_all, allow_ingress, deny_egress, deny_ingress,
+    small,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -28,7 +29,7 @@ struct Seen {
 }
 
 fn client_sees_the_same_as_without_portreeve() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     let on_bare = look(&bed);
     bed.write_policies(&[allow_all()]);
     bed.enforce(&[]);
@@ -57,7 +58,7 @@ fn client_sees_the_same_as_without_portreeve() {
 }
 
 /// Dials whatever there is from x/a, all at once.
-fn look(bed: &Bed) -> Vec<Seen> {
+fn look(bed: &TestCluster) -> Vec<Seen> {
     let a = bed.lab.pod("x/a");
     let mut targets: Vec<(String, SocketAddr)> = Vec::new();
     let mut add = |what: &str, to: &[SocketAddr]| {
@@ -95,7 +96,7 @@ fn seen(what: String, to: SocketAddr, outcome: &Outcome, capture: &Capture) -> S
 }
 
 /// Denied connections: by ingress on the same node and across, and by egress.
-fn denied(bed: &Bed) -> Vec<(Host, Vec<SocketAddr>)> {
+fn denied(bed: &TestCluster) -> Vec<(Host, Vec<SocketAddr>)> {
     let servers = ["x/b", "x/c"]
         .map(|key| [bed.lab.pod(key).addrs(80), bed.lab.service(key).addrs(80)].concat());
     vec![
@@ -122,7 +123,7 @@ fn policies() -> [serde_json::Value; 4] {
 }
 
 fn denied_client_sees_a_silent_host() {
-    let bed = Bed::enforced(&[], &policies());
+    let bed = TestCluster::enforced(&[], &policies());
     // Nobody is there, and nobody denies it: x/a may send what it likes, and no proxy sees it.
     let (nobody, a) = (bed.lab.blackhole(80)[0], bed.lab.pod("x/a"));
     let asked = a.capture().unwrap();
@@ -147,7 +148,7 @@ fn hears_nothing(client: Host, targets: Vec<SocketAddr>, asked_nobody: impl Fn()
 }
 
 fn reject_resets_a_denied_client_immediately() {
-    let bed = Bed::enforced(&["--deny", "reject"], &policies());
+    let bed = TestCluster::enforced(&["--deny", "reject"], &policies());
     for (client, targets) in denied(&bed) {
         let capture = client.capture().unwrap();
         let started = Instant::now();
@@ -168,7 +169,7 @@ fn reject_resets_a_denied_client_immediately() {
 }
 
 fn proxied_client_connects_with_one_syn() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     for way in bed.ways(80) {
         let capture = a.capture().unwrap();

@@ -2,14 +2,14 @@
 use serde_json::Value;
 use testbed::runner::Test;
 
-use testbed::{Bed, DEADLINE, deny_ingress};
+use testbed::{DEADLINE, TestCluster, deny_ingress};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![repeated_denials_are_logged_and_then_counted];
 
 fn repeated_denials_are_logged_and_then_counted() {
     const TRIES: usize = 40;
     let flags = ["--deny", "reject", "--log-format", "json"];
-    let mut bed = Bed::enforced(&flags, &[deny_ingress("b"), deny_ingress("d")]);
+    let mut bed = TestCluster::enforced(&flags, &[deny_ingress("b"), deny_ingress("d")]);
     let a = bed.lab.pod("x/a");
     let denied = |name: &str| {
         let to = bed.lab.pod(name).addr_v4(80);

@@ -7,7 +7,9 @@ use lab::{Capture, Cluster, Gateway, Host, RpFilter};
 use testbed::runner::Test;
 
 use crate::bridges::BRIDGE;
-use testbed::{Bed, DEADLINE, allow_ingress, counter, deny_egress, deny_ingress, metric, small};
+use testbed::{
+    DEADLINE, TestCluster, allow_ingress, counter, deny_egress, deny_ingress, metric, small,
+};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     a_link_local_source_stays_on_its_link,
@@ -34,7 +36,7 @@ fn settle(from: &Host, to: &Host, capture: &Capture) {
 
 fn a_link_local_source_stays_on_its_link() {
     for gateway in [Gateway::LinkLocal, BRIDGE] {
-        let mut bed = Bed::bare(small().rp_filter(RpFilter::Off).gateway(gateway));
+        let mut bed = TestCluster::bare(small().rp_filter(RpFilter::Off).gateway(gateway));
         bed.write_policies(&[allow_ingress("b"), deny_egress("a")]);
         bed.enforce(&[]);
         let (a, b, d) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/d"));
@@ -80,7 +82,7 @@ fn settle_neighbours(from: &Host, to: &Host) {
 
 fn a_pod_cannot_reach_its_nodes_loopback_network() {
     for gateway in [Gateway::LinkLocal, BRIDGE] {
-        let mut bed = Bed::bare(small().rp_filter(RpFilter::Off).gateway(gateway));
+        let mut bed = TestCluster::bare(small().rp_filter(RpFilter::Off).gateway(gateway));
         bed.write_policies(&[deny_egress("a"), deny_ingress("a")]);
         bed.enforce(&[]);
         let node = bed.lab.node(0);
@@ -123,7 +125,7 @@ fn a_pod_cannot_reach_its_nodes_loopback_network() {
 
 /// To a pod without a grant, by a pod without policy and from outside, where the node follows such routes.
 fn source_routed_packets_reach_no_pod() {
-    let mut bed = Bed::bare(small().rp_filter(RpFilter::Off));
+    let mut bed = TestCluster::bare(small().rp_filter(RpFilter::Off));
     bed.write_policies(&[deny_ingress("b")]);
     bed.enforce(&[]);
     let (b, d, node) = (bed.lab.pod("x/b"), bed.lab.pod("x/d"), bed.lab.node(0));

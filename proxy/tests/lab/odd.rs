@@ -13,7 +13,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use testbed::runner::Test;
 
 use testbed::{
-    Bed, DEADLINE, SOON, allow_all, counter, deny_egress, greeted, metric, policy, small,
+    DEADLINE, SOON, TestCluster, allow_all, counter, deny_egress, greeted, metric, policy, small,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -28,7 +28,7 @@ pub(crate) const TESTS: &[Test] = &testbed::tests![
 fn fragmented_datagram_is_judged_once() {
     let ports = json!([{ "port": 53, "protocol": "UDP" }]);
     let spec = json!({ "podSelector": { "matchLabels": { "pod": "a" } }, "policyTypes": ["Egress"], "egress": [{ "ports": ports }] });
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     for pod in bed.lab.pods() {
         pod.serve_udp(&[53, 55]).unwrap();
     }
@@ -66,7 +66,7 @@ fn fragmented_datagram_is_judged_once() {
 }
 
 fn invalid_tcp_segments_are_dropped_and_counted() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
     let capture = b.capture().unwrap();
     let injector = a.injector().unwrap();
@@ -106,7 +106,7 @@ fn invalid_tcp_segments_are_dropped_and_counted() {
 
 /// TCP Fast Open (RFC 7413), with data in the SYN although the server gave no cookie.
 fn fast_open_data_waits_and_arrives_once() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     // ip-sysctl, tcp_fastopen: 1 as a client, 4 without a cookie.
     a.netns()
@@ -148,7 +148,7 @@ fn said(stream: &mut TcpStream, server: &str) -> String {
 
 /// Multipath TCP (RFC 8684): both ends offer it, the proxy between them does not.
 fn a_multipath_client_falls_back_to_plain_tcp() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let (a, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"));
     let multipath = |host: &Host, at: SocketAddr| {
         let open = || Socket::new(Domain::for_address(at), Type::STREAM, Some(Protocol::MPTCP));
@@ -176,7 +176,7 @@ fn a_multipath_client_falls_back_to_plain_tcp() {
 }
 
 fn an_ipv4_mapped_address_is_the_ipv4_address() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     let mapped = |to: &Host| SocketAddr::from((to.ipv4().to_ipv6_mapped(), 80));
     let dial = || {
@@ -195,7 +195,7 @@ fn an_ipv4_mapped_address_is_the_ipv4_address() {
 
 /// RFC 9293, 3.5: it cannot work where the server sees another port than the client's.
 fn simultaneous_open_is_refused_and_bypasses_no_policy() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     let both = |port: u16| {
         let ends = a.addrs(port).into_iter().zip(b.addrs(port + 1));

@@ -16,8 +16,8 @@ use testbed::runner::Test;
 
 use crate::bridges::BRIDGE;
 use testbed::{
-    Bed, DEADLINE, SOON, ask, connected, counter, deny_egress, deny_ingress, echoes, greeted,
-    metric, policy, small,
+    DEADLINE, SOON, TestCluster, ask, connected, counter, deny_egress, deny_ingress, echoes,
+    greeted, metric, policy, small,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -37,8 +37,8 @@ const PAST_FORGETTING: Duration = Duration::from_secs(8);
 const ASK: Duration = Duration::from_millis(400);
 
 /// A cluster whose nodes and pods answer TCP 80 and 81 and UDP 53.
-fn bed(flags: &[&str], policies: &[Value]) -> Bed {
-    let mut bed = Bed::bare(small().gateway(Gateway::NodeAddress));
+fn bed(flags: &[&str], policies: &[Value]) -> TestCluster {
+    let mut bed = TestCluster::bare(small().gateway(Gateway::NodeAddress));
     for node in bed.lab.nodes() {
         node.serve(&[80, 81]).unwrap();
         node.serve_udp(&[53]).unwrap();
@@ -219,7 +219,7 @@ fn judged_node_cannot_keep_denied_stream_open() {
 /// By TCP and UDP between link-local addresses, and between one of them and a global one; and broadcasts from 0.0.0.0.
 fn judged_link_local_senders_cannot_reach_the_node() {
     for gateway in [BRIDGE, Gateway::NodeAddress, Gateway::LinkLocal] {
-        let mut bed = Bed::bare(small().gateway(gateway));
+        let mut bed = TestCluster::bare(small().gateway(gateway));
         bed.write_policies(&[deny_egress("a"), deny_ingress("a")]);
         bed.enforce(&[]);
         let (a, node) = (bed.lab.pod("x/a"), bed.lab.node(0));
@@ -346,7 +346,7 @@ fn host_network_pods_are_judged_as_the_node() {
         .node(1)
         .label("pod", "h")
         .host_network();
-    let mut bed = Bed::of(small().pod(on_host).build().unwrap());
+    let mut bed = TestCluster::of(small().pod(on_host).build().unwrap());
     let (a, b, h) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/h"));
     for pod in [&b, &h] {
         pod.serve(&[80]).unwrap();
@@ -389,7 +389,7 @@ fn pod_reaches_itself_despite_policy() {
         .port_of(53, 53, Protocol::Udp);
     let a = PodSpec::new("x", "a").label("pod", "a");
     let b = PodSpec::new("x", "b").label("pod", "b");
-    let mut bed = Bed::bare(Cluster::builder().nodes(1).pods([a, b]).service(service));
+    let mut bed = TestCluster::bare(Cluster::builder().nodes(1).pods([a, b]).service(service));
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     a.serve_udp(&[53]).unwrap();
     bed.write_policies(&[deny_ingress("a"), deny_egress("a")]);

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use testbed::runner::Test;
 
 use testbed::browser::Browser;
-use testbed::{Bed, DEADLINE, SOON, connected, deny_ingress, metric, policy};
+use testbed::{DEADLINE, SOON, TestCluster, connected, deny_ingress, metric, policy};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     page_shows_policy_matrix_reasons_and_live_denials,
@@ -33,7 +33,7 @@ fn words(browser: &Browser, from: &str, to: &str) -> String {
 }
 
 /// A shop, its monitoring and its build pods, on two nodes.
-fn shop() -> Bed {
+fn shop() -> TestCluster {
     let pod = |namespace: &str, name: &str, node: usize, port: u16| {
         PodSpec::new(namespace, name)
             .node(node)
@@ -52,7 +52,7 @@ fn shop() -> Bed {
     for pod in lab.pods() {
         pod.serve(&[8080, 5432, 9090]).unwrap();
     }
-    let mut bed = Bed::of(lab);
+    let mut bed = TestCluster::of(lab);
     bed.write_policies(&shop_policies());
     bed.enforce(&[]);
     bed
@@ -167,7 +167,7 @@ fn page_shows_policy_matrix_reasons_and_live_denials() {
 
 fn html_in_names_is_shown_as_text() {
     const NAME: &str = "<img src=x onerror=\"document.title='owned'\">";
-    let bed = Bed::enforced(&[], &[deny_ingress("b")]);
+    let bed = TestCluster::enforced(&[], &[deny_ingress("b")]);
     // Kubernetes and the daemon refuse such names; the fault that says so has them, though.
     bed.write("evil.json", &pod("x", NAME, "10.244.0.200"));
     let node = bed.lab.node(0);
@@ -241,7 +241,7 @@ fn pod(namespace: &str, name: &str, address: &str) -> Value {
 }
 
 fn five_hundred_pods_fold_into_their_namespaces() {
-    let bed = Bed::enforced(&[], &[deny_ingress("b")]);
+    let bed = TestCluster::enforced(&[], &[deny_ingress("b")]);
     let pods: Vec<Value> = (0..496)
         .map(|n| {
             let address = format!("10.99.{}.{}", n / 200, n % 200 + 1);

@@ -7,7 +7,7 @@ use lab::traffic::{UdpOutcome, Way, bulk};
 use lab::{Host, Packet, Serve};
 use testbed::runner::Test;
 
-use testbed::{Bed, DEADLINE, allow_all, metric};
+use testbed::{DEADLINE, TestCluster, allow_all, metric};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     path_mtu_discovery_works_on_both_legs,
@@ -20,8 +20,8 @@ const BULK: u64 = 2 << 20;
 
 /// The small cluster under policy, whose link to the outside host has a smaller MTU than all others,
 /// which the MSS of that host does not show.
-fn bed() -> Bed {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+fn bed() -> TestCluster {
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let mut narrow = bed.lab.fabric().command("ip");
     narrow.args(["link", "set", "outside", "mtu", SMALL]);
     assert!(narrow.output().unwrap().status.success());

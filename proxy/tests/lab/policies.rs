@@ -9,7 +9,7 @@ use testbed::runner::Test;
 
 use testbed::cases::world::{Change, World};
 use testbed::matrix::{self, Source, Stage};
-use testbed::{Bed, SOON, marker, policy, small};
+use testbed::{SOON, TestCluster, marker, policy, small};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     kubernetes_documentation_policies_pass_on_real_connections,
@@ -39,7 +39,7 @@ fn additional_conformance_cases_pass_on_real_connections() {
 fn egress_rules_match_pods_behind_a_service() {
     let front = ServiceSpec::new("x", "front").selects("pod", "b");
     let front = front.port(8080, 80).port_of(5353, 53, Protocol::Udp);
-    let mut bed = Bed::bare(small().service(front));
+    let mut bed = TestCluster::bare(small().service(front));
     let (a, b, front) = (
         bed.lab.pod("x/a"),
         bed.lab.pod("x/b"),
@@ -86,14 +86,14 @@ pub(crate) struct Manifests(());
 
 impl Manifests {
     /// In place of the lab's own manifests.
-    pub(crate) fn new(bed: &Bed) -> Self {
+    pub(crate) fn new(bed: &TestCluster) -> Self {
         fs::remove_file(bed.manifests().join("cluster.json")).unwrap();
         Self(())
     }
 }
 
 impl Source for Manifests {
-    fn step(&mut self, bed: &Bed, nodes: &[Value], world: &World, _: &[Change]) {
+    fn step(&mut self, bed: &TestCluster, nodes: &[Value], world: &World, _: &[Change]) {
         let mark = bed.mark();
         let mut items = matrix::objects(nodes, world);
         items.push(marker(&mark));

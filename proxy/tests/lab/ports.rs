@@ -12,8 +12,8 @@ use std::time::Duration;
 use testbed::runner::Test;
 
 use testbed::{
-    Bed, DEADLINE, SOON, allow_all, allow_ingress, connected, counter, deny_egress, deny_ingress,
-    echoes, small,
+    DEADLINE, SOON, TestCluster, allow_all, allow_ingress, connected, counter, deny_egress,
+    deny_ingress, echoes, small,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -29,7 +29,7 @@ pub(crate) const TESTS: &[Test] = &testbed::tests![
 ];
 
 fn two_pods_may_use_the_same_source_port() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let clients = ["x/a", "x/d"].map(|key| bed.lab.pod(key));
     for way in bed.ways(80) {
         let dials: Vec<_> = clients
@@ -58,7 +58,7 @@ fn two_pods_may_use_the_same_source_port() {
 }
 
 fn pod_using_proxy_upstream_ports_disturbs_nobody() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     for way in bed.ways(80) {
         disturb(&bed, "x/a", &way.what, way.to);
     }
@@ -66,7 +66,7 @@ fn pod_using_proxy_upstream_ports_disturbs_nobody() {
 
 fn non_isolated_pod_on_upstream_ports_disturbs_nobody() {
     // Only the servers are under policy: what x/a sends is taken because of its destination.
-    let bed = Bed::enforced(&[], &[allow_ingress("b"), allow_ingress("c")]);
+    let bed = TestCluster::enforced(&[], &[allow_ingress("b"), allow_ingress("c")]);
     for way in bed.ways(80) {
         disturb(&bed, "x/a", &way.what, way.to);
     }
@@ -74,7 +74,7 @@ fn non_isolated_pod_on_upstream_ports_disturbs_nobody() {
 
 /// Connects once, learns the port that the proxy used, and dials from that one and those around
 /// it, all at the same time: the proxy needs these ports for the same connections.
-fn disturb(bed: &Bed, client: &str, what: &str, to: SocketAddr) {
+fn disturb(bed: &TestCluster, client: &str, what: &str, to: SocketAddr) {
     let client = bed.lab.pod(client);
     let first = client.connect(to, DEADLINE).unwrap().into_stream().unwrap();
     let seen = greeting(&first, DEADLINE).unwrap().client.port();
@@ -111,7 +111,7 @@ fn disturb(bed: &Bed, client: &str, what: &str, to: SocketAddr) {
 }
 
 fn source_port_is_reusable_after_server_close() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     for server in ["x/b", "x/c"] {
         bed.lab
@@ -142,7 +142,7 @@ fn source_port_is_reusable_after_server_close() {
 }
 
 fn source_port_is_reusable_after_a_reset() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     for way in bed.ways(80) {
         let capture = a.capture().unwrap();
@@ -169,7 +169,7 @@ fn source_port_is_reusable_after_a_reset() {
 }
 
 fn source_port_works_for_pod_then_its_service() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     for server in ["x/b", "x/c"] {
         let (pod, service) = (bed.lab.pod(server), bed.lab.service(server));
@@ -201,7 +201,7 @@ fn source_port_works_for_pod_then_its_service() {
 /// Our leg is gone, but its conntrack entry is not: a SYN of the server would reach any socket that listens on the
 /// leg's port.
 fn a_stale_upstream_entry_exposes_no_listener() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     bed.write_policies(&[allow_ingress("b"), deny_egress("b")]);
     bed.enforce(&["--own-node", "judge"]);
     let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
@@ -236,7 +236,7 @@ fn a_stale_upstream_entry_exposes_no_listener() {
 }
 
 fn streams_to_the_proxys_port_outlive_conntracks_memory() {
-    let bed = Bed::enforced(&[], &[deny_ingress("d")]);
+    let bed = TestCluster::enforced(&[], &[deny_ingress("d")]);
     let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
     b.serve(&[15_001, 15_002]).unwrap();
     let to = [b.addrs(15_001), b.addrs(15_002)].concat();
@@ -249,7 +249,7 @@ fn streams_to_the_proxys_port_outlive_conntracks_memory() {
 
 /// Neither for addresses that no host has, nor for pods; for any kind of packet.
 fn proxy_port_never_answers_for_other_hosts() {
-    let bed = Bed::enforced(&[], &[deny_ingress("d")]);
+    let bed = TestCluster::enforced(&[], &[deny_ingress("d")]);
     let (a, b, outside) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.outside());
     for to in b.addrs(80) {
         drop(connected(&a, to));

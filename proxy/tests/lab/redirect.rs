@@ -8,7 +8,8 @@ use testbed::runner::Test;
 
 use crate::bridges::BRIDGE;
 use testbed::{
-    Bed, DEADLINE, SOON, allow_ingress, ask, connected, deny_ingress, echoes, greeted, init, metric,
+    DEADLINE, SOON, TestCluster, allow_ingress, ask, connected, deny_ingress, echoes, greeted,
+    init, metric,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -26,14 +27,14 @@ const NOTES: [&str; 3] = [" switched_on", " switched_off", " kept_from_learning"
 const BRIEFLY: Duration = Duration::from_millis(300);
 
 /// One node with x/a, with x/b, to which all connections are denied, and with x/d, which the proxy serves.
-fn bed() -> Bed {
+fn bed() -> TestCluster {
     enforced(Cluster::builder())
 }
 
-fn enforced(cluster: lab::Builder) -> Bed {
+fn enforced(cluster: lab::Builder) -> TestCluster {
     let pod = |name: &str| PodSpec::new("x", name).label("pod", name).port("http", 80);
     let pods = ["a", "b", "d"].map(pod);
-    let mut bed = Bed::bare(cluster.nodes(1).pods(pods));
+    let mut bed = TestCluster::bare(cluster.nodes(1).pods(pods));
     bed.write_policies(&[deny_ingress("b"), allow_ingress("d")]);
     bed.enforce(&[]);
     bed
@@ -59,7 +60,7 @@ fn ready(node: &Host) -> bool {
 }
 
 /// Runs `damage`, and waits until it is noticed, and then until everything is repaired.
-fn put_back(bed: &Bed, damage: &str, cause: &str, meanwhile: impl FnOnce()) {
+fn put_back(bed: &TestCluster, damage: &str, cause: &str, meanwhile: impl FnOnce()) {
     let node = bed.lab.node(0);
     let before = faults(&node, cause);
     sh(&node, damage);
@@ -78,7 +79,7 @@ fn put_back(bed: &Bed, damage: &str, cause: &str, meanwhile: impl FnOnce()) {
     );
 }
 
-fn denied(bed: &Bed) {
+fn denied(bed: &TestCluster) {
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     for to in b.addrs(80) {
         let outcome = a.connect(to, BRIEFLY).unwrap();

@@ -15,8 +15,8 @@ use testbed::runner::Test;
 
 use crate::streams::ends;
 use testbed::{
-    Bed, DEADLINE, SOON, allow_all, allow_ingress, ask, connected, deny_ingress, echoes, greeted,
-    init, small,
+    DEADLINE, SOON, TestCluster, allow_all, allow_ingress, ask, connected, deny_ingress, echoes,
+    greeted, init, small,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -30,7 +30,7 @@ pub(crate) const TESTS: &[Test] = &testbed::tests![
 ];
 
 fn killed_daemon_keeps_denials_and_non_isolated_pods() {
-    let mut bed = Bed::enforced(&[], &[deny_ingress("b"), allow_ingress("c")]);
+    let mut bed = TestCluster::enforced(&[], &[deny_ingress("b"), allow_ingress("c")]);
     let [a, b, c, d] = ["a", "b", "c", "d"].map(|name| bed.lab.pod(&format!("x/{name}")));
     // No policy names x/a and x/d: their connections pass no proxy.
     let live = [connected(&a, d.addr_v4(80)), connected(&d, a.addr_v6(80))];
@@ -68,7 +68,7 @@ fn killed_daemon_keeps_denials_and_non_isolated_pods() {
 }
 
 fn fail_open_passes_new_connections_without_daemon() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     bed.write_policies(&[deny_ingress("b"), deny_ingress("c")]);
     for node in 0..2 {
         bed.install(node, &["--fail", "open"]);
@@ -92,7 +92,7 @@ fn fail_open_passes_new_connections_without_daemon() {
 }
 
 fn sigterm_resets_streams_and_exits_in_two_seconds() {
-    let mut bed = Bed::enforced(&[], &[allow_all()]);
+    let mut bed = TestCluster::enforced(&[], &[allow_all()]);
     let (a, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"));
     let listener = c.listen(c.addr_v4(82)).unwrap();
     let busy = connected(&a, c.addr_v4(80));
@@ -143,7 +143,7 @@ fn ended_by(mut stream: &TcpStream) -> String {
 /// A truncated stream that ends with a FIN looks complete (RFC 9293, 3.6).
 fn a_killed_daemon_resets_streams_and_completes_none() {
     const FLOWING: usize = 1 << 20;
-    let mut bed = Bed::enforced(&[], &[allow_all()]);
+    let mut bed = TestCluster::enforced(&[], &[allow_all()]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     let mut pairs = Vec::new();
     for to in b.addrs(82) {
@@ -206,7 +206,7 @@ fn a_killed_daemon_resets_streams_and_completes_none() {
 
 fn orderly_close_delivers_pending_data() {
     const TOTAL: u64 = 40 << 10;
-    let mut bed = Bed::enforced(&[], &[allow_all()]);
+    let mut bed = TestCluster::enforced(&[], &[allow_all()]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     let mut streams = Vec::new();
     for to in b.addrs(82) {
@@ -243,8 +243,8 @@ fn waiting_to_be_sent(netns: &Netns) -> u64 {
 
 fn uninstall_after_enforcement_restores_the_node_exactly() {
     // The first use on a machine loads modules, which adds sysctls for good.
-    drop(Bed::enforced(&[], &[allow_all()]));
-    let mut bed = Bed::bare(small());
+    drop(TestCluster::enforced(&[], &[allow_all()]));
+    let mut bed = TestCluster::bare(small());
     let nodes = [bed.lab.node(0), bed.lab.node(1)];
     let before = nodes.each_ref().map(|node| dump(node.netns()));
     bed.write_policies(&[deny_ingress("b"), allow_ingress("c")]);
@@ -303,7 +303,7 @@ fn read_tree(directory: &Path, into: &mut BTreeMap<String, String>) {
 }
 
 fn removed_redirect_is_reported_and_reinstalled_one_filled() {
-    let bed = Bed::enforced(&[], &[deny_ingress("b")]);
+    let bed = TestCluster::enforced(&[], &[deny_ingress("b")]);
     let node = bed.lab.node(0);
     let [a, b, d] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
     let sets = |names: &[&str]| {

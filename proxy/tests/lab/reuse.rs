@@ -16,7 +16,7 @@ use testbed::runner::Test;
 
 use crate::first::egress_by_access;
 use crate::sever::reset_after;
-use testbed::{Bed, DEADLINE, metric};
+use testbed::{DEADLINE, TestCluster, metric};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![pods_on_reused_addresses_have_only_own_rights];
 
@@ -97,13 +97,13 @@ fn pods_on_reused_addresses_have_only_own_rights() {
 }
 
 /// A node whose pods' addresses are all in one namespace; denied clients get an error at once.
-fn crowded(flags: &[&str]) -> Bed {
+fn crowded(flags: &[&str]) -> TestCluster {
     let [IpAddr::V4(v4), IpAddr::V6(v6)] = addresses(SERVER) else {
         panic!("an address of each family");
     };
     let server = PodSpec::new("x", "server").ipv4(v4).ipv6(v6);
     let pods = [PodSpec::new("x", "crowd"), server];
-    let mut bed = Bed::bare(Cluster::builder().nodes(1).pods(pods));
+    let mut bed = TestCluster::bare(Cluster::builder().nodes(1).pods(pods));
     bed.lab.pod("x/server").serve_udp(&[53]).unwrap();
     let (node, crowd) = (bed.lab.node(0), bed.lab.pod("x/crowd"));
     let link = bed.lab.link_of("x/crowd").unwrap();
@@ -126,7 +126,7 @@ fn crowded(flags: &[&str]) -> Bed {
 }
 
 /// Assigns the first `holders` addresses to a generation's pods, and the rest to no pod.
-fn tell(bed: &Bed, generation: usize, holders: u8) -> String {
+fn tell(bed: &TestCluster, generation: usize, holders: u8) -> String {
     let mut state = bed.lab.manifests();
     let items = state["items"].as_array_mut().unwrap();
     let crowd = items

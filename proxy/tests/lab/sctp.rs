@@ -9,7 +9,7 @@ use lab::{Capture, Host, wait_until};
 use serde_json::{Value, json};
 use testbed::runner::Test;
 
-use testbed::{Bed, DEADLINE, deny_egress, deny_ingress, metric, policy, small};
+use testbed::{DEADLINE, TestCluster, deny_egress, deny_ingress, metric, policy, small};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     sctp_ports_are_judged_both_ways_on_nodes,
@@ -30,14 +30,14 @@ fn only_sctp_80(pod: &str, direction: &str) -> Value {
 
 /// An association attempt, observed at its server.
 struct Attempt<'a> {
-    bed: &'a Bed,
+    bed: &'a TestCluster,
     client: Host,
     server: Host,
     capture: Capture,
 }
 
 impl<'a> Attempt<'a> {
-    fn new(bed: &'a Bed, client: &str, server: &str) -> Self {
+    fn new(bed: &'a TestCluster, client: &str, server: &str) -> Self {
         let (client, server) = (bed.lab.pod(client), bed.lab.pod(server));
         let capture = server.capture().unwrap();
         Self {
@@ -105,7 +105,7 @@ impl<'a> Attempt<'a> {
 }
 
 fn sctp_ports_are_judged_both_ways_on_nodes() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     let trace = bed.file("trace.json");
     bed.enforce(&["--trace-file", trace.to_str().unwrap()]);
     for policies in [
@@ -135,7 +135,7 @@ fn sctp_ports_are_judged_both_ways_on_nodes() {
 }
 
 fn sctp_replies_pass_only_in_their_association() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     // a may only begin, b may only be begun with: what comes back is no flow of its own.
     bed.write_policies(&[
         only_sctp_80("a", "Egress"),

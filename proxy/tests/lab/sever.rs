@@ -13,7 +13,7 @@ use testbed::runner::Test;
 
 use crate::carried::{flow, goes_on};
 use testbed::terminating::{self, Live};
-use testbed::{Bed, DEADLINE, connected, deny_egress, deny_ingress, echoes, policy, small};
+use testbed::{DEADLINE, TestCluster, connected, deny_egress, deny_ingress, echoes, policy, small};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     every_kind_of_change_severs_only_denied_flows,
@@ -67,7 +67,7 @@ impl Told {
         policies.find(|it| it["metadata"]["name"] == name).unwrap()
     }
 
-    fn write(&self, bed: &Bed) -> String {
+    fn write(&self, bed: &TestCluster) -> String {
         bed.write("cluster.json", &self.cluster);
         bed.write_policies(&self.policies)
     }
@@ -289,14 +289,14 @@ fn terminating_pod_keeps_rights_and_connections_until_deleted() {
 }
 
 /// Namespace x is open and a has access to c by its port's name; d comes by its address.
-fn open_bed(flags: &[&str]) -> Bed {
-    let mut bed = Bed::bare(small());
+fn open_bed(flags: &[&str]) -> TestCluster {
+    let mut bed = TestCluster::bare(small());
     told(&bed).write(&bed);
     bed.enforce(flags);
     bed
 }
 
-fn told(bed: &Bed) -> Told {
+fn told(bed: &TestCluster) -> Told {
     let blocks: Vec<_> = bed
         .lab
         .pod("x/d")

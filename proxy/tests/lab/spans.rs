@@ -20,7 +20,7 @@ use testbed::certificates::Certificates;
 use testbed::jaeger::{Jaeger, Span};
 use testbed::matrix::{self, Refused, Source, Stage};
 use testbed::{
-    Bed, DEADLINE, SOON, allow_all, connected, deny_ingress, echoes, metric, policy, small,
+    DEADLINE, SOON, TestCluster, allow_all, connected, deny_ingress, echoes, metric, policy, small,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -52,14 +52,14 @@ struct Denial {
 }
 
 impl Source for Told {
-    fn step(&mut self, bed: &Bed, nodes: &[Value], world: &World, changes: &[Change]) {
+    fn step(&mut self, bed: &TestCluster, nodes: &[Value], world: &World, changes: &[Change]) {
         let keys = world.policies.values().map(policy_key);
         self.policies
             .extend(keys.map(|(namespace, name)| format!("{namespace}/{name}")));
         self.manifests.step(bed, nodes, world, changes);
     }
 
-    fn start(&self, bed: &mut Bed, node: usize) {
+    fn start(&self, bed: &mut TestCluster, node: usize) {
         let endpoint = self.jaeger.grpc();
         bed.start(
             node,
@@ -147,7 +147,7 @@ fn policies(span: &Span) -> BTreeSet<String> {
 }
 
 /// Starts a daemon on each node that sends to `collectors`, one a node.
-fn trace(bed: &mut Bed, policies: &[Value], collectors: [&str; 2], flags: &[&str]) {
+fn trace(bed: &mut TestCluster, policies: &[Value], collectors: [&str; 2], flags: &[&str]) {
     bed.set_env("OTEL_BSP_SCHEDULE_DELAY", PROMPT);
     bed.write_policies(policies);
     for (node, collector) in collectors.iter().enumerate() {
@@ -161,7 +161,7 @@ fn node(span: &Span) -> &str {
 }
 
 fn connection_across_nodes_is_one_trace() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     let jaeger = Jaeger::start(bed.lab.outside());
     // What the kernel carries is told when conntrack forgets it.
     accounting(&bed, "1");
@@ -222,7 +222,7 @@ fn connection_across_nodes_is_one_trace() {
 }
 
 fn connection_denied_by_second_node_is_one_trace() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     let jaeger = Jaeger::start(bed.lab.outside());
     bed.set_env("OTEL_BSP_SCHEDULE_DELAY", PROMPT);
     let egress = json!({ "podSelector": { "matchLabels": { "pod": "a" } }, "policyTypes": ["Egress"], "egress": [{}] });
@@ -296,7 +296,7 @@ fn picture(browser: &Browser, page: &str) -> Vec<u8> {
 
 fn denials_of_retrying_client_become_counted_spans() {
     const TRIES: u64 = 60;
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     let jaeger = Jaeger::start(bed.lab.outside());
     let to = [&*jaeger.grpc(), &*jaeger.grpc()];
     trace(&mut bed, &[deny_ingress("b")], to, &["--deny", "reject"]);
@@ -311,7 +311,7 @@ fn denials_of_retrying_client_become_counted_spans() {
 }
 
 fn only_verified_tls_collectors_get_spans() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     let outside = bed.lab.outside();
     let addresses = [outside.ipv4().into(), outside.ipv6().into()];
     let certificates = Certificates::make(&addresses);
@@ -371,7 +371,7 @@ fn only_verified_tls_collectors_get_spans() {
 
 fn faulty_collector_delays_nothing_and_losses_are_counted() {
     const CONNECTIONS: u64 = 100;
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     let outside = bed.lab.outside();
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b").addr_v4(80));
     bed.set_env("OTEL_BSP_SCHEDULE_DELAY", PROMPT);

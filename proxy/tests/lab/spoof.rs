@@ -8,7 +8,7 @@ use testbed::runner::Test;
 
 use crate::carried::{flow, goes_on};
 use testbed::{
-    Bed, DEADLINE, allow_ingress, connected, counter, deny_ingress, greeted, metric, small,
+    DEADLINE, TestCluster, allow_ingress, connected, counter, deny_ingress, greeted, metric, small,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -22,9 +22,9 @@ pub(crate) const TESTS: &[Test] = &testbed::tests![
 ];
 
 /// A cluster without any reverse path filter, and without policy.
-fn bed(gateway: Gateway) -> Bed {
+fn bed(gateway: Gateway) -> TestCluster {
     let cluster = small().rp_filter(RpFilter::Off).gateway(gateway);
-    let mut bed = Bed::bare(cluster);
+    let mut bed = TestCluster::bare(cluster);
     bed.enforce(&[]);
     bed
 }
@@ -139,7 +139,7 @@ fn asymmetric_return_path_is_not_spoofing() {
 /// A tunnel device does not show who encapsulated a packet; its inner source may be another node's pod.
 fn vxlan_from_a_pod_is_not_decapsulated() {
     let cluster = small().rp_filter(RpFilter::Off).between(Between::Vxlan);
-    let mut bed = Bed::bare(cluster);
+    let mut bed = TestCluster::bare(cluster);
     let (a, b, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/c"));
     let node = bed.lab.node(0);
     greeted(&a, b.addr_v4(80));
@@ -198,7 +198,7 @@ fn tunnel_address(node: &Host) -> [u8; 6] {
 /// Conntrack assigns any packet with a flow's addresses and ports to it, so its mark proves nothing.
 fn pod_cannot_spoof_into_an_allowed_flow() {
     for gateway in [Gateway::LinkLocal, Gateway::NodeAddress] {
-        let mut bed = Bed::bare(small().rp_filter(RpFilter::Off).gateway(gateway));
+        let mut bed = TestCluster::bare(small().rp_filter(RpFilter::Off).gateway(gateway));
         let (a, b, liar) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/d"));
         b.serve_udp(&[53]).unwrap();
         bed.write_policies(&[allow_ingress("b")]);
@@ -227,7 +227,7 @@ fn pod_cannot_spoof_into_an_allowed_flow() {
 
 /// From outside, as either end of a flow of datagrams, before and after it was answered.
 fn outside_host_cannot_spoof_into_a_pod_flow() {
-    let mut bed = Bed::bare(small().rp_filter(RpFilter::Loose));
+    let mut bed = TestCluster::bare(small().rp_filter(RpFilter::Loose));
     let (a, b, outside) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.outside());
     for to in b.addrs(81) {
         drop(connected(&outside, to));

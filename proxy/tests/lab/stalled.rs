@@ -13,7 +13,7 @@ use testbed::runner::Test;
 
 use crate::handover::{bed_with, ends_of, flags, record_of};
 use crate::streams::ends;
-use testbed::{Bed, DEADLINE, allow_all, greeted, metric};
+use testbed::{DEADLINE, TestCluster, allow_all, greeted, metric};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     a_handover_with_stalled_streams_keeps_the_neighbours,
@@ -253,7 +253,7 @@ fn transfer(from: &Host, to: &Host, at: SocketAddr) -> Duration {
 fn unread_bytes_of_a_pod_are_bounded() {
     const STREAMS: u16 = 100;
     const BOUND: usize = 128 << 20;
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let [a, b, d] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
     let node = bed.lab.node(0);
     let alone = transfer(&a, &b, b.addr_v4(82));
@@ -321,7 +321,7 @@ fn only_the_pods_own_streams_are_reset() {
 /// From a network each (RFC 3849), with less each than the neighbour.
 fn outside_clients_not_reading_end_no_other_stream() {
     const STRANGERS: u16 = 100;
-    let bed = Bed::enforced(&["--max-unread", "16"], &[allow_all()]);
+    let bed = TestCluster::enforced(&["--max-unread", "16"], &[allow_all()]);
     let [a, b, d] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
     let (outside, node) = (bed.lab.outside(), bed.lab.node(0));
     let stranger = |number: u16| Ipv6Addr::new(0x2001, 0xdb8, 0xbad, number, 0, 0, 0, 1);

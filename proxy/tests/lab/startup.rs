@@ -12,7 +12,7 @@ use testbed::runner::Test;
 
 use crate::PORTREEVE;
 use testbed::{
-    Bed, DEADLINE, allow_all, ask, connected, deny_ingress, echoes, init, policy, small,
+    DEADLINE, TestCluster, allow_all, ask, connected, deny_ingress, echoes, init, policy, small,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -41,7 +41,7 @@ fn refused(command: Command, code: i32, parts: &[&str]) {
 }
 
 fn daemon_reports_missing_install() {
-    let bed = Bed::bare(small());
+    let bed = TestCluster::bare(small());
     refused(
         bed.run_command(0, &[]),
         1,
@@ -50,7 +50,7 @@ fn daemon_reports_missing_install() {
 }
 
 fn daemon_reports_flags_that_differ_from_install() {
-    let bed = Bed::bare(small());
+    let bed = TestCluster::bare(small());
     bed.install(0, &["--proxy-port", "7000"]);
     refused(
         bed.run_command(0, &[]),
@@ -60,7 +60,7 @@ fn daemon_reports_flags_that_differ_from_install() {
 }
 
 fn daemon_reports_missing_privilege() {
-    let bed = Bed::bare(small());
+    let bed = TestCluster::bare(small());
     bed.install(0, &[]);
     let node = bed.lab.node(0);
     let mut command = node.command("setpriv");
@@ -78,7 +78,7 @@ fn daemon_reports_missing_privilege() {
 }
 
 fn second_daemon_fails_to_start_and_disturbs_nothing() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     let live = connected(&a, b.addr_v4(80));
     let second = bed.run_command(0, &["--admin", "127.0.0.1:15021"]);
@@ -89,7 +89,7 @@ fn second_daemon_fails_to_start_and_disturbs_nothing() {
 }
 
 fn a_port_in_use_is_named() {
-    let bed = Bed::bare(small());
+    let bed = TestCluster::bare(small());
     bed.install(0, &[]);
     let node = bed.lab.node(0);
     let occupy = |port: u16| {
@@ -113,7 +113,7 @@ fn a_port_in_use_is_named() {
 }
 
 fn wrong_flags_and_manifests_are_usage_errors() {
-    let bed = Bed::bare(small());
+    let bed = TestCluster::bare(small());
     bed.install(0, &[]);
     let cluster = |path: &Path| format!("dir:{}", path.display());
     refused(bed.run_command(0, &["--frobnicate"]), 2, &["--frobnicate"]);
@@ -185,7 +185,7 @@ fn wrong_flags_and_manifests_are_usage_errors() {
 }
 
 fn daemon_ignores_empty_environment_variables() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     bed.install(0, &[]);
     let mut help = bed.lab.node(0).command(PORTREEVE);
     help.args(["run", "--help"]);
@@ -201,7 +201,7 @@ fn daemon_ignores_empty_environment_variables() {
 }
 
 fn a_node_without_pod_addresses_is_named() {
-    let bed = Bed::bare(small());
+    let bed = TestCluster::bare(small());
     bed.install(0, &[]);
     let node = bed.lab.node(0);
     let mut command = node.command(PORTREEVE);
@@ -216,7 +216,7 @@ fn a_node_without_pod_addresses_is_named() {
 }
 
 fn unusable_source_fails_the_start() {
-    let bed = Bed::bare(small());
+    let bed = TestCluster::bare(small());
     bed.install(0, &[]);
     let absent = bed.file("no-kubeconfig");
     let broken = bed.file("kubeconfig");
@@ -245,7 +245,7 @@ fn unusable_source_fails_the_start() {
 }
 
 fn unopenable_trace_file_is_named() {
-    let bed = Bed::bare(small());
+    let bed = TestCluster::bare(small());
     bed.write_policies(&[deny_ingress("b")]);
     bed.install(0, &[]);
     let path = bed.file("no/such/directory");
@@ -260,7 +260,7 @@ fn unopenable_trace_file_is_named() {
 
 /// The kernel here has no IPVS: what kube-proxy makes for it is a link, of whatever kind.
 fn ipvs_started_beside_the_daemon_is_reported() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let node = bed.lab.node(0);
     let readyz = || ask(&node, "/readyz").unwrap();
     for link in ["kube-ipvs0", "kube-dummy-if"] {

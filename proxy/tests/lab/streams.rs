@@ -11,7 +11,9 @@ use lab::{Dial, Host, Serve, wait_until};
 use socket2::SockRef;
 use testbed::runner::Test;
 
-use testbed::{Bed, DEADLINE, allow_all, connected, counter, echoes, greeted, metric, small};
+use testbed::{
+    DEADLINE, TestCluster, allow_all, connected, counter, echoes, greeted, metric, small,
+};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     the_server_sees_the_clients_own_address,
@@ -30,7 +32,7 @@ const MEGABYTE: u64 = 1 << 20;
 const POOLED: usize = 32 * 2;
 
 fn the_server_sees_the_clients_own_address() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     for client in ["x/a", "x/d"] {
         let client = bed.lab.pod(client);
         for way in bed.ways(80) {
@@ -83,7 +85,7 @@ pub(crate) fn ends(client: &Host, server: &Host, to: SocketAddr) -> (TcpStream, 
 
 fn hundred_megabytes_arrive_unchanged_both_ways() {
     const TOTAL: u64 = 100 * MEGABYTE;
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     for way in bed.ways(82) {
         let (client, server) = ends(&a, &bed.lab.pod(&way.server), way.to);
@@ -106,7 +108,7 @@ fn hundred_megabytes_arrive_unchanged_both_ways() {
 }
 
 fn bulk_in_one_direction_arrives_whole_and_ends() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let (a, b, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.pod("x/c"));
     for (server, total) in [(&b, 0), (&c, 1), (&b, 65_536), (&c, 3 * MEGABYTE + 7)] {
         let port = 9000 + u16::try_from(total % 1000).unwrap();
@@ -191,7 +193,7 @@ const ENDINGS: [Ending; 9] = [
 ];
 
 fn streams_end_the_same_as_without_portreeve() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     let bare = observe_endings(&bed);
     bed.write_policies(&[allow_all()]);
     bed.enforce(&[]);
@@ -210,7 +212,7 @@ fn streams_end_the_same_as_without_portreeve() {
     );
 }
 
-fn observe_endings(bed: &Bed) -> Vec<(String, Vec<String>)> {
+fn observe_endings(bed: &TestCluster) -> Vec<(String, Vec<String>)> {
     let a = bed.lab.pod("x/a");
     let mut seen = Vec::new();
     for way in bed.ways(82) {
@@ -282,7 +284,7 @@ fn read(mut stream: &TcpStream) -> String {
 }
 
 fn server_may_send_first_or_stay_silent() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     for way in bed.ways(82) {
         let (mut client, mut server) = ends(&a, &bed.lab.pod(&way.server), way.to);
@@ -302,7 +304,7 @@ fn server_may_send_first_or_stay_silent() {
 }
 
 fn urgent_data_arrives_in_order() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     for way in bed.ways(83) {
         let (client, server) = ends(&a, &bed.lab.pod(&way.server), way.to);
@@ -320,7 +322,7 @@ fn urgent_data_arrives_in_order() {
 fn both_legs_of_idle_connection_have_keepalive() {
     const ESTABLISHED: &str = "01";
     const KEEP_ALIVE: &str = "02";
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let (a, to, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
     let _idle = [connected(&a, to.addr_v4(80)), connected(&a, to.addr_v6(80))];
     // The timers of established sockets (proc_net_tcp).
@@ -338,11 +340,11 @@ fn both_legs_of_idle_connection_have_keepalive() {
 
 fn two_thousand_idle_connections_cost_two_descriptors_each() {
     const IDLE: usize = 2000;
-    let mut bed = Bed::enforced(&[], &[allow_all()]);
+    let mut bed = TestCluster::enforced(&[], &[allow_all()]);
     let (a, c) = (bed.lab.pod("x/a"), bed.lab.pod("x/c"));
     // Every thread has done its first work.
     (0..8).for_each(|_| drop(connected(&a, c.addr_v4(80))));
-    let quiet = |bed: &mut Bed, most: [usize; 2], what: &str| {
+    let quiet = |bed: &mut TestCluster, most: [usize; 2], what: &str| {
         let wait = wait_until(DEADLINE, what, || {
             (0..2).all(|node| bed.daemon(node).descriptors() <= most[node])
         });
@@ -422,7 +424,7 @@ const FIRST_REPEAT: Duration = Duration::from_secs(1);
 /// SYN may be lost on any.
 fn thousand_parallel_connects_lose_no_syn() {
     const AT_ONCE: u16 = 1000;
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let a = bed.lab.pod("x/a");
     for (turn, way) in (0..).zip(bed.ways(80)) {
         // A range for each way: one port towards a pod and its Service at once is another matter.

@@ -11,7 +11,7 @@ use testbed::runner::Test;
 
 use crate::PORTREEVE;
 use crate::handover::{asking, end_of, flags, heard, policies, terms_of};
-use testbed::{Bed, DEADLINE, SOON, connected, deny_ingress, echoes, greeted, init, small};
+use testbed::{DEADLINE, SOON, TestCluster, connected, deny_ingress, echoes, greeted, init, small};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     probe_succeeds_only_for_its_own_daemon,
@@ -26,7 +26,7 @@ pub(crate) const TESTS: &[Test] = &testbed::tests![
 ];
 
 /// The daemon of a pod of node 0.
-fn pod(bed: &Bed, uid: &str, more: &[&str]) -> lab::Command {
+fn pod(bed: &TestCluster, uid: &str, more: &[&str]) -> lab::Command {
     let flags = flags(bed);
     let flags = flags.iter().map(String::as_str).chain(more.iter().copied());
     let mut command = bed.run_command(0, &flags.collect::<Vec<_>>());
@@ -35,8 +35,8 @@ fn pod(bed: &Bed, uid: &str, more: &[&str]) -> lab::Command {
 }
 
 /// The small cluster, with the pod `old` on node 0.
-fn bed() -> Bed {
-    let mut bed = Bed::bare(small());
+fn bed() -> TestCluster {
+    let mut bed = TestCluster::bare(small());
     bed.write_policies(&policies());
     for node in 0..2 {
         bed.install(node, &[]);
@@ -47,7 +47,7 @@ fn bed() -> Bed {
 }
 
 /// The probe's result for a pod of node 0: its exit code and reason.
-fn probe(bed: &Bed, uid: &str) -> (Option<i32>, String) {
+fn probe(bed: &TestCluster, uid: &str) -> (Option<i32>, String) {
     let mut command = bed.lab.node(0).command(PORTREEVE);
     command.arg("ready").env("POD_UID", uid);
     let said = command.output().unwrap();
@@ -55,17 +55,17 @@ fn probe(bed: &Bed, uid: &str) -> (Option<i32>, String) {
     (said.status.code(), text)
 }
 
-fn is_ready(bed: &Bed, uid: &str) -> bool {
+fn is_ready(bed: &TestCluster, uid: &str) -> bool {
     probe(bed, uid).0 == Some(0)
 }
 
-fn wait_until_ready(bed: &Bed, uid: &str) {
+fn wait_until_ready(bed: &TestCluster, uid: &str) {
     let what = format!("the daemon of pod {uid} to have the node");
     wait_until(DEADLINE, what, || is_ready(bed, uid)).unwrap();
 }
 
 /// What is denied is denied, and what is allowed is allowed.
-fn enforces(bed: &Bed) {
+fn enforces(bed: &TestCluster) {
     let [a, b, d] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
     for to in b.addrs(80) {
         greeted(&a, to);
@@ -195,7 +195,7 @@ fn failed_handover_loses_no_connection() {
 
 /// The old daemon aborts the handover, and exits a while later.
 fn a_new_daemon_waits_for_the_old_one() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     bed.write_policies(&policies());
     for node in 0..2 {
         bed.install(node, &[]);
@@ -283,7 +283,7 @@ fn changed_ports_hand_over_node_without_streams() {
 
 /// An older version, and a daemon whose socket path cannot be created.
 fn new_daemon_waits_for_one_without_handover() {
-    let mut bed = Bed::enforced(&[], &policies());
+    let mut bed = TestCluster::enforced(&[], &policies());
     let [a, b] = ["x/a", "x/b"].map(|name| bed.lab.pod(name));
     for place in [None, Some("/proc/nowhere/handover.sock")] {
         if let Some(place) = place {

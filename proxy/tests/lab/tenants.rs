@@ -10,7 +10,7 @@ use testbed::runner::Test;
 
 use crate::bounds::flood;
 use crate::neighbour::StopOnDrop;
-use testbed::{Bed, DEADLINE, allow_ingress, ask, deny_ingress, metric, policy};
+use testbed::{DEADLINE, TestCluster, allow_ingress, ask, deny_ingress, metric, policy};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     first_packets_cost_the_same_under_many_rules,
@@ -38,7 +38,7 @@ fn first_packets_cost_the_same_under_many_rules() {
         policy(&format!("many-{number}"), &spec)
     });
     let policies: Vec<Value> = many.chain([allow_ingress("b")]).collect();
-    let mut bed = Bed::bare(one_node());
+    let mut bed = TestCluster::bare(one_node());
     bed.write_policies(&policies);
     bed.enforce(&[]);
     let (a, d, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/d"), bed.lab.node(0));
@@ -77,7 +77,7 @@ fn user_time(process: u32) -> Duration {
 }
 
 fn a_large_policy_delays_no_other_tenants_deny() {
-    let mut bed = Bed::bare(one_node());
+    let mut bed = TestCluster::bare(one_node());
     bed.enforce(&[]);
     let pods = (0..3_000).map(|number| {
         json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": format!("p{number}"),

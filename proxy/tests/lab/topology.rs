@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 use testbed::runner::Test;
 
 use testbed::{
-    Bed, DEADLINE, SEVERAL_SYNS, SOON, Way, connected, deny_ingress, echoes, greeted, policy, small,
+    DEADLINE, SEVERAL_SYNS, SOON, TestCluster, Way, connected, deny_ingress, echoes, greeted,
+    policy, small,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -68,7 +69,7 @@ fn only_from_a(server: &str) -> Value {
 }
 
 /// Sets whether bridges look into IP packets, on every node.
-fn look_into_packets(bed: &Bed, value: &str) {
+fn look_into_packets(bed: &TestCluster, value: &str) {
     for node in bed.lab.nodes() {
         for family in ["iptables", "ip6tables"] {
             let name = format!("bridge/bridge-nf-call-{family}");
@@ -79,7 +80,7 @@ fn look_into_packets(bed: &Bed, value: &str) {
 
 /// All cases, first without policy, then with, then with less.
 fn hold_on(cluster: Builder, looks_into_packets: &str) {
-    let mut bed = Bed::bare(cluster);
+    let mut bed = TestCluster::bare(cluster);
     look_into_packets(&bed, looks_into_packets);
     for pod in bed.lab.pods() {
         pod.serve_udp(&[53, 55]).unwrap();
@@ -97,7 +98,7 @@ fn hold_on(cluster: Builder, looks_into_packets: &str) {
 }
 
 /// Non-isolated pods, and a pod to itself by its Service.
-fn everyone_reaches_everyone(bed: &Bed) {
+fn everyone_reaches_everyone(bed: &TestCluster) {
     for from in bed.lab.pods() {
         for to in bed.ways(80) {
             assert_eq!(
@@ -111,7 +112,7 @@ fn everyone_reaches_everyone(bed: &Bed) {
     }
 }
 
-fn who_may_is_served(bed: &Bed) {
+fn who_may_is_served(bed: &TestCluster) {
     let a = bed.lab.pod("x/a");
     for way in bed.ways(80) {
         let greeting = greeted(&a, way.to);
@@ -169,7 +170,7 @@ fn a_stream_arrives_whole(from: &Host, server: &Host, to: SocketAddr) {
     });
 }
 
-fn who_may_not_hears_nothing(bed: &Bed) {
+fn who_may_not_hears_nothing(bed: &TestCluster) {
     let (a, d) = (bed.lab.pod("x/a"), bed.lab.pod("x/d"));
     let (closed, denied) = (bed.ways(81), bed.ways(80));
     thread::scope(|scope| {
@@ -215,7 +216,7 @@ fn hears_nothing(client: &Host, ways: &[Way]) {
 }
 
 /// Traffic outside of the policy: the isolated pod's egress, also to itself, its node, the world.
-fn the_rest_is_as_ever(bed: &Bed) {
+fn the_rest_is_as_ever(bed: &TestCluster) {
     for server in ["x/b", "x/c"] {
         let from = bed.lab.pod(server);
         let own = bed.lab.service(server).addrs(80);
@@ -244,7 +245,7 @@ fn the_rest_is_as_ever(bed: &Bed) {
     }
 }
 
-fn a_change_cuts_what_it_denies(bed: &Bed) {
+fn a_change_cuts_what_it_denies(bed: &TestCluster) {
     let a = bed.lab.pod("x/a");
     let (b, c) = (bed.lab.pod("x/b"), bed.lab.pod("x/c"));
     let spared = c.addrs(80).map(|to| connected(&a, to));
@@ -290,7 +291,7 @@ fn goes_on(flow: &UdpSocket) -> bool {
     flow.send(b"still?").is_ok() && flow.recv(&mut [0; 512]).is_ok()
 }
 
-fn a_new_pod_is_held_until_it_is_known(bed: &mut Bed) {
+fn a_new_pod_is_held_until_it_is_known(bed: &mut TestCluster) {
     for (name, node) in [("e", 0), ("f", 1)] {
         bed.lab
             .add_pod(PodSpec::new("x", name).node(node).label("pod", name))

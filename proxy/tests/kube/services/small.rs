@@ -8,7 +8,7 @@ use lab::traffic::{Greeting, Server, UdpOutcome};
 use lab::{Child, Cluster, Host, Kind, PodSpec, Protocol};
 use serde_json::{Value, json};
 use testbed::runner::Test;
-use testbed::{Bed, DEADLINE, greeted, policy};
+use testbed::{DEADLINE, TestCluster, greeted, policy};
 
 use crate::control;
 
@@ -80,7 +80,7 @@ const EMPTY: u8 = 32;
 
 /// Two servers on two nodes, and two clients of which one is under egress policy.
 struct Small {
-    bed: Bed,
+    bed: TestCluster,
     _udp: Vec<Server>,
     _control: Arc<ControlPlane>,
     _proxies: Vec<Child>,
@@ -105,7 +105,7 @@ impl Small {
             .collect();
         let proxies = start_kube_proxies(&control, &lab, mode, &services);
         let udp = ["x/one", "x/two"].map(|name| serve(&lab, name)).into();
-        let mut bed = Bed::of(lab);
+        let mut bed = TestCluster::of(lab);
         let spec = json!({
             "podSelector": { "matchLabels": { "policed": "yes" } },
             "policyTypes": ["Egress"], "egress": [{}],

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use lab::traffic::connect_all;
 use lab::{Dial, Host, wait_until};
 use testbed::runner::Test;
-use testbed::{Bed, DEADLINE, SOON, allow_ingress, connected, metric};
+use testbed::{DEADLINE, SOON, TestCluster, allow_ingress, connected, metric};
 
 use crate::neighbour::{are_unharmed, at_rate, in_bursts};
 
@@ -116,7 +116,7 @@ fn unfinished_handshakes_of_two_pods_affect_nobody() {
 
 /// As a scan or a health check does: a pod's kernel answers a SYN-ACK for which it has no socket with a reset.
 fn a_client_that_resets_its_handshake_is_forgotten() {
-    let bed = Bed::enforced(&[], &[allow_ingress("b")]);
+    let bed = TestCluster::enforced(&[], &[allow_ingress("b")]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     let (heard, syns) = (a.capture().unwrap(), RawSyns::of(&a));
     syns.send((a.ipv4(), 1025), (b.ipv4(), 80), 7);

@@ -5,7 +5,7 @@ use lab::traffic::{UdpOutcome, craft};
 use lab::{Host, RpFilter, wait_until};
 use testbed::runner::Test;
 use testbed::{
-    Bed, DEADLINE, SOON, counter, counter_of, deny_egress, greeted, init, metric, small,
+    DEADLINE, SOON, TestCluster, counter, counter_of, deny_egress, greeted, init, metric, small,
 };
 
 use super::{BRIDGE, MAGIC, Tap, frames, gateway, lies, link_address, link_of, listed, neighbour};
@@ -24,7 +24,7 @@ const ALL_NODES: [u8; 6] = [0x33, 0x33, 0, 0, 0, 1];
 /// By unicast, broadcast, multicast and the groups that bridges keep, to the pod's own and to link-local addresses, every protocol
 /// number, other EtherTypes, and a VLAN tag before all.
 fn isolated_pod_sends_no_frame_past_its_bridge() {
-    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    let mut bed = TestCluster::bare(small().gateway(BRIDGE));
     bed.enforce(&[]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     for to in b.addrs(80) {
@@ -79,7 +79,7 @@ fn isolated_pod_sends_no_frame_past_its_bridge() {
 
 /// By ARP, neighbour discovery, IP and MAC address; the victim keeps its traffic.
 fn pod_cannot_take_another_pods_bridge_address() {
-    let mut bed = Bed::bare(small().gateway(BRIDGE));
+    let mut bed = TestCluster::bare(small().gateway(BRIDGE));
     bed.enforce(&[]);
     let [liar, hearer, victim] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
     let node = bed.lab.node(0);
@@ -146,7 +146,7 @@ fn pod_cannot_take_another_pods_bridge_address() {
 
 /// VLAN tags and similar headers: the kernel removes some of them between the bridge and IP.
 fn vlan_tagged_frame_cannot_spoof_another_pod() {
-    let mut bed = Bed::bare(small().gateway(BRIDGE).rp_filter(RpFilter::Off));
+    let mut bed = TestCluster::bare(small().gateway(BRIDGE).rp_filter(RpFilter::Off));
     bed.enforce(&[]);
     let [liar, hearer, victim] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
     let node = bed.lab.node(0);
@@ -209,7 +209,7 @@ fn vlan_tagged_frame_cannot_spoof_another_pod() {
 
 /// Frames to the bridge's reserved group addresses reach IP as if its port had received them.
 fn reserved_group_mac_frame_reaches_no_node_socket() {
-    let mut bed = Bed::bare(small().gateway(BRIDGE).rp_filter(RpFilter::Off));
+    let mut bed = TestCluster::bare(small().gateway(BRIDGE).rp_filter(RpFilter::Off));
     bed.enforce(&[]);
     let [liar, victim] = ["x/a", "x/d"].map(|name| bed.lab.pod(name));
     let node = bed.lab.node(0);

@@ -7,7 +7,7 @@ use std::path::Path;
 use lab::{Kind, wait_for, wait_until};
 use serde_json::{Value, json};
 use testbed::runner::Test;
-use testbed::{self, Bed, DEADLINE, SOON, connected, deny_ingress, metric, small};
+use testbed::{self, DEADLINE, SOON, TestCluster, connected, deny_ingress, metric, small};
 
 use super::{accounting, bed, dns_from, dns_to, flow, goes_on};
 
@@ -79,7 +79,7 @@ fn on_the_wire(to: IpAddr, payload: usize) -> usize {
 fn ended_udp_flow_is_recorded_with_its_bytes() {
     let records = tempfile::NamedTempFile::new().unwrap();
     let flags = ["--trace-file", records.path().to_str().unwrap()];
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     bed.lab.pod("x/c").serve_udp(&[53]).unwrap();
     bed.write_policies(&[dns_from("a"), dns_to("c")]);
     bed.enforce(&flags);
@@ -131,7 +131,7 @@ fn ended_udp_flow_is_recorded_with_its_bytes() {
 fn severed_udp_flow_is_recorded_with_its_bytes() {
     let records = tempfile::NamedTempFile::new().unwrap();
     let flags = ["--trace-file", records.path().to_str().unwrap()];
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     bed.lab.pod("x/b").serve_udp(&[53]).unwrap();
     accounting(&bed, "60");
     bed.write_policies(&[dns_to("b")]);

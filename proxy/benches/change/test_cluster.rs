@@ -18,7 +18,7 @@ const ADMIN: u16 = 15020;
 /// A large state takes its time to be read.
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
-pub(crate) struct Bed {
+pub(crate) struct TestCluster {
     // In the order in which they end: the daemons first.
     pub(crate) daemons: Vec<Child>,
     pub(crate) source: Source,
@@ -42,7 +42,7 @@ pub(crate) fn policy(name: &str, spec: &Value) -> Value {
     })
 }
 
-impl Bed {
+impl TestCluster {
     /// The cluster with all its objects but those of pods that `told` leaves out, and files for its
     /// state; nothing is enforced yet.
     pub(crate) fn new(lab: Cluster, told: impl Fn(&str) -> bool) -> anyhow::Result<Self> {

@@ -118,7 +118,7 @@ fn change(random: &mut Random, objects: &BTreeMap<ObjectKey, Object>, born: usiz
         1 => edited(|pod, _| pod.finished = true),
         2 => edited(|pod, _| pod.terminating = true),
         3 => holder.map(|pod| vec![Event::Delete(ObjectKey::Pod(pod.key.clone()))]),
-        // The address goes over at once; or the old holder's end is told later, or never.
+        // The address goes over at once; or the old holder's end is reported later, or never.
         4 => holder.map(|pod| vec![Event::Delete(ObjectKey::Pod(pod.key.clone())), new()]),
         5 => Some(vec![new()]),
         6 => {
@@ -265,7 +265,7 @@ fn readers_see_old_or_new_state_never_between() {
 }
 
 /// An address goes from pod to pod; every other one may talk to the server. The end of the last
-/// holder is told before, with, or after the beginning of the next, and late updates of it come in
+/// holder is reported before, with, or after the beginning of the next, and late updates of it come in
 /// between. A question meanwhile gets the rights of the pod whose uid the answer names.
 #[test]
 fn reused_address_never_gets_another_pods_rights() {

@@ -108,7 +108,7 @@ fn helm_chart_renders_the_same_as_kustomize() {
     assert_eq!(overlays + 1, INSTALLS.len(), "an overlay is missing here");
     for (directory, values) in INSTALLS {
         let (mut wanted, mut made) = (kustomized(directory), charted(values));
-        // Helm makes the namespace that it is told to install into.
+        // Helm makes the namespace that it installs into.
         wanted.remove(&format!("Namespace {NAMESPACE}")).unwrap();
         // Either has its own way to roll the DaemonSet when a setting changes: a name that follows
         // the content, and a checksum.

@@ -30,7 +30,7 @@ pub trait Source {
         bed.start(node, &[]);
     }
 
-    /// Makes `world` the state that the first step of a case starts from, if steps are told as changes.
+    /// Makes `world` the state that the first step of a case starts from, if steps are given as changes.
     fn begin(&mut self, _: &TestCluster, _: &[Value], _: &World) {}
 
     /// Makes `world` the state: the one before with `changes`.

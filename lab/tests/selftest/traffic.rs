@@ -153,10 +153,10 @@ fn bulk_data_arrives_unchanged_and_half_close_works() {
         .unwrap();
     bulk::send(&sink, TOTAL).unwrap();
     sink.shutdown(Shutdown::Write).unwrap();
-    let mut told = String::new();
-    sink.read_to_string(&mut told).unwrap();
+    let mut received = String::new();
+    sink.read_to_string(&mut received).unwrap();
     assert_eq!(
-        told,
+        received,
         format!("{TOTAL} ok\n"),
         "the answer comes after the client's end"
     );

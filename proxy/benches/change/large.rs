@@ -1,6 +1,6 @@
 //! A large cluster, nearly all of it on other nodes, as its manifests.
 //!
-//! Knows nothing of who is told of it.
+//! Does not know where its objects go.
 use serde_json::{Value, json};
 
 /// Pods of a node, those of ours as well.

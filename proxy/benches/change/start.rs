@@ -1,4 +1,4 @@
-//! Pods that start at a rate and dial as their first act, told to the daemons up to two seconds late.
+//! Pods that start at a rate and dial as their first act, written for the daemons up to two seconds late.
 //!
 //! Every other one may go out. Denied handshakes that complete and allowed first tries that fail
 //! are errors. The added wait of an allowed one is what passes between its SYN, or its object's
@@ -83,7 +83,7 @@ pub(crate) fn measure(pods: u32, rate: u32) -> anyhow::Result<()> {
                 })
             })
             .collect();
-        let mut told: Vec<(Instant, usize)> = (0..pods)
+        let mut changes: Vec<(Instant, usize)> = (0..pods)
             .map(|number| {
                 // Spread evenly and in no order: 997 is a prime.
                 let late = LATE * (number * 997 % pods) / pods;
@@ -91,8 +91,8 @@ pub(crate) fn measure(pods: u32, rate: u32) -> anyhow::Result<()> {
                 (starts + late, number as usize)
             })
             .collect();
-        told.sort_unstable();
-        for (at, number) in told {
+        changes.sort_unstable();
+        for (at, number) in changes {
             thread::sleep(at.saturating_duration_since(Instant::now()));
             if let Ok(at) = bed.write(&objects[number]) {
                 visible.lock().unwrap_or_else(PoisonError::into_inner)[number] = Some(at);
@@ -127,7 +127,7 @@ fn report(
         }
     }
     println!(
-        "{pods} pods at {rate} a second, told up to {LATE:?} late: denied handshakes completed {completed}, \
+        "{pods} pods at {rate} a second, known up to {LATE:?} late: denied handshakes completed {completed}, \
          allowed first tries failed {failed}; added wait {waits}"
     );
     ensure!(

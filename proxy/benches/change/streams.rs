@@ -152,7 +152,7 @@ fn byte_at(offset: u64) -> u8 {
     (offset % PERIOD) as u8
 }
 
-/// Sends a byte each `interval` until told to stop, then ends the streams that were not to be cut. Returns
+/// Sends a byte each `interval` until asked to stop, then ends the streams that were not to be cut. Returns
 /// how far apart the bytes of a stream were in truth.
 ///
 /// # Errors
@@ -185,7 +185,7 @@ pub(crate) fn keep_busy(
 /// If one was not, for long.
 pub(crate) fn resets(streams: &[TcpStream]) -> anyhow::Result<Vec<Instant>> {
     let patience = PollTimeout::try_from(PATIENCE)?;
-    // An error and a hang-up are told unasked, and wake for nothing else.
+    // An error and a hang-up are reported unasked, and wake for nothing else.
     let wait = |stream| PollFd::new(TcpStream::as_fd(stream), PollFlags::empty());
     let mut left: Vec<_> = streams.iter().map(wait).collect();
     let mut resets = Vec::new();

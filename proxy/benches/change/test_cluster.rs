@@ -43,13 +43,13 @@ pub(crate) fn policy(name: &str, spec: &Value) -> Value {
 }
 
 impl TestCluster {
-    /// The cluster with all its objects but those of pods that `told` leaves out, and files for its
+    /// The cluster with all its objects but those of pods that `known` leaves out, and files for its
     /// state; nothing is enforced yet.
-    pub(crate) fn new(lab: Cluster, told: impl Fn(&str) -> bool) -> anyhow::Result<Self> {
+    pub(crate) fn new(lab: Cluster, known: impl Fn(&str) -> bool) -> anyhow::Result<Self> {
         let bed = Self::empty(lab, Kind::Files)?;
         for object in bed.objects() {
             let name = object["metadata"]["name"].as_str().unwrap_or_default();
-            if object["kind"] != "Pod" || told(name) {
+            if object["kind"] != "Pod" || known(name) {
                 bed.write(&object)?;
             }
         }

@@ -1,6 +1,6 @@
 //! A collector that costs as little as one can: it reads what OTLP over gRPC brings it and says yes.
 //!
-//! It has a thread of its own, whose CPU time is told apart from the daemons': what spans cost a node
+//! It has a thread of its own, whose CPU time is measured apart from the daemons': what spans cost a node
 //! is to be measured, not what somebody else does with them. Owns the scrapes too, since who has spans
 //! collected has metrics scraped. Must not know what is in a span.
 use std::convert::Infallible;
@@ -56,16 +56,16 @@ impl Collector {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        let (tell, told) = mpsc::channel();
+        let (sender, receiver) = mpsc::channel();
         thread::Builder::new()
             .name("collector".into())
             .spawn(move || {
-                let _ = tell.send(std::fs::read_link("/proc/thread-self"));
+                let _ = sender.send(std::fs::read_link("/proc/thread-self"));
                 if let Err(error) = runtime.block_on(collect(listener)) {
                     eprintln!("compare: the collector has ended: {error}");
                 }
             })?;
-        let task = told.recv()??;
+        let task = receiver.recv()??;
         Ok(Self {
             task: format!("/proc/{}", task.display()),
             endpoint: format!("http://{at}"),

@@ -109,7 +109,7 @@ fn first_start_without_api_server_permits_nothing() {
     fs::create_dir(state.parent().unwrap()).unwrap();
     fs::write(&state, "# portreeve {\"version\":1}\nnot ours").unwrap();
     daemons.control.leave().unwrap();
-    // Nobody has told the kernel of this node's pods yet.
+    // The kernel does not know this node's pods yet.
     let waiting = daemons.start_waiting_with(
         0,
         &["--pod-cidr", "10.244.0.0/24"],
@@ -134,7 +134,7 @@ fn deletions_during_api_server_restart_are_found() {
     daemons.control.leave().unwrap();
     daemons.bed.lab.remove_pod("x/d").unwrap();
     daemons.publish(&[deny_ingress("b")]);
-    // The server's memory begins anew, after what the daemons have seen.
+    // The server's memory starts again, after what the daemons have seen.
     daemons.control.stop_server();
     daemons.control.start_server().unwrap();
     daemons.control.join(&daemons.bed.lab).unwrap();
@@ -279,12 +279,12 @@ fn policy_on_host_network_pod_gets_one_event() {
     wait_until(DEADLINE, "an Event", || !events().is_empty()).unwrap();
     // Both daemons have it in force, and tell before they say that they have the next.
     daemons.apply(&[deny_ingress("b")]);
-    let told = events();
-    assert_eq!(told.len(), 1, "{told:?}");
-    assert_eq!(told[0]["regarding"]["name"], "host");
-    assert_eq!(told[0]["reason"], "NotInFullEffect");
+    let events = events();
+    assert_eq!(events.len(), 1, "{events:?}");
+    assert_eq!(events[0]["regarding"]["name"], "host");
+    assert_eq!(events[0]["reason"], "NotInFullEffect");
     assert!(
-        told[0]["note"].as_str().unwrap().contains("hostNetwork"),
-        "{told:?}"
+        events[0]["note"].as_str().unwrap().contains("hostNetwork"),
+        "{events:?}"
     );
 }

@@ -11,17 +11,17 @@ use testbed::{DEADLINE, ask, policy};
 pub(crate) const TESTS: &[Test] = &testbed::tests![deleted_pod_keeps_access_until_kubelet_ends_it];
 
 /// Allows a one more port, but only by a label that it is given after its deletion.
-fn told() -> Value {
+fn labelled() -> Value {
     let spec = json!({
-        "podSelector": { "matchLabels": { "told": "yes" } },
+        "podSelector": { "matchLabels": { "labelled": "yes" } },
         "policyTypes": ["Egress"],
         "egress": [{ "ports": [{ "port": 9 }] }],
     });
-    policy("told", &spec)
+    policy("labelled", &spec)
 }
 
 fn deleted_pod_keeps_access_until_kubelet_ends_it() {
-    let policies = [&terminating::policies()[..], &[told()]].concat();
+    let policies = [&terminating::policies()[..], &[labelled()]].concat();
     let daemons = Daemons::enforced_on(terminating::bed(), &policies);
     daemons.apply(&policies);
     let (bed, control) = (&daemons.bed, &daemons.control);
@@ -37,7 +37,7 @@ fn deleted_pod_keeps_access_until_kubelet_ends_it() {
     ]);
     assert!(!deleted.is_empty(), "it is terminating");
     // Who knows this change of the pod knows the one before.
-    kubectl(&["label", "pod", "a", "told=yes"]);
+    kubectl(&["label", "pod", "a", "labelled=yes"]);
     for node in bed.lab.nodes() {
         let knows = || {
             let question = "/explain?from=x/a&to=x/b&port=9&protocol=TCP";

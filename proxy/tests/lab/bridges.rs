@@ -184,14 +184,14 @@ fn bridge_nf_call_is_reported_and_opens_nothing() {
             "{:?}",
             since.elapsed()
         );
-        let told = readyz().body;
+        let answer = readyz().body;
         assert!(
-            told.contains(&format!("net.bridge.bridge-nf-call-{family} was set to 1")),
-            "{told}"
+            answer.contains(&format!("net.bridge.bridge-nf-call-{family} was set to 1")),
+            "{answer}"
         );
         assert!(
-            told.contains("sysctl -w") && told.contains("cni0"),
-            "{told}"
+            answer.contains("sysctl -w") && answer.contains("cni0"),
+            "{answer}"
         );
 
         let heard = d.capture().unwrap();

@@ -77,8 +77,8 @@ fn first_connect_of_unknown_pods_gets_their_rights() {
             .unwrap();
     }
     let all = bed.lab.manifests();
-    let told = |pods: usize| {
-        let told: Vec<_> = (0..pods).map(name).collect();
+    let state_with = |pods: usize| {
+        let names: Vec<_> = (0..pods).map(name).collect();
         let mut state = all.clone();
         state["items"].as_array_mut().unwrap().retain(|it| {
             let named = |list: &Value| {
@@ -88,7 +88,7 @@ fn first_connect_of_unknown_pods_gets_their_rights() {
                     .any(|known| known["metadata"]["name"] == it["metadata"]["name"])
             };
             let name = it["metadata"]["name"].as_str().unwrap();
-            named(&known) || told.iter().any(|told| told == name)
+            named(&known) || names.iter().any(|it| it == name)
         });
         state
     };
@@ -110,7 +110,10 @@ fn first_connect_of_unknown_pods_gets_their_rights() {
         let steps = 10;
         for step in 1..=steps {
             thread::sleep(LATE / steps);
-            bed.write("cluster.json", &told(PODS * step as usize / steps as usize));
+            bed.write(
+                "cluster.json",
+                &state_with(PODS * step as usize / steps as usize),
+            );
         }
         for dialled in dialled {
             let (number, to, outcome) = dialled.join().unwrap();

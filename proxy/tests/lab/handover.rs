@@ -102,7 +102,7 @@ impl Drop for Stopped<'_> {
     }
 }
 
-/// Sends bulk data until told to stop, says its last word and returns how much it was.
+/// Sends bulk data until asked to stop, sends its last word and returns how much it was.
 fn pour(mut to: &TcpStream, stop: &AtomicBool) -> u64 {
     let mut buffer = vec![0; 128 << 10];
     let mut sent = 0;

@@ -64,11 +64,11 @@ fn a_link_local_source_stays_on_its_link() {
         assert!(!log.contains("connection denied"), "{gateway:?}: {log}");
         // From outside the kernel itself may refuse them first.
         assert!(counter(&node, "link_local") >= sent / 2, "{gateway:?}");
-        let told = metric(
+        let counted = metric(
             &node,
             "portreeve_nft_dropped_packets_total{reason=\"link_local\"}",
         );
-        assert_eq!(told, counter(&node, "link_local"), "{gateway:?}");
+        assert_eq!(counted, counter(&node, "link_local"), "{gateway:?}");
     }
 }
 

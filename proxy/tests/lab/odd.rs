@@ -93,11 +93,11 @@ fn invalid_tcp_segments_are_dropped_and_counted() {
             assert!(counted.is_ok(), "{what}, {to}");
         }
     }
-    let told = metric(
+    let counted = metric(
         &node,
         "portreeve_nft_dropped_packets_total{reason=\"out_of_state\"}",
     );
-    assert_eq!(told, before + sent);
+    assert_eq!(counted, before + sent);
     assert_eq!(capture.count(|it| it.source.port() == 1000), 0);
     for to in b.addrs(80) {
         assert_eq!(greeted(&a, to).server, "x/b");

@@ -106,7 +106,7 @@ fn sigterm_resets_streams_and_exits_in_two_seconds() {
     let blackhole = bed.lab.blackhole(80)[0];
     let held = a.connect(blackhole, Duration::from_millis(100)).unwrap();
     assert_eq!(held.kind(), Kind::TimedOut);
-    let told = Instant::now();
+    let started = Instant::now();
     let daemon = bed.daemon(0);
     daemon.child.terminate();
     let status = daemon.child.wait(Duration::from_secs(2));
@@ -116,9 +116,9 @@ fn sigterm_resets_streams_and_exits_in_two_seconds() {
         daemon.log()
     );
     assert!(
-        told.elapsed() < Duration::from_secs(2),
+        started.elapsed() < Duration::from_secs(2),
         "{:?}",
-        told.elapsed()
+        started.elapsed()
     );
     for (stream, what) in [
         (&busy, "client"),

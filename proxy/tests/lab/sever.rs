@@ -36,12 +36,12 @@ fn allow_access(pod: &str) -> Value {
 
 /// The cluster state for the daemons, edited object by object.
 #[derive(Clone)]
-struct Told {
+struct ClusterState {
     cluster: Value,
     policies: Vec<Value>,
 }
 
-impl Told {
+impl ClusterState {
     fn objects(&mut self) -> &mut Vec<Value> {
         self.cluster["items"].as_array_mut().unwrap()
     }
@@ -74,64 +74,68 @@ impl Told {
 }
 
 /// A change, and which streams to c it severs. Those of a and d are allowed before.
-type Change = (&'static str, &'static [&'static str], fn(&mut Told));
+type Change = (&'static str, &'static [&'static str], fn(&mut ClusterState));
 
 const CHANGES: &[Change] = &[
-    ("a policy is created", &["a"], |told| {
-        told.policies.push(deny_egress("a"));
+    ("a policy is created", &["a"], |state| {
+        state.policies.push(deny_egress("a"));
     }),
-    ("a policy is edited", &["a"], |told| {
-        told.policy("access-c")["spec"]["ingress"] = json!([]);
+    ("a policy is edited", &["a"], |state| {
+        state.policy("access-c")["spec"]["ingress"] = json!([]);
     }),
-    ("a policy is deleted", &["a"], |told| {
+    ("a policy is deleted", &["a"], |state| {
         let access = |policy: &Value| policy["metadata"]["name"] == "access-c";
-        told.policies.retain(|policy| !access(policy));
+        state.policies.retain(|policy| !access(policy));
     }),
-    ("an ipBlock is edited", &["d"], |told| {
+    ("an ipBlock is edited", &["d"], |state| {
         let block = json!([{ "from": [{ "ipBlock": { "cidr": "192.0.2.0/24" } }] }]);
-        told.policy("d-by-address")["spec"]["ingress"] = block;
+        state.policy("d-by-address")["spec"]["ingress"] = block;
     }),
-    ("the client pod is relabelled", &["a"], |told| {
-        told.pod("a")["metadata"]["labels"] = json!({ "pod": "a" });
+    ("the client pod is relabelled", &["a"], |state| {
+        state.pod("a")["metadata"]["labels"] = json!({ "pod": "a" });
     }),
     (
         "the server pod comes under another policy",
         &["a", "d"],
-        |told| {
-            told.pod("c")["metadata"]["labels"] = json!({ "pod": "closed" });
+        |state| {
+            state.pod("c")["metadata"]["labels"] = json!({ "pod": "closed" });
         },
     ),
-    ("the client's namespace is relabelled", &["a"], |told| {
-        told.object("Namespace", "x")["metadata"]["labels"] = json!({ "open": "no" });
+    ("the client's namespace is relabelled", &["a"], |state| {
+        state.object("Namespace", "x")["metadata"]["labels"] = json!({ "open": "no" });
     }),
-    ("the server's port is renamed", &["a"], |told| {
-        let ports = &mut told.pod("c")["spec"]["containers"][0]["ports"];
+    ("the server's port is renamed", &["a"], |state| {
+        let ports = &mut state.pod("c")["spec"]["containers"][0]["ports"];
         ports[0]["name"] = json!("web");
         ports[1]["name"] = json!("names");
     }),
-    ("the client pod has finished", &["a"], |told| {
-        told.pod("a")["status"]["phase"] = json!("Succeeded");
+    ("the client pod has finished", &["a"], |state| {
+        state.pod("a")["status"]["phase"] = json!("Succeeded");
     }),
-    ("the client pod is gone", &["a"], |told| {
-        told.remove_pod("a");
+    ("the client pod is gone", &["a"], |state| {
+        state.remove_pod("a");
     }),
-    ("the server pod is gone", &["a", "d"], |told| {
-        told.remove_pod("c");
+    ("the server pod is gone", &["a", "d"], |state| {
+        state.remove_pod("c");
     }),
     (
         "a pod that may do the same has the client's address",
         &["a"],
-        |told| {
-            let metadata = &mut told.pod("a")["metadata"];
+        |state| {
+            let metadata = &mut state.pod("a")["metadata"];
             metadata["name"] = json!("a2");
             metadata["uid"] = json!("another");
         },
     ),
-    ("the client pod is deleted and made anew", &["a"], |told| {
-        told.pod("a")["metadata"]["uid"] = json!("another");
-    }),
-    ("the client pod is terminating", &[], |told| {
-        told.pod("a")["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    (
+        "the client pod is deleted and created again",
+        &["a"],
+        |state| {
+            state.pod("a")["metadata"]["uid"] = json!("another");
+        },
+    ),
+    ("the client pod is terminating", &[], |state| {
+        state.pod("a")["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
     }),
 ];
 
@@ -140,7 +144,7 @@ fn every_kind_of_change_severs_only_denied_flows() {
     let bed = open_bed(&["--trace-file", records.path().to_str().unwrap()]);
     let server = bed.lab.pod("x/c");
     server.serve_udp(&[53]).unwrap();
-    let told = told(&bed);
+    let state = state_of(&bed);
     for (what, cut, change) in CHANGES {
         let flows = ["a", "d"].map(|name| Flows::new(&bed.lab.pod(&format!("x/{name}")), &server));
         let (doomed, spared): (Vec<_>, Vec<_>) = ["a", "d"]
@@ -157,7 +161,7 @@ fn every_kind_of_change_severs_only_denied_flows() {
                 .client
                 .map(|address| severed.iter().any(|it| of(it, address)))
         };
-        let mut changed = told.clone();
+        let mut changed = state.clone();
         change(&mut changed);
         let at = Instant::now();
         let mark = changed.write(&bed);
@@ -185,7 +189,7 @@ fn every_kind_of_change_severs_only_denied_flows() {
             }
         }
         drop(flows);
-        bed.wait_in_force(&told.write(&bed));
+        bed.wait_in_force(&state.write(&bed));
     }
 }
 
@@ -248,9 +252,9 @@ fn reset_reaches_client_after_its_node_severed_flow() {
         .map(|to| connected(&bed.lab.pod("x/a"), to));
     let servers_node = Pid::from_raw(bed.daemon(1).child.id().cast_signed());
     kill(servers_node, Signal::SIGSTOP).unwrap();
-    let mut told = told(&bed);
-    told.policies.push(deny_egress("a"));
-    let mark = told.write(&bed);
+    let mut state = state_of(&bed);
+    state.policies.push(deny_egress("a"));
+    let mark = state.write(&bed);
     let cut = || {
         let records = all_records(records.path());
         let severed = |it: &&Value| it["verdict"] == "sever" && it["k8s.node.name"] == "node-0";
@@ -268,21 +272,21 @@ fn terminating_pod_keeps_rights_and_connections_until_deleted() {
     let mut bed = terminating::bed();
     bed.write_policies(&terminating::policies());
     bed.enforce(&["--hold", "300ms"]);
-    let mut told = Told {
+    let mut state = ClusterState {
         cluster: bed.lab.manifests(),
         policies: terminating::policies().to_vec(),
     };
     let live = Live::open(&bed);
     terminating::new_connections_have_their_rights(&bed, "running");
-    let metadata = &mut told.pod("a")["metadata"];
+    let metadata = &mut state.pod("a")["metadata"];
     metadata["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
     metadata["deletionGracePeriodSeconds"] = json!(30);
-    bed.wait_in_force(&told.write(&bed));
+    bed.wait_in_force(&state.write(&bed));
     live.goes_on();
     terminating::new_connections_have_their_rights(&bed, "terminating");
     live.goes_on();
-    told.remove_pod("a");
-    let mark = told.write(&bed);
+    state.remove_pod("a");
+    let mark = state.write(&bed);
     live.gets_cut();
     bed.wait_in_force(&mark);
     terminating::it_is_gone(&bed);
@@ -291,12 +295,12 @@ fn terminating_pod_keeps_rights_and_connections_until_deleted() {
 /// Namespace x is open and a has access to c by its port's name; d comes by its address.
 fn open_bed(flags: &[&str]) -> TestCluster {
     let mut bed = TestCluster::bare(small());
-    told(&bed).write(&bed);
+    state_of(&bed).write(&bed);
     bed.enforce(flags);
     bed
 }
 
-fn told(bed: &TestCluster) -> Told {
+fn state_of(bed: &TestCluster) -> ClusterState {
     let blocks: Vec<_> = bed
         .lab
         .pod("x/d")
@@ -309,7 +313,7 @@ fn told(bed: &TestCluster) -> Told {
         .collect();
     let spec = json!({ "podSelector": { "matchLabels": { "pod": "c" } }, "policyTypes": ["Ingress"], "ingress": [{ "from": blocks }] });
     let closed = json!({ "podSelector": { "matchLabels": { "pod": "closed" } }, "policyTypes": ["Ingress"] });
-    let mut told = Told {
+    let mut state = ClusterState {
         cluster: bed.lab.manifests(),
         policies: vec![
             allow_access("c"),
@@ -317,12 +321,12 @@ fn told(bed: &TestCluster) -> Told {
             policy("closed", &closed),
         ],
     };
-    told.pod("a")["metadata"]["labels"]["access"] = json!("yes");
+    state.pod("a")["metadata"]["labels"]["access"] = json!("yes");
     let dns = json!({ "name": "dns", "containerPort": 53, "protocol": "UDP" });
-    let ports = &mut told.pod("c")["spec"]["containers"][0]["ports"];
+    let ports = &mut state.pod("c")["spec"]["containers"][0]["ports"];
     ports.as_array_mut().unwrap().push(dns);
-    told.object("Namespace", "x")["metadata"]["labels"] = json!({ "open": "yes" });
-    told
+    state.object("Namespace", "x")["metadata"]["labels"] = json!({ "open": "yes" });
+    state
 }
 
 /// Reads until the stream ends, and how it ended; `None`: by a plain close.

@@ -36,7 +36,7 @@ pub(crate) const TESTS: &[Test] = &testbed::tests![
 const PROMPT: &str = "50";
 
 /// The upstream cases, with spans; and what is to be found of them.
-struct Told {
+struct TracedCases {
     manifests: Manifests,
     jaeger: Jaeger,
     refused: BTreeMap<Denial, u64>,
@@ -51,7 +51,7 @@ struct Denial {
     server: (SocketAddr, Option<String>),
 }
 
-impl Source for Told {
+impl Source for TracedCases {
     fn step(&mut self, bed: &TestCluster, nodes: &[Value], world: &World, changes: &[Change]) {
         let keys = world.policies.values().map(policy_key);
         self.policies
@@ -84,39 +84,39 @@ impl Source for Told {
 
 fn denied_upstream_connections_are_found_in_jaeger() {
     let cases = matrix::cases("upstream", 48);
-    let mut stage = Stage::new(&cases, |bed| Told {
+    let mut stage = Stage::new(&cases, |bed| TracedCases {
         manifests: Manifests::new(bed),
         jaeger: Jaeger::start(bed.lab.outside()),
         refused: BTreeMap::new(),
         policies: BTreeSet::new(),
     });
     stage.play_all(&cases);
-    let (mut bed, told) = stage.into_parts();
-    // What is still being counted is told at the end.
+    let (mut bed, source) = stage.into_parts();
+    // What is still being counted is sent at the end.
     for node in [1, 2] {
         let daemon = bed.daemon(node);
         daemon.child.terminate();
         daemon.child.wait(DEADLINE).unwrap();
     }
     let mut found: BTreeMap<Denial, Vec<Span>> = BTreeMap::new();
-    for span in told.jaeger.spans("deny") {
+    for span in source.jaeger.spans("deny") {
         let named = policies(&span);
         assert!(
-            !named.is_empty() && named.is_subset(&told.policies),
+            !named.is_empty() && named.is_subset(&source.policies),
             "{span:?}"
         );
         assert_eq!(span.tags["error"], true, "{span:?}");
         assert_eq!(span.tags["otel.status_description"], span.tags["reason"]);
         found.entry(denial(&span)).or_default().push(span);
     }
-    for (denial, times) in &told.refused {
+    for (denial, times) in &source.refused {
         let spans = found.remove(denial).unwrap_or_default();
         // Behind a Service conntrack may give a repeated SYN another port; then it counts again.
         assert!(count(&spans) >= *times, "{times} {denial:?}: {spans:#?}");
     }
     assert!(found.is_empty(), "nobody tried {found:#?}");
-    assert!(told.refused.len() > 100, "{}", told.refused.len());
-    assert_eq!(told.jaeger.spans("allow").len(), 0, "--trace-allowed 0");
+    assert!(source.refused.len() > 100, "{}", source.refused.len());
+    assert_eq!(source.jaeger.spans("allow").len(), 0, "--trace-allowed 0");
 }
 
 fn denial(span: &Span) -> Denial {
@@ -163,7 +163,7 @@ fn node(span: &Span) -> &str {
 fn connection_across_nodes_is_one_trace() {
     let mut bed = TestCluster::bare(small());
     let jaeger = Jaeger::start(bed.lab.outside());
-    // What the kernel carries is told when conntrack forgets it.
+    // What the kernel carries is reported when conntrack forgets it.
     accounting(&bed, "1");
     // Both transports.
     trace(

@@ -75,17 +75,17 @@ fn spoofed_source_is_dropped_at_the_pod_link() {
         assert_eq!(forged, 0, "{gateway:?}");
         let refused = counter(&node, "spoofed");
         assert_eq!(refused, 14, "only the lies, {gateway:?}");
-        let told = metric(
+        let counted = metric(
             &node,
             "portreeve_nft_dropped_packets_total{reason=\"spoofed\"}",
         );
-        assert_eq!(told, refused, "{gateway:?}");
+        assert_eq!(counted, refused, "{gateway:?}");
     }
 }
 
 fn new_pod_link_is_known_without_any_policy() {
     let mut bed = bed(Gateway::LinkLocal);
-    // Nobody has told the daemon of this pod.
+    // The daemon does not know this pod.
     bed.lab.add_pod(PodSpec::new("x", "new").node(0)).unwrap();
     let (node, link) = (bed.lab.node(0), bed.lab.link_of("x/new").unwrap());
     wait_until(DEADLINE, "the link to be known", || {

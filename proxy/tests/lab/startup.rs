@@ -272,10 +272,10 @@ fn ipvs_started_beside_the_daemon_is_reported() {
         })
         .unwrap();
         assert!(since.elapsed() < Duration::from_secs(5));
-        let told = readyz().body;
+        let answer = readyz().body;
         assert!(
-            told.contains(link) && told.contains("kube-proxy --cleanup"),
-            "{told}"
+            answer.contains(link) && answer.contains("kube-proxy --cleanup"),
+            "{answer}"
         );
         node.ip(&format!("link del {link}\n")).unwrap();
         wait_until(DEADLINE, "the node to be ready", || readyz().status == 200).unwrap();

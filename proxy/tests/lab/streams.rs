@@ -292,7 +292,7 @@ fn server_may_send_first_or_stay_silent() {
         let mut banner = [0; 11];
         client.read_exact(&mut banner).unwrap();
         assert_eq!(&banner, b"220 ready\r\n", "{}", way.what);
-        // Nobody says a word: neither end is told anything.
+        // Nothing is sent: neither end learns anything.
         client
             .set_read_timeout(Some(Duration::from_millis(100)))
             .unwrap();

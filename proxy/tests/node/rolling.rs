@@ -53,7 +53,7 @@ fn failed_and_undone_rollout_ends_no_stream() {
         wait_until(PATIENCE, "the new pod to fail", || {
             room.pods(NAMESPACE).iter().any(|pod| restarts(pod) > 0)
         })
-        .unwrap_or_else(|error| panic!("{error}\n{}", room.told()));
+        .unwrap_or_else(|error| panic!("{error}\n{}", room.diagnostics()));
         undo(&room);
         assert_eq!(uid(&room.daemon()), uid(&old));
     });
@@ -93,7 +93,7 @@ fn undo(room: &Room) {
 fn alone(room: &Room) {
     let one = || room.pods(NAMESPACE).len() == 1;
     let waited = wait_until(PATIENCE, "one of the pods to go", one);
-    waited.unwrap_or_else(|error| panic!("{error}\n{}", room.told()));
+    waited.unwrap_or_else(|error| panic!("{error}\n{}", room.diagnostics()));
 }
 
 fn uid(pod: &Value) -> &Value {
@@ -177,7 +177,7 @@ fn stream(from: &Host, to: &Host, at: SocketAddr) -> [TcpStream; 2] {
     [client, server]
 }
 
-/// A number there and the next one back, until told to stop. Returns how many.
+/// A number there and the next one back, until asked to stop. Returns how many.
 fn talk([client, server]: &[TcpStream; 2], stop: &AtomicBool) -> u64 {
     let mut number = 0u64;
     while !stop.load(Ordering::Relaxed) {
@@ -193,7 +193,7 @@ fn talk([client, server]: &[TcpStream; 2], stop: &AtomicBool) -> u64 {
     number
 }
 
-/// Sends bulk data until told to stop, says its last word and returns how much it was.
+/// Sends bulk data until asked to stop, says its last word and returns how much it was.
 fn pour(mut to: &TcpStream, stop: &AtomicBool) -> u64 {
     let mut buffer = vec![0; 64 << 10];
     let mut sent = 0;

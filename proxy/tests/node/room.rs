@@ -102,7 +102,7 @@ impl Room {
             &limit,
         ];
         if let Err(error) = self.control.kubectl(&args, "") {
-            panic!("{error}\n{}", self.told());
+            panic!("{error}\n{}", self.diagnostics());
         }
     }
 
@@ -132,7 +132,7 @@ impl Room {
             let pod = self.control.request("GET", &path, None).ok()?;
             so(&pod).then_some(pod)
         });
-        found.unwrap_or_else(|error| panic!("{error}\n{}", self.told()))
+        found.unwrap_or_else(|error| panic!("{error}\n{}", self.diagnostics()))
     }
 
     /// Waits until the daemon and the kernel have a policy in force.
@@ -141,7 +141,7 @@ impl Room {
         wait_until(PATIENCE, format!("{policy} in force"), || {
             in_force(&host, policy)
         })
-        .unwrap_or_else(|error| panic!("{error}\n{}", self.told()));
+        .unwrap_or_else(|error| panic!("{error}\n{}", self.diagnostics()));
     }
 
     /// What the daemon has logged.
@@ -165,7 +165,7 @@ impl Room {
     }
 
     /// Diagnostics for a wait that failed.
-    pub(crate) fn told(&self) -> String {
+    pub(crate) fn diagnostics(&self) -> String {
         let say = |args: &[&str]| match self.control.kubectl(args, "") {
             Ok(said) => said,
             Err(error) => error.to_string(),
@@ -190,7 +190,7 @@ impl Room {
 impl Drop for Room {
     fn drop(&mut self) {
         if thread::panicking() {
-            eprintln!("{}", self.told());
+            eprintln!("{}", self.diagnostics());
         }
     }
 }

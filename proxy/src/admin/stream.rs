@@ -13,7 +13,7 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 
 use super::query::Filter;
-use crate::telemetry::recent::Sighting;
+use crate::telemetry::recent::Event;
 
 /// Parts of the body that may wait for the reader's socket.
 const WAITING: usize = 8;
@@ -24,7 +24,7 @@ const SILENCE: Duration = Duration::from_secs(10);
 
 /// The body of a response that ends when the client disconnects. Holds `_place` until then.
 pub(super) fn body(
-    decisions: Receiver<Arc<Sighting>>,
+    decisions: Receiver<Arc<Event>>,
     filter: Filter,
     node: Arc<str>,
     place: OwnedSemaphorePermit,
@@ -39,7 +39,7 @@ pub(super) fn body(
 
 /// Returns when the client disconnects or the daemon stops enforcing.
 async fn pass_on(
-    mut decisions: Receiver<Arc<Sighting>>,
+    mut decisions: Receiver<Arc<Event>>,
     mut to: Sender<Bytes, Infallible>,
     filter: &Filter,
     node: &str,
@@ -53,13 +53,13 @@ async fn pass_on(
     {
         match tokio::time::timeout(SILENCE, decisions.recv()).await {
             Err(_) => lines.push('\n'),
-            Ok(Ok(sighting)) => put(&mut lines, &sighting, filter, node),
+            Ok(Ok(event)) => put(&mut lines, &event, filter, node),
             Ok(Err(RecvError::Lagged(lost))) => lose(&mut lines, lost),
             Ok(Err(RecvError::Closed)) => return,
         }
         for _ in 1..TOGETHER {
             match decisions.try_recv() {
-                Ok(sighting) => put(&mut lines, &sighting, filter, node),
+                Ok(event) => put(&mut lines, &event, filter, node),
                 Err(TryRecvError::Lagged(lost)) => lose(&mut lines, lost),
                 Err(_) => break,
             }
@@ -67,14 +67,14 @@ async fn pass_on(
     }
 }
 
-fn put(lines: &mut String, sighting: &Sighting, filter: &Filter, node: &str) {
-    let decision = &sighting.decision;
+fn put(lines: &mut String, event: &Event, filter: &Filter, node: &str) {
+    let decision = &event.decision;
     if filter.admits(
-        sighting.kind,
+        event.kind,
         [decision.from.as_deref(), decision.to.as_deref()],
     ) {
         // A `String` takes all.
-        let _ = writeln!(lines, "{}", sighting.json(node));
+        let _ = writeln!(lines, "{}", event.json(node));
     }
 }
 

@@ -27,7 +27,7 @@ const PAIRS: usize = 16_384;
 
 /// A decision at the time it was made.
 #[derive(Debug)]
-pub(crate) struct Sighting {
+pub(crate) struct Event {
     pub(crate) kind: VerdictKind,
     pub(crate) subject: Subject,
     pub(crate) decision: Arc<Decision>,
@@ -46,7 +46,7 @@ struct Tally([u64; 3]);
 /// Recent decisions of one node.
 pub(crate) struct Observed {
     since: SystemTime,
-    stream: broadcast::Sender<Arc<Sighting>>,
+    stream: broadcast::Sender<Arc<Event>>,
     pairs: DashMap<Pair, Tally, ahash::RandomState>,
     /// Decisions of pairs beyond the maximum.
     uncounted: AtomicU64,
@@ -67,7 +67,7 @@ impl Observed {
 
     /// Records a decision. To be called once for a denied connection, not for every retransmission
     /// of its first packet; for a severed one `replaced` says why, if not by policy.
-    pub(crate) fn saw(
+    pub(crate) fn record(
         &self,
         kind: VerdictKind,
         subject: &Subject,
@@ -75,8 +75,8 @@ impl Observed {
         replaced: Option<String>,
     ) {
         self.count(kind, decision);
-        let sighting = || {
-            Arc::new(Sighting {
+        let event = || {
+            Arc::new(Event {
                 kind,
                 subject: subject.clone(),
                 decision: Arc::clone(decision),
@@ -85,17 +85,17 @@ impl Observed {
             })
         };
         if kind == VerdictKind::Deny {
-            let sighting = sighting();
-            self.denials.lock().note(&sighting);
-            let _ = self.stream.send(sighting);
+            let event = event();
+            self.denials.lock().note(&event);
+            let _ = self.stream.send(event);
         } else if self.stream.receiver_count() > 0 {
             // It fails only if the last reader has just gone.
-            let _ = self.stream.send(sighting());
+            let _ = self.stream.send(event());
         }
     }
 
     /// Subscribes to decisions from now on.
-    pub(crate) fn stream(&self) -> broadcast::Receiver<Arc<Sighting>> {
+    pub(crate) fn stream(&self) -> broadcast::Receiver<Arc<Event>> {
         self.stream.subscribe()
     }
 
@@ -143,7 +143,7 @@ impl Observed {
     }
 }
 
-impl Sighting {
+impl Event {
     /// The keys of a record as far as they are known when it is decided, and `time`.
     pub(crate) fn json(&self, node: &str) -> Value {
         let verdict = || self.decision.reason();
@@ -197,7 +197,7 @@ pub(super) mod tests {
         let mut reader = observed.stream();
         let (subject, decision) = denied(80);
         for _ in 0..STREAM + 10 {
-            observed.saw(VerdictKind::Allow, &subject, &decision, None);
+            observed.record(VerdictKind::Allow, &subject, &decision, None);
         }
         assert!(matches!(
             reader.try_recv(),
@@ -216,7 +216,7 @@ pub(super) mod tests {
             VerdictKind::Allow,
             VerdictKind::Sever,
         ] {
-            observed.saw(kind, &subject, &decision, None);
+            observed.record(kind, &subject, &decision, None);
         }
         let listed = observed.json("node", |_| true);
         assert_eq!(

@@ -113,7 +113,7 @@ impl Recorder {
         if first {
             let decision = &Arc::new(decision.to_keep());
             self.observed
-                .saw(VerdictKind::Deny, &subject, decision, None);
+                .record(VerdictKind::Deny, &subject, decision, None);
             self.send(subject, Fate::Denied, decision);
         }
     }
@@ -121,7 +121,7 @@ impl Recorder {
     /// Publishes that a connection is allowed; its record follows at its end.
     pub(crate) fn allowed(&self, subject: &Subject, decision: &Arc<Decision>) {
         self.observed
-            .saw(VerdictKind::Allow, subject, decision, None);
+            .record(VerdictKind::Allow, subject, decision, None);
     }
 
     /// Records an allowed connection that is over.
@@ -133,7 +133,7 @@ impl Recorder {
     pub(crate) fn severed(&self, subject: Subject, severance: Severance) {
         let Severance { decision, replaced } = severance;
         self.observed
-            .saw(VerdictKind::Sever, &subject, &decision, replaced.clone());
+            .record(VerdictKind::Sever, &subject, &decision, replaced.clone());
         self.send(subject, Fate::Severed { replaced }, &decision);
     }
 

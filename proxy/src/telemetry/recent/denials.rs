@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use policy::Protocol;
 use serde_json::Value;
 
-use super::Sighting;
+use super::Event;
 use crate::telemetry::record::timestamp;
 
 /// Different denials that are remembered.
@@ -15,7 +15,7 @@ const REMEMBERED: usize = 200;
 
 /// The key of a denial: without the client's port, since every attempt has another.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct What {
+struct Key {
     client: IpAddr,
     server: IpAddr,
     port: u16,
@@ -24,41 +24,41 @@ struct What {
 
 struct Denial {
     /// The newest of its kind.
-    last: Arc<Sighting>,
+    last: Arc<Event>,
     first: SystemTime,
     count: u64,
 }
 
 /// The newest ones.
 #[derive(Default)]
-pub(super) struct Denials(HashMap<What, Denial, ahash::RandomState>);
+pub(super) struct Denials(HashMap<Key, Denial, ahash::RandomState>);
 
 impl Denials {
     /// Adds a denial; if there are too many, the oldest is removed.
-    pub(super) fn note(&mut self, sighting: &Arc<Sighting>) {
-        let subject = &sighting.subject;
-        let what = What {
+    pub(super) fn note(&mut self, event: &Arc<Event>) {
+        let subject = &event.subject;
+        let key = Key {
             client: subject.client.ip(),
             server: subject.server.ip(),
             port: subject.server.port(),
             protocol: subject.protocol,
         };
-        if let Some(known) = self.0.get_mut(&what) {
+        if let Some(known) = self.0.get_mut(&key) {
             known.count += 1;
-            known.last = Arc::clone(sighting);
+            known.last = Arc::clone(event);
             return;
         }
         if self.0.len() >= REMEMBERED {
             let oldest = self.0.iter().min_by_key(|(_, denial)| denial.last.at);
-            if let Some(oldest) = oldest.map(|(what, _)| what.clone()) {
+            if let Some(oldest) = oldest.map(|(key, _)| key.clone()) {
                 self.0.remove(&oldest);
             }
         }
         self.0.insert(
-            what,
+            key,
             Denial {
-                last: Arc::clone(sighting),
-                first: sighting.at,
+                last: Arc::clone(event),
+                first: event.at,
                 count: 1,
             },
         );
@@ -84,9 +84,9 @@ mod tests {
     use super::*;
     use crate::telemetry::decision::VerdictKind;
 
-    fn sighting(port: u16) -> Arc<Sighting> {
+    fn event(port: u16) -> Arc<Event> {
         let (subject, decision) = denied(port);
-        Arc::new(Sighting {
+        Arc::new(Event {
             kind: VerdictKind::Deny,
             subject,
             decision,
@@ -99,10 +99,10 @@ mod tests {
     fn repeated_denials_are_counted_and_oldest_evicted() {
         let mut denials = Denials::default();
         for port in 1..=200 {
-            denials.note(&sighting(port));
+            denials.note(&event(port));
         }
-        denials.note(&sighting(1));
-        denials.note(&sighting(201));
+        denials.note(&event(1));
+        denials.note(&event(201));
         let listed = denials.json("node");
         let find = |port: u16| listed.iter().find(|it| it["destination.port"] == port);
         assert_eq!(listed.len(), REMEMBERED);

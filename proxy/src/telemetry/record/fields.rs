@@ -44,7 +44,7 @@ const DESTINATION: Names = Names {
 };
 
 impl Fate {
-    /// What records call it (`verdict`).
+    /// Key records call it (`verdict`).
     pub(crate) fn kind(&self) -> VerdictKind {
         match self {
             Self::Denied => VerdictKind::Deny,

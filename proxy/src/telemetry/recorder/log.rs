@@ -23,7 +23,7 @@ const LINES: u64 = 5;
 const WINDOW: Duration = Duration::from_secs(10);
 /// Pods and policies that are remembered.
 const ROOM: usize = 1024;
-/// What `RUST_LOG` calls these lines.
+/// Key `RUST_LOG` calls these lines.
 const TARGET: &str = "portreeve::denied";
 
 /// Whose policies denied.

@@ -17,7 +17,7 @@ const WINDOW: Duration = Duration::from_secs(10);
 const ROOM: usize = 4096;
 
 /// One record that stands for `count` connections, the first of which was opened at `since`.
-pub(super) struct Folded {
+pub(super) struct Aggregated {
     pub(super) record: Arc<Record>,
     pub(super) since: SystemTime,
     pub(super) count: u64,
@@ -25,7 +25,7 @@ pub(super) struct Folded {
 
 /// What makes two denials the same: all but the client's port and the time.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Alike {
+struct Key {
     client: IpAddr,
     server: SocketAddr,
     protocol: Protocol,
@@ -35,32 +35,32 @@ struct Alike {
 }
 
 /// Recent denials, each with its repeats so far.
-pub(super) struct Fold(Windows<Alike, Option<Folded>>);
+pub(super) struct Aggregator(Windows<Key, Option<Aggregated>>);
 
-impl Default for Fold {
+impl Default for Aggregator {
     fn default() -> Self {
         Self(Windows::new(WINDOW, ROOM))
     }
 }
 
-impl Fold {
+impl Aggregator {
     /// Adds a record. Returns what to report now: nothing, the record itself, or
     /// what had to make room for it.
     pub(super) fn add(
         &mut self,
         record: Arc<Record>,
         now: Instant,
-    ) -> impl Iterator<Item = Folded> + use<> {
+    ) -> impl Iterator<Item = Aggregated> + use<> {
         let since = record.subject.opened;
-        let due = |record| Folded {
+        let due = |record| Aggregated {
             record,
             since,
             count: 1,
         };
         let (pushed_out, itself) = if matches!(record.fate, Fate::Denied) {
-            let alike = Alike::of(&record);
-            match self.0.running(&alike) {
-                None => (self.0.begin(alike, now), Some(due(record))),
+            let key = Key::of(&record);
+            match self.0.running(&key) {
+                None => (self.0.begin(key, now), Some(due(record))),
                 Some(Some(repeats)) => {
                     repeats.count += 1;
                     repeats.record = record;
@@ -81,12 +81,12 @@ impl Fold {
     }
 
     /// What to report of the windows that have ended; one with repeats starts again.
-    pub(super) fn due(&mut self, now: Instant) -> Vec<Folded> {
+    pub(super) fn due(&mut self, now: Instant) -> Vec<Aggregated> {
         let mut due = Vec::new();
-        for (alike, repeats) in self.0.ended(now) {
+        for (key, repeats) in self.0.ended(now) {
             if let Some(repeats) = repeats {
                 due.push(repeats);
-                self.0.begin(alike, now);
+                self.0.begin(key, now);
             }
         }
         due
@@ -98,12 +98,12 @@ impl Fold {
     }
 
     /// Everything that has not been reported, in no order.
-    pub(super) fn rest(&mut self) -> Vec<Folded> {
+    pub(super) fn rest(&mut self) -> Vec<Aggregated> {
         self.0.rest().filter_map(|(_, repeats)| repeats).collect()
     }
 }
 
-impl Alike {
+impl Key {
     fn of(record: &Record) -> Self {
         let subject = &record.subject;
         Self {

@@ -19,7 +19,7 @@ use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 use tracing::{info, warn};
 
-use super::aggregate::{Fold, Folded};
+use super::aggregate::{Aggregated, Aggregator};
 use super::settings::{Settings, Transport};
 use super::span::Spanner;
 use super::tls::{self, Connector};
@@ -91,19 +91,23 @@ impl Exporter {
 
     /// Sends until the queue is closed and empty.
     pub(super) fn run(mut self, queue: &Queue<Arc<Record>>) {
-        let mut fold = Fold::default();
+        let mut aggregator = Aggregator::default();
         let mut records = Vec::new();
         let mut open = true;
         while open {
-            open = queue.take(&mut records, self.delay, fold.next_due());
+            open = queue.take(&mut records, self.delay, aggregator.next_due());
             let now = Instant::now();
-            let mut due: Vec<Folded> = Vec::with_capacity(records.len());
+            let mut due: Vec<Aggregated> = Vec::with_capacity(records.len());
             for record in records.drain(..) {
-                due.extend(fold.add(record, now));
+                due.extend(aggregator.add(record, now));
             }
-            due.extend(if open { fold.due(now) } else { fold.rest() });
+            due.extend(if open {
+                aggregator.due(now)
+            } else {
+                aggregator.rest()
+            });
             for batch in due.chunks(self.batch) {
-                let spans = batch.iter().map(|folded| self.spanner.span(folded));
+                let spans = batch.iter().map(|aggregated| self.spanner.span(aggregated));
                 let spans = spans.collect();
                 self.send(spans);
             }

@@ -7,7 +7,7 @@ use opentelemetry_sdk::trace::{IdGenerator, RandomIdGenerator, SpanData, SpanEve
 use opentelemetry_semantic_conventions::attribute::{ERROR_TYPE, NETWORK_TRANSPORT, NETWORK_TYPE};
 use policy::Protocol;
 
-use super::aggregate::Folded;
+use super::aggregate::Aggregated;
 use super::span_ids::Place;
 use crate::telemetry::record::{Fate, Field, Record};
 use crate::telemetry::timeline::Milestone;
@@ -33,8 +33,8 @@ impl Spanner {
     }
 
     /// The span of one connection, or of many that were denied alike.
-    pub(super) fn span(&self, folded: &Folded) -> SpanData {
-        let record = &*folded.record;
+    pub(super) fn span(&self, aggregated: &Aggregated) -> SpanData {
+        let record = &*aggregated.record;
         let place = Place::of(record, &self.node);
         let id = place.span.unwrap_or_else(|| self.ids.new_span_id());
         SpanData {
@@ -49,9 +49,9 @@ impl Spanner {
             parent_span_is_remote: place.parent.is_some(),
             span_kind: SpanKind::Internal,
             name: record.fate.kind().name().into(),
-            start_time: folded.since,
+            start_time: aggregated.since,
             end_time: record.ended,
-            attributes: self.attributes(record, folded.count),
+            attributes: self.attributes(record, aggregated.count),
             dropped_attributes_count: 0,
             events: events(record),
             links: SpanLinks::default(),

@@ -30,23 +30,27 @@ fn denied(port: u16) -> Arc<Record> {
     record(port, 2, Fate::Denied)
 }
 
-fn counts(due: impl IntoIterator<Item = Folded>) -> Vec<u64> {
-    due.into_iter().map(|folded| folded.count).collect()
+fn counts(due: impl IntoIterator<Item = Aggregated>) -> Vec<u64> {
+    due.into_iter().map(|aggregated| aggregated.count).collect()
 }
 
 #[test]
 fn repeated_denials_become_one_counted_span() {
-    let (mut fold, now) = (Fold::default(), Instant::now());
-    assert_eq!(counts(fold.add(denied(1), now)), [1]);
+    let (mut aggregator, now) = (Aggregator::default(), Instant::now());
+    assert_eq!(counts(aggregator.add(denied(1), now)), [1]);
     for port in 2..=200 {
-        assert_eq!(counts(fold.add(denied(port), now)), [0; 0], "port {port}");
+        assert_eq!(
+            counts(aggregator.add(denied(port), now)),
+            [0; 0],
+            "port {port}"
+        );
     }
     assert_eq!(
-        counts(fold.due(now + WINDOW / 2)),
+        counts(aggregator.due(now + WINDOW / 2)),
         [0; 0],
         "its window goes on"
     );
-    let due = fold.due(now + WINDOW);
+    let due = aggregator.due(now + WINDOW);
     assert_eq!(due.len(), 1);
     assert_eq!(due[0].count, 199);
     assert_eq!(
@@ -63,35 +67,39 @@ fn repeated_denials_become_one_counted_span() {
 
 #[test]
 fn ongoing_denials_give_one_span_per_window() {
-    let (mut fold, now) = (Fold::default(), Instant::now());
+    let (mut aggregator, now) = (Aggregator::default(), Instant::now());
     let at = |windows| now + WINDOW * windows;
-    assert_eq!(counts(fold.add(denied(1), at(0))), [1]);
-    assert_eq!(counts(fold.add(denied(2), at(0))), [0; 0]);
-    assert_eq!(counts(fold.due(at(1))), [1]);
+    assert_eq!(counts(aggregator.add(denied(1), at(0))), [1]);
+    assert_eq!(counts(aggregator.add(denied(2), at(0))), [0; 0]);
+    assert_eq!(counts(aggregator.due(at(1))), [1]);
     assert_eq!(
-        counts(fold.add(denied(3), at(1))),
+        counts(aggregator.add(denied(3), at(1))),
         [0; 0],
         "a new window runs"
     );
-    assert_eq!(counts(fold.due(at(2))), [1]);
-    assert_eq!(counts(fold.due(at(3))), [0; 0], "nothing came: forgotten");
-    assert_eq!(fold.next_due(), None);
-    assert_eq!(counts(fold.add(denied(4), at(3))), [1]);
+    assert_eq!(counts(aggregator.due(at(2))), [1]);
+    assert_eq!(
+        counts(aggregator.due(at(3))),
+        [0; 0],
+        "nothing came: forgotten"
+    );
+    assert_eq!(aggregator.next_due(), None);
+    assert_eq!(counts(aggregator.add(denied(4), at(3))), [1]);
 }
 
 #[test]
-fn only_denials_that_are_alike_are_folded() {
-    let (mut fold, now) = (Fold::default(), Instant::now());
-    assert_eq!(counts(fold.add(denied(1), now)), [1]);
+fn only_denials_of_one_kind_are_aggregated() {
+    let (mut aggregator, now) = (Aggregator::default(), Instant::now());
+    assert_eq!(counts(aggregator.add(denied(1), now)), [1]);
     assert_eq!(
-        counts(fold.add(record(1, 3, Fate::Denied), now)),
+        counts(aggregator.add(record(1, 3, Fate::Denied), now)),
         [1],
         "another server"
     );
     for _ in 0..2 {
         let closed = record(1, 2, Fate::Allowed(Outcome::Closed));
         assert_eq!(
-            counts(fold.add(closed, now)),
+            counts(aggregator.add(closed, now)),
             [1],
             "allowed ones are each sent"
         );
@@ -100,37 +108,37 @@ fn only_denials_that_are_alike_are_folded() {
 
 #[test]
 fn evicted_denials_are_exported() {
-    let (mut fold, now) = (Fold::default(), Instant::now());
+    let (mut aggregator, now) = (Aggregator::default(), Instant::now());
     let scan = |n: usize| {
         let [high, low] = u16::try_from(n).unwrap().to_be_bytes();
         let mut record = Arc::into_inner(denied(1)).unwrap();
         record.subject.server = SocketAddr::from(([10, 1, high, low], 80));
         Arc::new(record)
     };
-    assert_eq!(counts(fold.add(denied(1), now)), [1]);
-    assert_eq!(counts(fold.add(denied(2), now)), [0; 0]);
+    assert_eq!(counts(aggregator.add(denied(1), now)), [1]);
+    assert_eq!(counts(aggregator.add(denied(2), now)), [0; 0]);
     for n in 0..ROOM - 1 {
-        assert_eq!(counts(fold.add(scan(n), now)), [1]);
+        assert_eq!(counts(aggregator.add(scan(n), now)), [1]);
     }
     assert_eq!(
-        counts(fold.add(scan(ROOM), now)),
+        counts(aggregator.add(scan(ROOM), now)),
         [1, 1],
         "the first one's repeat, and its own"
     );
     for n in ROOM + 1..3 * ROOM {
-        assert_eq!(counts(fold.add(scan(n), now)), [1]);
+        assert_eq!(counts(aggregator.add(scan(n), now)), [1]);
     }
-    assert!(fold.0.rest().count() <= ROOM);
+    assert!(aggregator.0.rest().count() <= ROOM);
 }
 
 #[test]
 fn all_denials_are_exported_at_the_end() {
-    let (mut fold, now) = (Fold::default(), Instant::now());
+    let (mut aggregator, now) = (Aggregator::default(), Instant::now());
     assert_eq!(
         (1..=5)
-            .flat_map(|port| counts(fold.add(denied(port), now)))
+            .flat_map(|port| counts(aggregator.add(denied(port), now)))
             .sum::<u64>(),
         1
     );
-    assert_eq!(counts(fold.rest()), [4]);
+    assert_eq!(counts(aggregator.rest()), [4]);
 }

@@ -25,12 +25,12 @@ fn spanned(fate: Fate, trail: Option<&Timeline>, count: u64) -> SpanData {
         decision: decision("node-1", true),
         ended: opened + Duration::from_secs(2),
     };
-    let folded = Folded {
+    let aggregated = Aggregated {
         record: Arc::new(record),
         since: opened,
         count,
     };
-    Spanner::new("node-1".into()).span(&folded)
+    Spanner::new("node-1".into()).span(&aggregated)
 }
 
 fn attribute(span: &SpanData, key: &str) -> Option<String> {

@@ -13,8 +13,10 @@ mod daemon;
 pub mod dials;
 pub mod jaeger;
 pub mod matrix;
+mod network_state;
 mod objects;
 pub mod runner;
+pub mod streams;
 pub mod terminating;
 mod test_cluster;
 
@@ -26,6 +28,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 pub use admin::{Answer, ask, ask_as, ask_by, counter, counter_of, in_force, metric};
 pub use connections::{connected, echoes, greeted};
 pub use daemon::{Daemon, init};
+pub use network_state::network_state;
 pub use objects::{allow_all, allow_ingress, deny_egress, deny_ingress, marker, policy, small};
 pub use test_cluster::{TestCluster, Way};
 

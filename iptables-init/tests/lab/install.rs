@@ -1,10 +1,8 @@
 //! Installing, installing again, and uninstalling.
-use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
 
 use kernel::pod_links::Links;
 use lab::Netns;
+use testbed::network_state;
 use testbed::runner::Test;
 
 use crate::support::{INIT, Ran, all_sets, counting_namespace, init, load, namespace, sh, sorted};
@@ -41,7 +39,7 @@ fn uninstall_restores_the_namespace_exactly() {
         ip -4 route add unreachable 203.0.113.0/24 table 15001
         ip -6 route add unreachable 2001:db8::/32 table 15001",
     );
-    let before = dump(&netns);
+    let before = network_state(&netns);
     for flags in [
         "",
         "--fail open",
@@ -49,10 +47,14 @@ fn uninstall_restores_the_namespace_exactly() {
         "--bridge cni0",
     ] {
         init(&netns, &format!("install {flags}")).ok();
-        assert_ne!(dump(&netns), before, "{flags}: install did nothing");
+        assert_ne!(
+            network_state(&netns),
+            before,
+            "{flags}: install did nothing"
+        );
         // It takes out what is there, whatever flags it is given itself.
         assert_eq!(init(&netns, "uninstall").ok(), "uninstalled\n");
-        assert_eq!(dump(&netns), before, "{flags}");
+        assert_eq!(network_state(&netns), before, "{flags}");
         assert_eq!(
             init(&netns, "uninstall").ok(),
             "was not installed; nothing changed\n"
@@ -63,7 +65,7 @@ fn uninstall_restores_the_namespace_exactly() {
 fn installing_again_changes_nothing() {
     let netns = namespace();
     assert_eq!(init(&netns, "install").ok(), "installed\n");
-    let (handles, before) = (sh(&netns, "nft -a list ruleset"), dump(&netns));
+    let (handles, before) = (sh(&netns, "nft -a list ruleset"), network_state(&netns));
     assert_eq!(
         init(&netns, "install").ok(),
         "already installed; nothing changed\n"
@@ -73,7 +75,7 @@ fn installing_again_changes_nothing() {
         handles,
         "a rule was made anew"
     );
-    assert_eq!(dump(&netns), before);
+    assert_eq!(network_state(&netns), before);
 }
 
 fn uninstall_restores_conntrack_accounting() {
@@ -98,9 +100,9 @@ fn uninstall_restores_conntrack_accounting() {
 
 fn partial_installs_can_be_repaired_and_uninstalled() {
     let reference = counting_namespace();
-    let bare = dump(&reference);
+    let bare = network_state(&reference);
     init(&reference, "install").ok();
-    let whole = dump(&reference);
+    let whole = network_state(&reference);
     for damage in [
         "nft delete table inet portreeve",
         "nft flush chain inet portreeve to_queue",
@@ -131,11 +133,15 @@ fn partial_installs_can_be_repaired_and_uninstalled() {
             "check did not see `{damage}`"
         );
         init(&netns, "install").ok();
-        assert_eq!(sorted(&dump(&netns)), sorted(&whole), "after `{damage}`");
+        assert_eq!(
+            sorted(&network_state(&netns)),
+            sorted(&whole),
+            "after `{damage}`"
+        );
         init(&netns, "check").ok();
         sh(&netns, damage);
         init(&netns, "uninstall").ok();
-        assert_eq!(dump(&netns), bare, "after `{damage}`");
+        assert_eq!(network_state(&netns), bare, "after `{damage}`");
     }
 }
 
@@ -317,35 +323,5 @@ fn fill_sets(netns: &Netns) {
     for name in ["iptables", "ip6tables"] {
         let name = format!("bridge/bridge-nf-call-{name}");
         netns.set_sysctls(&[(&name, "0")]).unwrap();
-    }
-}
-
-/// Everything that `install` could have changed: netfilter, routing and every sysctl.
-fn dump(netns: &Netns) -> String {
-    let tables = sh(
-        netns,
-        "nft list ruleset; for f in -4 -6; do ip $f rule; ip $f route show table all; done",
-    );
-    let mut sysctls = BTreeMap::new();
-    netns
-        .run(|| read_tree(Path::new("/proc/sys/net"), &mut sysctls))
-        .unwrap();
-    // How many connections are tracked is no setting.
-    sysctls.retain(|name, _| !name.ends_with("nf_conntrack_count"));
-    let sysctls: String = sysctls
-        .iter()
-        .map(|(name, value)| format!("{name}={value}"))
-        .collect();
-    tables + &sysctls
-}
-
-fn read_tree(directory: &Path, into: &mut BTreeMap<String, String>) {
-    for entry in fs::read_dir(directory).unwrap().flatten() {
-        if entry.file_type().unwrap().is_dir() {
-            read_tree(&entry.path(), into);
-        } else if let Ok(value) = fs::read(entry.path()) {
-            let value = String::from_utf8_lossy(&value).into_owned();
-            into.insert(entry.path().display().to_string(), value);
-        }
     }
 }

@@ -11,9 +11,10 @@ use lab::traffic::craft;
 use lab::{Cluster, Gateway, Host, Kind, PodSpec, wait_until};
 use socket2::{Domain, Protocol, Socket, Type};
 use testbed::runner::Test;
+use testbed::streams::StopOnDrop;
 
 use crate::bridges::BRIDGE;
-use crate::neighbour::{StopOnDrop, are_unharmed, at_rate, in_bursts};
+use crate::neighbour::{are_unharmed, at_rate, in_bursts};
 use testbed::{
     DEADLINE, SOON, TestCluster, allow_all, allow_ingress, connected, deny_egress, deny_ingress,
     echoes, metric,

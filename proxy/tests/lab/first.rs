@@ -14,7 +14,7 @@ use lab::{Host, PodSpec, wait_for, wait_until};
 use serde_json::{Value, json};
 use testbed::runner::Test;
 
-use crate::neighbour::StopOnDrop;
+use testbed::streams::StopOnDrop;
 use testbed::{DEADLINE, TestCluster, connected, deny_ingress, echoes, policy};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![

@@ -11,10 +11,11 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use lab::traffic::bulk;
-use lab::{Host, Kind, wait_until};
+use lab::{Host, wait_until};
 use serde_json::{Value, json};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 use testbed::runner::Test;
+use testbed::streams::{dial_denied, receive_all, send_until};
 
 use crate::streams::ends;
 use testbed::{
@@ -30,6 +31,8 @@ pub(crate) const TESTS: &[Test] = &testbed::tests![
 
 /// More bytes than all socket buffers and pipes of a stream can hold.
 const MORE_THAN_FITS: u64 = 64 << 20;
+/// Leaves time for the daemons.
+const BETWEEN_WRITES: Duration = Duration::from_millis(20);
 
 /// Everything is allowed but what comes to d, and relayed on node 0 only, which so sees all clients' own ports.
 pub(crate) fn policies() -> [Value; 2] {
@@ -102,28 +105,6 @@ impl Drop for Stopped<'_> {
     }
 }
 
-/// Sends bulk data until asked to stop, sends its last word and returns how much it was.
-fn pour(mut to: &TcpStream, stop: &AtomicBool) -> u64 {
-    let mut buffer = vec![0; 128 << 10];
-    let mut sent = 0;
-    while !stop.load(Ordering::Relaxed) {
-        bulk::fill(sent, &mut buffer);
-        to.write_all(&buffer).unwrap();
-        sent += buffer.len() as u64;
-        // All at full speed would leave nothing for the daemons.
-        thread::sleep(Duration::from_millis(20));
-    }
-    to.shutdown(Shutdown::Write).unwrap();
-    sent
-}
-
-/// Takes bulk data to its end, which must come whole.
-fn drain(from: &TcpStream) -> u64 {
-    let seen = bulk::receive(from).unwrap();
-    assert_eq!(seen.wrong_at(), None, "{seen}");
-    seen.count()
-}
-
 fn handover_keeps_every_stream_without_loss() {
     let (mut bed, records) = bed();
     let [mut talking, mut idle, bulk, stalled] = [6, 6, 1, 1].map(|count| streams(&bed, count));
@@ -159,8 +140,9 @@ fn handover_keeps_every_stream_without_loss() {
         wait_until_full(&node, stalled.len());
         let pouring = bulk.iter().map(|it| {
             let (client, server) = (&it.client, &it.server);
-            let sent = [client, server].map(|end| scope.spawn(move || pour(end, stop)));
-            let seen = [server, client].map(|end| scope.spawn(move || drain(end)));
+            let sent = [client, server]
+                .map(|end| scope.spawn(move || send_until(end, stop, 128 << 10, BETWEEN_WRITES)));
+            let seen = [server, client].map(|end| scope.spawn(move || receive_all(end)));
             (ends_of(&it.client), sent, seen)
         });
         let pouring: Vec<_> = pouring.collect();
@@ -172,7 +154,8 @@ fn handover_keeps_every_stream_without_loss() {
             })
         });
         let talkers: Vec<_> = talkers.collect();
-        let denied = scope.spawn(|| probe_denied(&a, d.addr_v4(80), stop));
+        let denied =
+            scope.spawn(|| dial_denied(&a, d.addr_v4(80), Duration::from_millis(20), stop));
         let dial = || scope.spawn(|| dial_allowed(&a, b.addr_v4(80), stop));
         let allowed: Vec<_> = std::iter::repeat_with(dial).take(12).collect();
 
@@ -188,7 +171,7 @@ fn handover_keeps_every_stream_without_loss() {
         });
         stop.store(true, Ordering::Relaxed);
         for (from, to, sending) in stalled {
-            let seen = scope.spawn(move || drain(to));
+            let seen = scope.spawn(move || receive_all(to));
             sending.join().unwrap();
             from.shutdown(Shutdown::Write).unwrap();
             assert_eq!(seen.join().unwrap(), MORE_THAN_FITS);
@@ -375,17 +358,6 @@ fn last_word(mut from: &TcpStream, mut to: &TcpStream) {
     let mut heard = String::new();
     to.read_to_string(&mut heard).unwrap();
     assert_eq!(heard, "last");
-}
-
-/// Dials what is denied again and again; it never answers. Returns how often.
-fn probe_denied(from: &Host, to: SocketAddr, stop: &AtomicBool) -> usize {
-    let mut times = 0;
-    while !stop.load(Ordering::Relaxed) {
-        let outcome = from.connect(to, Duration::from_millis(20)).unwrap();
-        assert_eq!(outcome.kind(), Kind::TimedOut);
-        times += 1;
-    }
-    times
 }
 
 /// Dials what is allowed again and again; it always answers. Returns when each dial began, and how long it took.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use lab::{Host, Outcome, wait_until};
 
 use testbed::DEADLINE;
+use testbed::streams::StopOnDrop;
 
 /// A connect that takes longer has failed: its SYN and a repeat of it were lost.
 const FAILED_AFTER: Duration = Duration::from_secs(2);
@@ -120,15 +121,6 @@ pub(crate) fn during<T>(
         wait_until(DEADLINE, "the attack to be felt", is_felt).unwrap();
         work()
     })
-}
-
-/// Stops the threads beside a test, even if the test fails.
-pub(crate) struct StopOnDrop<'a>(pub(crate) &'a AtomicBool);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 /// Calls `send` with ever new numbers, so often a second, until `stop`.

@@ -1,9 +1,7 @@
 //! Planned and sudden ends of a daemon, and what remains.
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,7 +14,7 @@ use testbed::runner::Test;
 use crate::streams::ends;
 use testbed::{
     DEADLINE, SOON, TestCluster, allow_all, allow_ingress, ask, connected, deny_ingress, echoes,
-    greeted, init, small,
+    greeted, init, network_state, small,
 };
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -246,7 +244,7 @@ fn uninstall_after_enforcement_restores_the_node_exactly() {
     drop(TestCluster::enforced(&[], &[allow_all()]));
     let mut bed = TestCluster::bare(small());
     let nodes = [bed.lab.node(0), bed.lab.node(1)];
-    let before = nodes.each_ref().map(|node| dump(node.netns()));
+    let before = nodes.each_ref().map(|node| network_state(node.netns()));
     bed.write_policies(&[deny_ingress("b"), allow_ingress("c")]);
     bed.enforce(&[]);
     let a = bed.lab.pod("x/a");
@@ -255,50 +253,21 @@ fn uninstall_after_enforcement_restores_the_node_exactly() {
     bed.apply(&[allow_all()]);
     let _more = a.connect_all(&targets, DEADLINE).unwrap();
     for (at, node) in nodes.iter().enumerate() {
-        assert_ne!(dump(node.netns()), before[at], "install did nothing");
+        assert_ne!(
+            network_state(node.netns()),
+            before[at],
+            "install did nothing"
+        );
         let daemon = bed.daemon(at);
         daemon.child.terminate();
         assert!(daemon.child.wait(DEADLINE).unwrap().success());
         let said = init(node, "uninstall", &[]);
         assert!(said.status.success(), "{said:?}");
-        assert_eq!(dump(node.netns()), before[at], "{}", node.name());
+        assert_eq!(network_state(node.netns()), before[at], "{}", node.name());
     }
     // And the network is bare again: what was denied is not.
     for to in targets {
         greeted(&a, to);
-    }
-}
-
-/// Everything that the redirect and the daemon could have changed: netfilter, routing and sysctls.
-fn dump(netns: &Netns) -> String {
-    let mut command = netns.command("sh");
-    command.args([
-        "-ec",
-        "nft list ruleset; for f in -4 -6; do ip $f rule; ip $f route show table all; done",
-    ]);
-    let said = command.output().unwrap();
-    assert!(said.status.success(), "{said:?}");
-    let mut sysctls = BTreeMap::new();
-    netns
-        .run(|| read_tree(Path::new("/proc/sys/net"), &mut sysctls))
-        .unwrap();
-    // How many connections are tracked is no setting.
-    sysctls.retain(|name, _| !name.ends_with("nf_conntrack_count"));
-    let sysctls: String = sysctls
-        .iter()
-        .map(|(name, value)| format!("{name}={value}"))
-        .collect();
-    String::from_utf8(said.stdout).unwrap() + &sysctls
-}
-
-fn read_tree(directory: &Path, into: &mut BTreeMap<String, String>) {
-    for entry in fs::read_dir(directory).unwrap().flatten() {
-        if entry.file_type().unwrap().is_dir() {
-            read_tree(&entry.path(), into);
-        } else if let Ok(value) = fs::read(entry.path()) {
-            let value = String::from_utf8_lossy(&value).into_owned();
-            into.insert(entry.path().display().to_string(), value);
-        }
     }
 }
 

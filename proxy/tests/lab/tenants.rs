@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use testbed::runner::Test;
 
 use crate::bounds::flood;
-use crate::neighbour::StopOnDrop;
+use testbed::streams::StopOnDrop;
 use testbed::{DEADLINE, TestCluster, allow_ingress, ask, deny_ingress, metric, policy};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![

@@ -1,15 +1,15 @@
 //! The DaemonSet is rolled to another template while streams flow: none ends or loses a byte, and nothing denied gets
 //! through.
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use lab::traffic::bulk;
-use lab::{Host, Kind, wait_until};
+use lab::{Host, wait_until};
 use serde_json::{Value, json};
 use testbed::runner::Test;
+use testbed::streams::{StopOnDrop, dial_denied, receive_all, send_until};
 
 use crate::enforcement::policed;
 use crate::room::{NAMESPACE, PATIENCE, Room, room};
@@ -135,14 +135,18 @@ impl Streams {
                 .map(|ends| scope.spawn(|| talk(ends, stop)));
             let talking: Vec<_> = talking.collect();
             let pouring = self.bulk.iter().map(|[client, server]| {
-                let sent = [client, server].map(|end| scope.spawn(|| pour(end, stop)));
-                let seen = [server, client].map(|end| scope.spawn(|| drain(end)));
+                let sent = [client, server].map(|end| {
+                    scope.spawn(|| send_until(end, stop, 64 << 10, Duration::from_millis(50)))
+                });
+                let seen = [server, client].map(|end| scope.spawn(|| receive_all(end)));
                 (sent, seen)
             });
             let pouring: Vec<_> = pouring.collect();
-            let denied = scope.spawn(|| dial_denied(stranger, web.addr_v4(PORT), stop));
+            let denied = scope.spawn(|| {
+                dial_denied(stranger, web.addr_v4(PORT), Duration::from_millis(50), stop)
+            });
             {
-                let _stopped = Stopped(stop);
+                let _stopped = StopOnDrop(stop);
                 act();
             }
             let words: Vec<_> = talking.into_iter().map(|it| it.join().unwrap()).collect();
@@ -153,15 +157,6 @@ impl Streams {
             }
             assert!(denied.join().unwrap() > 0);
         });
-    }
-}
-
-/// Tells all others to stop, if a test fails too.
-struct Stopped<'a>(&'a AtomicBool);
-
-impl Drop for Stopped<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
     }
 }
 
@@ -191,37 +186,4 @@ fn talk([client, server]: &[TcpStream; 2], stop: &AtomicBool) -> u64 {
         thread::sleep(Duration::from_millis(2));
     }
     number
-}
-
-/// Sends bulk data until asked to stop, says its last word and returns how much it was.
-fn pour(mut to: &TcpStream, stop: &AtomicBool) -> u64 {
-    let mut buffer = vec![0; 64 << 10];
-    let mut sent = 0;
-    while !stop.load(Ordering::Relaxed) {
-        bulk::fill(sent, &mut buffer);
-        to.write_all(&buffer).unwrap();
-        sent += buffer.len() as u64;
-        // All at full speed would leave nothing for kubelet.
-        thread::sleep(Duration::from_millis(50));
-    }
-    to.shutdown(Shutdown::Write).unwrap();
-    sent
-}
-
-/// Takes bulk data to its end, which must come whole.
-fn drain(from: &TcpStream) -> u64 {
-    let seen = bulk::receive(from).unwrap();
-    assert_eq!(seen.wrong_at(), None, "{seen}");
-    seen.count()
-}
-
-/// Dials what is denied again and again; it never answers. Returns how often.
-fn dial_denied(from: &Host, to: SocketAddr, stop: &AtomicBool) -> usize {
-    let mut times = 0;
-    while !stop.load(Ordering::Relaxed) {
-        let outcome = from.connect(to, Duration::from_millis(50)).unwrap();
-        assert_eq!(outcome.kind(), Kind::TimedOut);
-        times += 1;
-    }
-    times
 }

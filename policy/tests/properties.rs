@@ -66,7 +66,7 @@ fn questions(addresses: &BTreeSet<IpAddr>) -> Vec<Question<'static>> {
     all
 }
 
-/// Who asks what, without the port's details: enough to find an answer again.
+/// A question without the port's details: enough to find an answer again.
 type Asked = (IpAddr, IpAddr, Option<u16>, &'static str);
 
 /// The whole truth of a cluster.
@@ -88,7 +88,7 @@ fn allowed(cluster: &Cluster) -> BTreeMap<Asked, bool> {
         .collect()
 }
 
-/// Who owns which address, in what state.
+/// The owner of each address, and its state.
 fn owners(cluster: &Cluster) -> BTreeMap<IpAddr, (String, bool)> {
     let owner =
         |endpoint: &policy::Endpoint| (endpoint.identity.key.to_string(), endpoint.contested());

@@ -84,7 +84,7 @@ pub struct Stage<S> {
     bed: TestCluster,
     source: S,
     nodes: Vec<Value>,
-    /// Who answers besides TCP, and in the fabric.
+    /// Servers of UDP and SCTP, and of the fabric.
     _servers: Vec<Server>,
     _fabric: Vec<TcpListener>,
 }

@@ -73,7 +73,7 @@ fn installing_again_changes_nothing() {
     assert_eq!(
         sh(&netns, "nft -a list ruleset"),
         handles,
-        "a rule was made anew"
+        "a rule was created again"
     );
     assert_eq!(network_state(&netns), before);
 }
@@ -168,8 +168,12 @@ fn new_flags_replace_rules_and_keep_set_elements() {
             sets,
             "{flags}: elements or handles"
         );
-        // A hooked chain that is made anew would flush every packet that waits in a queue.
-        assert_eq!(sh(&netns, chains), before, "{flags}: a chain was made anew");
+        // A hooked chain that is created again would flush every packet that waits in a queue.
+        assert_eq!(
+            sh(&netns, chains),
+            before,
+            "{flags}: a chain was created again"
+        );
     }
     let rules = sh(&netns, "ip -4 rule; ip -6 rule");
     assert_eq!(
@@ -191,13 +195,13 @@ fn new_layout_replaces_table_and_keeps_set_elements() {
         nft add rule inet portreeve installed_by return comment '\"portreeve layout 0 content 0\"'
         nft add chain inet portreeve gone '{ type filter hook output priority 5; }'
         nft add set inet portreeve gone '{ type ipv4_addr; elements = { 10.9.9.9 }; }'
-        # A pod has just begun a flow: what is counted by the second begins anew.
+        # A pod has just begun a flow: the rate of its source is counted from zero.
         nft add element inet portreeve source_rate4 '{ 10.0.0.1 limit rate over 1/second }'",
     );
     init(&netns, "install").ok();
     init(&netns, "check").ok();
     assert!(!sh(&netns, "nft list table inet portreeve").contains("gone"));
-    // Where pods' addresses are routed to is not carried over: a shortcut, which the daemon lays anew.
+    // Where pods' addresses are routed to is not carried over: a shortcut, which the daemon writes again.
     load(&netns, &kernel::sets::pod_links_script(&links()));
     assert_eq!(
         sorted(&sh(&netns, "nft list sets; nft list maps")),

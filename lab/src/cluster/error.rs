@@ -67,7 +67,7 @@ pub enum ClusterError {
         pod: String,
         /// The address.
         address: IpAddr,
-        /// Who has it.
+        /// The one that has it.
         holder: String,
     },
     /// A pod asks for an address that is no pod's.

@@ -67,7 +67,7 @@ fn web() -> lab::Builder {
         )
 }
 
-/// Who answered at `to`, and the client's address as the server saw it.
+/// The server that answered at `to`, and the client's address as the server saw it.
 fn seen(from: &lab::Host, to: SocketAddr) -> (String, std::net::IpAddr) {
     let outcome = from.connect(to, LIMIT).unwrap();
     assert!(outcome.is_connected(), "{} to {to}: {outcome}", from.name());

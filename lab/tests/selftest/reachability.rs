@@ -1,4 +1,4 @@
-//! Who reaches whom: pods, Services, nodes and the outside, on every wiring.
+//! Reachability: pods, Services, nodes and the outside, on every wiring.
 use std::collections::BTreeMap;
 use std::time::Duration;
 

@@ -210,12 +210,12 @@ impl Way {
         self.collector.as_ref()
     }
 
-    /// Who dials.
+    /// The client.
     pub(crate) fn client(&self) -> &Host {
         &self.client
     }
 
-    /// Who answers at the end of `path`.
+    /// The server at the end of `path`.
     pub(crate) fn server(&self, path: Path) -> &Servers {
         match path {
             Path::OneNode => &self.near,

@@ -36,7 +36,7 @@ fn deleted_pod_keeps_access_until_kubelet_ends_it() {
         "jsonpath={.metadata.deletionTimestamp}",
     ]);
     assert!(!deleted.is_empty(), "it is terminating");
-    // Who knows this change of the pod knows the one before.
+    // A daemon that has this change of the pod has the one before.
     kubectl(&["label", "pod", "a", "labelled=yes"]);
     for node in bed.lab.nodes() {
         let knows = || {

@@ -34,7 +34,7 @@ fn isolated_pod_receives_no_packet_of_any_kind() {
     let bed = bed(deny_ingress("b"));
     let (b, node) = (bed.lab.pod("x/b"), bed.lab.node(0));
     let outside = bed.lab.outside();
-    // Whoever sends must know its neighbour.
+    // A sender must know its neighbour.
     ping(&outside, &bed.lab.node(1));
     for source in [bed.lab.pod("x/d"), bed.lab.pod("x/c"), outside] {
         assert_nothing_arrives(&bed, &source, &b, &node);

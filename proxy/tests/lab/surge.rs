@@ -236,7 +236,7 @@ fn old_daemon_keeps_enforcing_under_new_rules() {
         assert!(said.status.success(), "{said:?}");
         String::from_utf8(said.stdout).unwrap()
     };
-    // First the rules alone are others, then the sets are made anew as well.
+    // First only the rules change, then the sets are created again as well.
     for layout in ["as it is", "another"] {
         if layout == "another" {
             let listed = nft("list chain inet portreeve installed_by");

@@ -89,8 +89,8 @@ fn hold_on(cluster: Builder, looks_into_packets: &str) {
     everyone_reaches_everyone(&bed);
     let policies = [only_from_a("b"), only_from_a("c")];
     bed.apply(&policies);
-    who_may_is_served(&bed);
-    who_may_not_hears_nothing(&bed);
+    allowed_clients_are_served(&bed);
+    denied_clients_get_no_answer(&bed);
     the_rest_is_as_ever(&bed);
     a_change_cuts_what_it_denies(&bed);
     bed.apply(&policies);
@@ -112,7 +112,7 @@ fn everyone_reaches_everyone(bed: &TestCluster) {
     }
 }
 
-fn who_may_is_served(bed: &TestCluster) {
+fn allowed_clients_are_served(bed: &TestCluster) {
     let a = bed.lab.pod("x/a");
     for way in bed.ways(80) {
         let greeting = greeted(&a, way.to);
@@ -170,7 +170,7 @@ fn a_stream_arrives_whole(from: &Host, server: &Host, to: SocketAddr) {
     });
 }
 
-fn who_may_not_hears_nothing(bed: &TestCluster) {
+fn denied_clients_get_no_answer(bed: &TestCluster) {
     let (a, d) = (bed.lab.pod("x/a"), bed.lab.pod("x/d"));
     let (closed, denied) = (bed.ways(81), bed.ways(80));
     thread::scope(|scope| {

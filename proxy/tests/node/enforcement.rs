@@ -140,7 +140,7 @@ fn first_connection_of_a_pod_is_judged() {
     let room = room();
     let (web, ..) = policed(&room, "first");
     for number in 0..20 {
-        // Who may has as long as a busy machine takes to know it.
+        // An allowed client may wait as long as a busy machine needs.
         let (label, patience) = if may(number) {
             ("friend", 60)
         } else {

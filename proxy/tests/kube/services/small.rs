@@ -62,7 +62,7 @@ fn service_without_endpoints_refuses_with_any_policy() {
     }
 }
 
-/// Who answers a datagram.
+/// The server that answers a datagram.
 #[track_caller]
 fn asked(from: &Host, to: SocketAddr) -> Greeting {
     match from.ask_udp(to, b"who?", DEADLINE).unwrap() {

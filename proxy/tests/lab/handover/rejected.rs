@@ -42,7 +42,7 @@ fn suspended_daemon_times_out_and_keeps_the_node() {
         assert!(log.contains(part), "{part:?} is not in {log}");
     }
     assert!(took < PATIENCE, "{took:?}");
-    // Who asked is gone by the time that it hears of it.
+    // The daemon that asked is gone when the answer comes.
     echoes(&live, "goes on");
     greeted(&a, b.addr_v6(80));
     let log = relieve(&mut bed).log();

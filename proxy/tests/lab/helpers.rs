@@ -3,12 +3,12 @@ use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use lab::Host;
-use lab::runner::Test;
+use testbed::runner::Test;
 use serde_json::json;
 
-use testbed::{Bed, policy, small};
+use testbed::{TestCluster, policy, small};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![a_flow_that_a_helper_expects_is_judged];
+pub(crate) const TESTS: &[Test] = &testbed::tests![a_flow_that_a_helper_expects_is_judged];
 
 const SOON: Duration = Duration::from_millis(300);
 const TFTP: u16 = 69;
@@ -17,7 +17,7 @@ const TFTP: u16 = 69;
 const REQUEST: &[u8] = b"\x00\x01file\x00octet\x00";
 
 fn a_flow_that_a_helper_expects_is_judged() {
-    let mut bed = Bed::bare(small());
+    let mut bed = TestCluster::bare(small());
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     let request = json!({ "ports": [{ "port": TFTP, "protocol": "UDP" }] });
     let spec = json!({ "podSelector": { "matchLabels": { "pod": "a" } }, "policyTypes": ["Egress", "Ingress"], "egress": [request] });

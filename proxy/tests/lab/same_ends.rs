@@ -2,14 +2,14 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
-use lab::runner::Test;
+use testbed::runner::Test;
 use lab::traffic::craft::{self, SYN};
 use lab::traffic::{Way, introduce};
 use lab::{Capture, Cluster, PodSpec, ServiceSpec, wait_until};
 
-use testbed::{Bed, DEADLINE, allow_all, deny_egress};
+use testbed::{TestCluster, DEADLINE, allow_all, deny_egress};
 
-pub(crate) const TESTS: &[Test] = &lab::tests![
+pub(crate) const TESTS: &[Test] = &testbed::tests![
     udp_flows_with_equal_ends_are_severed_together,
     icmp_flows_of_one_identifier_are_severed_together,
     tcp_behind_an_authentication_header_is_severed,
@@ -27,7 +27,7 @@ fn udp_flows_with_equal_ends_are_severed_together() {
     });
     let pods = ["a", "b"].map(|name| PodSpec::new("x", name).node(0).label("pod", name));
     let cluster = Cluster::builder().nodes(1).pods(pods).services(services);
-    let mut bed = Bed::bare(cluster);
+    let mut bed = TestCluster::bare(cluster);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     let (protocol, addresses) = (lab::Protocol::Udp, b.addresses());
     let _server = introduce(b.netns(), b.name(), protocol, &addresses, &[53]).unwrap();
@@ -53,7 +53,7 @@ fn udp_flows_with_equal_ends_are_severed_together() {
 
 /// Conntrack has an entry for each type of query (nf_conntrack_proto_icmp.c).
 fn icmp_flows_of_one_identifier_are_severed_together() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     let (from, to) = (a.addresses()[0], b.addresses()[0]);
     // Echo and timestamp, with identifier 7.
@@ -75,7 +75,7 @@ fn icmp_flows_of_one_identifier_are_severed_together() {
 
 /// Conntrack follows TCP through the header in IPv6 only.
 fn tcp_behind_an_authentication_header_is_severed() {
-    let bed = Bed::enforced(&[], &[allow_all()]);
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
     let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
     let (from, to) = (SocketAddr::new(a.addresses()[1], 40_000), b.addrs(82)[1]);
     let segment = craft::tcp(from, to, SYN, 1, b"");
@@ -91,7 +91,7 @@ fn tcp_behind_an_authentication_header_is_severed() {
 
 /// Denies all that `x/a` sends, and waits until nothing of it goes on.
 #[track_caller]
-fn assert_stops(bed: &Bed, goes_on: impl Fn() -> bool) {
+fn assert_stops(bed: &TestCluster, goes_on: impl Fn() -> bool) {
     let changed = Instant::now();
     bed.write_policies(&[deny_egress("a")]);
     wait_until(DEADLINE, "the denied flows to stop", || !goes_on()).unwrap();

@@ -28,6 +28,7 @@ pub(crate) fn decision(node: &str, isolated: bool) -> Arc<Decision> {
             finished: false,
             terminating: false,
             started: "".into(),
+            oversized: false,
         }))
     };
     let known = |name: &str| {

@@ -418,7 +418,7 @@ mod tests {
             mark_mask: Marks::default(),
             bridge: Vec::new(),
             fail: Fail::Closed,
-            tcp: Tcp::Spliced,
+            tcp: Tcp::Auto,
         }
     }
 

@@ -15,9 +15,9 @@ pub enum Fail {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Tcp {
     /// Those between two pods of the cluster.
+    #[default]
     Auto,
     /// All.
-    #[default]
     Spliced,
     /// None.
     Kernel,
@@ -71,7 +71,7 @@ pub struct Settings {
     )]
     pub bridge: Vec<String>,
     /// Which allowed TCP connections go through the proxy.
-    #[arg(long, value_enum, default_value_t = Tcp::Spliced, env = "PORTREEVE_TCP")]
+    #[arg(long, value_enum, default_value_t = Tcp::Auto, env = "PORTREEVE_TCP")]
     pub tcp: Tcp,
     /// What happens to pods' new connections while no daemon runs.
     #[arg(long, value_enum, default_value_t = Fail::Closed, env = "PORTREEVE_FAIL")]

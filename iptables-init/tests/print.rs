@@ -96,8 +96,8 @@ fn fail_open_passes_without_listener_or_queue() {
 }
 
 #[test]
-fn tcp_auto_proxies_only_connections_between_pods() {
-    insta::assert_snapshot!("tcp_auto", lines_changed_by("--tcp auto"));
+fn tcp_spliced_sends_every_syn_to_the_proxy() {
+    insta::assert_snapshot!("tcp_spliced", lines_changed_by("--tcp spliced"));
 }
 
 #[test]

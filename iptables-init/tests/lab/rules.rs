@@ -41,7 +41,7 @@ fn understands_its_own_queue(folder: &str) {
         "--queues 2 --fail open",
         "--queues 2 --fail closed",
         "--queues 256 --fail closed",
-        "--queues 2 --tcp auto",
+        "--queues 2 --tcp spliced",
         "--queues 2 --tcp kernel",
     ] {
         let line = Line::try_parse_from(format!("x {flags}").split_whitespace()).unwrap();

@@ -80,7 +80,7 @@ pub fn cases(directory: &str, at_least: usize) -> Vec<Case> {
 }
 
 /// The lab, used by one case after the other.
-pub struct Stage<S> {
+pub struct MatrixCluster<S> {
     bed: TestCluster,
     source: S,
     nodes: Vec<Value>,
@@ -95,7 +95,7 @@ type Ports = BTreeMap<Protocol, Vec<u16>>;
 /// Where the fabric's own address is an external host of a case.
 const FABRIC: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(172, 18, 0, 1));
 
-impl<S: Source> Stage<S> {
+impl<S: Source> MatrixCluster<S> {
     /// Builds the lab for `cases`, with the daemons on an empty state.
     pub fn new(cases: &[Case], source: impl FnOnce(&mut TestCluster) -> S) -> Self {
         let ports = ports(cases);
@@ -121,7 +121,7 @@ impl<S: Source> Stage<S> {
             .filter(|it| it["kind"] == "Node");
         let nodes = nodes.cloned().collect();
         let source = source(&mut bed);
-        let mut stage = Self {
+        let mut matrix = Self {
             bed,
             source,
             nodes,
@@ -129,15 +129,15 @@ impl<S: Source> Stage<S> {
             _fabric: listeners,
         };
         for node in [1, 2] {
-            stage.bed.install(node, &[]);
+            matrix.bed.install(node, &[]);
         }
-        stage
+        matrix
             .source
-            .step(&stage.bed, &stage.nodes, &World::default(), &[]);
+            .step(&matrix.bed, &matrix.nodes, &World::default(), &[]);
         for node in [1, 2] {
-            stage.source.start(&mut stage.bed, node);
+            matrix.source.start(&mut matrix.bed, node);
         }
-        stage
+        matrix
     }
 
     /// The bed and the source, once all has been played.

@@ -12,7 +12,7 @@ use crate::api::items;
 use crate::control;
 use testbed::account;
 use testbed::cases::world::{Change, Labels, World};
-use testbed::matrix::{self, Source, Stage};
+use testbed::matrix::{self, MatrixCluster, Source};
 use testbed::{DEADLINE, TestCluster, ask, metric};
 
 pub(crate) const TESTS: &[Test] =
@@ -20,8 +20,8 @@ pub(crate) const TESTS: &[Test] =
 
 fn upstream_cases_pass_through_api_server_and_kubectl() {
     let cases = matrix::cases("upstream", 48);
-    let mut stage = Stage::new(&cases, |bed| ApiServer::new(bed));
-    stage.play_all(&cases);
+    let mut cluster = MatrixCluster::new(&cases, |bed| ApiServer::new(bed));
+    cluster.play_all(&cases);
 }
 
 /// The API server as a case's source.

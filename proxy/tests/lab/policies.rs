@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use testbed::runner::Test;
 
 use testbed::cases::world::{Change, World};
-use testbed::matrix::{self, Source, Stage};
+use testbed::matrix::{self, MatrixCluster, Source};
 use testbed::{SOON, TestCluster, marker, policy, small};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
@@ -77,8 +77,8 @@ fn egress_rules_match_pods_behind_a_service() {
 /// Replays every case of a directory.
 fn replay(directory: &str, at_least: usize) {
     let cases = matrix::cases(directory, at_least);
-    let mut stage = Stage::new(&cases, |bed| Manifests::new(bed));
-    stage.play_all(&cases);
+    let mut cluster = MatrixCluster::new(&cases, |bed| Manifests::new(bed));
+    cluster.play_all(&cases);
 }
 
 /// The whole state in one file of the watched directory, so that it comes into force as one.

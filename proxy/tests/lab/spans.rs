@@ -18,7 +18,7 @@ use testbed::browser::Browser;
 use testbed::cases::world::{Change, World, policy_key};
 use testbed::certificates::Certificates;
 use testbed::jaeger::{Jaeger, Span};
-use testbed::matrix::{self, Refused, Source, Stage};
+use testbed::matrix::{self, MatrixCluster, Refused, Source};
 use testbed::{
     DEADLINE, SOON, TestCluster, allow_all, connected, deny_ingress, echoes, metric, policy, small,
 };
@@ -84,14 +84,14 @@ impl Source for TracedCases {
 
 fn denied_upstream_connections_are_found_in_jaeger() {
     let cases = matrix::cases("upstream", 48);
-    let mut stage = Stage::new(&cases, |bed| TracedCases {
+    let mut cluster = MatrixCluster::new(&cases, |bed| TracedCases {
         manifests: Manifests::new(bed),
         jaeger: Jaeger::start(bed.lab.outside()),
         refused: BTreeMap::new(),
         policies: BTreeSet::new(),
     });
-    stage.play_all(&cases);
-    let (mut bed, source) = stage.into_parts();
+    cluster.play_all(&cases);
+    let (mut bed, source) = cluster.into_parts();
     // What is still being counted is sent at the end.
     for node in [1, 2] {
         let daemon = bed.daemon(node);

@@ -25,7 +25,7 @@ pub(crate) use queue::Queue;
 pub(crate) use sink::Sink;
 pub(crate) use windows::Windows;
 
-/// Key a record is about.
+/// The connection that a record is about.
 #[derive(Clone, Debug)]
 pub(crate) struct Subject {
     pub(crate) client: SocketAddr,
@@ -60,7 +60,7 @@ pub(crate) enum Outcome {
     Unanswered(String),
 }
 
-/// Key became of a connection.
+/// The end of a connection.
 #[derive(Clone, Debug)]
 pub(crate) enum Fate {
     /// Never connected.

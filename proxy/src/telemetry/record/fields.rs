@@ -44,7 +44,7 @@ const DESTINATION: Names = Names {
 };
 
 impl Fate {
-    /// Key records call it (`verdict`).
+    /// The name of it in records (`verdict`).
     pub(crate) fn kind(&self) -> VerdictKind {
         match self {
             Self::Denied => VerdictKind::Deny,

@@ -125,7 +125,7 @@ impl<T> Queue<T> {
     }
 }
 
-/// Key is left until `deadline`, a long time without one; `None` once it has passed.
+/// The time left until `deadline`, a long time without one; `None` once it has passed.
 fn remaining(deadline: Option<Instant>) -> Option<Duration> {
     const NO_DEADLINE: Duration = Duration::from_secs(3600);
     deadline.map_or(Some(NO_DEADLINE), |deadline| {

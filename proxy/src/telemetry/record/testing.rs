@@ -11,7 +11,7 @@ pub(crate) const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 1, 2
 /// Address of pod x/c, uid `uid-c`, on node-2.
 pub(crate) const SERVER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 2, 2));
 
-/// Key is decided when x/a on `node` connects to x/c; if x/a is `isolated`, it may not.
+/// The decision when x/a on `node` connects to x/c; if x/a is `isolated`, it may not.
 pub(crate) fn decision(node: &str, isolated: bool) -> Arc<Decision> {
     let pod = |name: &str, node: &str, address| {
         Event::Upsert(Object::from(Pod {

@@ -23,7 +23,7 @@ const LINES: u64 = 5;
 const WINDOW: Duration = Duration::from_secs(10);
 /// Pods and policies that are remembered.
 const ROOM: usize = 1024;
-/// Key `RUST_LOG` calls these lines.
+/// The name of these lines for `RUST_LOG`.
 const TARGET: &str = "portreeve::denied";
 
 /// Whose policies denied.

@@ -50,7 +50,7 @@ pub(crate) struct Enforcer {
     /// `metadata.name` of the Node.
     pub(crate) node: Arc<str>,
     pub(crate) table: Arc<Table>,
-    pub(crate) flows: ConnectionTable,
+    pub(crate) connections: ConnectionTable,
     pub(crate) kernel_flows: KernelFlows,
     /// All connections.
     pub(crate) limits: Arc<ConnectionLimits>,
@@ -130,7 +130,7 @@ impl Enforcer {
             .enter(asking, asked, Arc::downgrade(flow), now)?;
         flow.takes(place);
         if let Some(other) = gave_way.and_then(|other| other.upgrade())
-            && let Some(stage) = self.flows.give_way(&other)
+            && let Some(stage) = self.connections.give_way(&other)
         {
             self.metrics.dropped(DropReason::HalfOpenGaveWay);
             if stage == StageName::Admitted {
@@ -164,7 +164,7 @@ impl Enforcer {
     /// Call this after the table has changed: later connections are evaluated by the new table, and
     /// earlier ones are in the connection table already.
     pub(crate) fn evaluate_again(&self, touched: &BTreeSet<IpAddr>) {
-        for flow in self.flows.of(touched) {
+        for flow in self.connections.of(touched) {
             let Some(rests_on) = flow.decision().filter(|it| it.verdict.allowed()) else {
                 continue;
             };
@@ -173,7 +173,7 @@ impl Enforcer {
             let now = self.table.decide(client, server, port, Protocol::Tcp);
             if let Some(severance) = rests_on.overturned(client, server, &now) {
                 self.metrics.severed(&severance.decision, DataPath::Spliced);
-                self.flows.sever(&flow, severance);
+                self.connections.sever(&flow, severance);
             } else if let Ok(now) = now {
                 // From now on this decision allows it, and the old policies are not kept in memory.
                 flow.decide(Arc::new(now));
@@ -183,7 +183,7 @@ impl Enforcer {
 
     /// Takes a denied connection out of the table, counts it and records it.
     pub(crate) fn denied(&self, flow: &Arc<Connection>) {
-        self.flows.remove(flow);
+        self.connections.remove(flow);
         if let Some(decision) = flow.decision() {
             let waited = flow.started.elapsed();
             self.metrics.decided(&decision, DataPath::Spliced, waited);
@@ -229,7 +229,7 @@ impl Enforcer {
 
     /// Removes an allowed connection that has ended from the table, counts it and records it.
     pub(crate) fn ended(&self, flow: &Arc<Connection>, outcome: Outcome) {
-        self.flows.remove(flow);
+        self.connections.remove(flow);
         if let Some(decision) = flow.decision() {
             self.metrics.moved(&flow.moved);
             match flow.severance() {

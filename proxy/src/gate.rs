@@ -139,7 +139,7 @@ impl Gate {
             server: syn.server,
         };
         let enforcer = &self.enforcer;
-        match enforcer.flows.arrive(key, syn.sequence, || {
+        match enforcer.connections.arrive(key, syn.sequence, || {
             let [client, server] = [syn.client, syn.server].map(|end| enforcer.party(end.ip()));
             enforcer.limits.permit(client, server)
         }) {
@@ -151,7 +151,7 @@ impl Gate {
             }
             Ok(Arrival::New(flow)) => {
                 if enforcer.recorder.follows() {
-                    flow.trail
+                    flow.timeline
                         .get_or_init(|| Timeline::new(flow.started, syn.stamp));
                 }
                 match self.evaluate(&flow) {
@@ -195,7 +195,11 @@ impl Gate {
             client: reset.from,
             server: reset.to,
         };
-        if let Some(flow) = self.enforcer.flows.reset_by_client(&key, reset.sequence) {
+        if let Some(flow) = self
+            .enforcer
+            .connections
+            .reset_by_client(&key, reset.sequence)
+        {
             self.enforcer.ended(&flow, flow.why_unanswered());
         }
         self.reply(id, Reply::Accept);
@@ -231,7 +235,7 @@ impl Gate {
     fn opens(&self, id: PacketId, flow: &Arc<Connection>) -> bool {
         let opens = self.enforcer.opens(flow);
         if opens.is_err() {
-            self.enforcer.flows.remove(flow);
+            self.enforcer.connections.remove(flow);
             self.refuse(id, DropReason::HalfOpenLimit);
         }
         opens.is_ok()
@@ -245,7 +249,7 @@ impl Gate {
                 tokio::task::spawn_local(Rc::clone(self).hold(id, flow, waiting));
             }
             Err(ShareUsedUp) => {
-                self.enforcer.flows.remove(&flow);
+                self.enforcer.connections.remove(&flow);
                 self.refuse(id, DropReason::WaitingLimit);
             }
         }
@@ -280,7 +284,7 @@ impl Gate {
                 () = tokio::time::sleep_until(deadline) => break DropReason::UnknownPod,
             }
         };
-        self.enforcer.flows.remove(&flow);
+        self.enforcer.connections.remove(&flow);
         self.refuse(id, cause);
         self.flush();
     }
@@ -293,16 +297,16 @@ impl Gate {
         let connected = tokio::select! {
             biased;
             () = flow.close_requested() => None,
-            connected = connect::connect(client, server, leg, enforcer.marks, flow.trail.get()) => Some(connected),
+            connected = connect::connect(client, server, leg, enforcer.marks, flow.timeline.get()) => Some(connected),
         };
         enforcer.metrics.connected(flow.started.elapsed());
         match connected {
             Some(Ok(upstream)) => {
-                if let Some(trail) = flow.trail.get() {
-                    trail.note(Milestone::Connected);
+                if let Some(timeline) = flow.timeline.get() {
+                    timeline.note(Milestone::Connected);
                 }
                 // First the table, then the kernel: the client may complete its handshake at once.
-                if enforcer.flows.admit(&flow, upstream, self.worker) {
+                if enforcer.connections.admit(&flow, upstream, self.worker) {
                     self.reply(id, Reply::Accept);
                 } else {
                     self.not_answered(id, &flow);
@@ -319,17 +323,17 @@ impl Gate {
             None if enforcer.draining.has_begun() => {
                 // The client retransmits its SYN to the new daemon.
                 self.queue.decide(id, PacketVerdict::Drop);
-                enforcer.flows.remove(&flow);
+                enforcer.connections.remove(&flow);
             }
             Some(Err(ConnectError::Silent { .. })) | None => self.not_answered(id, &flow),
             // A client that uses up its ports causes thousands of these: counted, not logged.
             Some(Err(ConnectError::NoPort { .. })) => {
-                enforcer.flows.remove(&flow);
+                enforcer.connections.remove(&flow);
                 self.refuse(id, DropReason::NoPort);
             }
             Some(Err(error @ ConnectError::Refused { .. })) => {
                 warn_occasionally!(error = %format!("{:#}", anyhow::Error::from(error)), "connection refused");
-                enforcer.flows.remove(&flow);
+                enforcer.connections.remove(&flow);
                 self.refuse(id, DropReason::Internal);
             }
         }

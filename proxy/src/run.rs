@@ -257,7 +257,7 @@ fn enforcer(
     Ok(Arc::new(Enforcer {
         node,
         table,
-        flows: ConnectionTable::new(args.redirect.mark_mask),
+        connections: ConnectionTable::new(args.redirect.mark_mask),
         kernel_flows: KernelFlows::default(),
         limits: ConnectionLimits::new(bounds.per_source, bounds.total),
         half_open: Pending::new(bounds.half_open / 3 * 2, bounds.half_open),
@@ -326,7 +326,7 @@ async fn expire(enforcer: Arc<Enforcer>) {
     let mut every = tokio::time::interval(EXPIRE_EVERY);
     loop {
         every.tick().await;
-        enforcer.flows.expire(Instant::now());
-        enforcer.flows.keep_alive();
+        enforcer.connections.expire(Instant::now());
+        enforcer.connections.keep_alive();
     }
 }

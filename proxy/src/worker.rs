@@ -175,10 +175,10 @@ async fn serve(
     if enforcer.draining.has_begun() {
         return leave(&gate, listener, &relays).await;
     }
-    enforcer.flows.end_all();
+    enforcer.connections.end_all();
     // Their tasks run on this very thread; each takes itself out of the table once it is done. Past the
     // deadline the rest is closed by the kernel.
-    within(STOP_WITHIN, || enforcer.flows.len() == 0).await;
+    within(STOP_WITHIN, || enforcer.connections.len() == 0).await;
     result
 }
 
@@ -191,7 +191,7 @@ async fn leave(
     let Relays {
         enforcer, outgoing, ..
     } = relays;
-    let flows = &enforcer.flows;
+    let flows = &enforcer.connections;
     outgoing.gate_stopped();
     let gates = enforcer.queues.len();
     let answered = || outgoing.gates_stopped() == gates && !flows.has_any(&[StageName::Held]);

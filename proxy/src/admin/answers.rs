@@ -71,7 +71,7 @@ pub(super) fn metrics(enforcer: &Enforcer, readiness: &Readiness) -> Answer {
         kernel_flows: enforcer.kernel_flows.len(),
         ..Readings::default()
     };
-    for flow in enforcer.flows.all() {
+    for flow in enforcer.connections.all() {
         enforcer.metrics.moved(&flow.moved);
         match flow.stage_name() {
             StageName::Held => readings.held += 1,
@@ -107,7 +107,7 @@ pub(super) fn connections(enforcer: &Enforcer, query: &str) -> Answer {
         let ends = ends.map(|end| enforcer.table.endpoint(end));
         filter.admits(VerdictKind::Allow, [ends[0].as_deref(), ends[1].as_deref()])
     };
-    let mut flows = enforcer.flows.all();
+    let mut flows = enforcer.connections.all();
     flows.retain(|flow| asked_for(flow.ends()));
     flows.sort_unstable_by_key(|flow| flow.id);
     let relayed = flows.iter().map(|flow| connection(&enforcer.node, flow));

@@ -59,8 +59,8 @@ pub(crate) fn leave(
 
 /// Hands over the connections that wait for their client's handshake; no worker may run any more.
 pub(crate) fn leave_admitted(enforcer: &Enforcer, outgoing: &Outgoing) {
-    for flow in enforcer.flows.all() {
-        let Some((flow, upstream)) = enforcer.flows.pair(&flow.key) else {
+    for flow in enforcer.connections.all() {
+        let Some((flow, upstream)) = enforcer.connections.pair(&flow.key) else {
             continue;
         };
         // Else the listener resets its client.
@@ -75,7 +75,7 @@ pub(crate) fn leave_admitted(enforcer: &Enforcer, outgoing: &Outgoing) {
 /// Returns how many were live.
 pub(crate) fn end_others(enforcer: &Enforcer) -> usize {
     let live = |flow: &Arc<Connection>| flow.stage_name() == StageName::Live;
-    let others = enforcer.flows.all().into_iter().filter(live);
+    let others = enforcer.connections.all().into_iter().filter(live);
     others
         .map(|flow| enforcer.ended(&flow, Outcome::Stopped))
         .count()
@@ -110,7 +110,7 @@ fn enter(
         client,
         in_flight,
     });
-    enforcer.flows.remove(flow);
+    enforcer.connections.remove(flow);
 }
 
 fn named(pod: &Endpoint) -> Pod {
@@ -137,7 +137,7 @@ pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<HandoverConnection>) -> Vec<R
             in_flight,
         } = connection;
         let pods = state.pods.clone();
-        let flow = enforcer.flows.adopt(adopted(state), permit);
+        let flow = enforcer.connections.adopt(adopted(state), permit);
         enforcer.metrics.taken_over();
         let server = TcpStream::from(server);
         let relayed = match client {
@@ -161,9 +161,9 @@ pub(crate) fn adopt(enforcer: &Enforcer, left: Vec<HandoverConnection>) -> Vec<R
 /// Goes on waiting for the client of a connection to complete its handshake.
 fn wait_for_client(enforcer: &Enforcer, flow: &Arc<Connection>, server: TcpStream) {
     let admitted = tokio::net::TcpStream::from_std(server)
-        .is_ok_and(|server| enforcer.flows.admit(flow, server, CONTROL));
+        .is_ok_and(|server| enforcer.connections.admit(flow, server, CONTROL));
     if !admitted || enforcer.opens(flow).is_err() {
-        enforcer.flows.remove(flow);
+        enforcer.connections.remove(flow);
     }
 }
 
@@ -179,7 +179,7 @@ fn adopted(state: ConnectionState) -> Adopted {
         opened: state.opened,
         started,
         moved: Moved::resumed(state.moved),
-        trail: state.seen.map(|seen| Timeline::resumed(started, seen)),
+        timeline: state.seen.map(|seen| Timeline::resumed(started, seen)),
     }
 }
 
@@ -197,7 +197,7 @@ fn evaluate(enforcer: &Enforcer, flow: &Arc<Connection>, pods: [Option<Pod>; 2])
         enforcer
             .metrics
             .severed(&severance.decision, DataPath::Spliced);
-        enforcer.flows.sever(flow, severance);
+        enforcer.connections.sever(flow, severance);
         return;
     }
     flow.decide(Arc::new(decide().unwrap_or(was)));

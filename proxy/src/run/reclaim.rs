@@ -54,7 +54,7 @@ pub(super) fn start(enforcer: Arc<Enforcer>, stopped: watch::Receiver<bool>) -> 
 /// Measures every busy stream, and resets those beyond the bounds. Returns how many streams were busy.
 fn look(enforcer: &Enforcer, log: &mut Log) -> usize {
     let now = Instant::now();
-    let pressed = enforcer.flows.pressed();
+    let pressed = enforcer.connections.pressed();
     let measured: Vec<_> = pressed
         .iter()
         .filter_map(|flow| Some((flow, measure(enforcer, flow, now)?)))

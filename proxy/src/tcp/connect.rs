@@ -88,7 +88,7 @@ pub(crate) async fn connect(
     server: SocketAddr,
     leg: Leg,
     marks: Marks,
-    trail: Option<&Timeline>,
+    timeline: Option<&Timeline>,
 ) -> Result<TcpStream, ConnectError> {
     let refused = |operation| {
         move |source: io::Error| ConnectError::Refused {
@@ -99,9 +99,9 @@ pub(crate) async fn connect(
     };
     let (socket, port) = started(client, server, leg, marks)?;
     if leg == Leg::Remote
-        && let Some(trail) = trail
+        && let Some(timeline) = timeline
     {
-        trail.goes_on(port, stamp(&socket));
+        timeline.goes_on(port, stamp(&socket));
     }
     // A server on this node has often answered before the call returned.
     let answered = leg == Leg::Local

@@ -62,7 +62,7 @@ pub(crate) struct Connection {
     pub(crate) moved: Moved,
     pub(crate) holding: Holding,
     /// Kept if the connection is followed for a span.
-    pub(crate) trail: OnceLock<Timeline>,
+    pub(crate) timeline: OnceLock<Timeline>,
     decision: Mutex<Option<Arc<Decision>>>,
     /// The later change that ended the connection, if one did.
     severance: Mutex<Option<Severance>>,
@@ -258,7 +258,7 @@ impl Connection {
             started: Instant::now(),
             moved: Moved::default(),
             holding: Holding::default(),
-            trail: OnceLock::new(),
+            timeline: OnceLock::new(),
             decision: Mutex::new(None),
             severance: Mutex::new(None),
             stage: Mutex::new(Stage::Held(None)),
@@ -320,7 +320,7 @@ impl Connection {
             received: self.moved.received.load(Ordering::Relaxed),
             opened: self.opened,
             attempt: self.sequence,
-            seen: self.trail.get().map(Timeline::seen),
+            seen: self.timeline.get().map(Timeline::seen),
         }
     }
 

@@ -78,7 +78,7 @@ pub(crate) async fn relay(
     client: &TcpStream,
     server: &TcpStream,
     moved: &Moved,
-    trail: Option<&Timeline>,
+    timeline: Option<&Timeline>,
     in_flight: &InFlight,
     pressure: &dyn Pressure,
 ) -> io::Result<()> {
@@ -89,7 +89,7 @@ pub(crate) async fn relay(
         Side {
             moved: &moved.sent,
             passing: &in_flight.up,
-            trail,
+            timeline,
             first: Milestone::Sent,
             last: Milestone::ClientEnded,
             direction: 0,
@@ -104,7 +104,7 @@ pub(crate) async fn relay(
         Side {
             moved: &moved.received,
             passing: &in_flight.down,
-            trail,
+            timeline,
             first: Milestone::Received,
             last: Milestone::ServerEnded,
             direction: 1,
@@ -134,7 +134,7 @@ pub(crate) async fn relay(
 struct Side<'a> {
     moved: &'a AtomicU64,
     passing: &'a Passing,
-    trail: Option<&'a Timeline>,
+    timeline: Option<&'a Timeline>,
     /// Its first byte.
     first: Milestone,
     /// Its end before the other's.
@@ -169,8 +169,8 @@ impl<'a> Side<'a> {
     }
 
     fn note(&self, moment: Milestone) {
-        if let Some(trail) = self.trail {
-            trail.note(moment);
+        if let Some(timeline) = self.timeline {
+            timeline.note(moment);
         }
     }
 }

@@ -122,14 +122,14 @@ mod tests {
 
     #[test]
     fn first_time_of_each_moment_is_kept() {
-        let trail = Timeline::new(Instant::now(), None);
-        assert!(trail.seen().moments.iter().all(Option::is_none));
-        trail.note(Milestone::Sent);
-        let first = trail.seen().moments[Milestone::Sent as usize];
-        trail.note(Milestone::Sent);
+        let timeline = Timeline::new(Instant::now(), None);
+        assert!(timeline.seen().moments.iter().all(Option::is_none));
+        timeline.note(Milestone::Sent);
+        let first = timeline.seen().moments[Milestone::Sent as usize];
+        timeline.note(Milestone::Sent);
         assert!(first.is_some());
-        assert_eq!(trail.seen().moments[Milestone::Sent as usize], first);
-        assert_eq!(trail.seen().moments[Milestone::Received as usize], None);
+        assert_eq!(timeline.seen().moments[Milestone::Sent as usize], first);
+        assert_eq!(timeline.seen().moments[Milestone::Received as usize], None);
     }
 
     #[test]

@@ -98,7 +98,7 @@ pub(crate) async fn serve(listener: Option<&TcpListener>, relays: &Rc<Relays>) {
 
 fn accepted(client: TcpStream, peer: SocketAddr, relays: &Rc<Relays>) {
     let pair = client.local_addr().ok().and_then(|server| {
-        relays.enforcer.flows.pair(&ConnectionKey {
+        relays.enforcer.connections.pair(&ConnectionKey {
             client: unmapped(peer),
             server: unmapped(server),
         })
@@ -195,7 +195,7 @@ async fn relayed(
             true => Outcome::Unread,
             false => Outcome::Stopped,
         },
-        ended = relay(client, server, &flow.moved, flow.trail.get(), in_flight, &pressed) => match ended {
+        ended = relay(client, server, &flow.moved, flow.timeline.get(), in_flight, &pressed) => match ended {
             Ok(()) => Outcome::Closed,
             Err(error) => Outcome::Broken(error.kind()),
         },

@@ -18,7 +18,7 @@ pub(crate) struct Adopted {
     pub(crate) opened: SystemTime,
     pub(crate) started: Instant,
     pub(crate) moved: Moved,
-    pub(crate) trail: Option<Timeline>,
+    pub(crate) timeline: Option<Timeline>,
 }
 
 impl ConnectionTable {
@@ -30,7 +30,7 @@ impl ConnectionTable {
             opened,
             started,
             moved,
-            trail,
+            timeline,
         } = adopted;
         let id = self
             .next_id
@@ -39,7 +39,7 @@ impl ConnectionTable {
             opened,
             started,
             moved,
-            trail: trail.map_or_else(OnceLock::new, OnceLock::from),
+            timeline: timeline.map_or_else(OnceLock::new, OnceLock::from),
             stage: Mutex::new(Stage::Live(Weak::new())),
             ..Connection::held(id, key, sequence, permit)
         });

@@ -7,7 +7,7 @@ use crate::telemetry::record::testing::{CLIENT, SERVER, decision};
 use crate::telemetry::record::{Outcome, Subject};
 use crate::telemetry::timeline::Timeline;
 
-fn spanned(fate: Fate, trail: Option<&Timeline>, count: u64) -> SpanData {
+fn spanned(fate: Fate, timeline: Option<&Timeline>, count: u64) -> SpanData {
     let opened = UNIX_EPOCH + Duration::from_secs(1000);
     let record = Record {
         subject: Subject {
@@ -19,7 +19,7 @@ fn spanned(fate: Fate, trail: Option<&Timeline>, count: u64) -> SpanData {
             received: 5,
             opened,
             attempt: 7,
-            seen: trail.map(Timeline::seen),
+            seen: timeline.map(Timeline::seen),
         },
         fate,
         decision: decision("node-1", true),
@@ -65,16 +65,16 @@ fn denial_span_has_error_reason_and_count() {
 
 #[test]
 fn allowed_connection_span_has_events_without_error() {
-    let trail = Timeline::new(Instant::now(), None);
+    let timeline = Timeline::new(Instant::now(), None);
     for moment in [
         Milestone::Connected,
         Milestone::Received,
         Milestone::Sent,
         Milestone::ServerEnded,
     ] {
-        trail.note(moment);
+        timeline.note(moment);
     }
-    let span = spanned(Fate::Allowed(Outcome::Closed), Some(&trail), 1);
+    let span = spanned(Fate::Allowed(Outcome::Closed), Some(&timeline), 1);
     assert_eq!(span.status, Status::Unset);
     assert_eq!(attribute(&span, "count"), None);
     assert_eq!(attribute(&span, "bytes.sent").as_deref(), Some("3"));

@@ -28,11 +28,11 @@ fn subject(port: u16, seen: Option<Seen>, path: DataPath) -> Subject {
 
 /// What a relayed connection leaves behind that came with one timestamp and left with another.
 fn seen(came: Option<u32>, left: Option<(u16, Option<u32>)>) -> Option<Seen> {
-    let trail = Timeline::new(Instant::now(), came);
+    let timeline = Timeline::new(Instant::now(), came);
     if let Some((port, stamp)) = left {
-        trail.goes_on(port, stamp);
+        timeline.goes_on(port, stamp);
     }
-    Some(trail.seen())
+    Some(timeline.seen())
 }
 
 fn record(subject: Subject, home: &str, isolated: bool, fate: Fate) -> Record {

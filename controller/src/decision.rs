@@ -149,11 +149,11 @@ impl Decision {
         let sentence = match now.map(|now| &now.identity) {
             Some(now) if now.is_same_pod(was) => return None,
             Some(now) => format!(
-                "Cut: {address} was {} (uid {}) and is {} (uid {}) now.",
+                "Severed: {address} was {} (uid {}) and is {} (uid {}) now.",
                 was.key, was.uid, now.key, now.uid
             ),
             None => format!(
-                "Cut: {} (uid {}) no longer has {address}.",
+                "Severed: {} (uid {}) no longer has {address}.",
                 was.key, was.uid
             ),
         };

@@ -108,22 +108,25 @@ fn flow_of_a_replaced_pod_is_severed() {
         ..pod("a", "a1", A)
     };
     for (events, reason) in [
-        (vec![gone("a")], "Cut: x/a (uid a1) no longer has 10.0.0.1."),
+        (
+            vec![gone("a")],
+            "Severed: x/a (uid a1) no longer has 10.0.0.1.",
+        ),
         (
             vec![upsert(finished)],
-            "Cut: x/a (uid a1) no longer has 10.0.0.1.",
+            "Severed: x/a (uid a1) no longer has 10.0.0.1.",
         ),
         (
             vec![upsert(pod("a", "a2", A))],
-            "Cut: 10.0.0.1 was x/a (uid a1) and is x/a (uid a2) now.",
+            "Severed: 10.0.0.1 was x/a (uid a1) and is x/a (uid a2) now.",
         ),
         (
             vec![gone("a"), upsert(pod("d", "d1", A))],
-            "Cut: 10.0.0.1 was x/a (uid a1) and is x/d (uid d1) now.",
+            "Severed: 10.0.0.1 was x/a (uid a1) and is x/d (uid d1) now.",
         ),
         (
             vec![upsert(pod("a", "a1", "10.0.0.9"))],
-            "Cut: x/a (uid a1) no longer has 10.0.0.1.",
+            "Severed: x/a (uid a1) no longer has 10.0.0.1.",
         ),
     ] {
         for (client, server, direction) in [(A, B, "egress"), (B, A, "ingress")] {

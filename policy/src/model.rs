@@ -187,7 +187,7 @@ impl FromStr for Protocol {
 }
 
 impl Pod {
-    /// How many labels a pod may have: more than ten times as many as in practice. Each takes some 200 bytes in every
+    /// How many labels a pod may have: more than ten times as many as in practice. Each takes 100 bytes or more in every
     /// daemon of the cluster, and an object of the API has room for 100,000.
     pub const LABELS: usize = 256;
     /// How many container ports a pod may have.

@@ -28,6 +28,7 @@ fn pod(name: &str, uid: &str, address: &str) -> Pod {
         finished: false,
         terminating: false,
         started: "".into(),
+        oversized: false,
     }
 }
 

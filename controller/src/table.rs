@@ -5,6 +5,7 @@
 //! odd or a changed number reads again. Writing is map operations only; everything is built before.
 //! No guard of the map leaves this module. Knows nothing of sources, files or Kubernetes objects.
 mod holder;
+mod policies;
 mod surroundings;
 mod unsettled;
 
@@ -18,14 +19,14 @@ use dashmap::DashMap;
 use ipnet::IpNet;
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use policy::{
-    Cluster, Direction, Endpoint, Identity, OwnNode, Party, PodKey, PolicyKey, Protocol, Touched,
+    Cluster, Direction, Endpoint, Identity, OwnNode, Party, PodKey, Protocol, Touched,
 };
-use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::Problem;
 use crate::decision::{Decision, Unknown};
 pub use holder::Holder;
+pub use policies::PolicyInfo;
 use surroundings::Surroundings;
 pub use unsettled::Unsettled;
 
@@ -57,19 +58,6 @@ pub struct LocalPod {
     pub identity: Arc<Identity>,
     /// Whether the pod has left its link, see [`Unsettled::vacant`].
     pub vacant: bool,
-}
-
-/// A policy in force, for people.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct PolicyInfo {
-    /// `namespace/name`.
-    pub policy: PolicyKey,
-    /// Whether it isolates the pods that it selects for ingress.
-    pub ingress: bool,
-    /// Whether it isolates the pods that it selects for egress.
-    pub egress: bool,
-    /// The pods that it selects; sorted.
-    pub pods: Vec<PodKey>,
 }
 
 /// The cluster as the packet path sees it. Written by one [`Index`](crate::Index), read by anyone.
@@ -258,21 +246,6 @@ impl Table {
     #[must_use]
     pub fn problems(&self) -> Arc<Vec<Problem>> {
         Arc::clone(&self.problems.read())
-    }
-
-    /// Every policy in force with the pods that it selects; costs a look at each pod.
-    #[must_use]
-    pub fn policies(&self) -> Vec<PolicyInfo> {
-        let cluster = self.cluster();
-        cluster
-            .policies()
-            .map(|policy| PolicyInfo {
-                policy: policy.key().clone(),
-                ingress: policy.isolates(Direction::Ingress),
-                egress: policy.isolates(Direction::Egress),
-                pods: cluster.selected_by(policy.key()),
-            })
-            .collect()
     }
 
     /// The cluster that is published; the index alone writes to it.

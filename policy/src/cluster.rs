@@ -11,6 +11,7 @@ mod match_sets;
 mod matches;
 mod ownership;
 mod pod_state;
+mod selected;
 mod selection;
 mod selectors;
 mod standing;
@@ -25,11 +26,12 @@ use ipnet::IpNet;
 
 use self::doubts::Doubts;
 use self::intern::Interner;
-use self::labels::{ByLabel, Search, Slot};
+use self::labels::{ByLabel, Slot};
 use self::match_sets::MatchSets;
 pub use self::ownership::Claim;
 use self::ownership::Ownership;
 use self::pod_state::PodState;
+pub use self::selected::Selected;
 use self::selection::Selections;
 use self::selectors::Selectors;
 use self::standing::{Ledger, Standing};
@@ -89,7 +91,7 @@ struct PolicyState {
     /// `None` if it has to be rebuilt.
     standing: Option<Standing>,
     /// Of the policy in force.
-    pods: Option<LabelSelector>,
+    pods: Option<Arc<LabelSelector>>,
     compiled: Option<Arc<CompiledPolicy>>,
     /// Each held once in [`Selectors`].
     selectors: Vec<SelectorId>,
@@ -323,23 +325,6 @@ impl Cluster {
             .values()
             .flat_map(|node| node.pod_cidrs.iter().copied())
             .collect()
-    }
-
-    /// The pods that a policy applies to, sorted, without hostNetwork and finished pods.
-    /// Empty if there is no such policy.
-    pub fn selected_by(&self, key: &PolicyKey) -> Vec<PodKey> {
-        let state = self.policies.get(key);
-        let Some(pods) = state.and_then(|state| state.pods.as_ref()) else {
-            return Vec::new();
-        };
-        let scope = self.within(&key.namespace);
-        let found = Search::new(&self.pods_by_label).find(pods.requirements(), Some(&scope));
-        let found = found.into_iter();
-        let found = found.filter_map(|slot| self.pods_by_label.get(slot));
-        let policed = found.filter(|pod| pod.is_policed());
-        let mut keys: Vec<PodKey> = policed.map(|pod| pod.key.clone()).collect();
-        keys.sort_unstable();
-        keys
     }
 
     /// The addresses whose holder among the running pods is unknown, with the pods that claim

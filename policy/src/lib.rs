@@ -34,7 +34,7 @@ pub mod v1;
 mod verdict;
 
 pub use budget::{Budget, Excess, Resource};
-pub use cluster::{Claim, Cluster, Touched};
+pub use cluster::{Claim, Cluster, Selected, Touched};
 pub use decided::{Decided, DecidedSide, decide};
 pub use endpoint::{Endpoint, Identity};
 pub use model::{

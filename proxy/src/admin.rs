@@ -163,7 +163,12 @@ impl Admin {
             "/readyz" => answers::readyz(enforcer, readiness, self.pod.get(), query),
             "/metrics" => answers::metrics(enforcer, readiness),
             "/connections" => answers::connections(enforcer, query),
-            "/policies" => answers::policies(enforcer),
+            "/policies" => {
+                // A large answer: neither connections nor policy changes wait for it.
+                let enforcer = Arc::clone(&self.enforcer);
+                let answer = tokio::task::spawn_blocking(move || answers::policies(&enforcer));
+                answer.await.unwrap_or_else(|error| Answer::failed(&error))
+            }
             "/explain" => answers::explain(enforcer, query),
             "/matrix" => self.matrix(query).await,
             "/observed" => answers::observed(enforcer),

@@ -1,7 +1,7 @@
 //! That one verdict reads one generation, shown with readers that would see a mix.
 use std::sync::atomic::AtomicBool;
 
-use policy::{Labels, NetworkPolicy, Pod};
+use policy::{Labels, NetworkPolicy, Pod, PolicyKey};
 
 use super::*;
 use crate::{Batch, Event, Index, Object, ObjectKey};

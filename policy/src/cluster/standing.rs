@@ -248,7 +248,7 @@ impl Cluster {
             if let Some(state) = self.policies.get_mut(key) {
                 state.selectors = selectors;
                 state.compiled = compiled;
-                state.pods = policy.map(|policy| policy.pods.clone());
+                state.pods = policy.map(|policy| Arc::new(policy.pods.clone()));
             }
         }
         held

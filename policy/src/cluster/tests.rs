@@ -170,7 +170,21 @@ fn policy_event_touches_selected_pods_and_new_peers() {
     assert_eq!(cluster.selected_by(&policy_key("x/p")), [pod_key("x/b")]);
     assert_eq!(cluster.selected_by(&policy_key("y/r")), [pod_key("y/c")]);
     assert_eq!(cluster.selected_by(&policy_key("x/none")), []);
+    let selected = cluster.selected();
     assert_touched(&cluster.remove_policy(&policy_key("x/p")), &[B]);
+    let selected = selected
+        .iter()
+        .map(|(policy, pods)| (policy.key().to_string(), pods));
+    let expected = [
+        ("x/p", vec![pod_key("x/b")]),
+        ("x/q", vec![]),
+        ("y/r", vec![pod_key("y/c")]),
+        ("z/s", vec![]),
+    ];
+    assert!(
+        selected.eq(expected.map(|(key, pods)| (key.to_owned(), pods))),
+        "as it was"
+    );
     assert_touched(&cluster.remove_policy(&policy_key("x/q")), &[]);
     assert_touched(&cluster.remove_policy(&policy_key("y/r")), &[C]);
 }

@@ -1,4 +1,4 @@
-//! Follows the objects of one kind: a full list, then its changes, again and again.
+//! Follows the objects of one kind: a full list, then its changes.
 //!
 //! The list is streamed where the server can (`sendInitialEvents`, KEP-3157); where that fails, it is read in pages.
 //! Both are reads of the newest state, so that a relist never goes back in time. A watch that ends or breaks is resumed
@@ -51,7 +51,7 @@ pub(super) struct Timeouts {
     pub(super) retry: (Duration, Duration),
     /// For how long a lost watch may be resumed instead of listing everything again.
     pub(super) resume: Duration,
-    /// For the head of an answer, a page, or the next object of a streamed list.
+    /// For the head of a response, a page, or the next object of a streamed list.
     pub(super) answer: Duration,
     /// How long one watch lasts; the server ends it then.
     pub(super) watch: Duration,
@@ -68,24 +68,16 @@ impl Default for Timeouts {
     }
 }
 
-/// The receiver of the events is gone.
-struct ReceiverGone;
-
 /// Why a round ended.
 enum Ended {
     Failed(ApiError),
+    /// The receiver of the updates is gone.
     ReceiverGone,
 }
 
 impl From<ApiError> for Ended {
     fn from(error: ApiError) -> Self {
         Self::Failed(error)
-    }
-}
-
-impl From<ReceiverGone> for Ended {
-    fn from(ReceiverGone: ReceiverGone) -> Self {
-        Self::ReceiverGone
     }
 }
 
@@ -201,7 +193,7 @@ impl Watch {
     }
 
     /// Records that the server answers.
-    async fn answered(&self, position: &mut Position) -> Result<(), ReceiverGone> {
+    async fn answered(&self, position: &mut Position) -> Result<(), Ended> {
         if self.status.connected(self.kind) {
             self.recovered.notify_waiters();
         }
@@ -305,7 +297,7 @@ impl Watch {
         (position.version, position.accepted) = (Some(version), false);
         position.streaming = false;
         self.status.listed(self.kind);
-        Ok(self.send(Update::ListEnds).await?)
+        self.send(Update::ListEnds).await
     }
 
     async fn open(
@@ -348,9 +340,9 @@ impl Watch {
         ApiError::from_status(status, RequestInfo::of("watch", self.kind))
     }
 
-    async fn send(&self, update: Update) -> Result<(), ReceiverGone> {
+    async fn send(&self, update: Update) -> Result<(), Ended> {
         let sent = self.updates.send((self.kind, update)).await;
-        sent.map_err(|_| ReceiverGone)
+        sent.map_err(|_| Ended::ReceiverGone)
     }
 }
 

@@ -12,7 +12,7 @@ use policy::PolicyKey;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::turns::Turns;
+use super::turns::{self, Turns};
 use super::watch::Update;
 use crate::objects::{self, Kind};
 use crate::{Batch, Event, Object, ObjectKey, Problem};
@@ -173,7 +173,8 @@ impl State {
             mem::take(&mut self.waiting)
         } else {
             let spec = |key: &PolicyKey| self.policies.get(key).map_or(0, |it| it.spec.len());
-            self.turns.next(&mut self.waiting, spec)
+            let pairs = |namespace: &Arc<str>| turns::pairs(&self.sent, namespace);
+            self.turns.next(&mut self.waiting, spec, pairs)
         };
         self.send(waiting).or_else(|| first.then(Batch::default))
     }

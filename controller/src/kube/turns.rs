@@ -4,18 +4,22 @@
 //! the API server's could open what never was open. If there is much to do, the namespaces with
 //! least go first, and those with more than fits have turns of their own in between, one after the
 //! other. Knows nothing of what the changes mean.
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use policy::PolicyKey;
+use policy::{PodKey, PolicyKey};
 
+use crate::objects::Kind;
 use crate::{Object, ObjectKey};
 
-/// What several namespaces together may have in one turn. A change counts as one, and a policy as
-/// one more for each [`SPEC`] bytes.
+/// What several namespaces together may have in one turn. A change counts as one, a policy as one
+/// more for each [`SPEC`] bytes, and changed policies as one more for each [`SELECTED`] pairs.
 const TURN: usize = 256;
 /// Bytes of a policy's `spec` that count like a change.
 const SPEC: usize = 1024;
+/// Pairs of a pod and a policy of the namespace that count like a change: one edit may concern them
+/// all.
+const SELECTED: usize = 2_000;
 
 /// Whose turn it is.
 #[derive(Debug, Default)]
@@ -29,19 +33,28 @@ pub(super) struct Turns {
 type Waiting = BTreeMap<ObjectKey, Option<Object>>;
 
 impl Turns {
-    /// Takes out of `waiting` what comes next; `spec` is the length of a policy's `spec`.
+    /// Takes out of `waiting` what comes next; `spec` is the length of a policy's `spec`, `pairs` the
+    /// number of a namespace's pods times that of its policies.
     pub(super) fn next(
         &mut self,
         waiting: &mut Waiting,
         spec: impl Fn(&PolicyKey) -> usize,
+        pairs: impl Fn(&Arc<str>) -> usize,
     ) -> Waiting {
         let mut sizes: BTreeMap<Option<Arc<str>>, usize> = BTreeMap::new();
+        let mut changed = BTreeSet::new();
         for key in waiting.keys() {
-            let size = match key {
-                ObjectKey::NetworkPolicy(key) => 1 + spec(key) / SPEC,
-                _ => 1,
-            };
-            *sizes.entry(namespace(key).cloned()).or_default() += size;
+            let size = sizes.entry(namespace(key).cloned()).or_default();
+            *size += 1;
+            if let ObjectKey::NetworkPolicy(key) = key {
+                *size += spec(key) / SPEC;
+                changed.insert(&key.namespace);
+            }
+        }
+        for namespace in changed {
+            if let Some(size) = sizes.get_mut(&Some(Arc::clone(namespace))) {
+                *size += pairs(namespace) / SELECTED;
+            }
         }
         let mut ascending: Vec<_> = sizes.iter().map(|(name, size)| (*size, name)).collect();
         ascending.sort_unstable();
@@ -70,6 +83,22 @@ fn take(waiting: &mut Waiting, mut wanted: impl FnMut(&ObjectKey) -> bool) -> Wa
     waiting.extract_if(.., |key, _| wanted(key)).collect()
 }
 
+/// How many pods a namespace has among `objects`, times how many policies.
+pub(super) fn pairs(objects: &BTreeMap<ObjectKey, Object>, namespace: &Arc<str>) -> usize {
+    let (namespace, name) = (Arc::clone(namespace), Arc::from(""));
+    let pods = ObjectKey::Pod(PodKey {
+        namespace: Arc::clone(&namespace),
+        name: Arc::clone(&name),
+    });
+    let policies = ObjectKey::NetworkPolicy(PolicyKey { namespace, name });
+    let [pods, policies] = [pods, policies].map(|first| {
+        let of = |key: &ObjectKey| (Kind::of(key), self::namespace(key).cloned());
+        let from = objects.range(&first..).map(|(key, _)| of(key));
+        from.take_while(|key| *key == of(&first)).count()
+    });
+    pods * policies
+}
+
 /// The namespace that a change is of; a Node is of none.
 fn namespace(key: &ObjectKey) -> Option<&Arc<str>> {
     match key {
@@ -96,7 +125,7 @@ mod tests {
     /// The namespaces of each turn, with the number of their changes.
     fn turn(turns: &mut Turns, waiting: &mut Waiting) -> Vec<(String, usize)> {
         let mut found = BTreeMap::<String, usize>::new();
-        for key in turns.next(waiting, |_| 20_000).into_keys() {
+        for key in turns.next(waiting, |_| 20_000, |_| 0).into_keys() {
             let name = namespace(&key).map_or_else(String::new, ToString::to_string);
             *found.entry(name).or_default() += 1;
         }
@@ -141,5 +170,26 @@ mod tests {
             served += turn(&mut turns, &mut waiting).len();
         }
         assert_eq!((served, waiting.len()), (100, 0));
+    }
+
+    #[test]
+    fn edits_that_concern_many_pods_go_alone() {
+        let (mut turns, mut waiting) = (Turns::default(), changes("a", 1));
+        for namespace in ["b", "c", "y"] {
+            waiting.extend(changes(namespace, 1));
+        }
+        let mut next = || {
+            let pairs = |namespace: &Arc<str>| match &**namespace {
+                "y" => 10,
+                _ => 1_000 * 500,
+            };
+            let keys = turns.next(&mut waiting, |_| 100, pairs).into_keys();
+            let names = keys.filter_map(|key| namespace(&key).map(ToString::to_string));
+            names.collect::<Vec<_>>()
+        };
+        // The first of them still fits beside the neighbour.
+        assert_eq!(next(), ["a", "y"]);
+        assert_eq!(next(), ["c"]);
+        assert_eq!(next(), ["b"]);
     }
 }

@@ -273,4 +273,6 @@ fn a_neighbours_change_precedes_many_large_ones() {
     }
     let batch = state.changes(now).expect("all of them");
     assert_eq!(batch.events.len(), 340);
+    let pairs = turns::pairs(&state.sent, &"x".into());
+    assert_eq!(pairs, 301 * 41, "of this namespace only");
 }

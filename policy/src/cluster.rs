@@ -11,11 +11,11 @@ mod match_sets;
 mod matches;
 mod ownership;
 mod pod_state;
+mod propagate;
 mod selected;
 mod selection;
 mod selectors;
 mod standing;
-mod upkeep;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::RandomState;

@@ -18,7 +18,7 @@ use crate::{Batch, Event, Object, ObjectKey, Problem};
 #[derive(Debug)]
 pub struct Index {
     table: Arc<Table>,
-    /// What the table's problems were made of: those of the source, and [`Cluster::doubts`].
+    /// What the table's problems were made of: those of the source, and [`Cluster::findings_version`].
     stated: Option<(Arc<Vec<Problem>>, u64)>,
 }
 
@@ -49,7 +49,7 @@ impl Index {
             }
         }
         let touched = apply_to(&mut cluster, batch.events);
-        let stated = Some((batch.problems, cluster.doubts()));
+        let stated = Some((batch.problems, cluster.findings_version()));
         if self.stated != stated {
             let of_source = stated
                 .iter()

@@ -18,9 +18,7 @@ use std::thread;
 use dashmap::DashMap;
 use ipnet::IpNet;
 use parking_lot::{Mutex, MutexGuard, RwLock};
-use policy::{
-    Cluster, Direction, Endpoint, Identity, OwnNode, Party, PodKey, Protocol, Touched,
-};
+use policy::{Cluster, Direction, Endpoint, Identity, OwnNode, Party, PodKey, Protocol, Touched};
 use tokio::sync::watch;
 
 use crate::Problem;

@@ -181,5 +181,6 @@ fn pod(namespace: &str, number: u32) -> Pod {
         finished: false,
         terminating: false,
         started: "2026-01-01T00:00:00Z".into(),
+        oversized: false,
     }
 }

@@ -4,7 +4,6 @@
 //! policy event the pods that it selects and those that match its new peer selectors. Each returns
 //! the addresses whose endpoint changed; none if nothing relevant changed. Knows neither
 //! the source of events nor the readers of its state.
-mod doubts;
 mod intern;
 mod labels;
 mod match_sets;
@@ -16,6 +15,7 @@ mod selected;
 mod selection;
 mod selectors;
 mod standing;
+mod unenforceable;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::RandomState;
@@ -24,7 +24,6 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use self::doubts::Doubts;
 use self::intern::Interner;
 use self::labels::{ByLabel, Slot};
 use self::match_sets::MatchSets;
@@ -35,6 +34,7 @@ pub use self::selected::Selected;
 use self::selection::Selections;
 use self::selectors::Selectors;
 use self::standing::{Ledger, Standing};
+use self::unenforceable::Unenforceable;
 use crate::budget::{Budget, Excess, Usage};
 use crate::compile::{CompiledPolicy, Rules, SelectorId};
 use crate::endpoint::Endpoint;
@@ -71,7 +71,7 @@ pub struct Cluster {
     match_sets: MatchSets,
     selections: Selections,
     ownership: Ownership,
-    doubts: Doubts,
+    unenforceable: Unenforceable,
     ledger: Ledger,
 }
 
@@ -161,7 +161,7 @@ impl Cluster {
         let selection = self.selections.intern(selecting, bound);
         let node = self.nodes.get(&pod.node).cloned();
         let state = PodState::new(pod, slot, node, matches, selection);
-        self.settle_doubts(&key, Some((&state.pod, &state.selection)));
+        self.record_unenforceable(&key, Some((&state.pod, &state.selection)));
         self.settle_on_node(&key, Some(&state.pod.node));
         self.pods.insert(key.clone(), state);
         self.ownership
@@ -172,7 +172,7 @@ impl Cluster {
     /// Removes a pod, if it is there.
     pub fn remove_pod(&mut self, key: &PodKey) -> Touched {
         let mut touched = Touched::default();
-        self.settle_doubts(key, None);
+        self.record_unenforceable(key, None);
         self.settle_on_node(key, None);
         let Some(state) = self.pods.remove(key) else {
             return touched;
@@ -353,8 +353,8 @@ impl Cluster {
 
     /// A number that changes whenever the result of [`Self::claims`], [`Self::out_of_reach`],
     /// [`Self::oversized`], [`Self::surplus`] or [`Self::refused`] changes.
-    pub fn doubts(&self) -> u64 {
-        self.ownership.disputes + self.doubts.changes + self.ledger.changes
+    pub fn findings_version(&self) -> u64 {
+        self.ownership.disputes + self.unenforceable.changes + self.ledger.changes
     }
 }
 

@@ -358,7 +358,7 @@ impl Cluster {
     fn select(&mut self, changes: Vec<(PodKey, Arc<Selection>)>, touched: &mut Touched) {
         for (key, selection) in changes {
             if let Some(pod) = self.pods.get(&key).map(|state| state.pod.clone()) {
-                self.settle_doubts(&key, Some((&pod, &selection)));
+                self.record_unenforceable(&key, Some((&pod, &selection)));
             }
             self.update(&key, touched, |state| state.selection = selection);
         }

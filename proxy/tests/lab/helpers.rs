@@ -3,8 +3,8 @@ use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use lab::Host;
-use testbed::runner::Test;
 use serde_json::json;
+use testbed::runner::Test;
 
 use testbed::{TestCluster, policy, small};
 

@@ -2,12 +2,12 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
-use testbed::runner::Test;
 use lab::traffic::craft::{self, SYN};
 use lab::traffic::{Way, introduce};
 use lab::{Capture, Cluster, PodSpec, ServiceSpec, wait_until};
+use testbed::runner::Test;
 
-use testbed::{TestCluster, DEADLINE, allow_all, deny_egress};
+use testbed::{DEADLINE, TestCluster, allow_all, deny_egress};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     udp_flows_with_equal_ends_are_severed_together,

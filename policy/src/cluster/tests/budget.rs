@@ -28,10 +28,10 @@ fn a_policy_over_budget_isolates_and_allows_nothing() {
     assert!(tcp80(&cluster, C, A) && tcp80(&cluster, C, B));
     let _ = cluster.upsert_policy(policy("x/2", TWO_RULES));
     assert!(tcp80(&cluster, C, B), "three rules are within it");
-    let before = cluster.doubts();
+    let before = cluster.findings_version();
     assert_touched(&cluster.upsert_policy(policy("x/3", TWO_RULES)), &[B]);
     assert_eq!(refused(&cluster), [("x/3".into(), 5, 3)]);
-    assert_ne!(cluster.doubts(), before);
+    assert_ne!(cluster.findings_version(), before);
     assert!(tcp80(&cluster, C, B), "what another policy allows stays so");
     let _ = cluster.remove_policy(&policy_key("x/2"));
     assert!(refused(&cluster).is_empty(), "there is room again");
@@ -152,9 +152,9 @@ fn policy_over_pod_limit_isolates_the_pod() {
     let _ = cluster.upsert_policy(policy("x/5", "podSelector: {matchLabels: {pod: a}}"));
     assert!(tcp80(&cluster, A, C) && tcp80(&cluster, C, A) && !tcp80(&cluster, B, A));
     assert!(surplus(&cluster).is_empty());
-    let before = cluster.doubts();
+    let before = cluster.findings_version();
     assert_touched(&cluster.upsert_policy(policy("x/7", open)), &[A, B]);
-    assert_ne!(cluster.doubts(), before);
+    assert_ne!(cluster.findings_version(), before);
     assert_eq!(surplus(&cluster), [("x/7".into(), vec!["x/a".into()])]);
     assert!(tcp80(&cluster, C, A), "the first two count");
     assert!(!tcp80(&cluster, B, A), "the third does not");

@@ -13,7 +13,7 @@ use crate::compile::CompiledPolicy;
 use crate::model::{Pod, PodKey, PolicyKey};
 
 #[derive(Debug, Default)]
-pub(super) struct Doubts {
+pub(super) struct Unenforceable {
     /// Pods that the policy selects without effect.
     out_of_reach: PodsOfPolicies,
     /// Pods for which the policy is the first one over the limit.
@@ -34,35 +34,35 @@ impl Cluster {
     /// The policies that select running hostNetwork pods, which no policy isolates, with these pods;
     /// sorted.
     pub fn out_of_reach(&self) -> impl Iterator<Item = (&PolicyKey, &BTreeSet<PodKey>)> {
-        self.doubts.out_of_reach.iter()
+        self.unenforceable.out_of_reach.iter()
     }
 
     /// The policies that are the first one over the limit for pods that too many policies select
     /// ([`Resource::OfAPod`]), with these pods; sorted. Such a policy isolates these pods in both
     /// directions and allows nothing, for all that come after it in the order of names.
     pub fn surplus(&self) -> impl Iterator<Item = (&PolicyKey, &BTreeSet<PodKey>)> {
-        self.doubts.surplus.iter()
+        self.unenforceable.surplus.iter()
     }
 
     /// The pods that are isolated because they have too many labels or ports; sorted.
     pub fn oversized(&self) -> impl Iterator<Item = &PodKey> {
-        self.doubts.oversized.iter()
+        self.unenforceable.oversized.iter()
     }
 
     /// Records a pod's next state, and the policies that select it, in place of the present ones.
-    pub(super) fn settle_doubts(&mut self, key: &PodKey, after: Option<(&Pod, &Selection)>) {
+    pub(super) fn record_unenforceable(&mut self, key: &PodKey, after: Option<(&Pod, &Selection)>) {
         let oversized = after.is_some_and(|(pod, _)| pod.oversized);
-        self.doubts.settle_oversized(key, oversized);
+        self.unenforceable.settle_oversized(key, oversized);
         let before = self.pods.get(key);
         let before = before.map(|state| (&*state.pod, &*state.selection));
         let none = (&[][..], &[][..]);
         let of = |(pod, selection)| (in_vain(pod, selection), surplus(pod, selection));
         let (before, after) = (before.map_or(none, of), after.map_or(none, of));
-        self.doubts.settle(key, before, after);
+        self.unenforceable.settle(key, before, after);
     }
 }
 
-impl Doubts {
+impl Unenforceable {
     /// Notes that a pod is one of the policies of `after`, no longer of those of `before`.
     fn settle(&mut self, pod: &PodKey, before: OfPod<'_>, after: OfPod<'_>) {
         let out_of_reach = settle(&mut self.out_of_reach, pod, before.0, after.0);

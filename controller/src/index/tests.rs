@@ -230,7 +230,7 @@ fn node_pods_are_listed_with_their_isolating_policies() {
         pods.map(Object::from).into_iter().chain([deny_all()]),
     ));
     let local = table.local("n1");
-    let told = |pod: &LocalPod| {
+    let shown = |pod: &LocalPod| {
         (
             pod.identity.key.to_string(),
             pod.address.to_string(),
@@ -239,7 +239,7 @@ fn node_pods_are_listed_with_their_isolating_policies() {
     };
     let expected = |name: &str, address: &str| (name.into(), address.into(), [true, false, false]);
     assert_eq!(
-        local.iter().map(told).collect::<Vec<_>>(),
+        local.iter().map(shown).collect::<Vec<_>>(),
         [expected("x/a", "10.0.0.2"), expected("x/b", "10.0.0.3")]
     );
     assert_eq!(table.local("n3"), []);
@@ -258,11 +258,11 @@ fn policies_are_listed_with_their_selected_pods() {
         Object::from(pod("a", "10.0.0.2")),
         deny_all(),
     ]));
-    let told = serde_json::to_value(table.policies()).unwrap();
+    let listed = serde_json::to_value(table.policies()).unwrap();
     let expected = serde_json::json!([
         {"policy": "x/deny", "ingress": true, "egress": false, "pods": ["x/a", "x/b"]}
     ]);
-    assert_eq!(told, expected);
+    assert_eq!(listed, expected);
 }
 
 #[test]

@@ -62,8 +62,8 @@ fn reused_address_follows_new_pod_in_any_order() {
         ..pod
     };
     for (events, why) in [
-        (vec![old(), new()], "the old pod's end is not told yet"),
-        (vec![new(), old()], "the old pod is told of late"),
+        (vec![old(), new()], "the old pod's end is not known yet"),
+        (vec![new(), old()], "the old pod's event comes late"),
         (vec![old(), new(), relabelled], "a late update of the old"),
         (
             vec![new(), terminating(old())],

@@ -6,7 +6,6 @@ mod shutdown;
 mod source;
 mod workers;
 
-use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -41,7 +40,7 @@ use crate::telemetry::metrics::Metrics;
 use crate::telemetry::recorder::Recorder;
 use crate::telemetry::spans::{Spans, TelemetryError};
 
-use follow::{Follower, first_state};
+use follow::{Follower, Progress, first_state};
 pub(crate) use settings::{LogFormat, RunArgs};
 use shutdown::{Ended, Running, StopSignals, Thread};
 use source::Source;
@@ -179,13 +178,10 @@ async fn enforce(
         pod_sets,
         readiness: readiness.clone(),
         touched,
-        isolated: BTreeSet::new(),
         vacancies,
         renewed,
         stopped,
-        arrived: Instant::now(),
-        generation: 0,
-        behind: true,
+        progress: Progress::begin(),
     };
     let following = reconcile(following, readiness, "follows the cluster's state");
     let following = tokio::spawn(following);

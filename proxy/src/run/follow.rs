@@ -32,20 +32,37 @@ pub(super) struct Follower {
     pub(super) readiness: Readiness,
     /// Addresses whose verdicts have changed since the kernel was last in sync.
     pub(super) touched: BTreeSet<IpAddr>,
-    /// Newly isolated addresses whose earlier flows are still to be evaluated.
-    pub(super) isolated: BTreeSet<IpAddr>,
     /// Pods that lost their interfaces before the API reports it.
     pub(super) vacancies: Vacancies,
     /// When the kernel's tables are to be filled again.
     pub(super) renewed: watch::Receiver<()>,
     /// Stops between two changes, before a handover.
     pub(super) stopped: watch::Receiver<bool>,
+    pub(super) progress: Progress,
+}
+
+/// How far the kernel follows the table.
+pub(super) struct Progress {
+    /// Newly isolated addresses whose earlier flows are still to be evaluated.
+    isolated: BTreeSet<IpAddr>,
     /// When the change came that is being applied.
-    pub(super) arrived: Instant,
+    arrived: Instant,
     /// The table's generation at the last sync.
-    pub(super) generation: u64,
+    generation: u64,
     /// Whether the last sync failed, or there was none.
-    pub(super) behind: bool,
+    behind: bool,
+}
+
+impl Progress {
+    /// Nothing is applied yet.
+    pub(super) fn begin() -> Self {
+        Self {
+            isolated: BTreeSet::new(),
+            arrived: Instant::now(),
+            generation: 0,
+            behind: true,
+        }
+    }
 }
 
 /// Logs new diagnostics of the cluster's objects.
@@ -117,18 +134,20 @@ impl Follower {
 
     /// Measures from now on until the kernel is in sync; if it is behind, it has been measured since an earlier change.
     fn begin_change(&mut self) {
-        if !self.behind {
-            self.arrived = Instant::now();
+        if !self.progress.behind {
+            self.progress.arrived = Instant::now();
         }
     }
 
     /// Reports that the table's state of the last sync is applied.
     fn applied(&mut self) {
-        let generation = self.generation;
+        let generation = self.progress.generation;
         self.readiness.ready();
         self.enforcer.metrics.enforced(generation);
-        self.enforcer.metrics.took_effect(self.arrived.elapsed());
-        if std::mem::take(&mut self.behind) {
+        self.enforcer
+            .metrics
+            .took_effect(self.progress.arrived.elapsed());
+        if std::mem::take(&mut self.progress.behind) {
             info!(generation, "policy applied");
         } else {
             debug!(generation, "policy applied");
@@ -142,7 +161,7 @@ impl Reconcile for Follower {
     /// Allowed flows are evaluated at once. Flows of newly isolated addresses are evaluated after the
     /// sets are in sync: from then on no more of them bypass the gate.
     fn sync(&mut self) -> Result<(), String> {
-        self.generation = self.enforcer.table.generation();
+        self.progress.generation = self.enforcer.table.generation();
         let behind =
             |error| format!("kernel flows could not be evaluated again after a change: {error}");
         conntrack::evaluate_again(&self.enforcer, &self.touched).map_err(behind)?;
@@ -151,9 +170,9 @@ impl Reconcile for Follower {
             .sync(&self.touched)
             .map_err(|error| format!("the nft sets are behind the policy table: {error}"))?;
         self.touched.clear();
-        self.isolated.extend(isolated);
-        conntrack::evaluate_unmarked(&self.enforcer, &self.isolated).map_err(behind)?;
-        self.isolated.clear();
+        self.progress.isolated.extend(isolated);
+        conntrack::evaluate_unmarked(&self.enforcer, &self.progress.isolated).map_err(behind)?;
+        self.progress.isolated.clear();
         Ok(())
     }
 
@@ -162,7 +181,7 @@ impl Reconcile for Follower {
         match synced {
             Ok(()) => self.applied(),
             Err(reason) => {
-                self.behind = true;
+                self.progress.behind = true;
                 error!("{reason}");
                 self.readiness.not_ready(reason);
             }
@@ -178,11 +197,11 @@ impl Reconcile for Follower {
                 self.begin_change();
                 self.vacate();
             }
-            Ok(()) = self.renewed.changed(), if !self.behind => {
+            Ok(()) = self.renewed.changed(), if !self.progress.behind => {
                 self.begin_change();
                 self.pod_sets.forget();
             }
-            () = tokio::time::sleep(RETRY), if self.behind => {}
+            () = tokio::time::sleep(RETRY), if self.progress.behind => {}
         }
         ControlFlow::Continue(())
     }

@@ -3,6 +3,7 @@
 //! Speaks ctnetlink (linux/netfilter/nfnetlink_conntrack.h, nfnetlink.h, linux/netlink.h) to the
 //! network namespace of the calling thread. Knows nothing of policy: what a mark means, and which
 //! flows must go, is the caller's business.
+mod answer;
 mod endings;
 mod entry;
 mod filter;
@@ -11,7 +12,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use crate::netlink::{self, Attributes, Header, Message};
+use crate::netlink::{self, Attributes, Header};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket,
@@ -23,6 +24,7 @@ pub use endings::{Ended, Endings, Heard, Report};
 pub use entry::{Entry, FlowId};
 pub use filter::each_with_end;
 
+use answer::{Dump, acknowledgement, unreadable};
 use filter::Filter;
 
 /// Seconds that the kernel may take for one datagram of its answer.
@@ -302,55 +304,6 @@ impl Conntrack {
     }
 }
 
-/// The result of a dump so far.
-#[derive(Debug, Default)]
-struct Dump {
-    entries: Vec<Entry>,
-    /// The table changed under the dump: something may be missing.
-    interrupted: bool,
-    done: bool,
-}
-
-impl Dump {
-    /// Reads one datagram of the answer to request `sequence`.
-    fn read(&mut self, mut datagram: &[u8], sequence: u32) -> io::Result<()> {
-        while !datagram.is_empty() && !self.done {
-            let (message, rest) = Message::split(datagram).ok_or_else(unreadable)?;
-            datagram = rest;
-            if message.sequence != sequence {
-                continue;
-            }
-            self.interrupted |= message.flags & netlink::DUMP_INTERRUPTED != 0;
-            match message.kind {
-                CT_NEW => {
-                    let entry = Entry::read(&message).ok_or_else(unreadable)?;
-                    self.entries.push(entry);
-                }
-                // The end message has the result of the dump; without an errno it is success.
-                netlink::DONE => {
-                    errno(&message).unwrap_or(Ok(()))?;
-                    self.done = true;
-                }
-                netlink::ERROR => errno(&message).ok_or_else(unreadable)??,
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-}
-
-/// The kernel's reply to request `sequence`, if this datagram has it.
-fn acknowledgement(mut datagram: &[u8], sequence: u32) -> io::Result<Option<Result<(), Errno>>> {
-    while !datagram.is_empty() {
-        let (message, rest) = Message::split(datagram).ok_or_else(unreadable)?;
-        if message.sequence == sequence && message.kind == netlink::ERROR {
-            return errno(&message).map(Some).ok_or_else(unreadable);
-        }
-        datagram = rest;
-    }
-    Ok(None)
-}
-
 /// A message to ctnetlink.
 fn request(
     kind: u16,
@@ -380,21 +333,6 @@ fn family(entry: &Entry) -> u8 {
         SocketAddr::V4(_) => NFPROTO_IPV4,
         SocketAddr::V6(_) => NFPROTO_IPV6,
     }
-}
-
-/// The errno that `NLMSG_ERROR` and `NLMSG_DONE` begin with.
-fn errno(message: &Message<'_>) -> Option<Result<(), Errno>> {
-    Some(match message.errno()? {
-        0 => Ok(()),
-        errno => Err(Errno::from_raw(errno)),
-    })
-}
-
-fn unreadable() -> io::Error {
-    io::Error::new(
-        io::ErrorKind::InvalidData,
-        "cannot parse the answer of ctnetlink; report this with the kernel version",
-    )
 }
 
 fn late() -> io::Error {

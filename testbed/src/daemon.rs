@@ -58,6 +58,16 @@ impl Daemon {
 
 /// Runs `iptables-init` on a node.
 pub fn init(node: &Host, call: &str, flags: &[&str]) -> Output {
+    init_with(node, call, flags, &[])
+}
+
+/// The same with environment variables.
+pub(crate) fn init_with(
+    node: &Host,
+    call: &str,
+    flags: &[&str],
+    variables: &[(&str, String)],
+) -> Output {
     let program = Path::new(portreeve()).with_file_name("iptables-init");
     assert!(
         program.is_file(),
@@ -66,6 +76,9 @@ pub fn init(node: &Host, call: &str, flags: &[&str]) -> Output {
     );
     let mut command = node.command(program);
     command.arg(call).args(flags);
+    for (name, value) in variables {
+        command.env(name, value);
+    }
     command.output().unwrap()
 }
 

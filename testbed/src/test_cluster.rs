@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::admin::{ask, in_force, metric};
-use crate::daemon::{Daemon, init, tail};
+use crate::daemon::{Daemon, init_with, tail};
 use crate::objects::{marker, small};
 use crate::{DEADLINE, portreeve};
 
@@ -65,7 +65,7 @@ impl TestCluster {
         }
     }
 
-    /// Starts daemons from now on with this environment variable.
+    /// Runs the init step and daemons from now on with this environment variable.
     pub fn set_env(&mut self, name: &'static str, value: impl Into<String>) {
         self.variables.push((name, value.into()));
     }
@@ -82,7 +82,7 @@ impl TestCluster {
 
     /// Runs `iptables-init install` on a node; it must succeed.
     pub fn install(&self, node: usize, flags: &[&str]) {
-        let said = init(&self.lab.node(node), "install", flags);
+        let said = init_with(&self.lab.node(node), "install", flags, &self.variables);
         assert!(said.status.success(), "install: {said:?}");
     }
 

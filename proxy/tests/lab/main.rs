@@ -24,6 +24,7 @@ mod isolation;
 mod likeness;
 mod logs;
 mod martians;
+mod modes;
 mod neighbour;
 mod odd;
 mod own_node;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         martians::TESTS,
         changes::TESTS,
         likeness::TESTS,
+        modes::TESTS,
         streams::TESTS,
         topology::TESTS,
         bridges::TESTS,

@@ -14,6 +14,7 @@ use testbed::{SOON, TestCluster, marker, policy, small};
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     kubernetes_documentation_policies_pass_on_real_connections,
     upstream_cases_pass_with_tcp_udp_and_sctp,
+    upstream_cases_pass_without_a_proxy,
     network_policy_recipes_pass_on_real_connections,
     additional_conformance_cases_pass_on_real_connections,
     egress_rules_match_pods_behind_a_service,
@@ -25,6 +26,15 @@ fn kubernetes_documentation_policies_pass_on_real_connections() {
 
 fn upstream_cases_pass_with_tcp_udp_and_sctp() {
     replay("upstream", 48);
+}
+
+fn upstream_cases_pass_without_a_proxy() {
+    let cases = matrix::cases("upstream", 48);
+    let mut matrix = MatrixCluster::new(&cases, |bed| {
+        bed.set_env("PORTREEVE_TCP", "kernel");
+        Manifests::new(bed)
+    });
+    matrix.play_all(&cases);
 }
 
 fn network_policy_recipes_pass_on_real_connections() {

@@ -1,0 +1,210 @@
+//! Which connections go through the proxy (`--tcp`), and what the kernel forwards otherwise.
+use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Instant;
+
+use lab::traffic::{Dial, greeting};
+use lab::{Host, Kind, wait_for, wait_until};
+use serde_json::{Value, json};
+use testbed::runner::Test;
+
+use testbed::{
+    DEADLINE, SOON, TestCluster, allow_all, connected, deny_ingress, echoes, init, metric, small,
+};
+
+pub(crate) const TESTS: &[Test] = &testbed::tests![
+    outside_connection_keeps_its_source_port,
+    forward_rule_of_the_host_stops_allowed_connections,
+    client_port_below_1024_is_kept,
+    both_ends_of_a_severed_kernel_connection_are_reset,
+    kernel_connections_survive_killed_daemon_and_stay_known,
+    closed_kernel_connection_is_recorded_at_once,
+    uninstall_without_routes_is_not_repaired,
+    daemon_refuses_rules_of_another_mode,
+];
+
+fn cluster(mode: &str) -> TestCluster {
+    let mut bed = TestCluster::bare(small());
+    bed.set_env("PORTREEVE_TCP", mode);
+    bed
+}
+
+/// Connects from a port of the client's and returns the port that the server sees.
+fn port_seen(client: &Host, from: u16, to: SocketAddr) -> u16 {
+    let dial = Dial::new(client, to).source_port(from);
+    let stream = dial.connect(DEADLINE).unwrap().into_stream().unwrap();
+    greeting(&stream, DEADLINE).unwrap().client.port()
+}
+
+fn outside_connection_keeps_its_source_port() {
+    let mut bed = cluster("auto");
+    bed.lab.outside().serve(&[80]).unwrap();
+    bed.write_policies(&[allow_all()]);
+    bed.enforce(&[]);
+    let (a, outside) = (bed.lab.pod("x/a"), bed.lab.outside());
+    for to in outside.addrs(80) {
+        assert_eq!(port_seen(&a, 41_001, to), 41_001, "{to}");
+    }
+    for server in ["x/b", "x/c"] {
+        for to in bed.lab.pod(server).addrs(80) {
+            assert_eq!(port_seen(&outside, 41_002, to), 41_002, "{to}");
+            assert_ne!(port_seen(&a, 41_003, to), 41_003, "{to}: through the proxy");
+        }
+    }
+}
+
+/// Such as one that keeps pods from the node's cloud credentials.
+fn forward_rule_of_the_host_stops_allowed_connections() {
+    let mut bed = cluster("auto");
+    let (a, node, outside) = (bed.lab.pod("x/a"), bed.lab.node(0), bed.lab.outside());
+    outside.serve(&[80]).unwrap();
+    bed.write_policies(&[allow_all()]);
+    bed.enforce(&[]);
+    for to in outside.addrs(80) {
+        connected(&a, to);
+    }
+    node.nft("table inet host { chain forward { type filter hook forward priority 0; tcp dport 80 drop; }; }")
+        .unwrap();
+    for to in outside.addrs(80) {
+        assert_eq!(a.connect(to, SOON).unwrap().kind(), Kind::TimedOut, "{to}");
+    }
+}
+
+fn client_port_below_1024_is_kept() {
+    let mut bed = cluster("auto");
+    bed.write_policies(&[allow_all()]);
+    bed.enforce(&[]);
+    for to in bed.lab.pod("x/c").addrs(80) {
+        assert_eq!(port_seen(&bed.lab.pod("x/a"), 1001, to), 1001, "{to}");
+    }
+}
+
+/// The reset of an end that sends; the other has not sent since it was severed.
+fn reset_at_next_packet(mut stream: &TcpStream) -> ErrorKind {
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    let said = stream.write_all(b"still?");
+    let said = said.and_then(|()| stream.read(&mut [0; 16]));
+    said.expect_err("it was severed").kind()
+}
+
+fn both_ends_of_a_severed_kernel_connection_are_reset() {
+    let mut bed = cluster("kernel");
+    bed.write_policies(&[allow_all()]);
+    bed.enforce(&[]);
+    let a = bed.lab.pod("x/a");
+    for name in ["b", "c"] {
+        let server = bed.lab.pod(&format!("x/{name}"));
+        for to in server.addrs(90) {
+            let listener = server.listen(to).unwrap();
+            let client = a.connect(to, DEADLINE).unwrap().into_stream().unwrap();
+            let (accepted, _) = listener.accept().unwrap();
+            bed.apply(&[deny_ingress(name)]);
+            let began = Instant::now();
+            for end in [&client, &accepted] {
+                let kind = reset_at_next_packet(end);
+                assert_eq!(kind, ErrorKind::ConnectionReset, "{to}");
+            }
+            assert!(began.elapsed() < SOON, "{to}: {:?}", began.elapsed());
+            bed.apply(&[allow_all()]);
+        }
+    }
+}
+
+fn kernel_connections_survive_killed_daemon_and_stay_known() {
+    let mut bed = cluster("kernel");
+    bed.write_policies(&[allow_all()]);
+    bed.enforce(&[]);
+    let (a, node) = (bed.lab.pod("x/a"), bed.lab.node(0));
+    let to: Vec<_> = ["x/b", "x/c"]
+        .map(|name| bed.lab.pod(name).addrs(80))
+        .concat();
+    let streams: Vec<_> = to.iter().map(|to| connected(&a, *to)).collect();
+    bed.kill(0);
+    for stream in &streams {
+        echoes(stream, "without a daemon");
+    }
+    assert_eq!(a.connect(to[0], SOON).unwrap().kind(), Kind::TimedOut);
+    bed.start(0, &[]);
+    for stream in &streams {
+        echoes(stream, "with the next one");
+    }
+    let known = || metric(&node, "portreeve_kernel_flows") >= streams.len() as u64;
+    wait_until(DEADLINE, "the next daemon to list them", known).unwrap();
+    bed.apply(&[deny_ingress("b"), deny_ingress("c")]);
+    for stream in &streams {
+        assert_eq!(reset_at_next_packet(stream), ErrorKind::ConnectionReset);
+    }
+}
+
+fn closed_kernel_connection_is_recorded_at_once() {
+    let records = tempfile::NamedTempFile::new().unwrap();
+    let mut bed = cluster("kernel");
+    bed.write_policies(&[allow_all()]);
+    bed.enforce(&["--trace-file", records.path().to_str().unwrap()]);
+    let (a, to) = (bed.lab.pod("x/a"), bed.lab.pod("x/b").addr_v4(80));
+    for turn in 0..3_u64 {
+        // Each time from the same port: an earlier entry of conntrack still waits for its timeout.
+        let stream = a
+            .connect_from(42_000, to, DEADLINE)
+            .unwrap()
+            .into_stream()
+            .unwrap();
+        greeting(&stream, DEADLINE).unwrap();
+        echoes(&stream, &"x".repeat(1000));
+        let port = end_by_reset(&stream);
+        drop(stream);
+        let found = wait_for(DEADLINE, "a record of it", || {
+            let text = fs::read_to_string(records.path()).unwrap();
+            let all = text
+                .lines()
+                .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+            let of_it = all.filter(|it| it["path"] == "kernel" && it["source.port"] == json!(port));
+            let of_it: Vec<_> = of_it.collect();
+            (of_it.len() as u64 > turn).then_some(of_it)
+        });
+        let found = found.unwrap();
+        assert_eq!(found.len() as u64, turn + 1, "one record each");
+        let last = found.last().unwrap();
+        assert_eq!(last["verdict"], "allow");
+        assert!(last["bytes.sent"].as_u64().unwrap() > 1000, "{last}");
+        assert!(last["bytes.received"].as_u64().unwrap() > 1000, "{last}");
+    }
+}
+
+/// Makes the end of a stream a reset, so that its port is free at once. Returns the port.
+fn end_by_reset(stream: &TcpStream) -> u16 {
+    let socket = socket2::SockRef::from(stream);
+    socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
+    stream.local_addr().unwrap().port()
+}
+
+fn uninstall_without_routes_is_not_repaired() {
+    let mut bed = cluster("kernel");
+    bed.write_policies(&[deny_ingress("b")]);
+    bed.enforce(&[]);
+    let (a, node) = (bed.lab.pod("x/a"), bed.lab.node(0));
+    let to = bed.lab.pod("x/b").addr_v4(80);
+    assert_eq!(a.connect(to, SOON).unwrap().kind(), Kind::TimedOut);
+    // What vanishes otherwise is repaired.
+    node.nft("flush ruleset").unwrap();
+    let repaired = || a.connect(to, SOON).unwrap().kind() == Kind::TimedOut;
+    wait_until(DEADLINE, "the tables to be back", || {
+        testbed::ask(&node, "/readyz").is_some_and(|it| it.status == 200) && repaired()
+    })
+    .unwrap();
+    assert!(init(&node, "uninstall", &[]).status.success());
+    let gone = || testbed::ask(&node, "/readyz").unwrap().status != 200;
+    wait_until(DEADLINE, "the daemon to see it", gone).unwrap();
+    assert!(a.connect(to, DEADLINE).unwrap().is_connected());
+}
+
+fn daemon_refuses_rules_of_another_mode() {
+    let bed = cluster("spliced");
+    bed.install(0, &[]);
+    let mut command = bed.run_command(0, &["--tcp", "kernel"]);
+    let said = command.output().unwrap();
+    assert!(!said.status.success());
+    let text = String::from_utf8_lossy(&said.stderr);
+    assert!(text.contains("other flags"), "{text}");
+}

@@ -202,7 +202,7 @@ fn uninstall_without_routes_is_not_repaired() {
 fn daemon_refuses_rules_of_another_mode() {
     let bed = cluster("spliced");
     bed.install(0, &[]);
-    let mut command = bed.run_command(0, &["--tcp", "kernel"]);
+    let command = bed.run_command(0, &["--tcp", "kernel"]);
     let said = command.output().unwrap();
     assert!(!said.status.success());
     let text = String::from_utf8_lossy(&said.stderr);

@@ -131,6 +131,9 @@ fn ways(args: &Args) -> anyhow::Result<Vec<Way>> {
             ways.push(Way::portreeve(&build)?);
         }
     }
+    if wanted(way::KERNEL) {
+        ways.push(Way::portreeve(&way::own_build().forwarding())?);
+    }
     if wanted(way::HAPROXY) {
         ways.push(Way::haproxy()?);
     }

@@ -1,4 +1,4 @@
-//! The ways from client to server: bare, bare with conntrack, through Portreeve, through HAProxy.
+//! The ways from client to server: bare, bare with conntrack, through Portreeve with and without its proxy, through HAProxy.
 //!
 //! Each has a cluster of its own, all alike, that stands for the whole run; a way without load costs
 //! nothing. Must not know what is measured.
@@ -21,6 +21,8 @@ use crate::machine::cpu_time;
 pub(crate) const BARE: &str = "bare";
 pub(crate) const TRACKED: &str = "bare + conntrack";
 pub(crate) const PORTREEVE: &str = "Portreeve";
+/// Portreeve without its proxy.
+pub(crate) const KERNEL: &str = "Portreeve, --tcp kernel";
 pub(crate) const HAPROXY: &str = "HAProxy";
 /// What the name of a build ends with whose decisions are collected.
 pub(crate) const COLLECTED: &str = " with spans";
@@ -55,12 +57,23 @@ pub(crate) struct Build {
     daemon: PathBuf,
     /// Whether every connection becomes a span and metrics are scraped.
     collected: bool,
+    /// Whether it is started with `--tcp kernel`.
+    forwards: bool,
 }
 
 impl Build {
     /// As the table's head has it.
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The same without a proxy.
+    pub(crate) fn forwarding(self) -> Self {
+        Self {
+            name: KERNEL.to_owned(),
+            forwards: true,
+            ..self
+        }
     }
 
     /// The same, with all there is to see of its decisions collected.
@@ -79,6 +92,7 @@ pub(crate) fn own_build() -> Build {
         name: PORTREEVE.to_owned(),
         daemon: env!("CARGO_BIN_EXE_portreeve").into(),
         collected: false,
+        forwards: false,
     }
 }
 
@@ -92,6 +106,7 @@ pub(crate) fn other_build(text: &str) -> Result<Build, String> {
             name: name.to_owned(),
             daemon: path.into(),
             collected: false,
+            forwards: false,
         }),
         _ => Err("give a name and a path, like before=/tmp/before/portreeve".to_owned()),
     }
@@ -130,7 +145,7 @@ impl Way {
     /// `iptables-init install` and `portreeve run` on both nodes. The client is isolated for egress
     /// and both servers for ingress; a policy each allows just these connections.
     pub(crate) fn portreeve(build: &Build) -> anyhow::Result<Self> {
-        let mut way = Self::new(&build.name, true)?;
+        let mut way = Self::new(&build.name, !build.forwards)?;
         let init = build.daemon.with_file_name("iptables-init");
         ensure!(
             init.is_file(),
@@ -148,6 +163,8 @@ impl Way {
         for node in way.cluster.nodes() {
             let mut install = node.command(&init);
             install.arg("install");
+            let mode = build.forwards.then_some(["--tcp", "kernel"]);
+            install.args(mode.iter().flatten());
             let installed = install.output()?;
             ensure!(
                 installed.status.success(),
@@ -159,7 +176,8 @@ impl Way {
             daemon
                 .arg("run")
                 .args(["--cluster", &format!("dir:{}", manifests.display())])
-                .args(["--node", node.name()]);
+                .args(["--node", node.name()])
+                .args(mode.iter().flatten());
             if let Some(collector) = &mut way.collector {
                 daemon.args(["--otlp-endpoint", collector.endpoint()]);
                 daemon.args(["--trace-allowed", "1"]);

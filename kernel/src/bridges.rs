@@ -61,7 +61,7 @@ pub struct Bridge {
     pub addresses: Vec<IpAddr>,
     /// The links that are its ports, oldest first.
     pub ports: Vec<Port>,
-    /// Whether the bridge itself is told to look into IP packets (`nf_call_iptables`,
+    /// Whether the bridge itself looks into IP packets (`nf_call_iptables`,
     /// `nf_call_ip6tables`), whatever the sysctls say.
     pub looks_into_ip: bool,
     /// Whether it learns addresses from frames to the reserved group addresses (IEEE 802.1Q,
@@ -132,14 +132,14 @@ fn among(links: &[Value], names: &[String], pods: &[IpNet]) -> Vec<Bridge> {
                 peer,
             })
         };
-        let told = &link["linkinfo"]["info_data"];
+        let options = &link["linkinfo"]["info_data"];
         Some(Bridge {
             name: name.to_owned(),
             address: link["address"].as_str()?.to_owned(),
             addresses: networks(link).map(|net| net.addr()).collect(),
             ports: ports.filter_map(port).collect(),
-            learns_unseen: told[NO_LEARNING] == 0,
-            looks_into_ip: SWITCHES.iter().any(|it| told[format!("nf_call_{it}")] == 1),
+            learns_unseen: options[NO_LEARNING] == 0,
+            looks_into_ip: SWITCHES.iter().any(|it| options[format!("nf_call_{it}")] == 1),
         })
     };
     links.iter().filter(ours).filter_map(bridge).collect()

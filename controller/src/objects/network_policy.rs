@@ -48,7 +48,7 @@ pub(crate) fn closed_policy(key: &PolicyKey, value: &Value) -> Option<policy::Ne
     let given = spec["policyTypes"].as_array();
     let types = match given {
         Some(given) if !given.is_empty() => spec["policyTypes"].clone(),
-        // The API server's default, if there are rules that can be told apart at all.
+        // The API server's default, if the rules can be distinguished at all.
         _ if spec.is_object() && spec["egress"].is_null() => json!(["Ingress"]),
         _ => both.clone(),
     };

@@ -17,7 +17,7 @@ pub(crate) const TESTS: &[Test] = &testbed::tests![
     outside_connection_keeps_its_source_port,
     forward_rule_of_the_host_stops_allowed_connections,
     client_port_below_1024_is_kept,
-    both_ends_of_a_severed_kernel_connection_are_reset,
+    severing_resets_both_ends_of_kernel_connection,
     kernel_connections_survive_killed_daemon_and_stay_known,
     closed_kernel_connection_is_recorded_at_once,
     uninstall_without_routes_is_not_repaired,
@@ -88,7 +88,7 @@ fn reset_at_next_packet(mut stream: &TcpStream) -> ErrorKind {
     said.expect_err("it was severed").kind()
 }
 
-fn both_ends_of_a_severed_kernel_connection_are_reset() {
+fn severing_resets_both_ends_of_kernel_connection() {
     let mut bed = cluster("kernel");
     bed.write_policies(&[allow_all()]);
     bed.enforce(&[]);

@@ -17,8 +17,11 @@ pub(crate) const TESTS: &[Test] = &testbed::tests![
     outside_connection_keeps_its_source_port,
     forward_rule_of_the_host_stops_allowed_connections,
     client_port_below_1024_is_kept,
+    proxied_server_sees_the_clients_mss_and_dscp,
     severing_resets_both_ends_of_kernel_connection,
     kernel_connections_survive_killed_daemon_and_stay_known,
+    handover_works_within_kernel_mode,
+    handover_from_spliced_to_auto_keeps_streams,
     closed_kernel_connection_is_recorded_at_once,
     uninstall_without_routes_is_not_repaired,
     daemon_refuses_rules_of_another_mode,
@@ -80,6 +83,39 @@ fn client_port_below_1024_is_kept() {
     }
 }
 
+fn proxied_server_sees_the_clients_mss_and_dscp() {
+    const CLASS: u32 = 46;
+    let mut bed = cluster("spliced");
+    bed.write_policies(&[allow_all()]);
+    bed.enforce(&[]);
+    let a = bed.lab.pod("x/a");
+    for name in ["x/b", "x/c"] {
+        let server = bed.lab.pod(name);
+        server
+            .nft("table inet seen { counter v4 { }; counter v6 { }; chain in { type filter hook input priority 0; \
+                  ip dscp 46 tcp flags syn counter name v4; ip6 dscp 46 tcp flags syn counter name v6; }; }")
+            .unwrap();
+        for (to, counter) in server.addrs(90).into_iter().zip(["v4", "v6"]) {
+            let listener = server.listen(to).unwrap();
+            let client = a.tcp_socket(to.ip()).unwrap();
+            client.set_tcp_mss(700).unwrap();
+            match to {
+                SocketAddr::V4(_) => client.set_tos_v4(CLASS << 2).unwrap(),
+                SocketAddr::V6(_) => client.set_tclass_v6(CLASS << 2).unwrap(),
+            }
+            client.connect_timeout(&to.into(), DEADLINE).unwrap();
+            let (accepted, _) = listener.accept().unwrap();
+            // Timestamps take 12 bytes of each segment.
+            let mss = socket2::SockRef::from(&accepted).tcp_mss().unwrap();
+            assert!((600..=700).contains(&mss), "{to}: {mss}");
+            let mut nft = server.command("nft");
+            nft.args(["list", "counter", "inet", "seen", counter]);
+            let listed = String::from_utf8(nft.output().unwrap().stdout).unwrap();
+            assert!(listed.contains("packets 1 "), "{to}: {listed}");
+        }
+    }
+}
+
 /// The reset of an end that sends; the other has not sent since it was severed.
 fn reset_at_next_packet(mut stream: &TcpStream) -> ErrorKind {
     stream.set_read_timeout(Some(SOON)).unwrap();
@@ -135,6 +171,36 @@ fn kernel_connections_survive_killed_daemon_and_stay_known() {
     for stream in &streams {
         assert_eq!(reset_at_next_packet(stream), ErrorKind::ConnectionReset);
     }
+}
+
+/// Relieves the daemon of node 0 in a cluster whose mode changes from one to another; no stream ends.
+fn handover_keeps_streams(from: &str, to: &str) {
+    let mut bed = cluster(from);
+    let socket = bed.file("handover.sock");
+    let flags = ["--handover", socket.to_str().unwrap()];
+    bed.write_policies(&[allow_all()]);
+    bed.install(0, &[]);
+    bed.start(0, &flags);
+    let a = bed.lab.pod("x/a");
+    let ways = bed.lab.pod("x/b").addrs(80);
+    let streams = ways.map(|to| connected(&a, to));
+    bed.set_env("PORTREEVE_TCP", to);
+    bed.install(0, &[]);
+    let _relieved = bed.relieve(0, &flags);
+    for stream in &streams {
+        echoes(stream, "after the handover");
+    }
+    for to in ways {
+        echoes(&connected(&a, to), "a new one");
+    }
+}
+
+fn handover_works_within_kernel_mode() {
+    handover_keeps_streams("kernel", "kernel");
+}
+
+fn handover_from_spliced_to_auto_keeps_streams() {
+    handover_keeps_streams("spliced", "auto");
 }
 
 fn closed_kernel_connection_is_recorded_at_once() {

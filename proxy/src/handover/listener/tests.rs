@@ -291,8 +291,8 @@ fn damaged_handover_message_is_rejected_without_panic() {
         (vec![&message, &[7; 3], end], "more bytes than announced"),
         (vec![&message, end], "a message in the place of bytes"),
         (
-            vec![br#"{"Seat":{"queue":100}}"#.as_slice()],
-            "a worker with one descriptor",
+            vec![&message, &[7; 2], br#"{"Seat":{"queue":100}}"#],
+            "a worker without a descriptor",
         ),
         (
             vec![br#"{"Connection":{}}"#.as_slice()],

@@ -139,7 +139,9 @@ fn among(links: &[Value], names: &[String], pods: &[IpNet]) -> Vec<Bridge> {
             addresses: networks(link).map(|net| net.addr()).collect(),
             ports: ports.filter_map(port).collect(),
             learns_unseen: options[NO_LEARNING] == 0,
-            looks_into_ip: SWITCHES.iter().any(|it| options[format!("nf_call_{it}")] == 1),
+            looks_into_ip: SWITCHES
+                .iter()
+                .any(|it| options[format!("nf_call_{it}")] == 1),
         })
     };
     links.iter().filter(ours).filter_map(bridge).collect()

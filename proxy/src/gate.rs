@@ -155,12 +155,13 @@ impl Gate {
                         .get_or_init(|| Timeline::new(flow.started, syn.stamp));
                 }
                 match self.evaluate(&flow) {
-                    Err(Unknown(_)) => self.wait(id, flow),
+                    Err(Unknown(_)) => self.wait(id, syn, flow),
                     Ok(decision) if !decision.verdict.allowed() => self.deny(id, &flow),
                     Ok(decision) => {
                         if self.opens(id, &flow) {
                             let leg = self.leg_to_server(&decision);
-                            tokio::task::spawn_local(Rc::clone(self).admit(id, flow, leg));
+                            let admit = Rc::clone(self).admit(id, syn, flow, leg);
+                            tokio::task::spawn_local(admit);
                         }
                     }
                 }
@@ -242,11 +243,11 @@ impl Gate {
     }
 
     /// Holds a SYN with an unknown end, unless its source has used up its share.
-    fn wait(self: &Rc<Self>, id: PacketId, flow: Arc<Connection>) {
+    fn wait(self: &Rc<Self>, id: PacketId, syn: Syn, flow: Arc<Connection>) {
         let ConnectionKey { client, server } = flow.key;
         match self.enforcer.waits(client.ip(), server.ip()) {
             Ok(waiting) => {
-                tokio::task::spawn_local(Rc::clone(self).hold(id, flow, waiting));
+                tokio::task::spawn_local(Rc::clone(self).hold(id, syn, flow, waiting));
             }
             Err(ShareUsedUp) => {
                 self.enforcer.connections.remove(&flow);
@@ -256,7 +257,7 @@ impl Gate {
     }
 
     /// Holds a SYN until both its ends are known, for as long as `--hold` says.
-    async fn hold(self: Rc<Self>, id: PacketId, flow: Arc<Connection>, waiting: Waiting) {
+    async fn hold(self: Rc<Self>, id: PacketId, syn: Syn, flow: Arc<Connection>, waiting: Waiting) {
         let mut changed = self.enforcer.table.changed();
         let deadline = tokio::time::Instant::from_std(flow.started + self.enforcer.hold);
         let cause = loop {
@@ -271,7 +272,7 @@ impl Gate {
                     drop(waiting);
                     if self.opens(id, &flow) {
                         let leg = self.leg_to_server(&decision);
-                        return self.admit(id, flow, leg).await;
+                        return self.admit(id, syn, flow, leg).await;
                     }
                     return self.flush();
                 }
@@ -290,14 +291,14 @@ impl Gate {
     }
 
     /// Connects to the server and passes the result on to the client.
-    async fn admit(self: Rc<Self>, id: PacketId, flow: Arc<Connection>, leg: Leg) {
+    async fn admit(self: Rc<Self>, id: PacketId, syn: Syn, flow: Arc<Connection>, leg: Leg) {
         let ConnectionKey { client, server } = flow.key;
         let enforcer = &self.enforcer;
         enforcer.allowed(&flow);
         let connected = tokio::select! {
             biased;
             () = flow.close_requested() => None,
-            connected = connect::connect(client, server, leg, enforcer.marks, flow.timeline.get()) => Some(connected),
+            connected = connect::connect(client, server, leg, syn.inherited, enforcer.marks, flow.timeline.get()) => Some(connected),
         };
         enforcer.metrics.connected(flow.started.elapsed());
         match connected {

@@ -7,6 +7,7 @@ use etherparse::{
 };
 use policy::Protocol;
 
+use crate::tcp::connect::Inherited;
 use kernel::conntrack::FlowId;
 
 /// The numbers of ICMP and ICMPv6 (IANA protocol numbers).
@@ -41,6 +42,8 @@ pub(crate) struct Syn {
     pub(crate) sequence: u32,
     /// TSval of its timestamps option (RFC 7323), if it has one.
     pub(crate) stamp: Option<u32>,
+    /// What the upstream leg takes over.
+    pub(crate) inherited: Inherited,
 }
 
 /// A TCP segment with RST and without SYN.
@@ -86,6 +89,7 @@ impl Packet {
             to,
             payload,
             authenticated,
+            dscp,
         }) = sliced.net.as_ref().and_then(network)
         else {
             return Self::Malformed;
@@ -117,7 +121,7 @@ impl Packet {
             (Protocol::Tcp, Some(TransportSlice::Tcp(tcp))) => {
                 let ends = [(from, tcp.source_port()), (to, tcp.destination_port())];
                 let [client, server] = ends.map(SocketAddr::from);
-                segment(client, server, tcp)
+                segment(client, server, dscp, tcp)
                     .unwrap_or_else(|| flow(tcp.source_port(), tcp.destination_port()))
             }
             (Protocol::Udp, Some(TransportSlice::Udp(udp))) => {
@@ -137,7 +141,7 @@ impl Packet {
 }
 
 /// A segment that begins or resets a connection, or an invalid one; `None` for any other.
-fn segment(from: SocketAddr, to: SocketAddr, tcp: &TcpSlice<'_>) -> Option<Packet> {
+fn segment(from: SocketAddr, to: SocketAddr, dscp: u8, tcp: &TcpSlice<'_>) -> Option<Packet> {
     let sequence = tcp.sequence_number();
     Some(match (tcp.syn(), tcp.ack(), tcp.fin(), tcp.rst()) {
         (true, false, false, false) => Packet::Syn(Syn {
@@ -145,6 +149,10 @@ fn segment(from: SocketAddr, to: SocketAddr, tcp: &TcpSlice<'_>) -> Option<Packe
             server: to,
             sequence,
             stamp: stamp(tcp),
+            inherited: Inherited {
+                mss: mss(tcp),
+                dscp,
+            },
         }),
         (false, acknowledges, _, true) => Packet::Reset(Reset {
             from,
@@ -169,6 +177,7 @@ struct Network<'a> {
     to: IpAddr,
     payload: &'a LaxIpPayloadSlice<'a>,
     authenticated: bool,
+    dscp: u8,
 }
 
 fn network<'a>(net: &'a LaxNetSlice<'a>) -> Option<Network<'a>> {
@@ -178,6 +187,7 @@ fn network<'a>(net: &'a LaxNetSlice<'a>) -> Option<Network<'a>> {
             to: v4.header().destination_addr().into(),
             payload: v4.payload(),
             authenticated: v4.extensions().auth.is_some(),
+            dscp: v4.header().dcp().value(),
         }),
         LaxNetSlice::Ipv6(v6) => Some(Network {
             from: v6.header().source_addr().into(),
@@ -187,6 +197,7 @@ fn network<'a>(net: &'a LaxNetSlice<'a>) -> Option<Network<'a>> {
                 v6.extensions().first_header(),
                 v6.extensions().slice(),
             ),
+            dscp: v6.header().dscp().value(),
         }),
         LaxNetSlice::Arp(_) => None,
     }
@@ -219,6 +230,14 @@ fn is_authenticated(first: Option<IpNumber>, mut headers: &[u8]) -> bool {
 fn stamp(tcp: &TcpSlice<'_>) -> Option<u32> {
     tcp.options_iterator().find_map(|option| match option {
         Ok(TcpOptionElement::Timestamp(stamp, _)) => Some(stamp),
+        _ => None,
+    })
+}
+
+/// The largest segment that the sender receives (RFC 9293, section 3.7.1).
+fn mss(tcp: &TcpSlice<'_>) -> Option<u16> {
+    tcp.options_iterator().find_map(|option| match option {
+        Ok(TcpOptionElement::MaximumSegmentSize(mss)) => Some(mss),
         _ => None,
     })
 }
@@ -306,13 +325,14 @@ mod tests {
                 server: server.parse().unwrap(),
                 sequence: 7,
                 stamp: None,
+                inherited: Inherited::default(),
             };
             assert_eq!(Packet::parse(&bytes), Packet::Syn(syn));
         }
     }
 
     #[test]
-    fn syn_timestamp_option_is_parsed() {
+    fn syn_options_and_traffic_class_are_parsed() {
         let mut segment = tcp(SYN);
         // MSS, SACK permitted, timestamps, padding: as Linux has them.
         segment.extend([
@@ -323,6 +343,19 @@ mod tests {
             panic!("a SYN");
         };
         assert_eq!(syn.stamp, Some(0x0001_0203));
+        assert_eq!(syn.inherited.mss, Some(1460));
+        for mut bytes in [ipv4(6, 0, &segment), ipv6(6, &segment)] {
+            // Class 46 (RFC 3246) and both bits of RFC 3168.
+            let class: u8 = 46 << 2 | 3;
+            match bytes[0] >> 4 {
+                4 => bytes[1] = class,
+                _ => (bytes[0], bytes[1]) = (0x60 | class >> 4, class << 4),
+            }
+            let Packet::Syn(syn) = Packet::parse(&bytes) else {
+                panic!("a SYN");
+            };
+            assert_eq!(syn.inherited.dscp, 46);
+        }
     }
 
     #[test]

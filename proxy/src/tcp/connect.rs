@@ -79,6 +79,31 @@ pub(crate) enum ConnectError {
     },
 }
 
+/// What the upstream leg takes over from the client's SYN.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Inherited {
+    /// The largest segment that the client receives, in bytes; a pod's interface can have a smaller MTU than the path.
+    pub(crate) mss: Option<u16>,
+    /// The class of its packets (RFC 2474), of 6 bits.
+    pub(crate) dscp: u8,
+}
+
+impl Inherited {
+    /// Gives it to a socket that is not connected yet. The kernel ignores a size that it does not accept.
+    fn set(self, socket: &Socket, server: SocketAddr) -> io::Result<()> {
+        if let Some(mss) = self.mss {
+            let _ = socket.set_tcp_mss(mss.into());
+        }
+        // The two other bits are the kernel's (RFC 3168).
+        let class = u32::from(self.dscp) << 2;
+        match server {
+            _ if class == 0 => Ok(()),
+            SocketAddr::V4(_) => socket.set_tos_v4(class),
+            SocketAddr::V6(_) => socket.set_tclass_v6(class),
+        }
+    }
+}
+
 /// Connects to `server` from `client`'s address and waits for the outcome.
 ///
 /// # Errors
@@ -87,6 +112,7 @@ pub(crate) async fn connect(
     client: SocketAddr,
     server: SocketAddr,
     leg: Leg,
+    inherited: Inherited,
     marks: Marks,
     timeline: Option<&Timeline>,
 ) -> Result<TcpStream, ConnectError> {
@@ -97,7 +123,7 @@ pub(crate) async fn connect(
             source,
         }
     };
-    let (socket, port) = started(client, server, leg, marks)?;
+    let (socket, port) = started(client, server, leg, inherited, marks)?;
     if leg == Leg::Remote
         && let Some(timeline) = timeline
     {
@@ -155,14 +181,16 @@ fn started(
     client: SocketAddr,
     server: SocketAddr,
     leg: Leg,
+    inherited: Inherited,
     marks: Marks,
 ) -> Result<(Socket, u16), ConnectError> {
     for _ in 0..PORTS_TRIED {
-        let socket = prepared(server, marks).map_err(|source| ConnectError::Refused {
-            operation: "make a transparent socket",
-            client,
-            source,
-        })?;
+        let socket =
+            prepared(server, inherited, marks).map_err(|source| ConnectError::Refused {
+                operation: "make a transparent socket",
+                client,
+                source,
+            })?;
         let from = SocketAddr::new(client.ip(), leg.next_port());
         match socket
             .bind(&from.into())
@@ -194,7 +222,7 @@ fn stamp(socket: &Socket) -> Option<u32> {
     sent.then(|| sys::tcp_timestamp(socket).ok()).flatten()
 }
 
-fn prepared(server: SocketAddr, marks: Marks) -> io::Result<Socket> {
+fn prepared(server: SocketAddr, inherited: Inherited, marks: Marks) -> io::Result<Socket> {
     let socket = Socket::new(
         Domain::for_address(server),
         Type::STREAM.nonblocking(),
@@ -204,6 +232,7 @@ fn prepared(server: SocketAddr, marks: Marks) -> io::Result<Socket> {
         SocketAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
         SocketAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
     }
+    inherited.set(&socket, server)?;
     socket.set_mark(marks.upstream())?;
     // One port may serve towards many servers; the kernel still keeps every pair of ends unique.
     socket.set_reuse_address(true)?;

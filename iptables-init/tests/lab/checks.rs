@@ -281,7 +281,7 @@ fn check_names_packages_of_missing_programs() {
 
 fn check_names_all_sysctls_that_break_the_redirect() {
     // Queued packets pass, so that a listener alone is all the daemon that is needed.
-    let lab = Lab::new("install --fail open", NonIsolated::Nobody);
+    let lab = Lab::new("install --fail open --tcp spliced", NonIsolated::Nobody);
     let node = lab.node.netns();
     let _listener = node.run(transparent_listener).unwrap();
     for (sysctl, works) in [
@@ -300,7 +300,7 @@ fn check_names_all_sysctls_that_break_the_redirect() {
         let connected = matches!(outcome, Outcome::Connected { .. });
         assert_eq!(connected, works, "{sysctl}: {outcome:?}");
         assert_eq!(
-            init(node, "check --fail open").success,
+            init(node, "check --fail open --tcp spliced").success,
             works,
             "{sysctl}: check"
         );

@@ -21,7 +21,7 @@ pub(crate) const TESTS: &[Test] = &testbed::tests![
 const DEADLINE: Duration = Duration::from_secs(5);
 
 fn fail_closed_drops_isolated_traffic_without_a_daemon() {
-    let lab = Lab::new("install --fail closed", NonIsolated::Nobody);
+    let lab = Lab::new("install --fail closed --tcp spliced", NonIsolated::Nobody);
     for (tcp, udp) in lab.a_to_b() {
         assert!(matches!(tcp, Outcome::TimedOut), "{tcp:?}");
         assert!(matches!(udp, UdpOutcome::TimedOut), "{udp:?}");

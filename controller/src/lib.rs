@@ -15,6 +15,7 @@ pub mod kube;
 mod loaded;
 pub mod manifest;
 mod objects;
+mod problem_list;
 mod table;
 
 pub use decision::{DecidedBy, Decision, Reason, Severance, Unknown};

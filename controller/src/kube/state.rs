@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::turns::{self, Turns};
 use super::watch::Update;
 use crate::objects::{self, Kind};
+use crate::problem_list::ProblemList;
 use crate::{Batch, Event, Object, ObjectKey, Problem};
 
 /// How long after an outage the first kinds that are back wait for the others.
@@ -33,10 +34,7 @@ pub(super) struct State {
     /// A kind was lost: what comes next comes into force together.
     together: bool,
     policies: BTreeMap<PolicyKey, Written>,
-    faults: BTreeMap<ObjectKey, Vec<Problem>>,
-    /// The list of problems has to be rebuilt.
-    restate: bool,
-    problems: Arc<Vec<Problem>>,
+    problems: ProblemList<ObjectKey>,
     /// Until when the kinds that are back wait for the others.
     hold: Option<Instant>,
     /// The first full state was sent.
@@ -109,12 +107,13 @@ impl State {
         match update {
             Update::Lost => {
                 (progress.lost, progress.list) = (true, None);
-                (self.restate, self.together) = (true, true);
+                self.together = true;
+                self.problems.others_changed(true);
             }
             Update::Resumed => self.back(kind, now),
             Update::ListBegins => {
                 progress.list = Some(List::default());
-                self.restate = true;
+                self.problems.others_changed(true);
             }
             Update::Listed(value) => {
                 let key = self.upsert(kind, value);
@@ -124,7 +123,7 @@ impl State {
                     Err(problem) => {
                         list.nameless = true;
                         list.problems.push(*problem);
-                        self.restate = true;
+                        self.problems.others_changed(true);
                     }
                 }
             }
@@ -224,29 +223,9 @@ impl State {
                 }
             }
         }
-        if !self.restate_problems() && events.is_empty() {
-            return None;
-        }
-        Some(Batch {
-            events,
-            problems: Arc::clone(&self.problems),
-        })
-    }
-
-    /// Whether the problems have changed.
-    fn restate_problems(&mut self) -> bool {
-        if !mem::take(&mut self.restate) {
-            return false;
-        }
         let lists = self.progress.iter().filter_map(|kind| kind.list.as_ref());
         let nameless = lists.flat_map(|list| list.problems.iter().cloned());
-        let problems = self.faults.values().flatten().cloned().chain(nameless);
-        let problems: Vec<Problem> = problems.collect();
-        let changed = problems != *self.problems;
-        if changed {
-            self.problems = Arc::new(problems);
-        }
-        changed
+        self.problems.batch(events, || nameless.collect())
     }
 
     /// Takes in an object as it is now.
@@ -278,13 +257,12 @@ impl State {
     fn note(&mut self, key: &ObjectKey, read: Result<Object, Vec<Problem>>) -> Option<Object> {
         match read {
             Ok(object) => {
-                self.restate |= self.faults.remove(key).is_some();
+                self.problems.set(key.clone(), Vec::new());
                 Some(object)
             }
             Err(problems) => {
                 let problems = problems.into_iter().map(|problem| problem.of(key));
-                self.restate = true;
-                self.faults.insert(key.clone(), problems.collect());
+                self.problems.set(key.clone(), problems.collect());
                 None
             }
         }
@@ -324,7 +302,7 @@ impl State {
     }
 
     fn say_closed(&mut self, key: &ObjectKey) {
-        for problem in self.faults.get_mut(key).into_iter().flatten() {
+        for problem in self.problems.of_mut(key) {
             let closed = "; until then the pods that it selects are closed";
             problem.remedy.push_str(closed);
         }
@@ -339,7 +317,7 @@ impl State {
             );
             return;
         }
-        self.restate |= self.faults.remove(&key).is_some();
+        self.problems.set(key.clone(), Vec::new());
         if let ObjectKey::NetworkPolicy(policy) = &key {
             self.policies.remove(policy);
         }
@@ -361,7 +339,7 @@ impl State {
                 .sent
                 .keys()
                 .chain(self.waiting.keys())
-                .chain(self.faults.keys());
+                .chain(self.problems.owners());
             let gone = known.filter(|key| Kind::of(key) == kind && !seen.contains(*key));
             for key in gone.cloned().collect::<Vec<_>>() {
                 self.remove(key);

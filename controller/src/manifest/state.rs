@@ -3,13 +3,14 @@
 //! The invariant: nothing leaves the state because it could not be read. An object goes only when
 //! its file is gone, or was read to the end and does not hold it any more. A change costs what the
 //! files concerned hold, however many others there are. Knows no disk, no time.
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::mem;
 use std::sync::Arc;
 
 use super::contents::{Contents, Entry};
 use super::files::Name;
+use crate::problem_list::ProblemList;
 use crate::{Batch, Event, Object, ObjectKey, Problem, Severity};
 
 /// The state of the files, and what of it was sent.
@@ -19,14 +20,12 @@ pub(super) struct State {
     files: HashMap<Name, Box<[ObjectKey]>, ahash::RandomState>,
     objects: HashMap<ObjectKey, Known, ahash::RandomState>,
     /// What may differ from what was sent.
-    looked_at: BTreeSet<ObjectKey>,
+    to_compare: BTreeSet<ObjectKey>,
     /// What is given more than once.
     repeated: BTreeSet<ObjectKey>,
-    faults: BTreeMap<Name, Vec<Problem>>,
+    problems: ProblemList<Name>,
+    /// Problems that belong to no file's contents.
     notes: Vec<Problem>,
-    /// The list of problems has to be rebuilt.
-    restate: bool,
-    problems: Arc<Vec<Problem>>,
 }
 
 #[derive(Debug, Default)]
@@ -54,27 +53,27 @@ impl State {
             let keys = contents.entries.iter().map(|entry| entry.key.clone());
             self.files.insert(Arc::clone(file), keys.collect());
             for entry in contents.entries {
-                self.give(file, entry);
+                self.insert(file, entry);
             }
         }
-        self.blame(file, contents.problems);
+        self.problems.set(Arc::clone(file), contents.problems);
     }
 
     /// Forgets a file: its objects are deleted.
     pub(super) fn remove(&mut self, file: &Name) {
         self.forget_objects(file);
-        self.blame(file, Vec::new());
+        self.problems.set(Arc::clone(file), Vec::new());
     }
 
     /// Sets the problems that belong to no file's contents.
     pub(super) fn note(&mut self, notes: Vec<Problem>) {
-        self.restate |= self.notes != notes;
+        self.problems.others_changed(self.notes != notes);
         self.notes = notes;
     }
 
     /// Whether anything that was read is not applied.
     pub(super) fn faulty(&self) -> bool {
-        let mut all = self.faults.values().flatten();
+        let mut all = self.problems.all();
         all.any(|problem| problem.severity == Severity::Error)
     }
 
@@ -92,12 +91,13 @@ impl State {
     /// What has changed since the last call, or `None` if nothing has.
     pub(super) fn changes(&mut self) -> Option<Batch> {
         let (mut events, mut gone) = (Vec::new(), Vec::new());
-        for key in mem::take(&mut self.looked_at) {
+        for key in mem::take(&mut self.to_compare) {
             let Some(known) = self.objects.get_mut(&key) else {
                 continue;
             };
             let repeated = known.places.len() > 1;
-            self.restate |= repeated || self.repeated.contains(&key);
+            let was_repeated = self.repeated.contains(&key);
+            self.problems.others_changed(repeated || was_repeated);
             if repeated {
                 self.repeated.insert(key.clone());
             } else {
@@ -114,13 +114,14 @@ impl State {
             }
         }
         events.extend(gone);
-        if !self.restate_problems() && events.is_empty() {
-            return None;
-        }
-        Some(Batch {
-            events,
-            problems: Arc::clone(&self.problems),
-        })
+        let mut problems = mem::take(&mut self.problems);
+        let batch = problems.batch(events, || {
+            let mut others = self.duplicates();
+            others.extend(self.notes.iter().cloned());
+            others
+        });
+        self.problems = problems;
+        batch
     }
 
     fn forget_objects(&mut self, file: &OsStr) {
@@ -128,11 +129,11 @@ impl State {
             if let Some(known) = self.objects.get_mut(&key) {
                 known.places.retain(|place| *place.file != *file);
             }
-            self.looked_at.insert(key);
+            self.to_compare.insert(key);
         }
     }
 
-    fn give(&mut self, file: &Name, entry: Entry) {
+    fn insert(&mut self, file: &Name, entry: Entry) {
         let places = &mut self.objects.entry(entry.key.clone()).or_default().places;
         let at = places.partition_point(|place| place.file <= *file);
         places.reserve_exact(1);
@@ -144,34 +145,7 @@ impl State {
                 object: entry.object,
             },
         );
-        self.looked_at.insert(entry.key);
-    }
-
-    fn blame(&mut self, file: &Name, problems: Vec<Problem>) {
-        let before = if problems.is_empty() {
-            self.faults.remove(file)
-        } else {
-            self.restate = true;
-            self.faults.insert(Arc::clone(file), problems)
-        };
-        self.restate |= before.is_some();
-    }
-
-    /// Whether other problems stand than before.
-    fn restate_problems(&mut self) -> bool {
-        if !mem::take(&mut self.restate) {
-            return false;
-        }
-        let of_files = self.faults.values().flatten().cloned();
-        let problems: Vec<Problem> = of_files
-            .chain(self.duplicates())
-            .chain(self.notes.iter().cloned())
-            .collect();
-        let changed = problems != *self.problems;
-        if changed {
-            self.problems = Arc::new(problems);
-        }
-        changed
+        self.to_compare.insert(entry.key);
     }
 
     /// The last definition of an object applies; each later one is a warning.

@@ -23,4 +23,4 @@ pub use event::{Batch, Event, Object, ObjectKey};
 pub use index::Index;
 pub use loaded::Loaded;
 pub use policy::{Problem, Severity};
-pub use table::{Holder, LocalPod, PolicyInfo, Table, TableSettings, Unsettled};
+pub use table::{Holder, LocalPod, PolicyInfo, Table, TableSettings, UncertainAddresses};

@@ -4,10 +4,10 @@
 //! a sequence number belongs to the map, odd while entries are being swapped: a reader that saw an
 //! odd or a changed number reads again. Writing is map operations only; everything is built before.
 //! No guard of the map leaves this module. Knows nothing of sources, files or Kubernetes objects.
+mod cluster_networks;
 mod holder;
 mod policies;
-mod surroundings;
-mod unsettled;
+mod uncertain;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -23,10 +23,10 @@ use tokio::sync::watch;
 
 use crate::Problem;
 use crate::decision::{Decision, Unknown};
+use cluster_networks::ClusterNetworks;
 pub use holder::Holder;
 pub use policies::PolicyInfo;
-use surroundings::Surroundings;
-pub use unsettled::Unsettled;
+pub use uncertain::UncertainAddresses;
 
 /// Lists of rules and entries that one change merges, about 5 ms; a single pod's may exceed it, up
 /// to the budget of its namespace.
@@ -54,7 +54,7 @@ pub struct LocalPod {
     pub egress_isolated: bool,
     /// The pod.
     pub identity: Arc<Identity>,
-    /// Whether the pod has left its link, see [`Unsettled::vacant`].
+    /// Whether the pod has left its link, see [`UncertainAddresses::vacant`].
     pub vacant: bool,
 }
 
@@ -63,9 +63,9 @@ pub struct LocalPod {
 pub struct Table {
     settings: TableSettings,
     map: DashMap<IpAddr, Arc<Endpoint>, ahash::RandomState>,
-    surroundings: RwLock<Arc<Surroundings>>,
+    cluster_networks: RwLock<Arc<ClusterNetworks>>,
     gateways: RwLock<Arc<BTreeSet<IpAddr>>>,
-    unsettled: RwLock<Arc<Unsettled>>,
+    uncertain: RwLock<Arc<UncertainAddresses>>,
     /// Twice the generation; one more while the next one is being swapped in.
     sequence: AtomicU64,
     generation: watch::Sender<u64>,
@@ -78,13 +78,13 @@ impl Table {
     /// An empty table, of generation 0.
     #[must_use]
     pub fn new(settings: TableSettings) -> Arc<Self> {
-        let surroundings = Surroundings::new(&settings, &Cluster::default());
+        let cluster_networks = ClusterNetworks::new(&settings, &Cluster::default());
         Arc::new(Self {
             settings,
             map: DashMap::default(),
-            surroundings: RwLock::new(Arc::new(surroundings)),
+            cluster_networks: RwLock::new(Arc::new(cluster_networks)),
             gateways: RwLock::default(),
-            unsettled: RwLock::default(),
+            uncertain: RwLock::default(),
             sequence: AtomicU64::new(0),
             generation: watch::Sender::new(0),
             problems: RwLock::default(),
@@ -112,14 +112,14 @@ impl Table {
             let unexplained = match ends {
                 (Some(_), Some(_)) => None,
                 _ => {
-                    let surroundings = self.surroundings.read();
+                    let cluster_networks = self.cluster_networks.read();
                     let bare = [(from, &ends.0), (to, &ends.1)].into_iter();
                     bare.filter(|(_, end)| end.is_none())
                         .map(|(address, _)| address)
                         .find(|address| {
-                            surroundings.is_unexplained(*address)
+                            cluster_networks.is_unexplained(*address)
                                 && !self.gateways.read().contains(address)
-                                || self.unsettled.read().holds(*address)
+                                || self.uncertain.read().holds(*address)
                         })
                 }
             };
@@ -175,7 +175,7 @@ impl Table {
     #[must_use]
     pub fn local(&self, node: &str) -> Vec<LocalPod> {
         let cluster = self.cluster();
-        let unsettled = self.unsettled();
+        let uncertain = self.uncertain();
         let mut local = BTreeMap::new();
         for (address, endpoint) in cluster.endpoints_on(node) {
             local.entry(address).or_insert_with(|| LocalPod {
@@ -183,7 +183,7 @@ impl Table {
                 ingress_isolated: endpoint.isolated(Direction::Ingress),
                 egress_isolated: endpoint.isolated(Direction::Egress),
                 identity: Arc::clone(&endpoint.identity),
-                vacant: unsettled.has_left(address, endpoint),
+                vacant: uncertain.has_left(address, endpoint),
             });
         }
         local.into_values().collect()
@@ -200,7 +200,7 @@ impl Table {
     /// The networks of all pods: as few CIDRs as possible, in no order.
     #[must_use]
     pub fn cluster_cidrs(&self) -> Arc<[IpNet]> {
-        self.surroundings.read().cidrs()
+        self.cluster_networks.read().cidrs()
     }
 
     /// The pod of this key, whatever its state.
@@ -217,8 +217,8 @@ impl Table {
 
     /// The addresses whose holder is uncertain.
     #[must_use]
-    pub fn unsettled(&self) -> Arc<Unsettled> {
-        Arc::clone(&self.unsettled.read())
+    pub fn uncertain(&self) -> Arc<UncertainAddresses> {
+        Arc::clone(&self.uncertain.read())
     }
 
     /// The node's addresses (`status.addresses`); none if there is no such node.
@@ -261,11 +261,11 @@ impl Table {
     }
 
     /// Sets the addresses whose holder is uncertain, as one generation, and returns those that this changes.
-    pub fn set_unsettled(&self, unsettled: Unsettled) -> BTreeSet<IpAddr> {
+    pub fn set_uncertain(&self, uncertain: UncertainAddresses) -> BTreeSet<IpAddr> {
         let cluster = self.cluster();
-        let touched = self.unsettled().difference(&unsettled);
+        let touched = self.uncertain().difference(&uncertain);
         if !touched.is_empty() {
-            self.swap(&cluster, &touched, None, Some(Arc::new(unsettled)));
+            self.swap(&cluster, &touched, None, Some(Arc::new(uncertain)));
         }
         touched
     }
@@ -273,20 +273,21 @@ impl Table {
     /// Swaps in what `cluster` has at the touched addresses, and its nodes if they changed, as one
     /// generation. Only the holder of the cluster's lock may call this.
     pub(crate) fn publish(&self, cluster: &Cluster, touched: &Touched, nodes: bool) {
-        let surroundings = nodes.then(|| Arc::new(Surroundings::new(&self.settings, cluster)));
-        self.swap(cluster, &touched.addresses, surroundings, None);
+        let cluster_networks =
+            nodes.then(|| Arc::new(ClusterNetworks::new(&self.settings, cluster)));
+        self.swap(cluster, &touched.addresses, cluster_networks, None);
     }
 
     fn swap(
         &self,
         cluster: &Cluster,
         touched: &BTreeSet<IpAddr>,
-        surroundings: Option<Arc<Surroundings>>,
-        unsettled: Option<Arc<Unsettled>>,
+        cluster_networks: Option<Arc<ClusterNetworks>>,
+        uncertain: Option<Arc<UncertainAddresses>>,
     ) {
         let first = self.generation() == 0;
         cluster.prepare(touched, if first { usize::MAX } else { MERGED_AT_ONCE });
-        let now = unsettled.clone().unwrap_or_else(|| self.unsettled());
+        let now = uncertain.clone().unwrap_or_else(|| self.uncertain());
         let changes: Vec<(IpAddr, Option<Arc<Endpoint>>)> = touched
             .iter()
             .map(|&address| {
@@ -307,11 +308,11 @@ impl Table {
                 None => self.map.remove(&address).map(|(_, endpoint)| endpoint),
             });
         }
-        if let Some(surroundings) = surroundings {
-            *self.surroundings.write() = surroundings;
+        if let Some(cluster_networks) = cluster_networks {
+            *self.cluster_networks.write() = cluster_networks;
         }
-        if let Some(unsettled) = unsettled {
-            *self.unsettled.write() = unsettled;
+        if let Some(uncertain) = uncertain {
+            *self.uncertain.write() = uncertain;
         }
         self.sequence.store(before + 2, Ordering::Release);
         self.generation.send_replace((before + 2) / 2);

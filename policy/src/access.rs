@@ -6,12 +6,12 @@
 //! ranges with the exceptions cut out, so that one search covers all rules of a port. Peers by
 //! selector are stored by id, with the prefixes at which they are allowed. Does not know which
 //! policy allows something.
-mod known;
+mod match_cache;
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use self::known::Known;
+use self::match_cache::MatchCache;
 use crate::compile::{CompiledRule, Question, SelectorId};
 use crate::matches::MatchSet;
 use crate::model::Protocol;
@@ -50,7 +50,7 @@ pub(crate) struct Access {
     /// Sorted, each with the index of its first key in `keys`.
     selectors: Box<[(SelectorId, u32)]>,
     keys: Box<[Key]>,
-    known: Known,
+    match_cache: MatchCache,
 }
 
 /// Addresses of one family.
@@ -158,7 +158,7 @@ impl Access {
         let (ids, own): (&[SelectorId], _) = (matches, &self.selectors);
         if ids.len().min(own.len()) > FEW {
             return self
-                .known
+                .match_cache
                 .meet(matches.number(), asked, || self.common(ids));
         }
         let granted = |at: usize| meet(self.peer(at).1, asked);
@@ -294,7 +294,7 @@ impl Parts {
             v6,
             selectors: selectors.into(),
             keys: keys.into(),
-            known: Known::default(),
+            match_cache: MatchCache::default(),
         }
     }
 }

@@ -14,7 +14,7 @@ mod propagate;
 mod selected;
 mod selection;
 mod selectors;
-mod standing;
+mod status;
 mod unenforceable;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,7 +33,7 @@ use self::pod_state::PodState;
 pub use self::selected::Selected;
 use self::selection::Selections;
 use self::selectors::Selectors;
-use self::standing::{Ledger, Standing};
+use self::status::{Ledger, PolicyStatus};
 use self::unenforceable::Unenforceable;
 use crate::budget::{Budget, Excess, Usage};
 use crate::compile::{CompiledPolicy, Rules, SelectorId};
@@ -89,7 +89,7 @@ struct PolicyState {
     policy: Arc<NetworkPolicy>,
     usage: Usage,
     /// `None` if it has to be rebuilt.
-    standing: Option<Standing>,
+    status: Option<PolicyStatus>,
     /// Of the policy in force.
     pods: Option<Arc<LabelSelector>>,
     compiled: Option<Arc<CompiledPolicy>>,
@@ -102,7 +102,7 @@ impl PolicyState {
         Self {
             policy,
             usage: Usage::default(),
-            standing: None,
+            status: None,
             pods: None,
             compiled: None,
             selectors: Vec::new(),

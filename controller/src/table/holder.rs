@@ -27,10 +27,12 @@ impl Table {
             if let Some(endpoint) = self.get(address) {
                 return Holder::Pod(endpoint);
             }
-            let surroundings = self.surroundings.read();
-            if surroundings.is_node(address) || self.gateways.read().contains(&address) {
+            let cluster_networks = self.cluster_networks.read();
+            if cluster_networks.is_node(address) || self.gateways.read().contains(&address) {
                 Holder::Node
-            } else if surroundings.is_unexplained(address) || self.unsettled.read().holds(address) {
+            } else if cluster_networks.is_unexplained(address)
+                || self.uncertain.read().holds(address)
+            {
                 Holder::Unknown
             } else {
                 Holder::Outside

@@ -153,14 +153,14 @@ fn unknown(table: &Table, from: &str, to: &str) -> Option<String> {
 fn a_vacated_address_gives_a_pod_no_rights() {
     let (table, mut index) = two_pods();
     let holder = table.endpoint(ip(A)).unwrap().identity.clone();
-    let left = Unsettled {
+    let left = UncertainAddresses {
         vacant: [(ip(A), vec![holder])].into(),
-        ..Unsettled::default()
+        ..UncertainAddresses::default()
     };
     let before = table.generation();
-    assert_eq!(table.set_unsettled(left.clone()), [ip(A)].into());
+    assert_eq!(table.set_uncertain(left.clone()), [ip(A)].into());
     assert_eq!(table.generation(), before + 1);
-    assert_eq!(table.set_unsettled(left), [].into(), "nothing new");
+    assert_eq!(table.set_uncertain(left), [].into(), "nothing new");
     assert_eq!(unknown(&table, A, B).as_deref(), Some(A));
     assert_eq!(unknown(&table, B, A).as_deref(), Some(A));
     assert!(table.local("")[0].vacant && !table.local("")[1].vacant);
@@ -182,7 +182,10 @@ fn a_vacated_address_gives_a_pod_no_rights() {
     assert_eq!(unknown(&table, A, B), None, "the API names another pod");
     index.apply(batch(vec![Event::Delete(another("2").key())]));
     assert_eq!(unknown(&table, A, B).as_deref(), Some(A));
-    assert_eq!(table.set_unsettled(Unsettled::default()), [ip(A)].into());
+    assert_eq!(
+        table.set_uncertain(UncertainAddresses::default()),
+        [ip(A)].into()
+    );
 }
 
 #[test]
@@ -190,11 +193,11 @@ fn an_awaited_address_is_unknown_until_claimed() {
     const OUTSIDE: &str = "192.168.77.5";
     let (table, mut index) = two_pods();
     assert_eq!(unknown(&table, OUTSIDE, A), None);
-    let awaited = Unsettled {
+    let awaited = UncertainAddresses {
         awaited: [ip(OUTSIDE)].into(),
-        ..Unsettled::default()
+        ..UncertainAddresses::default()
     };
-    assert_eq!(table.set_unsettled(awaited), [ip(OUTSIDE)].into());
+    assert_eq!(table.set_uncertain(awaited), [ip(OUTSIDE)].into());
     assert_eq!(unknown(&table, OUTSIDE, A).as_deref(), Some(OUTSIDE));
     index.apply(batch(vec![Event::Upsert(pod("c", OUTSIDE))]));
     assert_eq!(unknown(&table, OUTSIDE, A), None);

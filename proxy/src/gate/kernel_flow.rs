@@ -22,7 +22,7 @@ impl Gate {
     /// its share.
     pub(super) fn kernel_flow(self: &Rc<Self>, id: PacketId, length: usize, packet: FlowId) {
         let arrived = Instant::now();
-        if self.settle(id, &packet, arrived) {
+        if self.try_decide(id, &packet, arrived) {
             return;
         }
         if length > LONGEST_WAITING {
@@ -33,14 +33,14 @@ impl Gate {
             Ok(waiting) => {
                 let gate = Rc::clone(self);
                 tokio::task::spawn_local(async move {
-                    gate.wait_and_settle(id, packet, arrived, waiting).await;
+                    gate.wait_and_decide(id, packet, arrived, waiting).await;
                 });
             }
         }
     }
 
     /// Decides as soon as the table knows both endpoints; after `--hold` the packet is dropped.
-    async fn wait_and_settle(
+    async fn wait_and_decide(
         &self,
         id: PacketId,
         packet: FlowId,
@@ -51,7 +51,7 @@ impl Gate {
         let known = async {
             loop {
                 changed.mark_unchanged();
-                if self.settle(id, &packet, arrived) || changed.changed().await.is_err() {
+                if self.try_decide(id, &packet, arrived) || changed.changed().await.is_err() {
                     break;
                 }
             }
@@ -68,7 +68,7 @@ impl Gate {
     }
 
     /// Decides a packet; false if an end of it is unknown.
-    fn settle(&self, id: PacketId, packet: &FlowId, arrived: Instant) -> bool {
+    fn try_decide(&self, id: PacketId, packet: &FlowId, arrived: Instant) -> bool {
         let opened = SystemTime::now() - arrived.elapsed();
         let Ok((decision, listed)) = self.enforcer.enter_kernel_flow(*packet, opened) else {
             return false;

@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use controller::{LocalPod, Table, Unsettled};
+use controller::{LocalPod, Table, UncertainAddresses};
 use parking_lot::{Mutex, MutexGuard};
 use policy::Identity;
 use tokio::sync::Notify;
@@ -194,11 +194,11 @@ impl Vacancies {
         for (address, pod) in found.vacant.values().flatten() {
             vacant.entry(*address).or_default().push(Arc::clone(pod));
         }
-        let unsettled = Unsettled {
+        let uncertain = UncertainAddresses {
             vacant,
             awaited: found.awaited.clone(),
         };
-        let touched = self.table.set_unsettled(unsettled);
+        let touched = self.table.set_uncertain(uncertain);
         if !touched.is_empty() {
             found.touched.extend(touched);
             self.changed.notify_one();
@@ -403,7 +403,7 @@ mod tests {
         let vacancies = Vacancies::new(Arc::clone(&table));
         vacancies.left(Looker::Routes, [(at(), pod("new"))].into());
         vacancies.left(Looker::Bridges, [(at(), pod("old"))].into());
-        assert_eq!(table.unsettled().vacant[&at()], [pod("new"), pod("old")]);
+        assert_eq!(table.uncertain().vacant[&at()], [pod("new"), pod("old")]);
     }
 
     #[test]

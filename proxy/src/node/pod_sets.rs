@@ -175,14 +175,14 @@ impl PodSets {
             return false;
         };
         let cidrs: BTreeSet<IpNet> = self.pods.cidrs().into_iter().collect();
-        let unsettled = self.pods.table.unsettled();
+        let uncertain = self.pods.table.uncertain();
         let in_cidrs = |address: &IpAddr| self.known.iter().any(|cidr| cidr.contains(address));
         let same = |address: &IpAddr| {
             let endpoint = self.pods.table.endpoint(*address);
             let local = endpoint.filter(|it| it.identity.node_name == self.pods.node);
             let non_isolated = |direction| local.as_ref().is_some_and(|it| !it.isolated(direction));
             let taken = || {
-                let pod = local.is_some() || unsettled.awaited.contains(address);
+                let pod = local.is_some() || uncertain.awaited.contains(address);
                 loaded.pods.contains(&IpNet::from(*address)) == pod
             };
             loaded.selves.contains(address) == local.is_some()
@@ -225,7 +225,7 @@ impl PodSets {
     /// The networks that the rules treat as pods. This host's own addresses are left out even if a pod claims them:
     /// their packets are the node's.
     fn networks(&self, local: &[LocalPod]) -> BTreeSet<IpNet> {
-        let awaited = self.pods.table.unsettled().awaited.clone();
+        let awaited = self.pods.table.uncertain().awaited.clone();
         let known: Vec<IpNet> = self.known.iter().copied().collect();
         let claimed = local.iter().map(|pod| pod.address).chain(awaited);
         let mut outside = outside(&known, claimed);

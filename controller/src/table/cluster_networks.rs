@@ -10,7 +10,7 @@ use super::TableSettings;
 
 /// The networks of pods, and the addresses of nodes.
 #[derive(Debug, Default)]
-pub(super) struct Surroundings {
+pub(super) struct ClusterNetworks {
     /// The cluster's CIDRs, aggregated.
     cidrs: Arc<[IpNet]>,
     cluster: Ranges,
@@ -37,7 +37,7 @@ impl Ranges {
     }
 }
 
-impl Surroundings {
+impl ClusterNetworks {
     pub(super) fn new(settings: &TableSettings, cluster: &Cluster) -> Self {
         let of_nodes = IpNet::aggregate(&cluster.pod_cidrs());
         let cidrs: Arc<[IpNet]> = match settings.cluster_cidrs.as_slice() {

@@ -16,7 +16,7 @@ use crate::network_policy::NetworkPolicy;
 
 /// How a policy is in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Standing {
+pub(super) enum PolicyStatus {
     /// As it is written.
     Whole,
     /// It isolates the pods that it selects, and allows nothing.
@@ -140,8 +140,8 @@ impl Cluster {
             if let (Some(policy), Some(usage)) = (policy, usage) {
                 let state = self.policies.entry(key.clone());
                 let state = state.or_insert_with(|| PolicyState::new(policy.clone()));
-                (state.policy, state.usage, state.standing) = (policy, usage, None);
-                others.push((key, Standing::Whole));
+                (state.policy, state.usage, state.status) = (policy, usage, None);
+                others.push((key, PolicyStatus::Whole));
             } else {
                 self.ledger.set(&key, None);
                 gone.extend(self.policies.remove(&key));
@@ -150,12 +150,12 @@ impl Cluster {
         if !self.ledger.all_stand(namespace) {
             others = self.standings(namespace);
         }
-        others.retain(|(key, standing)| {
+        others.retain(|(key, status)| {
             let known = self.policies.get(key);
-            known.is_some_and(|state| state.standing != Some(*standing))
+            known.is_some_and(|state| state.status != Some(*status))
         });
         match (&others[..], &gone[..]) {
-            ([(key, standing)], []) => self.stand(key, *standing, touched),
+            ([(key, status)], []) => self.stand(key, *status, touched),
             ([], [removed]) => self.reselect(removed.compiled.as_ref(), None, touched),
             _ => self.stand_together(namespace, &others, touched),
         }
@@ -164,7 +164,7 @@ impl Cluster {
     }
 
     /// How each policy of a namespace has to be in force.
-    fn standings(&mut self, namespace: &Arc<str>) -> Vec<(PolicyKey, Standing)> {
+    fn standings(&mut self, namespace: &Arc<str>) -> Vec<(PolicyKey, PolicyStatus)> {
         let mut used = Usage::default();
         let (mut taken, mut standings) = (0, Vec::new());
         for state in policies_of(&self.policies, namespace) {
@@ -173,13 +173,13 @@ impl Cluster {
             let excess = self.ledger.budget.excess(&used, &state.usage);
             // The number of policies bounds the refused ones too.
             let bound = self.ledger.budget.bound(Resource::Policies);
-            let standing = match excess {
-                _ if taken > bound.saturating_add(1) => Standing::Nothing,
-                _ if taken > bound => Standing::ClosedToAll,
-                Some(_) => Standing::Closed,
+            let status = match excess {
+                _ if taken > bound.saturating_add(1) => PolicyStatus::Nothing,
+                _ if taken > bound => PolicyStatus::ClosedToAll,
+                Some(_) => PolicyStatus::Closed,
                 None => {
                     used = used.plus(&state.usage);
-                    Standing::Whole
+                    PolicyStatus::Whole
                 }
             };
             let own = 1;
@@ -190,16 +190,16 @@ impl Cluster {
                 bound,
             });
             self.ledger.set(&key, too_many.or(excess));
-            standings.push((key, standing));
+            standings.push((key, status));
         }
         standings
     }
 
     /// Updates how one policy is in force.
-    fn stand(&mut self, key: &PolicyKey, standing: Standing, touched: &mut Touched) {
+    fn stand(&mut self, key: &PolicyKey, status: PolicyStatus, touched: &mut Touched) {
         let compiled = |of: &Self| of.policies.get(key).and_then(|it| it.compiled.clone());
         let was = compiled(self);
-        let held = self.take_in(&[(key.clone(), standing)], touched);
+        let held = self.take_in(&[(key.clone(), status)], touched);
         let is = compiled(self);
         self.reselect(was.as_ref(), is.as_ref(), touched);
         self.release_selectors(&held, touched);
@@ -209,7 +209,7 @@ impl Cluster {
     fn stand_together(
         &mut self,
         namespace: &Arc<str>,
-        standings: &[(PolicyKey, Standing)],
+        standings: &[(PolicyKey, PolicyStatus)],
         touched: &mut Touched,
     ) {
         let held = self.take_in(standings, touched);
@@ -221,22 +221,22 @@ impl Cluster {
     /// held before.
     fn take_in(
         &mut self,
-        standings: &[(PolicyKey, Standing)],
+        standings: &[(PolicyKey, PolicyStatus)],
         touched: &mut Touched,
     ) -> Vec<SelectorId> {
         let known = self.selectors.next_id();
         let (mut held, mut taken) = (Vec::new(), Vec::new());
-        for (key, standing) in standings {
+        for (key, status) in standings {
             let Some(state) = self.policies.get_mut(key) else {
                 continue;
             };
-            state.standing = Some(*standing);
+            state.status = Some(*status);
             held.append(&mut state.selectors);
-            let policy = match standing {
-                Standing::Whole => Some(state.policy.clone()),
-                Standing::Closed => Some(Arc::new(state.policy.closed())),
-                Standing::ClosedToAll => Some(Arc::new(state.policy.closed_to_all())),
-                Standing::Nothing => None,
+            let policy = match status {
+                PolicyStatus::Whole => Some(state.policy.clone()),
+                PolicyStatus::Closed => Some(Arc::new(state.policy.closed())),
+                PolicyStatus::ClosedToAll => Some(Arc::new(state.policy.closed_to_all())),
+                PolicyStatus::Nothing => None,
             };
             let selectors = policy.as_deref().map(|it| self.hold_selectors(it));
             taken.push((key, policy, selectors.unwrap_or_default()));

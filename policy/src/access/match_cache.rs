@@ -13,7 +13,7 @@ const SETS: usize = 4096;
 const KEYS: usize = 65_536;
 
 #[derive(Debug, Default)]
-pub(super) struct Known(RwLock<Sets>);
+pub(super) struct MatchCache(RwLock<Sets>);
 
 #[derive(Debug, Default)]
 struct Sets {
@@ -21,7 +21,7 @@ struct Sets {
     keys: usize,
 }
 
-impl Known {
+impl MatchCache {
     /// Whether a set has any of the `asked` keys; `keys` computes all that it has, sorted. A set
     /// with number 0 is computed each time.
     pub(super) fn meet(
@@ -63,10 +63,10 @@ mod tests {
 
     #[test]
     fn each_set_is_evaluated_once_within_bounded_memory() {
-        let known = Known::default();
+        let cache = MatchCache::default();
         let mut worked_out = 0;
         let mut meet = |number: u64, asked: Key| {
-            known.meet(number, &[asked], || {
+            cache.meet(number, &[asked], || {
                 worked_out += 1;
                 [1, 5].into()
             })
@@ -75,9 +75,9 @@ mod tests {
         assert!(meet(0, 5) && meet(0, 5), "without a number");
         assert_eq!(worked_out, 3);
         for number in 1..40_000 {
-            known.meet(number, &[1], || vec![1; 100].into());
+            cache.meet(number, &[1], || vec![1; 100].into());
         }
-        let sets = known.0.read().unwrap();
+        let sets = cache.0.read().unwrap();
         assert!(sets.by_number.len() <= SETS && sets.keys <= KEYS);
         let kept: usize = sets.by_number.values().map(|keys| keys.len()).sum();
         assert_eq!(kept, sets.keys);

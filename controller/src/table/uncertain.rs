@@ -9,7 +9,7 @@ use policy::{Endpoint, Identity};
 
 /// Addresses that are unknown until the API names another pod for them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Unsettled {
+pub struct UncertainAddresses {
     /// These pods have left their link, among them the one that the API names here. Neither it nor the next pod at this
     /// address has rights there until the API names another pod.
     pub vacant: BTreeMap<IpAddr, Vec<Arc<Identity>>>,
@@ -17,7 +17,7 @@ pub struct Unsettled {
     pub awaited: BTreeSet<IpAddr>,
 }
 
-impl Unsettled {
+impl UncertainAddresses {
     /// The endpoint at an address for which the API says `endpoint`.
     pub(super) fn shown(
         &self,

@@ -203,8 +203,9 @@ fn judged_node_cannot_keep_denied_stream_open() {
     });
     bed.apply(&[deny_egress("a")]);
     for (client, server) in &servers {
-        (&mut &*server).write_all(b"and on").unwrap();
-        (&mut &*client).write_all(b"anyone?").unwrap();
+        // Either end may have been reset by what the other sent.
+        let _ = (&mut &*server).write_all(b"and on");
+        let _ = (&mut &*client).write_all(b"anyone?");
     }
     let until = Instant::now() + PAST_FORGETTING;
     for (_, server) in &servers {

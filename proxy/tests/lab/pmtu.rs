@@ -7,7 +7,7 @@ use lab::traffic::{UdpOutcome, Way, bulk};
 use lab::{Host, Packet, Serve};
 use testbed::runner::Test;
 
-use testbed::{DEADLINE, TestCluster, allow_all, metric};
+use testbed::{DEADLINE, TestCluster, allow_all, metric, small};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     path_mtu_discovery_works_on_both_legs,
@@ -21,7 +21,10 @@ const BULK: u64 = 2 << 20;
 /// The small cluster under policy, whose link to the outside host has a smaller MTU than all others,
 /// which the MSS of that host does not show.
 fn bed() -> TestCluster {
-    let bed = TestCluster::enforced(&[], &[allow_all()]);
+    let mut bed = TestCluster::bare(small());
+    bed.set_env("PORTREEVE_TCP", "spliced");
+    bed.write_policies(&[allow_all()]);
+    bed.enforce(&[]);
     let mut narrow = bed.lab.fabric().command("ip");
     narrow.args(["link", "set", "outside", "mtu", SMALL]);
     assert!(narrow.output().unwrap().status.success());

@@ -100,7 +100,7 @@ impl Owners {
 /// # Errors
 /// [`CommandError`] if `nft` is missing, or the table is.
 pub fn ports_before() -> Result<BTreeMap<IpAddr, u32>, CommandError> {
-    let pairs = sets::pairs(BRIDGE, "mac_ports")?.into_iter();
+    let pairs = sets::pairs(BRIDGE, "ip_ports")?.into_iter();
     let index = |port: &str| if_nametoindex(port).unwrap_or_default();
     let known = pairs.filter_map(|[address, port]| Some((address.parse().ok()?, index(&port))));
     Ok(known.collect())

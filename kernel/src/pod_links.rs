@@ -61,7 +61,7 @@ pub fn of_pods(pods: &[IpNet], node: &[IpAddr]) -> Result<Links, CommandError> {
 ///
 /// # Errors
 /// [`CommandError`] if `nft` is missing, or the table is.
-pub fn pinned_before() -> Result<BTreeMap<IpAddr, u32>, CommandError> {
+pub fn sources_before() -> Result<BTreeMap<IpAddr, u32>, CommandError> {
     let pairs = sets::pairs("inet", sets::LINK_SOURCES)?.into_iter();
     // nft writes an index as the link's name, if the link exists.
     let index = |link: &str| if_nametoindex(link).ok().or_else(|| link.parse().ok());

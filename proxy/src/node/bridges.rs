@@ -102,13 +102,17 @@ impl Bridges {
     /// Watches the bridges in `names`, and those that overlap with the pods' networks.
     ///
     /// # Errors
-    /// If the kernel cannot notify of changes.
+    /// If the kernel cannot notify of changes, or `nft` cannot list what the previous daemon knew.
     pub(crate) fn new(
         names: &[String],
         pods: LocalPods,
         vacancies: Vacancies,
         kernel: Kernel,
-    ) -> io::Result<Self> {
+    ) -> anyhow::Result<Self> {
+        let before = match kernel.bridges {
+            true => bridge_addresses::ports_before()?,
+            false => BTreeMap::new(),
+        };
         Ok(Self {
             names: names.to_vec(),
             pods,
@@ -116,7 +120,7 @@ impl Bridges {
             kernel,
             changes: Changes::of_addresses()?,
             seen: Seen::default(),
-            occupancy: Occupancy::resumed(bridge_addresses::ports_before().unwrap_or_default()),
+            occupancy: Occupancy::resumed(before),
         })
     }
 

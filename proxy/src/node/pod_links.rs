@@ -83,7 +83,7 @@ impl PodLinks {
             changes: Changes::listen(ROUTES)
                 .context("cannot subscribe to route changes (rtnetlink)")?,
             loaded: None,
-            occupancy: Occupancy::resumed(pod_links::pinned_before().unwrap_or_default()),
+            occupancy: Occupancy::resumed(pod_links::sources_before()?),
             again: None,
             unreached: BTreeMap::new(),
         };

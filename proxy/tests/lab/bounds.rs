@@ -203,6 +203,8 @@ fn attacked_behind(gateway: Gateway) -> TestCluster {
     let pod = |name: &str| PodSpec::new("x", name).node(0).label("pod", name);
     let pods = ["v", "n", "o", "p"].map(pod);
     let mut bed = TestCluster::bare(Cluster::builder().nodes(1).gateway(gateway).pods(pods));
+    // The bounds are the proxy's, also for clients and servers outside.
+    bed.set_env("PORTREEVE_TCP", "spliced");
     // The flood exceeds this listener's backlog as a large flood exceeds that of a real node.
     let backlog = [("core/somaxconn", "128")];
     bed.lab.node(0).netns().set_sysctls(&backlog).unwrap();

@@ -13,7 +13,7 @@ use testbed::runner::Test;
 
 use crate::handover::{bed_with, ends_of, flags, record_of};
 use crate::streams::ends;
-use testbed::{DEADLINE, TestCluster, allow_all, greeted, metric};
+use testbed::{DEADLINE, TestCluster, allow_all, greeted, metric, small};
 
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     a_handover_with_stalled_streams_keeps_the_neighbours,
@@ -321,7 +321,10 @@ fn only_the_pods_own_streams_are_reset() {
 /// From a network each (RFC 3849), with less each than the neighbour.
 fn outside_clients_not_reading_end_no_other_stream() {
     const STRANGERS: u16 = 100;
-    let bed = TestCluster::enforced(&["--max-unread", "16"], &[allow_all()]);
+    let mut bed = TestCluster::bare(small());
+    bed.set_env("PORTREEVE_TCP", "spliced");
+    bed.write_policies(&[allow_all()]);
+    bed.enforce(&["--max-unread", "16"]);
     let [a, b, d] = ["x/a", "x/b", "x/d"].map(|name| bed.lab.pod(name));
     let (outside, node) = (bed.lab.outside(), bed.lab.node(0));
     let stranger = |number: u16| Ipv6Addr::new(0x2001, 0xdb8, 0xbad, number, 0, 0, 0, 1);

@@ -111,9 +111,10 @@ impl Endings {
                         };
                         match message.kind {
                             CT_DELETE => each(entry, Ended::Deleted),
-                            // Only the entry itself has its counters.
+                            // Only the entry itself has its counters. A new SYN may have reopened it.
                             CT_NEW => {
-                                if let Some(now) = self.conntrack.same(&entry)? {
+                                let now = self.conntrack.same(&entry)?;
+                                if let Some(now) = now.filter(|now| now.over) {
                                     each(now, Ended::Closed);
                                 }
                             }

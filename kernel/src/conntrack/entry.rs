@@ -85,6 +85,9 @@ pub struct Entry {
     pub began: Option<SystemTime>,
     /// A closed TCP connection, whose entry waits for its timeout.
     pub over: bool,
+    /// A TCP connection that was reset. Conntrack can let a new SYN between its ends pass as part of it (linux
+    /// net/netfilter/nf_conntrack_proto_tcp.c).
+    pub reset: bool,
     /// It has no reply yet; another node may have denied it.
     pub unanswered: bool,
     /// Its mark (`CTA_MARK`), including the bits of other programs.
@@ -113,6 +116,7 @@ impl Entry {
             received: bytes(attributes, CTA_COUNTERS_REPLY).unwrap_or(0),
             began: began(attributes),
             over: matches!(tcp_state(attributes), Some(TCP_TIME_WAIT | TCP_CLOSE)),
+            reset: tcp_state(attributes) == Some(TCP_CLOSE),
             unanswered: status(attributes).is_some_and(|status| status & SEEN_REPLY == 0),
             mark: find(attributes, CTA_MARK)
                 .and_then(|mark| chunk(mark.value, 0))

@@ -23,6 +23,7 @@ pub(crate) const TESTS: &[Test] = &testbed::tests![
     handover_works_within_kernel_mode,
     handover_from_spliced_to_auto_keeps_streams,
     closed_kernel_connection_is_recorded_at_once,
+    reset_connection_gives_later_syns_no_rights,
     uninstall_without_routes_is_not_repaired,
     daemon_refuses_rules_of_another_mode,
 ];
@@ -243,6 +244,34 @@ fn end_by_reset(stream: &TcpStream) -> u16 {
     let socket = socket2::SockRef::from(stream);
     socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
     stream.local_addr().unwrap().port()
+}
+
+/// Conntrack keeps the entry of a connection that the server has reset for ten seconds, and lets a SYN with the same
+/// ports pass as part of it.
+fn reset_connection_gives_later_syns_no_rights() {
+    let mut bed = cluster("kernel");
+    bed.write_policies(&[allow_all()]);
+    bed.enforce(&[]);
+    let (a, b) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"));
+    let listeners = b.addrs(92).map(|to| (to, b.listen(to).unwrap()));
+    for (to, listener) in &listeners {
+        let client = a
+            .connect_from(42_100, *to, DEADLINE)
+            .unwrap()
+            .into_stream()
+            .unwrap();
+        drop(client.set_read_timeout(Some(DEADLINE)));
+        let (accepted, _) = listener.accept().unwrap();
+        end_by_reset(&accepted);
+        drop(accepted);
+        let ended = (&client).read(&mut [0; 1]).unwrap_err();
+        assert_eq!(ended.kind(), ErrorKind::ConnectionReset, "{to}");
+    }
+    bed.apply(&[deny_ingress("b")]);
+    for (to, _listener) in &listeners {
+        let outcome = a.connect_from(42_100, *to, SOON).unwrap();
+        assert_eq!(outcome.kind(), Kind::TimedOut, "{to}");
+    }
 }
 
 fn uninstall_without_routes_is_not_repaired() {

@@ -59,11 +59,15 @@ fn compare(enforcer: &Enforcer) -> io::Result<()> {
     let round = enforcer.kernel_flows.begin_round(Instant::now());
     let accepted = enforcer.marks.accepted();
     let mut to_sever = ToSever::new();
+    let mut reset = Vec::new();
     conntrack::each_marked(accepted, accepted, |entry| {
         let listed = enforcer.kernel_flows.get(&entry.flow);
         if entry.over {
             // It does not count as seen: if it is listed, the event of its end was lost.
             listed.inspect(|flow| flow.note(&entry));
+            if entry.reset {
+                reset.push(entry);
+            }
             return Ok(());
         }
         if let Some(flow) = listed {
@@ -90,6 +94,7 @@ fn compare(enforcer: &Enforcer) -> io::Result<()> {
         sever_if_many(enforcer, &mut to_sever)
     })?;
     sever(enforcer, &to_sever)?;
+    conntrack::delete(&reset.iter().collect::<Vec<_>>())?;
     for flow in enforcer.kernel_flows.end_round(round) {
         if let Some(flow) = enforcer.kernel_flows.remove(&flow.id) {
             enforcer.kernel_flow_ended(&flow);
@@ -107,8 +112,17 @@ async fn compare_in_background(enforcer: &Arc<Enforcer>) {
     }
 }
 
-/// Records a flow that has ended.
+/// Records a flow that has ended. The entry of a reset connection is deleted: later SYNs between its ends need a verdict
+/// of their own.
 fn ended(enforcer: &Enforcer, entry: &Entry, how: Ended) {
+    if how == Ended::Closed
+        && entry.reset
+        && let Err(error) = conntrack::delete(&[entry])
+    {
+        // The next comparison deletes it; until then changes find it in the list.
+        warn_occasionally!(%error, "cannot delete a reset connection from conntrack");
+        return;
+    }
     if how == Ended::Deleted && is_of_earlier(enforcer, entry) {
         return;
     }

@@ -9,7 +9,7 @@ mod backlog;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use controller::{Decision, Severance};
@@ -17,11 +17,12 @@ use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as Place;
 use kernel::conntrack::{Entry, FlowId};
 use parking_lot::Mutex;
+use policy::Protocol;
 
 use crate::limits::Source;
 use crate::tcp::connections::{ByAddress, Ends};
 use crate::telemetry::decision::DataPath;
-use crate::telemetry::record::Subject;
+use crate::telemetry::record::{Outcome, Subject};
 
 use backlog::Backlog;
 
@@ -66,6 +67,8 @@ pub(crate) struct KernelFlow {
     decision: Mutex<Arc<Decision>>,
     sent: AtomicU64,
     received: AtomicU64,
+    /// Conntrack has seen no reply, but possibly a reset.
+    unanswered: AtomicBool,
     /// The round in which conntrack was last known to have it.
     seen: AtomicU64,
     /// How often its first packet came again: there may be as many other conntrack entries between the same ends.
@@ -150,6 +153,7 @@ impl KernelFlows {
             decision: Mutex::new(Arc::clone(decision)),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
+            unanswered: AtomicBool::new(false),
             seen: AtomicU64::new(self.round.load(Ordering::Relaxed)),
             again: AtomicU32::new(0),
             severance: Mutex::new(None),
@@ -346,10 +350,19 @@ impl KernelFlow {
         *self.severance.lock() = Some(severance);
     }
 
-    /// Copies the byte counts of conntrack.
+    /// How it ended, if no change severed it.
+    pub(crate) fn outcome(&self) -> Outcome {
+        if self.id.protocol == Protocol::Tcp && self.unanswered.load(Ordering::Relaxed) {
+            return Outcome::Unanswered("the server refused it or did not answer".into());
+        }
+        Outcome::Closed
+    }
+
+    /// Copies what conntrack counts.
     pub(crate) fn note(&self, entry: &Entry) {
         self.sent.store(entry.sent, Ordering::Relaxed);
         self.received.store(entry.received, Ordering::Relaxed);
+        self.unanswered.store(entry.unanswered, Ordering::Relaxed);
     }
 
     pub(crate) fn seen_in(&self, round: &Round, entry: &Entry) {
@@ -361,7 +374,7 @@ impl KernelFlow {
 #[cfg(test)]
 mod tests {
     use kernel::netlink::{self, Header, Message};
-    use policy::{Decided, DecidedSide, Protocol};
+    use policy::{Decided, DecidedSide};
 
     use super::*;
 

@@ -7,7 +7,6 @@ use kernel::conntrack::FlowId;
 
 use super::Enforcer;
 use crate::kernel_flows::{KernelFlow, Listed};
-use crate::telemetry::record::Outcome;
 
 impl Enforcer {
     /// Decides a kernel flow by the newest table.
@@ -56,7 +55,7 @@ impl Enforcer {
             Some(severance) => self.severed(subject, severance),
             None => self
                 .recorder
-                .ended(subject, &flow.decision(), Outcome::Closed),
+                .ended(subject, &flow.decision(), flow.outcome()),
         }
     }
 }

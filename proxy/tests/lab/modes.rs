@@ -23,6 +23,7 @@ pub(crate) const TESTS: &[Test] = &testbed::tests![
     handover_works_within_kernel_mode,
     handover_from_spliced_to_auto_keeps_streams,
     closed_kernel_connection_is_recorded_at_once,
+    refused_kernel_connection_is_recorded_at_once,
     reset_connection_gives_later_syns_no_rights,
     uninstall_without_routes_is_not_repaired,
     daemon_refuses_rules_of_another_mode,
@@ -237,6 +238,29 @@ fn closed_kernel_connection_is_recorded_at_once() {
         assert!(last["bytes.sent"].as_u64().unwrap() > 1000, "{last}");
         assert!(last["bytes.received"].as_u64().unwrap() > 1000, "{last}");
     }
+}
+
+fn refused_kernel_connection_is_recorded_at_once() {
+    let records = tempfile::NamedTempFile::new().unwrap();
+    let mut bed = cluster("kernel");
+    bed.write_policies(&[allow_all()]);
+    bed.enforce(&["--trace-file", records.path().to_str().unwrap()]);
+    let (a, to) = (bed.lab.pod("x/a"), bed.lab.pod("x/b").addr_v4(93));
+    let refused = a.connect(to, SOON).unwrap();
+    assert_eq!(refused.kind(), Kind::Refused);
+    let record = wait_for(DEADLINE, "a record of it", || {
+        let text = fs::read_to_string(records.path()).unwrap();
+        let mut all = text
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        all.find(|it| it["destination.port"] == 93)
+    })
+    .unwrap();
+    let reason = record["reason"].as_str().unwrap();
+    assert!(
+        reason.contains("Not connected: the server refused it"),
+        "{record}"
+    );
 }
 
 /// Makes the end of a stream a reset, so that its port is free at once. Returns the port.

@@ -140,6 +140,8 @@ fn is_of_earlier(enforcer: &Enforcer, deleted: &Entry) -> bool {
     let Some(listed) = enforcer.kernel_flows.get(&deleted.flow) else {
         return true;
     };
-    // If conntrack cannot be asked, the next comparison finds out.
-    listed.entered.elapsed() < ON_ITS_WAY || conntrack::has_entry_between(deleted).unwrap_or(true)
+    // One that was refused never had a reply, so it had not left the list.
+    !deleted.unanswered && listed.entered.elapsed() < ON_ITS_WAY
+        // If conntrack cannot be asked, the next comparison finds out.
+        || conntrack::has_entry_between(deleted).unwrap_or(true)
 }

@@ -17,6 +17,8 @@ pub mod manifest;
 mod objects;
 mod problem_list;
 mod table;
+#[cfg(test)]
+mod testing;
 
 pub use decision::{DecidedBy, Decision, Reason, Severance, Unknown};
 pub use event::{Batch, Event, Object, ObjectKey};

@@ -1,34 +1,19 @@
 //! What becomes of a flow when the table changes under it.
-use policy::{Labels, NetworkPolicy, Node, Pod, PodKey, Protocol};
+use policy::{Labels, NetworkPolicy, Node, Pod, Protocol};
 use serde_json::json;
 
 use super::*;
+use crate::testing::{self, ip};
 use crate::{Batch, Event, Index, Object, ObjectKey, Table, TableSettings};
 
 const A: &str = "10.0.0.1";
 const B: &str = "10.0.0.2";
 const OUTSIDE: &str = "192.0.2.1";
 
-fn ip(text: &str) -> IpAddr {
-    text.parse().unwrap()
-}
-
 fn pod(name: &str, uid: &str, address: &str) -> Pod {
     Pod {
-        key: PodKey {
-            namespace: "x".into(),
-            name: name.into(),
-        },
         uid: uid.into(),
-        labels: Labels::new(),
-        node: "n1".into(),
-        host_network: false,
-        ports: Vec::new(),
-        addresses: vec![ip(address)],
-        finished: false,
-        terminating: false,
-        started: "".into(),
-        oversized: false,
+        ..testing::pod(name, address)
     }
 }
 

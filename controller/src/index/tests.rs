@@ -1,31 +1,15 @@
 //! Batches in, generations and findings out.
-use std::net::IpAddr;
 
-use policy::{Labels, PodKey, PolicyKey, Protocol};
+use policy::{Labels, PolicyKey, Protocol};
 
 use super::*;
+use crate::testing::{self, ip};
 use crate::{LocalPod, TableSettings};
-
-fn ip(text: &str) -> IpAddr {
-    text.parse().unwrap()
-}
 
 fn pod(name: &str, address: &str) -> policy::Pod {
     policy::Pod {
-        key: PodKey {
-            namespace: "x".into(),
-            name: name.into(),
-        },
-        uid: "".into(),
         labels: Labels::from([("pod".into(), name.into())]),
-        node: "n1".into(),
-        host_network: false,
-        ports: Vec::new(),
-        addresses: vec![ip(address)],
-        finished: false,
-        terminating: false,
-        started: "".into(),
-        oversized: false,
+        ..testing::pod(name, address)
     }
 }
 

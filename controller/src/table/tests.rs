@@ -1,34 +1,19 @@
 //! That one verdict reads one generation, shown with readers that would see a mix.
 use std::sync::atomic::AtomicBool;
 
-use policy::{Labels, NetworkPolicy, Pod, PolicyKey};
+use policy::{NetworkPolicy, Pod, PolicyKey};
 
 use super::*;
+use crate::testing::{self, ip};
 use crate::{Batch, Event, Index, Object, ObjectKey};
 
 const A: &str = "10.0.0.1";
 const B: &str = "10.0.0.2";
 
-fn ip(text: &str) -> IpAddr {
-    text.parse().unwrap()
-}
-
 fn pod(name: &str, address: &str) -> Object {
     Object::from(Pod {
-        key: PodKey {
-            namespace: "x".into(),
-            name: name.into(),
-        },
-        uid: "".into(),
-        labels: Labels::new(),
         node: "".into(),
-        host_network: false,
-        ports: Vec::new(),
-        addresses: vec![ip(address)],
-        finished: false,
-        terminating: false,
-        started: "".into(),
-        oversized: false,
+        ..testing::pod(name, address)
     })
 }
 

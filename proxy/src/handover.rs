@@ -33,7 +33,7 @@ use channel::Channel;
 pub(crate) use listener::{Given, Kept, Listener, Peer, come, is_offered, take_over};
 
 /// Version of the handover protocol; another daemon may use a different one.
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 /// How long either side waits for the other's next message.
 pub(crate) const WITHIN: Duration = Duration::from_secs(2);
 /// How long the running daemon may take to stop its work, and the new one to begin it.

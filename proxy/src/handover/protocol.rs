@@ -33,13 +33,11 @@ pub(super) struct Reply {
 /// A part of the state, or its end.
 #[derive(Debug, Serialize, Deserialize)]
 enum Part {
-    /// With a queue of this number, and a listener.
-    #[serde(rename = "Seat")]
+    /// With a queue of this number, and a listener if there is a proxy.
     Worker { queue: u16 },
     /// With the socket to the server, the one to the client if there is one, and the pipes. The bytes follow, one
     /// direction after the other.
     Connection {
-        #[serde(rename = "told")]
         state: Box<ConnectionState>,
         client: bool,
         in_flight: [Load; 2],

@@ -173,7 +173,7 @@ impl Standby {
     pub(crate) fn rest(
         &self,
         enforced: Runtime,
-        told_to_end: impl Future<Output = ()>,
+        stop: impl Future<Output = ()>,
         rest: Rest,
     ) -> io::Result<bool> {
         enforced.shutdown_background();
@@ -188,7 +188,7 @@ impl Standby {
         };
         Ok(resting.block_on(async {
             tokio::select! {
-                () = told_to_end => false,
+                () = stop => false,
                 () = again => true,
             }
         }))

@@ -295,7 +295,7 @@ fn relieve(bed: &mut TestCluster) -> Daemon {
 pub(crate) fn terms_of(node: &Host) -> Value {
     let queues = thread::available_parallelism().unwrap();
     let settings = format!("--proxy-port 15001 --queue 100 --queues {queues} --mark-mask 0x3c00");
-    json!({ "format": 3, "namespace": node.netns().inode(), "settings": settings })
+    json!({ "format": 4, "namespace": node.netns().inode(), "settings": settings })
 }
 
 /// Sends this to the handover socket of node 0's daemon.

@@ -260,7 +260,7 @@ fn damaged_handover_message_is_rejected_without_panic() {
     let load = |bytes: usize, piped: usize| serde_json::json!({ "bytes": bytes, "piped": piped });
     let of = |client: bool, in_flight: [serde_json::Value; 2]| {
         let known = &connection.state;
-        let part = serde_json::json!({ "told": known, "client": client, "in_flight": in_flight });
+        let part = serde_json::json!({ "state": known, "client": client, "in_flight": in_flight });
         serde_json::json!({ "Connection": part })
             .to_string()
             .into_bytes()
@@ -291,7 +291,7 @@ fn damaged_handover_message_is_rejected_without_panic() {
         (vec![&message, &[7; 3], end], "more bytes than announced"),
         (vec![&message, end], "a message in the place of bytes"),
         (
-            vec![&message, &[7; 2], br#"{"Seat":{"queue":100}}"#],
+            vec![&message, &[7; 2], br#"{"Worker":{"queue":100}}"#],
             "a worker without a descriptor",
         ),
         (

@@ -58,7 +58,7 @@ fn daemons_with_different_formats_hand_over_no_connections() {
     let mut asked = terms_of(&node);
     asked["format"] = 999.into();
     let line = asking(&bed, &asked);
-    assert_eq!(heard(&line)["format"], 3);
+    assert_eq!(heard(&line)["format"], 4);
     assert_eq!(end_of(&live), ErrorKind::ConnectionReset);
     assert!(heard(&line).is_null(), "it leaves without a word");
     let daemon = bed.daemon(0);

@@ -19,6 +19,7 @@ use testbed::{
 pub(crate) const TESTS: &[Test] = &testbed::tests![
     fragmented_datagram_is_judged_once,
     invalid_tcp_segments_are_dropped_and_counted,
+    resets_for_stray_segments_are_rate_limited,
     fast_open_data_waits_and_arrives_once,
     a_multipath_client_falls_back_to_plain_tcp,
     an_ipv4_mapped_address_is_the_ipv4_address,
@@ -102,6 +103,18 @@ fn invalid_tcp_segments_are_dropped_and_counted() {
     for to in b.addrs(80) {
         assert_eq!(greeted(&a, to).server, "x/b");
     }
+}
+
+fn resets_for_stray_segments_are_rate_limited() {
+    let bed = TestCluster::enforced(&[], &[allow_all()]);
+    let (a, b, node) = (bed.lab.pod("x/a"), bed.lab.pod("x/b"), bed.lab.node(0));
+    let injector = a.injector().unwrap();
+    let stray = craft::tcp(a.addr_v4(1000), b.addr_v4(80), ACK, 1, &[]);
+    wait_until(DEADLINE, "more than a link's rate", || {
+        (0..5_000).for_each(|_| injector.send(&stray).unwrap());
+        counter(&node, "rate_limited") > 0
+    })
+    .unwrap();
 }
 
 /// TCP Fast Open (RFC 7413), with data in the SYN although the server gave no cookie.

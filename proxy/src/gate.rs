@@ -1,7 +1,7 @@
 //! Decides every new connection while its first packet waits in the kernel.
 //!
-//! A denied SYN is dropped or answered with a reset. An allowed one waits until the server has
-//! answered the upstream connection from the client's address, and gets the same answer: so a client
+//! A denied SYN is dropped or answered with a reset. An allowed one that will be proxied waits until the server
+//! has answered the upstream connection from the client's address, and gets the same answer: so a client
 //! cannot distinguish the gate from the network. Knows nothing of the stream afterwards.
 mod backlog;
 mod kernel_flow;

@@ -1,5 +1,5 @@
-//! Decides kernel flows: UDP, SCTP, ICMP and other protocols, and TCP streams that
-//! began before their pod was isolated.
+//! Decides kernel flows: UDP, SCTP, ICMP and other protocols, the TCP connections that `--tcp` leaves to the kernel, and
+//! streams that began before their pod was isolated.
 //!
 //! Their first packet is evaluated like a SYN; if it is allowed, the conntrack mark says so for the flow.
 use std::rc::Rc;
